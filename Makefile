@@ -1,0 +1,53 @@
+# Everything runs in a virtual environment that these targets make. `make PYTHON=python3.12 test`
+# picks another interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+PIP = $(RUN) -m pip install --quiet --disable-pip-version-check
+CODE = llama_jax configs tests benchmarks $(wildcard *.py)
+
+.PHONY: help demo test test-parity lint types clean
+
+help:
+	@echo "make demo         train a small model on stories and let it write (5 minutes)"
+	@echo "make test         lint, types and tests, as CI runs them"
+	@echo "make test-parity  comparisons with PyTorch and transformers"
+	@echo "make clean        remove the virtual environment"
+
+$(RUN):
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+		{ echo "Python 3.11 or later is needed; name one with: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(RUN) pyproject.toml
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) -e ".[test]"
+	@touch $@
+
+$(VENV)/.installed-parity: $(VENV)/.installed-test
+	$(PIP) -e ".[parity]"
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(RUN) train.py --config configs/demo.py
+	@echo; echo "The loss curve is in ckpt/loss.png. Three stories:"; echo
+	@$(RUN) sample.py --ckpt ckpt --prompt "Once upon a time" --num_samples 3 --temperature 0.7
+
+lint: $(VENV)/.installed-test
+	$(RUN) -m ruff check $(CODE)
+	$(RUN) -m ruff format --check --quiet $(CODE)
+
+types: $(VENV)/.installed-test
+	$(RUN) -m mypy
+
+test: lint types
+	$(RUN) -m pytest -n 2 --dist loadfile -m "not parity"
+
+test-parity: $(VENV)/.installed-parity
+	$(RUN) -m pytest -m parity
+
+clean:
+	rm -rf $(VENV)

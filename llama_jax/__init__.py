@@ -1,0 +1,30 @@
+"""Llama 2 in JAX/Flax: train, sample and convert on CPU, GPU and TPU.
+
+The public names below are imported when first used, so `import llama_jax` costs nothing.
+"""
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "Config": "config",
+    "Llama": "model",
+    "Tokenizer": "tokenizer",
+    "UserError": "errors",
+    "fit": "training",
+    "load": "loading",
+    "make_sampler": "sampling",
+    "stream": "text",
+    "unstack": "model",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'llama_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"llama_jax.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,234 @@
+"""What a run is: the model, its data, its optimizer, its devices and its habits.
+
+Frozen dataclasses, validated when made. A field is a choice; what follows from choices is a
+property, so that nothing goes stale when a field is overridden. There is no `None`: "off" is a
+value that the field's comment names. This file knows neither JAX nor any file format.
+"""
+
+import dataclasses
+import math
+
+from llama_jax.errors import UsageError
+
+COMPUTE_DTYPES = ("float32", "bfloat16")
+REMAT_CHOICES = ("none", "block")
+CORPORA = ("", "stories", "shakespeare", "tinystories")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `UsageError(message)` unless the condition holds."""
+    if not condition:
+        raise UsageError(message)
+
+
+def _require_range(section: str, low: float, high: float, **values: float) -> None:
+    """Each value must be a finite number in [low, high]."""
+    expected = f"at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
+    for name, value in values.items():
+        require(
+            math.isfinite(value) and low <= value <= high,
+            f"{section}.{name}={value!r} is out of range; expected {expected}",
+        )
+
+
+def _require_choice(section: str, choices: tuple[str, ...], **values: str) -> None:
+    """Each value must be one of the choices."""
+    expected = ", ".join(map(repr, choices))
+    for name, value in values.items():
+        message = f"{section}.{name}={value!r} is unknown; expected one of {expected}"
+        require(value in choices, message)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a Llama 2 and its numerics (Touvron et al. 2023, section 2.2)."""
+
+    vocab_size: int  # pieces in the tokenizer
+    dim: int  # width of the residual stream (D)
+    num_layers: int  # blocks (L)
+    num_heads: int  # query heads (N)
+    num_kv_heads: int  # key/value heads (K); equal to num_heads without grouping
+    context_length: int  # longest sequence the model is meant for, tokens
+    hidden_dim: int = 0  # width of the feed-forward (F); 0: by the rule of `ffn_dim`
+    multiple_of: int = 256  # the rule rounds the width up to a multiple of this
+    ffn_dim_multiplier: float = 1.0  # the rule scales the width by this before rounding
+    norm_eps: float = 1e-5  # added to the mean square inside RMSNorm
+    rope_theta: float = 10000.0  # base of the rotary wavelengths
+    tied_embeddings: bool = True  # one table reads tokens and writes logits
+    init_std: float = 0.02  # of fresh matrices; of those into the residual stream / √(2·layers)
+    dropout: float = 0.0  # fraction dropped at llama2.c's four sites, training only
+    compute_dtype: str = "float32"  # of activations and matmuls; parameters stay float32
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "context_length")
+        _require_range("model", 1, math.inf, **{name: getattr(self, name) for name in sizes})
+        _require_range("model", 0, math.inf, hidden_dim=self.hidden_dim)
+        _require_range("model", 1, math.inf, multiple_of=self.multiple_of)
+        _require_range("model", 1e-3, 1e3, ffn_dim_multiplier=self.ffn_dim_multiplier)
+        _require_range("model", 1e-12, 1, norm_eps=self.norm_eps)
+        _require_range("model", 1, math.inf, rope_theta=self.rope_theta)
+        _require_range("model", 0, 1, init_std=self.init_std)
+        _require_range("model", 0, 0.99, dropout=self.dropout)
+        _require_choice("model", COMPUTE_DTYPES, compute_dtype=self.compute_dtype)
+        require(
+            self.dim % self.num_heads == 0,
+            f"model.dim={self.dim} does not divide into model.num_heads={self.num_heads} heads;"
+            f" use a dim that is a multiple of {self.num_heads}",
+        )
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"model.num_heads={self.num_heads} does not divide over"
+            f" model.num_kv_heads={self.num_kv_heads}; each kv head serves equally many heads",
+        )
+        require(
+            self.head_dim % 2 == 0,
+            f"model.dim={self.dim} / model.num_heads={self.num_heads} gives an odd head dim of"
+            f" {self.head_dim}; RoPE rotates pairs, so it must be even",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head (H)."""
+        return self.dim // self.num_heads
+
+    @property
+    def ffn_dim(self) -> int:
+        """Width of the feed-forward (F): 2/3 of 4·dim, scaled, rounded up (Meta's `model.py`)."""
+        if self.hidden_dim:
+            return self.hidden_dim
+        width = int(2 * 4 * self.dim / 3)
+        if self.ffn_dim_multiplier != 1.0:
+            width = int(self.ffn_dim_multiplier * width)
+        return self.multiple_of * -(-width // self.multiple_of)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which tokens a run reads, and in what portions."""
+
+    path: str  # folder written by prepare.py
+    corpus: str = ""  # name prepare.py knows it by; "stories" is made when the folder is missing
+    batch_size: int  # sequences per step, over all devices and all microbatches
+    sequence_length: int  # tokens per sequence (T), at most model.context_length
+    seed: int = 42  # of the order of the examples
+    allow_change: bool = False  # resume although the data are not what they were
+
+    def __post_init__(self) -> None:
+        _require_range("data", 1, math.inf, batch_size=self.batch_size)
+        _require_range("data", 2, math.inf, sequence_length=self.sequence_length)
+        _require_range("data", 0, 2**31 - 1, seed=self.seed)
+        _require_choice("data", CORPORA, corpus=self.corpus)
+        require(bool(self.path), "data.path is empty; expected a folder that prepare.py wrote")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with warm-up, cosine decay, clipping and accumulation."""
+
+    steps: int  # optimizer updates in the whole run
+    learning_rate: float  # at its peak
+    min_learning_rate: float = 0.0  # at the end of the cosine
+    warmup_steps: int  # steps of linear rise from 0
+    beta1: float = 0.9  # decay of the mean of gradients
+    beta2: float = 0.95  # decay of the mean of squared gradients
+    eps: float = 1e-8  # added to the root of the second moment
+    weight_decay: float = 0.1  # on matrices only, never on norm scales
+    clip_norm: float = 1.0  # largest global norm of the gradient; 0: no clipping
+    accumulation_steps: int = 1  # microbatches per step
+
+    def __post_init__(self) -> None:
+        _require_range("optimizer", 1, math.inf, steps=self.steps)
+        _require_range("optimizer", 0, 10, learning_rate=self.learning_rate)
+        _require_range("optimizer", 0, 10, min_learning_rate=self.min_learning_rate)
+        _require_range("optimizer", 0, math.inf, warmup_steps=self.warmup_steps)
+        _require_range("optimizer", 0, 0.999999, beta1=self.beta1, beta2=self.beta2)
+        _require_range("optimizer", 1e-20, 1, eps=self.eps)
+        _require_range("optimizer", 0, 10, weight_decay=self.weight_decay)
+        _require_range("optimizer", 0, math.inf, clip_norm=self.clip_norm)
+        _require_range("optimizer", 1, math.inf, accumulation_steps=self.accumulation_steps)
+        require(
+            self.warmup_steps <= self.steps,
+            f"optimizer.warmup_steps={self.warmup_steps} is longer than the run of"
+            f" optimizer.steps={self.steps}; lower the warm-up",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How devices are arranged. Sizes multiply to the number of devices; one may be -1."""
+
+    data: int = -1  # copies of the model, each with its share of the batch; -1: the devices left
+    fsdp: int = 1  # parts that parameters, optimizer state and batch are cut into
+    tensor: int = 1  # parts that heads, feed-forward and vocabulary are cut into
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            require(
+                size == -1 or size >= 1,
+                f"mesh.{name}={size} is not a size; expected 1 or more, or -1 for the devices left",
+            )
+        require(
+            list(sizes.values()).count(-1) <= 1,
+            f"mesh has more than one -1: {sizes}; only one axis can take the devices left",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A run's place on disk, its rhythm and what it spends memory on."""
+
+    checkpoint_dir: str = "ckpt"  # everything the run writes
+    seed: int = 0  # of initial weights and dropout
+    log_every: int = 10  # steps between lines
+    eval_every: int = 250  # steps between validations; also after the last step
+    eval_batches: int = 0  # validation batches each time, always the same; 0: all
+    save_every: int = 250  # steps between checkpoints; also after the last step
+    keep_last: int = 3  # checkpoints kept, besides the best
+    sample_tokens: int = 64  # tokens of the sample written at each validation; 0: none
+    sample_prompt: str = ""  # what that sample starts from
+    remat: str = "none"  # "block": recompute activations in the backward pass, saving memory
+    tensorboard: bool = False  # also write events for TensorBoard
+
+    def __post_init__(self) -> None:
+        rhythm = ("log_every", "eval_every", "save_every", "keep_last")
+        _require_range("run", 1, math.inf, **{name: getattr(self, name) for name in rhythm})
+        _require_range("run", 0, math.inf, eval_batches=self.eval_batches)
+        _require_range("run", 0, math.inf, sample_tokens=self.sample_tokens)
+        _require_range("run", 0, 2**31 - 1, seed=self.seed)
+        _require_choice("run", REMAT_CHOICES, remat=self.remat)
+        require(bool(self.checkpoint_dir), "run.checkpoint_dir is empty; expected a folder")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    mesh: MeshConfig = MeshConfig()
+    run: RunConfig = RunConfig()
+
+    def __post_init__(self) -> None:
+        batch, accumulation = self.data.batch_size, self.optimizer.accumulation_steps
+        require(
+            batch % accumulation == 0,
+            f"data.batch_size={batch} does not divide over"
+            f" optimizer.accumulation_steps={accumulation}; use a multiple of {accumulation}",
+        )
+        require(
+            self.data.sequence_length <= self.model.context_length,
+            f"data.sequence_length={self.data.sequence_length} is longer than"
+            f" model.context_length={self.model.context_length}; shorten it",
+        )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer update learns from."""
+        return self.data.batch_size * self.data.sequence_length
+
+    @property
+    def microbatch_size(self) -> int:
+        """Sequences that one forward and backward pass sees, over all devices."""
+        return self.data.batch_size // self.optimizer.accumulation_steps

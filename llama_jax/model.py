@@ -1,0 +1,190 @@
+"""Llama 2 (Touvron et al. 2023): mathematics only, no mesh, no files, no flags.
+
+One model, two arrangements of its blocks. Trained and stored, they are one `Block` whose arrays
+have a leading layer dim, run by `lax.scan`: constant compile time. Decoding, they are a list made
+once by `unstack`, each layer with its own cache: the cache never goes through a scan.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llama_jax.attention import Attention, causal_mask
+from llama_jax.cache import KVCache, LayerCache
+from llama_jax.config import ModelConfig
+from llama_jax.layers import Linear, RMSNorm, dropout, parameter
+from llama_jax.positions import rotation
+from llama_jax.sharding import constrain
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x)) (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig, *, std: float, residual_std: float, rngs: nnx.Rngs):
+        D, F = config.dim, config.ffn_dim
+        self.gate = Linear((D,), (F,), ("embed", "mlp"), std=std, rngs=rngs)
+        self.up = Linear((D,), (F,), ("embed", "mlp"), std=std, rngs=rngs)
+        self.down = Linear((F,), (D,), ("mlp", "embed"), std=residual_std, rngs=rngs)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
+
+
+class Block(nnx.Module):
+    """Attention and feed-forward, each normed before and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        # Each block adds to the residual stream twice; scaled so that its variance does not grow
+        # with depth (Radford et al. 2019, section 2.3). llama2.c means the same, but scales `up`.
+        residual_std = config.init_std / math.sqrt(2 * config.num_layers)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(
+            config, std=config.init_std, residual_std=residual_std, rngs=rngs
+        )
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn = FeedForward(config, std=config.init_std, residual_std=residual_std, rngs=rngs)
+        self.dropout_rate = config.dropout
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        rotation: tuple[jax.Array, jax.Array],
+        mask_BTS: jax.Array,
+        cache: LayerCache | None = None,
+        length_B: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        keys = [None] * 3 if dropout_key is None else list(jax.random.split(dropout_key, 3))
+        normed_BTD = self.attention_norm(x_BTD)
+        mixed_BTD, cache = self.attention(normed_BTD, rotation, mask_BTS, cache, length_B, keys[0])
+        x_BTD += dropout(mixed_BTD, self.dropout_rate, keys[1])
+        x_BTD = constrain(x_BTD, "batch", "length", "residual")
+        x_BTD += dropout(self.ffn(self.ffn_norm(x_BTD)), self.dropout_rate, keys[2])
+        return constrain(x_BTD, "batch", "length", "residual"), cache
+
+
+class Llama(nnx.Module):
+    """The whole model: tokens in, logits out."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        table = ((config.vocab_size, config.dim), ("vocab", "embed"), config.init_std, rngs)
+        self.embedding = parameter(*table)
+        self.blocks = jax.vmap(lambda layer_rngs: Block(config, rngs=layer_rngs))(
+            rngs.split(config.num_layers)
+        )
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        if not config.tied_embeddings:
+            self.output = parameter(*table)
+
+    @property
+    def output_VD(self) -> jax.Array:
+        """The matrix that turns hidden states into logits."""
+        return self.embedding[...] if self.config.tied_embeddings else self.output[...]
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        cache: KVCache | None = None,
+        *,
+        dropout_key: jax.Array | None = None,
+        remat: bool = False,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """The normed hidden states [B, T, D] before the output matrix, and the cache one on.
+
+        With a cache, the tokens continue each row after the slots it has filled. Dropout happens
+        only when a key is given; `remat` recomputes each block in the backward pass.
+        """
+        T = tokens_BT.shape[1]
+        start_B = jnp.zeros(1, jnp.int32) if cache is None else cache.length_B
+        positions_BT = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+        turn = rotation(positions_BT, self.config.head_dim, self.config.rope_theta)
+        mask_BTS = causal_mask(positions_BT, T if cache is None else cache.slots)
+        keys = _layer_keys(dropout_key, self.config.num_layers)
+
+        x_BTD = self.embedding[...][tokens_BT].astype(self.config.compute_dtype)
+        x_BTD = dropout(x_BTD, self.config.dropout, keys[0])
+        x_BTD = constrain(x_BTD, "batch", "length", "residual")
+        if isinstance(self.blocks, Block):
+            assert cache is None, "a cache needs an unstacked model; see `unstack`"
+            x_BTD = _scan(self.blocks, x_BTD, turn, mask_BTS, keys[1], remat)
+        else:
+            layers = []
+            for index, block in enumerate(self.blocks):
+                layer = cache.layers[index] if cache else None
+                key = None if keys[1] is None else keys[1][index]
+                x_BTD, layer = block(x_BTD, turn, mask_BTS, layer, start_B, key)
+                layers.append(layer)
+            if cache is not None:
+                cache = KVCache(tuple(layers), cache.length_B + T)
+        return self.norm(x_BTD), cache
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Float32 logits [B, T, V] of hidden states."""
+        output_VD = self.output_VD.astype(x_BTD.dtype)
+        return jnp.einsum("BTD,VD->BTV", x_BTD, output_VD, preferred_element_type=jnp.float32)
+
+    def __call__(
+        self, tokens_BT: jax.Array, cache: KVCache | None = None
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Float32 logits [B, T, V], and the cache one on if one came in."""
+        x_BTD, cache = self.hidden(tokens_BT, cache)
+        return self.logits(x_BTD), cache
+
+
+def _layer_keys(
+    key: jax.Array | None, num_layers: int
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """A key for the embedding and one for each layer, or nothing."""
+    if key is None:
+        return None, None
+    embedding_key, blocks_key = jax.random.split(key)
+    return embedding_key, jax.random.split(blocks_key, num_layers)
+
+
+def _scan(
+    blocks: Block,
+    x_BTD: jax.Array,
+    turn: tuple[jax.Array, jax.Array],
+    mask_BTS: jax.Array,
+    keys_L: jax.Array | None,
+    remat: bool,
+) -> jax.Array:
+    """Run stacked blocks one after the other."""
+
+    def step(x_BTD: jax.Array, layer: tuple[Block, jax.Array | None]) -> tuple[jax.Array, None]:
+        block, key = layer
+        return block(x_BTD, turn, mask_BTS, dropout_key=key)[0], None
+
+    step = jax.checkpoint(step) if remat else step
+    return jax.lax.scan(step, x_BTD, (blocks, keys_L), unroll=_unrolled_layers())[0]
+
+
+def _unrolled_layers() -> int:
+    """Blocks a turn of the scan: on CPU, rolling up copies what each layer keeps; 5 % slower."""
+    return 16 if jax.default_backend() == "cpu" else 1
+
+
+def unstack(model: Llama) -> Llama:
+    """The same model with its blocks as a list, the arrangement that decodes fast."""
+    if not isinstance(model.blocks, Block):
+        return model
+    layers = [
+        jax.tree.map(lambda array, i=i: array[i], model.blocks)
+        for i in range(model.config.num_layers)
+    ]
+    unstacked = jax.tree.map(lambda leaf: leaf, model)  # a shallow copy: arrays are shared
+    unstacked.blocks = nnx.List(layers)
+    return unstacked
+
+
+def abstract(config: ModelConfig) -> Llama:
+    """The model with shapes in place of arrays; costs no memory."""
+    return jax.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """How many numbers the model learns."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(config)))

@@ -1,0 +1,82 @@
+"""Llama 2 in NumPy float64, with loops and no tricks: what every other piece must agree with.
+
+Touvron et al. 2023, section 2.2. One sequence at a time. Weights are a dict of arrays: `embedding`
+and `output` [V, D] (without `output` the embedding writes logits), `norm` [D]; with a leading
+layer dim `attention_norm`, `ffn_norm` [D], `wq` [D, N, H], `wk`, `wv` [D, K, H], `wo` [N, H, D],
+`gate`, `up` [D, F] and `down` [F, D]. The members of a rotated pair lie H/2 apart.
+"""
+
+import math
+
+import numpy as np
+
+
+def norm(x, scale, eps):
+    """Each vector divided by its root mean square, times the scale."""
+    out = np.zeros(x.shape)
+    for index in np.ndindex(x.shape[:-1]):
+        vector = x[index].astype(np.float64)
+        out[index] = vector / math.sqrt(np.mean(vector**2) + eps) * scale
+    return out
+
+
+def rope(head, position, theta):
+    """One head's vector [H] with pair i turned by position · theta^(-2i/H)."""
+    half = len(head) // 2
+    out = np.zeros(len(head))
+    for i in range(half):
+        angle = position * theta ** (-2 * i / len(head))
+        a, b = float(head[i]), float(head[i + half])
+        out[i] = a * math.cos(angle) - b * math.sin(angle)
+        out[i + half] = a * math.sin(angle) + b * math.cos(angle)
+    return out
+
+
+def attention(q, k, v):
+    """Causal attention of q [T, N, H] over k and v [T, K, H]; head n uses kv head n // (N/K)."""
+    T, N, H = q.shape
+    out = np.zeros((T, N, H))
+    for n in range(N):
+        kv = n // (N // k.shape[1])
+        for t in range(T):
+            scores = np.array([q[t, n] @ k[s, kv] / math.sqrt(H) for s in range(t + 1)], np.float64)
+            weights = np.exp(scores - scores.max())
+            weights /= weights.sum()
+            out[t, n] = sum(weights[s] * v[s, kv] for s in range(t + 1))
+    return out
+
+
+def attention_layer(x, layer, theta):
+    """Queries, keys and values of x [T, D], attention over them, and the way back."""
+    q, k, v = (np.einsum("TD,DNH->TNH", x, layer[name]) for name in ("wq", "wk", "wv"))
+    for rotated in (q, k):
+        for t, n in np.ndindex(rotated.shape[:2]):
+            rotated[t, n] = rope(rotated[t, n], t, theta)
+    return np.einsum("TNH,NHD->TD", attention(q, k, v), layer["wo"])
+
+
+def feed_forward(x, layer):
+    """SwiGLU: silu(x·gate) · (x·up), then down."""
+    gate = x @ layer["gate"]
+    return (gate / (1 + np.exp(-gate)) * (x @ layer["up"])) @ layer["down"]
+
+
+def forward(weights, tokens, *, theta=10000.0, eps=1e-5):
+    """Logits [T, V] of tokens [T]."""
+    weights = {name: np.asarray(array, np.float64) for name, array in weights.items()}
+    x = weights["embedding"][np.asarray(tokens)]
+    shared = ("embedding", "norm", "output")
+    for i in range(len(weights["wq"])):
+        layer = {name: array[i] for name, array in weights.items() if name not in shared}
+        x = x + attention_layer(norm(x, layer["attention_norm"], eps), layer, theta)
+        x = x + feed_forward(norm(x, layer["ffn_norm"], eps), layer)
+    return norm(x, weights["norm"], eps) @ weights.get("output", weights["embedding"]).T
+
+
+def nll(logits, targets):
+    """-log p(target) [T] in nats."""
+    out = np.zeros(len(targets))
+    for t, target in enumerate(targets):
+        highest = logits[t].max()
+        out[t] = highest + math.log(np.exp(logits[t] - highest).sum()) - logits[t][target]
+    return out

@@ -1,0 +1,146 @@
+"""The width rule, what every config refuses and how it says so."""
+
+# ruff: noqa: E501 (a table of mistakes reads best with one to a line)
+
+import dataclasses
+import math
+
+import pytest
+
+from llama_jax.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+)
+from llama_jax.errors import UsageError
+
+MODEL = {"vocab_size": 53, "dim": 24, "num_layers": 3, "num_heads": 6, "num_kv_heads": 2}
+MODEL |= {"context_length": 32}
+DATA = {"path": "data/x", "batch_size": 8, "sequence_length": 16}
+OPTIMIZER = {"steps": 100, "learning_rate": 1e-3, "warmup_steps": 10}
+GOOD = {
+    ModelConfig: MODEL,
+    DataConfig: DATA,
+    OptimizerConfig: OPTIMIZER,
+    MeshConfig: {},
+    RunConfig: {},
+}
+REFUSED = [  # class, field, value, what the line must say
+    *[(ModelConfig, name, 0, f"model.{name}=0 is out of range; expected at least 1") for name in MODEL],
+    (ModelConfig, "hidden_dim", -1, "model.hidden_dim=-1 is out of range; expected at least 0"),
+    (ModelConfig, "multiple_of", 0, "model.multiple_of=0 is out of range; expected at least 1"),
+    (ModelConfig, "ffn_dim_multiplier", 0.0, "=0.0 is out of range; expected from 0.001 to 1000"),
+    (ModelConfig, "norm_eps", 0.0, "model.norm_eps=0.0 is out of range"),
+    (ModelConfig, "norm_eps", math.nan, "model.norm_eps=nan is out of range"),
+    (ModelConfig, "rope_theta", 0.5, "model.rope_theta=0.5 is out of range"),
+    (ModelConfig, "rope_theta", math.inf, "model.rope_theta=inf is out of range"),
+    (ModelConfig, "dropout", 1.0, "model.dropout=1.0 is out of range; expected from 0 to 0.99"),
+    (ModelConfig, "dropout", -0.1, "model.dropout=-0.1 is out of range"),
+    (ModelConfig, "compute_dtype", "fp16", "'fp16' is unknown; expected one of 'float32', 'bfloat16'"),
+    (ModelConfig, "dim", 25, "model.dim=25 does not divide into model.num_heads=6 heads"),
+    (ModelConfig, "num_kv_heads", 4, "model.num_heads=6 does not divide over model.num_kv_heads=4"),
+    (ModelConfig, "dim", 18, "gives an odd head dim of 3"),
+    (DataConfig, "batch_size", 0, "data.batch_size=0 is out of range"),
+    (DataConfig, "sequence_length", 1, "data.sequence_length=1 is out of range"),
+    (DataConfig, "seed", -1, "data.seed=-1 is out of range; expected from 0"),
+    (DataConfig, "seed", 2**31, "data.seed=2147483648 is out of range"),
+    (DataConfig, "corpus", "wiki", "data.corpus='wiki' is unknown; expected one of '', 'stories'"),
+    (DataConfig, "path", "", "data.path is empty"),
+    (OptimizerConfig, "steps", 0, "optimizer.steps=0 is out of range"),
+    (OptimizerConfig, "learning_rate", -1e-3, "optimizer.learning_rate=-0.001 is out of range"),
+    (OptimizerConfig, "min_learning_rate", 11.0, "optimizer.min_learning_rate=11.0 is out of range"),
+    (OptimizerConfig, "warmup_steps", -1, "optimizer.warmup_steps=-1 is out of range"),
+    (OptimizerConfig, "warmup_steps", 101, "=101 is longer than the run of optimizer.steps=100"),
+    (OptimizerConfig, "beta1", 1.0, "optimizer.beta1=1.0 is out of range"),
+    (OptimizerConfig, "beta2", -0.1, "optimizer.beta2=-0.1 is out of range"),
+    (OptimizerConfig, "eps", 0.0, "optimizer.eps=0.0 is out of range"),
+    (OptimizerConfig, "weight_decay", -0.1, "optimizer.weight_decay=-0.1 is out of range"),
+    (OptimizerConfig, "clip_norm", -1.0, "optimizer.clip_norm=-1.0 is out of range"),
+    (OptimizerConfig, "accumulation_steps", 0, "optimizer.accumulation_steps=0 is out of range"),
+    (MeshConfig, "data", 0, "mesh.data=0 is not a size"),
+    (MeshConfig, "fsdp", -2, "mesh.fsdp=-2 is not a size"),
+    (MeshConfig, "tensor", -1, "mesh has more than one -1"),
+    *[
+        (RunConfig, name, 0, f"run.{name}=0 is out of range; expected at least 1")
+        for name in ("log_every", "eval_every", "save_every", "keep_last")
+    ],
+    (RunConfig, "eval_batches", -1, "run.eval_batches=-1 is out of range"),
+    (RunConfig, "sample_tokens", -1, "run.sample_tokens=-1 is out of range"),
+    (RunConfig, "seed", -1, "run.seed=-1 is out of range"),
+    (RunConfig, "remat", "all", "run.remat='all' is unknown; expected one of 'none', 'block'"),
+    (RunConfig, "checkpoint_dir", "", "run.checkpoint_dir is empty"),
+]  # fmt: skip
+
+
+def whole(data=DATA, optimizer=OPTIMIZER):
+    return Config(
+        model=ModelConfig(**MODEL), data=DataConfig(**data), optimizer=OptimizerConfig(**optimizer)
+    )
+
+
+@pytest.mark.parametrize(("cls", "field", "value", "says"), REFUSED)
+def test_a_bad_value_is_refused_in_one_line(cls, field, value, says):
+    with pytest.raises(UsageError) as refusal:
+        cls(**GOOD[cls] | {field: value})
+    assert says in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("dim", "multiple_of", "multiplier", "ffn_dim"),
+    [
+        (288, 32, 1.0, 768),  # stories15M
+        (512, 32, 1.0, 1376),  # stories42M
+        (768, 32, 1.0, 2048),  # stories110M
+        (4096, 256, 1.0, 11008),  # 7B
+        (5120, 256, 1.0, 13824),  # 13B
+        (8192, 4096, 1.3, 28672),  # 70B
+    ],
+)
+def test_the_feed_forward_is_as_wide_as_in_known_models(dim, multiple_of, multiplier, ffn_dim):
+    rule = {"dim": dim, "multiple_of": multiple_of, "ffn_dim_multiplier": multiplier}
+    assert ModelConfig(**MODEL | rule | {"num_heads": 8}).ffn_dim == ffn_dim
+
+
+def test_a_written_width_goes_before_the_rule():
+    assert ModelConfig(**MODEL, hidden_dim=40).ffn_dim == 40
+
+
+def test_consequences_follow_overridden_choices():
+    model = dataclasses.replace(ModelConfig(**MODEL), dim=48)
+    assert model.head_dim == 8
+    config = whole(optimizer=OPTIMIZER | {"accumulation_steps": 4})
+    assert (config.tokens_per_step, config.microbatch_size) == (128, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"optimizer": OPTIMIZER | {"accumulation_steps": 3}}, "data.batch_size=8 does not divide"),
+        ({"data": DATA | {"sequence_length": 33}}, "=33 is longer than model.context_length=32"),
+    ],
+)
+def test_sections_that_contradict_each_other_are_refused(change, says):
+    with pytest.raises(UsageError, match=says):
+        whole(**change)
+
+
+def test_limits_themselves_are_allowed():
+    whole(data=DATA | {"sequence_length": 32}, optimizer=OPTIMIZER | {"warmup_steps": 100})
+
+
+@pytest.mark.parametrize("cls", GOOD)
+def test_configs_are_frozen_and_hashable(cls):
+    config = cls(**GOOD[cls])
+    hash(config)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(config, dataclasses.fields(cls)[0].name, 1)
+
+
+@pytest.mark.parametrize("cls", [*GOOD, Config])
+def test_no_field_is_none(cls):
+    defaults = [field.default for field in dataclasses.fields(cls)]
+    assert None not in defaults
