@@ -1,0 +1,91 @@
+"""A folder that appears whole or not at all, whatever happens while it is filled.
+
+Does not know what goes into it.
+"""
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from llama_jax.errors import UserError
+
+LOCK = ".lock"  # held while a partial folder is being filled; the system frees it if we die
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A hidden folder beside `path` to write in, which is renamed to `path` at the end.
+
+    If the block fails, nothing of it stays. If the process is killed, the hidden folder stays and
+    the next `new_folder` for the same path removes it.
+
+    Raises:
+      UserError: if `path` exists already or cannot be written; both are found before the block.
+    """
+    path = Path(path)
+    check_place(path)
+    with contextlib.ExitStack() as stack:
+        try:
+            made = _make_parents(path.parent)
+            stack.callback(_remove_empty, made)
+            _remove_abandoned(path)
+            partial = path.parent / f".{path.name}.partial-{secrets.token_hex(4)}"
+            partial.mkdir()
+            stack.callback(shutil.rmtree, partial, ignore_errors=True)
+            lock = stack.enter_context((partial / LOCK).open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            reason = f"cannot write to {path}: {error.strerror}"
+            raise UserError(f"{reason}; choose another place") from error
+        yield partial
+        (partial / LOCK).unlink()
+        for file in (*partial.rglob("*"), partial):
+            _flush(file)
+        check_place(path)
+        partial.rename(path)
+        _flush(path.parent)
+
+
+def check_place(path: Path) -> None:
+    """`UserError` if no new folder can be made at `path`; nothing is ever overwritten."""
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{path} exists already; remove it or choose another name")
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        reason = "is not writable" if parent.is_dir() else "is not a folder"
+        raise UserError(f"cannot write to {path}: {parent} {reason}; choose another place")
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    """Make a folder and those above it; the ones that were missing, lowest first."""
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove partial folders for `path` that no living process holds the lock of."""
+    for partial in path.parent.glob(f".{path.name}.partial-*"):
+        with contextlib.suppress(OSError):
+            with (partial / LOCK).open("a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Bring a file or folder onto the disk, so that a power cut cannot empty it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

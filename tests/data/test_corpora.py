@@ -1,0 +1,175 @@
+"""Named corpora: the embedded one, and downloads from a server of our own that misbehaves."""
+
+import hashlib
+import http.server
+import io
+import json
+import tarfile
+import threading
+
+import pytest
+
+from llama_jax.data import corpora, downloads
+from llama_jax.data.corpora import default_options, named_corpus, prepare_corpus
+from llama_jax.data.downloads import download, unpack
+from llama_jax.data.text_files import Reading
+from llama_jax.errors import UserError
+
+PLAY = "\n".join(f"Speaker {n}:\nWhat of the {n} boats, my lord?\n" for n in range(60)).encode()
+
+
+def archive(stories, name="data00.json"):
+    """A .tar.gz with one file of stories."""
+    data = json.dumps([{"story": story} for story in stories]).encode()
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as tar:
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+    return stream.getvalue()
+
+
+FILES = {
+    "/play.txt": PLAY,
+    "/stories.tar.gz": archive([f"A story of boat {n} with a red sail." for n in range(40)]),
+}
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves `FILES`; `/broken/...` breaks off half-way."""
+
+    def do_GET(self):
+        is_broken = self.path.startswith("/broken")
+        data = FILES.get(self.path.removeprefix("/broken"))
+        if data is None:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2] if is_broken else data)
+        self.server.served += 1
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.served = 0
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_the_cache_is_in_the_home_folder_unless_told(monkeypatch, tmp_path):
+    monkeypatch.delenv("LLAMA_JAX_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert downloads.cache_folder() == tmp_path / ".cache" / "llama_jax"
+
+
+def test_a_file_is_downloaded_once(server, cache):
+    for _ in range(2):
+        path = download(f"{server.url}/play.txt", "play.txt", hashlib.sha256(PLAY).hexdigest())
+        assert path.read_bytes() == PLAY
+    assert server.served == 1
+    assert list(cache.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("path", "sha256", "message"),
+    [
+        ("/missing.txt", "", "Not Found"),
+        ("/broken/play.txt", "", "the connection broke after"),
+        ("/play.txt", "0" * 64, "another file than expected"),
+    ],
+)
+def test_a_failed_download_names_the_url_and_the_place(server, cache, path, sha256, message):
+    with pytest.raises(UserError, match=message) as caught:
+        download(server.url + path, "play.txt", sha256)
+    assert server.url + path in str(caught.value)
+    assert f"put it at {cache / 'play.txt'}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list(cache.iterdir())
+
+
+def test_no_network_is_one_clear_line(server, cache):
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(UserError, match=r"cannot download .*: .*refused; get it by other means"):
+        download(f"{server.url}/play.txt", "play.txt")
+    assert not list(cache.iterdir())
+
+
+def test_shakespeare_is_one_document(server, monkeypatch, tmp_path):
+    monkeypatch.setattr(corpora, "SHAKESPEARE_URL", f"{server.url}/play.txt")
+    monkeypatch.setattr(corpora, "SHAKESPEARE_SHA256", hashlib.sha256(PLAY).hexdigest())
+    options = corpora.TokenOptions(vocab_size=300)
+    folder = prepare_corpus("shakespeare", tmp_path / "out", options, validation=0.1)
+    assert [split.documents for split in folder.splits.values()] == [1, 1]
+    assert folder.source == "corpus shakespeare"
+
+
+def test_tinystories_are_unpacked_and_read(server, monkeypatch, cache):
+    monkeypatch.setattr(corpora, "TINYSTORIES_URL", f"{server.url}/stories.tar.gz")
+    for _ in range(2):
+        splits = [split for split, _ in named_corpus("tinystories").read(Reading())]
+        assert splits == ["train"] * 38 + ["validation"] * 2
+    assert server.served == 1
+    assert (cache / "tinystories" / "data00.json").is_file()
+
+
+@pytest.mark.parametrize("content", [b"<html>", archive(["x"] * 999)[:90], b""])
+def test_a_damaged_archive_is_told_and_leaves_no_folder(cache, content):
+    cache.mkdir()
+    (cache / "a.tar.gz").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.tar\.gz cannot be unpacked.*delete it"):
+        unpack(cache / "a.tar.gz", cache / "a")
+    assert [path.name for path in cache.iterdir()] == ["a.tar.gz"]
+
+
+def test_an_archive_cannot_write_outside(cache, tmp_path):
+    cache.mkdir()
+    (cache / "a.tar.gz").write_bytes(archive(["x"], name="../../evil.json"))
+    with pytest.raises(UserError, match="cannot be unpacked"):
+        unpack(cache / "a.tar.gz", cache / "a")
+    assert not list(tmp_path.rglob("evil.json"))
+
+
+def test_stories_have_their_own_validation(tmp_path):
+    pytest.importorskip("llama_jax.stories")
+    folder = prepare_corpus(
+        "stories", tmp_path / "out", corpora.TokenOptions(vocab_size=400), stories=100
+    )
+    assert [split.documents for split in folder.splits.values()] == [100, 5]
+    assert folder.vocab_size == 400
+
+
+def test_an_unknown_corpus_gets_a_suggestion():
+    with pytest.raises(UserError, match="did you mean 'shakespeare'"):
+        named_corpus("shakespear")
+
+
+def test_an_existing_output_is_found_before_any_download(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "named_corpus", None)
+    with pytest.raises(UserError, match="exists already"):
+        prepare_corpus("tinystories", tmp_path)
+
+
+def test_every_corpus_has_a_vocabulary_size():
+    assert {name: default_options(name).vocab_size for name in (*corpora.NAMES, "book.txt")} == {
+        "stories": 1024,
+        "shakespeare": 2048,
+        "tinystories": 4096,
+        "book.txt": 4096,
+    }

@@ -1,0 +1,158 @@
+"""Token folders: what is written is what is read, and every change of it is noticed."""
+
+import json
+
+import numpy as np
+import pytest
+
+from llama_jax.data import tokens as tokens_file
+from llama_jax.data.token_writer import TokenWriter
+from llama_jax.data.tokens import TokenFolder, fingerprint
+from llama_jax.errors import UserError
+
+
+def write(path, *, vocab_size=53, shard_tokens=20, train=50, validation=7, source="a test"):
+    """A token folder of counting tokens, with a document at every seventh."""
+    path.mkdir(parents=True)
+    (path / "tokenizer.model").write_bytes(b"any bytes")
+    writer = TokenWriter(path, vocab_size, shard_tokens)
+    for split, count in (("train", train), ("validation", validation)):
+        for start in range(0, count, 14):  # two documents at a time
+            size = min(14, count - start)
+            tokens = np.arange(start, start + size, dtype=np.int32) % vocab_size
+            writer.add(split, tokens, np.arange(0, size, 7), characters=3 * size)
+    writer.finish(bos=True, eos=False, source=source)
+    return path
+
+
+def test_what_is_written_is_read(tmp_path):
+    folder = TokenFolder.open(write(tmp_path / "tokens"))
+    assert folder.dtype == np.uint16
+    assert (folder.vocab_size, folder.bos, folder.eos, folder.source) == (53, True, False, "a test")
+    train = folder.splits["train"]
+    assert (train.tokens, train.documents, train.characters) == (50, 8, 150)
+    assert [shard.tokens for shard in train.shards] == [20, 20, 10]
+    assert np.concatenate(folder.arrays("train")).tolist() == list(range(50))
+    starts = [starts.tolist() for starts in folder.document_starts("train")]
+    assert starts == [[0, 7, 14], [1, 8, 15], [2, 9]]
+    assert sorted(file.name for file in folder.path.iterdir()) == [
+        "meta.json",
+        "tokenizer.model",
+        *[f"train-0000{n}.{end}" for n in range(3) for end in ("bin", "documents.npy")],
+        "validation-00000.bin",
+        "validation-00000.documents.npy",
+    ]
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, "uint16"), (65_537, "uint32")])
+def test_the_dtype_fits_the_vocabulary(tmp_path, vocab_size, dtype):
+    folder = TokenFolder.open(write(tmp_path / "tokens", vocab_size=vocab_size))
+    assert folder.dtype == dtype
+    (tmp_path / "tokens" / "train-00000.bin").stat()
+    assert folder.arrays("train")[0].nbytes == 20 * np.dtype(dtype).itemsize
+
+
+def test_an_empty_split_has_no_shards(tmp_path):
+    folder = TokenFolder.open(write(tmp_path / "tokens", validation=0))
+    assert folder.splits["validation"].tokens == 0
+    assert folder.arrays("validation") == ()
+
+
+def test_the_fingerprint_follows_the_tokens_and_nothing_else(tmp_path):
+    prints = [
+        TokenFolder.open(write(tmp_path / name, **options)).fingerprint
+        for name, options in {
+            "a": {},
+            "b": {"source": "elsewhere"},
+            "c": {"train": 49},
+            "d": {"vocab_size": 54},
+        }.items()
+    ]
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 3
+
+
+def _edit_meta(path, **changes):
+    """Change meta.json and its fingerprint, as somebody who means it would."""
+    meta = json.loads((path / "meta.json").read_text()) | changes
+    meta["fingerprint"] = fingerprint(meta)
+    (path / "meta.json").write_text(json.dumps(meta))
+
+
+def _set_token(path, position, token):
+    array = np.memmap(path / "train-00001.bin", np.uint16, "r+")
+    array[position] = token
+    array.flush()
+
+
+DAMAGE = {
+    "no meta": (
+        lambda p: (p / "meta.json").unlink(),
+        r"has no meta.json; make it with: python pre",
+    ),
+    "meta cut": (lambda p: (p / "meta.json").write_text("{"), r"meta.json is damaged"),
+    "meta a list": (lambda p: (p / "meta.json").write_text("[]"), r"meta.json is damaged"),
+    "meta binary": (lambda p: (p / "meta.json").write_bytes(b"\xff"), r"meta.json is damaged"),
+    "meta edited": (
+        lambda p: (p / "meta.json").write_text(
+            (p / "meta.json").read_text().replace('"bos": true', '"bos": false')
+        ),
+        r"meta.json is damaged",
+    ),
+    "version": (lambda p: _edit_meta(p, version=9), r"'llama_jax tokens' version 9; expected .* 1"),
+    "dtype": (lambda p: _edit_meta(p, dtype="uint32"), r"has 40 bytes; expected 20 tokens of 4"),
+    "bad dtype": (lambda p: _edit_meta(p, dtype="words"), r"meta.json is damaged"),
+    "no splits": (lambda p: _edit_meta(p, splits={}), r"meta.json is damaged"),
+    "tokenizer": (lambda p: (p / "tokenizer.model").write_bytes(b"x"), r"not the tokenizer of"),
+    "no tokenizer": (lambda p: (p / "tokenizer.model").unlink(), r"tokenizer.model is missing"),
+    "no shard": (lambda p: (p / "train-00001.bin").unlink(), r"train-00001.bin is missing"),
+    "no starts": (
+        lambda p: (p / "train-00001.documents.npy").unlink(),
+        r"documents.npy is missing",
+    ),
+    "odd size": (
+        lambda p: (p / "train-00001.bin").write_bytes(b"x" * 39),
+        r"train-00001.bin has 39 bytes; expected 20 tokens of 2 bytes",
+    ),
+    "id too large": (
+        lambda p: _set_token(p, 3, 60),
+        r"train-00001.bin has id 60 at position 3, but the vocabulary ends at 52",
+    ),
+    "edited": (lambda p: _set_token(p, 3, 5), r"train-00001.bin is not what was written"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("whole", [tokens_file.WHOLE, 0])
+def test_damage_is_noticed_and_told_in_one_line(tmp_path, monkeypatch, kind, whole):
+    monkeypatch.setattr(tokens_file, "WHOLE", whole)
+    path = write(tmp_path / "tokens")
+    damage, message = DAMAGE[kind]
+    damage(path)
+    with pytest.raises(UserError, match=message) as caught:
+        TokenFolder.open(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["missing", "empty"])
+def test_a_folder_without_tokens_says_how_to_make_it(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=rf"python prepare.py TEXT --output .*{name}"):
+        TokenFolder.open(tmp_path / name)
+
+
+def test_large_folders_are_sampled_at_both_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens_file, "WHOLE", 0)
+    monkeypatch.setattr(tokens_file, "SAMPLE", 64)
+    path = write(tmp_path / "tokens", shard_tokens=4999, train=9_998)
+    for position in (0, 4998):
+        before = int(np.memmap(path / "train-00001.bin", np.uint16, "r")[position])
+        _set_token(path, position, 52 - before)
+        with pytest.raises(UserError, match="is not what was written"):
+            TokenFolder.open(path)
+        _set_token(path, position, before)
+        TokenFolder.open(path)
+    _set_token(path, 4990, 999)
+    with pytest.raises(UserError, match="has id 999 at position 4,990"):
+        TokenFolder.open(path)
