@@ -1,0 +1,157 @@
+"""Decoding speed: tokens a second of ours beside Hugging Face's `generate`, with random weights.
+
+    python benchmarks/decode.py
+    python benchmarks/decode.py --models 15m --first_token
+
+Greedy, a prompt of 4 tokens, the whole call timed: reading the prompt, the loop, the tokens on the
+host. Each peer has its own process and they take turns; see `common`. `--first_token` also starts
+`sample.py` on a 15M checkpoint, with the compilation cache empty and then filled.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import peers
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPT = [1, 17, 42, 3]
+CONTEXT = 256
+MANY = 16  # rows of the batched run
+
+
+def ours(model: str, rows: int, new_tokens: int, dtype: str) -> common.Work:
+    """The loop of `generation.generate`."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from llama_jax.generation import generate
+    from llama_jax.model import Llama, unstack
+    from llama_jax.sampling import make_sampler
+
+    config, greedy = common.model_config(model, CONTEXT, dtype), make_sampler(temperature=0)
+    weights = unstack(Llama(config, rngs=nnx.Rngs(0)))
+    if dtype == "bfloat16":
+        weights = jax.tree.map(lambda array: array.astype(jnp.bfloat16), weights)
+    prompts, seeds = [PROMPT] * rows, [0] * rows
+
+    def work() -> float:
+        begun = time.perf_counter()
+        chunks = list(generate(weights, prompts, greedy, max_tokens=new_tokens, seeds=seeds))
+        seconds = time.perf_counter() - begun
+        assert sum(len(row) for chunk in chunks for row in chunk.rows) == rows * new_tokens
+        return seconds
+
+    return work
+
+
+def theirs(model: str, rows: int, new_tokens: int, dtype: str) -> common.Work:
+    """Hugging Face's `generate` with the same shape."""
+    shape = common.SHAPES[model] | {"num_kv_heads": common.KV_HEADS[model]}
+    prompt = np.asarray([PROMPT] * rows)
+    generate = peers.hugging_face_generate(shape, CONTEXT, prompt, new_tokens, dtype)
+
+    def work() -> float:
+        begun = time.perf_counter()
+        made = generate()
+        seconds = time.perf_counter() - begun
+        assert made == rows * new_tokens
+        return seconds
+
+    return work
+
+
+def first_token(rounds: int) -> None:
+    """Time `python sample.py` from its start to its first text."""
+    tokenizer = ROOT.parent / "shared" / "data" / "tokenizer.model"
+    tokenizer = Path(os.environ.get("LLAMA_JAX_TOKENIZER", tokenizer))
+    if not tokenizer.is_file():
+        print("\nfirst token: skipped; set LLAMA_JAX_TOKENIZER to Llama 2's tokenizer.model")
+        return
+    print("\nfirst token of `python sample.py`, 15m, seconds from the start of the process")
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint, cache = Path(folder) / "ckpt", Path(folder) / "cache"
+        code = "import decode; decode.write_checkpoint(*__import__('sys').argv[1:])"
+        environment = os.environ | {"LLAMA_JAX_CACHE": str(cache)}
+        environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}"
+        make = [sys.executable, "-c", code, str(checkpoint), str(tokenizer)]
+        subprocess.run(make, env=environment, check=True)
+        cold, *warm = (_first_text(checkpoint, environment) for _ in range(rounds + 1))
+    seconds = " ".join(f"{value:.2f}" for value in sorted(warm))
+    print(f"  compilation cache empty   {cold:.2f}\n  compilation cache filled  {seconds}")
+
+
+def write_checkpoint(folder: str, tokenizer: str) -> None:
+    """A 15M checkpoint of random weights, as training leaves it."""
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from llama_jax.checkpoint import CheckpointWriter
+    from llama_jax.config import Config, DataConfig, OptimizerConfig
+    from llama_jax.model import Llama
+    from llama_jax.run_folder import Run, start_or_resume
+
+    config = Config(
+        model=common.model_config("15m", CONTEXT, "float32"),
+        data=DataConfig(path="none", batch_size=1, sequence_length=CONTEXT),
+        optimizer=OptimizerConfig(steps=1, learning_rate=1e-3, warmup_steps=0),
+    )
+    path = Path(folder)
+    path.mkdir()
+    start_or_resume(path, Run(config=config, bos=True, eos=False), Path(tokenizer))
+    writer = CheckpointWriter(path, keep_last=1)
+    model = Llama(config.model, rngs=nnx.Rngs(0))
+    writer.save(1, model, {"count": jnp.int32(1)}, {}, 1.0)
+    writer.close()
+
+
+def _first_text(checkpoint: Path, environment: dict[str, str]) -> float:
+    """Seconds from the start of a process to what it says was its first token, seen from outside.
+
+    The prompt itself is printed with the first token, so the first byte is that moment.
+    """
+    words = [sys.executable, str(ROOT / "sample.py"), "--ckpt", str(checkpoint)]
+    words += ["--prompt=Once upon a time", "--max_tokens=32"]
+    begun = time.perf_counter()
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(words, env=environment, bufsize=0, **pipes) as process:
+        process.stdout.read(1)
+        seconds = time.perf_counter() - begun
+        process.stdout.read()
+        said = process.stderr.read().decode()
+    if process.returncode or not re.search(r"first token after", said):
+        raise SystemExit(f"sample.py failed: {said}")
+    return seconds
+
+
+def main() -> None:
+    """Measure each model that was asked for."""
+    parser = common.parser(__doc__.splitlines()[0], models="15m,110m")
+    parser.add_argument("--new_tokens", type=int, default=128, help="to a turn, of each row")
+    parser.add_argument("--first_token", action="store_true", help="also time a cold start")
+    flags = parser.parse_args()
+    common.heading(Path(__file__).name)
+    new, with_peers = flags.new_tokens, not flags.no_peers
+    with_peers = with_peers and not common.missing("torch", "transformers")
+    for model in flags.models.split(","):
+        made: dict[str, tuple[Any, ...]] = {"llama_jax": (ours, model, 1, new, flags.dtype)}
+        if with_peers:
+            made["Hugging Face generate"] = (theirs, model, 1, new, flags.dtype)
+        title = f"decoding, {model}, {new} new tokens, {flags.dtype}"
+        common.compare(f"{title}, batch 1", new, flags.rounds, made)
+        many: dict[str, tuple[Any, ...]] = {"llama_jax": (ours, model, MANY, new, flags.dtype)}
+        common.compare(f"{title}, batch {MANY}", MANY * new, flags.rounds, many)
+    if flags.first_token:
+        first_token(flags.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""Huge pages for large arrays, on Linux.
+
+A training step on CPU takes hundreds of megabytes from the C library and gives them back. In pages
+of 4 KiB that is 140,000 page faults a step for the 15M model, a tenth of its time, and a quarter
+for the 260K model. glibc (2.35 or later) asks for huge pages when told so before a program starts.
+"""
+
+import os
+import sys
+
+VARIABLE, SETTING = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
+
+
+def use_huge_pages() -> None:
+    """Start this program again, once, with huge pages asked for; call it before anything else."""
+    asked = os.environ.get(VARIABLE, "")
+    if sys.platform != "linux" or not sys.executable or SETTING.partition("=")[0] in asked:
+        return
+    os.environ[VARIABLE] = ":".join(filter(None, [asked, SETTING]))
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

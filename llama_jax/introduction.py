@@ -1,0 +1,57 @@
+"""The lines a run begins with: what is trained, on what, from what, and where to."""
+
+import importlib.metadata
+import math
+import platform
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from llama_jax.config import Config
+from llama_jax.data.tokens import TokenFolder
+from llama_jax.model import count_parameters
+from llama_jax.train_step import init_state, state_shardings
+
+
+def introduction(
+    config: Config, mesh: Mesh, data: TokenFolder, folder: Path, step: int
+) -> list[str]:
+    """A line each on devices, model, memory, batch, data and run."""
+    device = mesh.devices.flat[0]
+    axes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    train, validation = data.splits["train"], data.splits["validation"]
+    batch, length = config.data.batch_size, config.data.sequence_length
+    microbatches = config.optimizer.accumulation_steps
+    epochs = config.optimizer.steps * config.tokens_per_step / max(train.tokens, 1)
+    where = f"resuming from step {step:,}" if step else "a new run"
+    lines = [
+        f"device    {mesh.devices.size} × {device.device_kind} ({axes}), jax {jax.__version__}",
+        f"model     {count_parameters(config.model):,} parameters, {config.model.compute_dtype}",
+        f"memory    {_state_bytes(config, mesh) / 1e9:.3f} GB a device for parameters and moments",
+        f"batch     {config.tokens_per_step:,} tokens a step: {batch} sequences × {length} tokens"
+        f" in {microbatches} microbatch{'es' if microbatches > 1 else ''}",
+        f"data      {data.path}: {train.tokens:,} tokens ({epochs:.2f} epochs) and"
+        f" {validation.tokens:,} for validation",
+        f"run       {folder}: {where}, {config.optimizer.steps:,} steps in all",
+    ]
+    if device.platform == "cpu" and config.model.compute_dtype == "bfloat16":
+        lines.append("hint      bfloat16 is slow on CPU; add --config.model.compute_dtype=float32")
+    return lines
+
+
+def _state_bytes(config: Config, mesh: Mesh) -> int:
+    """Bytes of the training state that the first device holds."""
+    sizes = jax.tree.map(
+        lambda leaf, place: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
+        jax.eval_shape(lambda: init_state(config)),
+        state_shardings(config, mesh),
+    )
+    return sum(jax.tree.leaves(sizes))
+
+
+def versions() -> dict[str, str]:
+    """The versions that a checkpoint was written with."""
+    packages = ("jax", "flax", "optax", "orbax-checkpoint")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version()} | found

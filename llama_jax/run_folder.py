@@ -1,0 +1,189 @@
+"""A run's folder: what it is a run of, and whose it is while it runs.
+
+    config.json        the config, and how documents are separated
+    tokenizer.model    so that sampling needs nothing else
+    metrics.jsonl      what `metrics` writes
+    <step>/            what `checkpoint` writes
+
+A folder that holds another run, or anything else, is refused: nothing in it is ever overwritten.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llama_jax.config import Config
+from llama_jax.config_parsing import parse
+from llama_jax.errors import UsageError, UserError
+from llama_jax.metrics import METRICS
+
+CONFIG, TOKENIZER, LOCK = "config.json", "tokenizer.model", ".lock"
+KIND, VERSION = "llama_jax run", 1
+
+# What may differ between two sittings of the same run; everything else makes it another run.
+FREE_SECTIONS = ("mesh", "run")
+FREE_KEYS = ("data.path", "data.allow_change", "optimizer.accumulation_steps", "optimizer.steps")
+BOUND_KEYS = ("run.seed",)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run's folder says of it."""
+
+    config: Config
+    bos: bool  # documents it learnt from begin with BOS
+    eos: bool  # they end with EOS
+
+
+def read_run(folder: Path) -> Run:
+    """The run that a folder holds.
+
+    Raises:
+      UserError: when the folder is missing, holds no run, or its description is damaged.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist; expected the checkpoint folder of a run")
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"{folder} holds no run (it has no {CONFIG}); train one with train.py")
+    try:
+        tree = json.loads(path.read_text())
+        if not {"kind": KIND, "version": VERSION}.items() <= tree.items():
+            raise ValueError(f"it describes no {KIND} of version {VERSION}")
+        config = parse(Config, tree["config"])
+        return Run(config=config, bos=bool(tree["bos"]), eos=bool(tree["eos"]))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {error}; restore it from a copy") from error
+
+
+def start_or_resume(folder: Path, run: Run, tokenizer: Path) -> None:
+    """Make a folder the run's own, or find that it is; call it inside `claimed`.
+
+    Raises:
+      UserError: when the folder holds another run, or one with another tokenizer.
+    """
+    ours, theirs = folder / TOKENIZER, tokenizer.read_bytes()
+    has_begun = _has_begun(folder)
+    if has_begun:
+        _require_same(folder, read_run(folder).config, run.config)
+    if has_begun and ours.exists() and ours.read_bytes() != theirs:
+        raise UserError(
+            f"the data's tokenizer is not the one that {folder} was trained with; prepare the data"
+            f" with --tokenizer {ours}, or choose another folder with --config.run.checkpoint_dir=…"
+        )
+    tree = {"kind": KIND, "version": VERSION, **dataclasses.asdict(run)}
+    _write_atomically(folder / CONFIG, (json.dumps(tree, indent=1) + "\n").encode())
+    _write_atomically(ours, theirs)
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether a run has left more than its description: a start that was refused binds nobody."""
+    metrics = folder / METRICS
+    has_metrics = metrics.is_file() and metrics.stat().st_size > 0
+    return has_metrics or any(path.name[0].isdigit() for path in folder.iterdir())
+
+
+def _require_same(folder: Path, old: Config, new: Config) -> None:
+    """Refuse a config whose run would not continue the old one."""
+    was, now = _leaves(dataclasses.asdict(old)), _leaves(dataclasses.asdict(new))
+    for key, value in now.items():
+        is_free = key in FREE_KEYS or key.split(".")[0] in FREE_SECTIONS
+        if was[key] != value and (key in BOUND_KEYS or not is_free):
+            raise UserError(
+                f"{folder} holds another run: {key} is {was[key]!r} there and {value!r} here;"
+                " choose another folder with --config.run.checkpoint_dir=…, or the same settings"
+            )
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted name."""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        leaves |= (
+            _leaves(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else {prefix + name: value}
+        )
+    return leaves
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file in one step: a reader sees the old or the new, never half."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold a folder, made if missing, for this process alone.
+
+    Raises:
+      UsageError: when it is a file or cannot be written.
+      UserError: when another process trains in it, or it holds anything but a run.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; expected a folder to write checkpoints in")
+    if folder.exists() and not (folder / CONFIG).exists():
+        _require_empty(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("a+")
+    except OSError as error:
+        raise UsageError(
+            f"{folder} cannot be written ({error.strerror}); choose another folder with"
+            " --config.run.checkpoint_dir=…"
+        ) from error
+    with lock:
+        _lock(lock, folder)
+        yield
+
+
+def _require_empty(folder: Path) -> None:
+    """Refuse a folder with anything but what we leave in it before it is a run's."""
+    others = {path.name for path in folder.iterdir()} - {LOCK, CONFIG + ".partial"}
+    if others:
+        raise UserError(
+            f"{folder} is not empty and holds no run (it has {min(others)!r}); choose another"
+            " folder with --config.run.checkpoint_dir=…"
+        )
+
+
+def _lock(lock: Any, folder: Path) -> None:
+    """Take a lock that the operating system frees when this process ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # a system without such locks
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        owner = lock.read().strip() or "another process"
+        raise UserError(f"{folder} is in use by {owner}; wait for it, or stop it") from None
+    lock.seek(0)
+    lock.truncate()
+    lock.write(f"process {os.getpid()}\n")
+    lock.flush()
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Refuse to begin a write that the disk has no room for.
+
+    Raises:
+      UserError: with both numbers.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder} has {free / 1e9:.2f} GB free, and a checkpoint takes {needed / 1e9:.2f} GB;"
+            " make room and run the same command again (older checkpoints are intact)"
+        )

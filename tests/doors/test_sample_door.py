@@ -1,0 +1,260 @@
+"""The door sample.py as a user meets it: what it writes where, and what it says to mistakes."""
+
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from llama_jax import cli
+from llama_jax.checkpoint import CheckpointWriter
+from llama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
+from llama_jax.model import Llama
+from llama_jax.run_folder import Run, start_or_resume
+from llama_jax.tokenizer import train_tokenizer
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DOOR = [sys.executable, str(REPOSITORY / "sample.py")]
+STORIES = [f"Tim had {n} red sails. The sea was blue and the sun was warm." for n in range(50)]
+SIZES = {"dim": 24, "num_layers": 1, "num_heads": 6, "num_kv_heads": 2, "tied_embeddings": False}
+SPEED = re.compile(r"\n\[first token after \d+\.\d\d s, then [\d,]+ tokens/s\]\n")
+FULL = "[stopped where the model's context is full]\n"
+ENOUGH = "[stopped after --max_tokens]\n"
+SHORT = ("--max_tokens=8", "--seed=1", "--top_p=1")
+TWO = ("--prompt=Tim had", "--prompt=", "--max_tokens=40", "--seed=3")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a run in ckpt/ that has learnt nothing, and a tokenizer of another size."""
+    folder = tmp_path_factory.mktemp("place")
+    tokenizer = train_tokenizer(STORIES, 300, folder / "t.model")
+    train_tokenizer(STORIES, 290, folder / "other.model")
+    config = Config(
+        model=ModelConfig(vocab_size=tokenizer.vocab_size, context_length=48, **SIZES),
+        data=DataConfig(path="data", batch_size=1, sequence_length=2),
+        optimizer=OptimizerConfig(steps=1, learning_rate=1e-3, warmup_steps=0),
+    )
+    (folder / "ckpt").mkdir()
+    start_or_resume(folder / "ckpt", Run(config=config, bos=True, eos=False), tokenizer.path)
+    nothing = {"count": jnp.int32(0)}
+    writer = CheckpointWriter(folder / "ckpt", keep_last=2)
+    for step in (5, 10):
+        writer.save(step, Llama(config.model, rngs=nnx.Rngs(step)), nothing, {}, 1.0)
+    writer.close()
+    return folder
+
+
+@pytest.fixture
+def sample(place, monkeypatch, capsys, tmp_path):
+    """Run the door in this process; returns exit code, stdout and stderr."""
+    spec = importlib.util.spec_from_file_location("sample", REPOSITORY / "sample.py")
+    door = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(door)
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(jax.config, "update", lambda *setting: None)  # no cache for other tests
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["sample.py", *words])
+        with pytest.raises(SystemExit) as end:
+            cli.run(door.main)
+        return end.value.code, *capsys.readouterr()
+
+    return run
+
+
+def in_another_process(place, *words, pipe=""):
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": ""}
+    environment |= {"LLAMA_JAX_CACHE": str(place / "cache")}
+    command = f"{shlex.join([*DOOR, *words])} {pipe}; exit ${{PIPESTATUS[0]}}"
+    return subprocess.run(
+        ["bash", "-c", command],
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_text_goes_to_stdout_and_nothing_else_does(place):
+    first = in_another_process(place, *TWO)
+    assert first.returncode == 0, first.stderr
+    told, untold = first.stdout.removesuffix("\n").split("\n\n")
+    assert told.startswith("Tim had") and len(told) > 7 and untold
+    assert SPEED.match(first.stderr)
+    said = SPEED.sub("", first.stderr).splitlines()
+    assert all(re.fullmatch(r"\[sample [12]: stopped [^]]+\]", line) for line in said)
+
+    again = in_another_process(place, *TWO)
+    assert again.stdout == first.stdout
+
+
+def test_a_reader_that_leaves_is_no_error(place):
+    done = in_another_process(place, *TWO, pipe="| head -c 5")
+    assert (done.returncode, done.stdout) == (0, "Tim h")
+    assert "Traceback" not in done.stderr and "Broken" not in done.stderr
+
+
+def test_a_prompt_is_continued_in_order(sample):
+    code, alone, said = sample(*SHORT, "--prompt=The sea")
+    assert (code, alone[:7], alone[-1]) == (0, "The sea", "\n")
+    assert SPEED.sub("", said) == ENOUGH
+    code, both, _ = sample(*SHORT, "--prompt=The sea", "--prompt=Tim had 7 red sails. The")
+    assert both.startswith(alone + "\nTim had 7 red sails. The")
+    code, other, _ = sample(*SHORT, "--prompt=Tim had 7 red sails. The", "--prompt=The sea")
+    assert other.split("\n\n")[0] + "\n" == both.removeprefix(alone + "\n")
+
+
+def test_an_empty_prompt_starts_from_bos(sample):
+    code, text, _ = sample(*SHORT, "--prompt=")
+    assert code == 0 and len(text) > 1
+    assert sample(*SHORT)[1] == text
+
+
+def test_sample_j_has_the_seed_plus_j(sample):
+    words = ("--prompt=Tim", "--max_tokens=8", "--temperature=2", "--top_p=1")
+    _, both, _ = sample(*words, "--num_samples=2", "--seed=4")
+    first, second = both.removesuffix("\n").split("\n\n")
+    assert sample(*words, "--seed=5")[1] == second + "\n"
+    assert sample(*words, "--seed=4")[1] == first + "\n" != second + "\n"
+
+
+def test_a_full_context_is_said(sample):
+    code, _, said = sample("--prompt=Tim", *SHORT, "--max_tokens=1000")
+    assert (code, SPEED.sub("", said)) == (0, FULL)
+
+
+def test_one_token_has_no_speed(sample):
+    code, _, said = sample("--prompt=Tim", *SHORT, "--max_tokens=1")
+    assert code == 0
+    assert re.fullmatch(r"\n\[first token after [\d.]+ s, then one token\]\n\[.*\]\n", said)
+
+
+def test_the_ways_to_name_a_checkpoint(sample, place, monkeypatch):
+    monkeypatch.setenv("HOME", str(place))
+    newest = sample(*SHORT)
+    assert newest[0] == 0
+    for path in ("ckpt/", f"{place}/ckpt", "~/ckpt", "./ckpt/../ckpt", "ckpt/10", "ckpt/10/"):
+        assert sample(*SHORT, "--ckpt", path)[:2] == newest[:2], path
+    older = sample(*SHORT, "--ckpt=ckpt/5")
+    assert older[0] == 0 and older[1] != newest[1]
+    monkeypatch.chdir(place / "ckpt")
+    assert sample(*SHORT, "--ckpt=.")[:2] == newest[:2]
+    assert sample(*SHORT, "--ckpt=5")[:2] == older[:2]
+    monkeypatch.chdir(place / "ckpt" / "5")
+    assert sample(*SHORT, "--ckpt=.")[:2] == older[:2]
+
+
+def changes(folder):
+    """When each file and folder last changed."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_nothing_is_written_into_a_checkpoint(place, tmp_path):
+    shutil.copytree(place / "ckpt", tmp_path / "ckpt")
+    before = changes(tmp_path)
+    for path in before:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    done = in_another_process(place, *TWO, "--ckpt", str(tmp_path / "ckpt"))
+    assert done.returncode == 0, done.stderr
+    assert changes(tmp_path) == before
+    for path in before:
+        path.chmod(0o755)
+
+
+def test_a_damaged_checkpoint_is_passed_over(sample, place, tmp_path):
+    shutil.copytree(place / "ckpt", tmp_path / "ckpt")
+    shutil.rmtree(tmp_path / "ckpt" / "10" / "model")
+    code, text, said = sample(*SHORT, "--ckpt", str(tmp_path / "ckpt"))
+    assert (code, text) == (0, sample(*SHORT, "--ckpt=ckpt/5")[1])
+    warning = said.splitlines()[0]
+    assert warning.startswith("warning: ") and warning.endswith("falling back to the one before it")
+
+
+USAGE = {
+    ("--temperature=-1",): "temperature=-1.0 is out of range; expected 0 (greedy) or more",
+    ("--temperature=nan",): "temperature=nan is out of range",
+    ("--temperature=warm",): "argument --temperature: invalid float value: 'warm'",
+    ("--top_p=0",): "top_p=0.0 is out of range; expected more than 0, up to 1",
+    ("--top_p=2",): "top_p=2.0 is out of range",
+    ("--top_k=-1",): "top_k=-1 is out of range; expected 0 (off) or more",
+    ("--max_tokens=0",): "max_tokens=0 is out of range; expected 1 or more",
+    ("--num_samples=0",): "num_samples=0 is out of range; expected 1 to 10000",
+    ("--num_samples=3000000000",): "num_samples=3000000000 is out of range",
+    ("--seed=-1",): "seed=-1 is out of range; expected 0 to",
+    ("--temprature=1",): "'--temprature=1' is not understood; did you mean '--temperature'?",
+    ("once",): "'once' is not understood; see --help",
+    ("--prompt",): "argument --prompt: expected one argument",
+}
+
+
+@pytest.mark.parametrize("words", USAGE, ids=" ".join)
+def test_a_wrong_flag_is_one_line(sample, words):
+    code, text, said = sample("--ckpt=missing", *words)
+    assert (code, text) == (2, "")
+    assert said.startswith(f"error: {USAGE[words]}") and said.count("\n") == 1
+
+
+def swap_tokenizer(folder):
+    shutil.copy(folder.parent / "other.model", folder / "tokenizer.model")
+
+
+def remove_steps(folder):
+    for step in ("5", "10"):
+        shutil.rmtree(folder / step)
+
+
+def spoil_steps(folder):
+    for step in ("5", "10"):
+        shutil.rmtree(folder / step / "model")
+
+
+def leave_half_a_step(folder):
+    remove_steps(folder)
+    (folder / "5.orbax-checkpoint-tmp-7").mkdir()
+
+
+DAMAGES = {
+    "missing": (shutil.rmtree, "ckpt does not exist; expected the checkpoint folder of a run"),
+    "empty": (lambda folder: (shutil.rmtree(folder), folder.mkdir()), "ckpt holds no run"),
+    "foreign": (lambda folder: (folder / "config.json").write_text('{"dim": 8}'), "is damaged"),
+    "no steps": (remove_steps, "ckpt has no finished checkpoint"),
+    "half a step": (leave_half_a_step, "ckpt has no finished checkpoint"),
+    "spoilt": (spoil_steps, "none of the checkpoints in"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.model").unlink(), "does not exist"),
+    "another tokenizer": (swap_tokenizer, "has 290 pieces and the model 300; restore"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_checkpoint_that_cannot_be_used_is_one_line(sample, place, tmp_path, name):
+    shutil.copytree(place / "ckpt", tmp_path / "ckpt")
+    shutil.copy(place / "other.model", tmp_path)
+    damage, message = DAMAGES[name]
+    damage(tmp_path / "ckpt")
+    code, text, said = sample("--ckpt", str(tmp_path / "ckpt"))
+    assert (code, text) == (1, "")
+    lines = [line for line in said.splitlines() if not line.startswith("warning: ")]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+
+
+def test_a_checkpoint_that_is_a_file_is_one_line(sample):
+    code, text, said = sample("--ckpt=t.model")
+    assert (code, text) == (1, "")
+    assert said.startswith("error: t.model ") and said.count("\n") == 1
+
+
+def test_a_prompt_too_long_is_one_line(sample):
+    code, text, said = sample("--prompt=Tim", "--prompt=" + "sea " * 99)
+    assert (code, text) == (1, "")
+    assert re.fullmatch(r"error: the prompt has \d+ tokens; expected 1 to 47,.* 48\n", said)

@@ -1,0 +1,79 @@
+"""What is printed, where and in which order, whatever order the rows grow in."""
+
+import pytest
+
+from llama_jax import printing
+from llama_jax.errors import UsageError
+from llama_jax.printing import print_samples
+from llama_jax.sampling import make_sampler
+from llama_jax.text import Piece
+
+GREEDY = make_sampler(temperature=0)
+
+
+def printed(capsys, prompts, pieces):
+    printing._print_in_order(prompts, pieces)
+    return capsys.readouterr()
+
+
+def test_one_row_is_printed_as_it_grows(capsys):
+    seen = []
+
+    def pieces():
+        for text in ("", " a", " b"):
+            yield Piece(0, text, 1, "")
+            seen.append(capsys.readouterr().out)
+        yield Piece(0, ".", 1, "stop")
+
+    rest = printed(capsys, ["Once"], pieces())
+    assert seen == ["Once", " a", " b"]
+    assert (rest.out, rest.err) == (".\n", "")
+
+
+def test_rows_are_printed_in_order_with_an_empty_line_between(capsys):
+    pieces = [
+        Piece(0, " a", 1, ""),
+        Piece(1, " c", 1, ""),
+        Piece(2, " e", 1, "length"),
+        Piece(0, " b", 1, ""),
+        Piece(1, " d", 1, "stop"),
+        Piece(0, "!", 1, "context"),
+    ]
+    said = printed(capsys, ["A", "B", ""], pieces)
+    assert said.out == "A a b!\n\nB c d\n\n e\n"
+    assert said.err.splitlines() == [
+        "[sample 1: stopped where the model's context is full]",
+        "[sample 3: stopped after --max_tokens]",
+    ]
+
+
+def test_speed_counts_what_comes_after_the_first_piece(capsys, monkeypatch):
+    times = iter([103.5, 108.5])  # of the first piece, and of the end
+    monkeypatch.setattr(printing.time, "perf_counter", lambda: next(times))
+    pieces = [Piece(0, "a", 1, ""), Piece(0, "b", 16, ""), Piece(0, "c", 4, "stop")]
+    assert list(printing._timed(pieces, begun=100)) == pieces
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == "\n[first token after 3.50 s, then 4 tokens/s]\n"
+
+
+def test_one_piece_has_no_speed(capsys):
+    list(printing._timed([Piece(0, "a", 1, "stop")], begun=0))
+    assert capsys.readouterr().err.endswith(", then one token]\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_tokens", 0),
+        ("max_tokens", -5),
+        ("num_samples", 0),
+        ("num_samples", 10**5),
+        ("seed", -1),
+        ("seed", 2**31 - 1),
+    ],
+)
+def test_a_number_out_of_range_is_refused_before_the_checkpoint_is_read(name, value):
+    numbers = {"max_tokens": 1, "num_samples": 1, "seed": 0} | {name: value}
+    with pytest.raises(UsageError, match=rf"^{name}={value} is out of range; expected "):
+        print_samples("missing", [""], GREEDY, **numbers, begun=0)

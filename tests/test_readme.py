@@ -1,0 +1,50 @@
+"""The README tells the truth about the tree, the configs and the flags."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+TREE = README.split("```\ntrain.py", 1)[1].split("```", 1)[0]
+
+
+def test_every_module_is_in_the_tree():
+    named = set(re.findall(r"[a-z_]+\.py", "train.py" + TREE))
+    standing = {path.name for path in (ROOT / "llama_jax").glob("*.py")} - {"__init__.py"}
+    standing |= {path.name for path in ROOT.glob("*.py")} - {"setup.py"}
+    assert standing <= named
+
+
+def test_everything_in_the_tree_exists():
+    places = [ROOT, ROOT / "llama_jax", ROOT / "tests"]
+    for name in re.findall(r"[a-z_]+\.py|[a-z_/]+/(?=\s)", "train.py" + TREE):
+        assert any((place / name).exists() for place in places), name
+
+
+@pytest.mark.parametrize("config", sorted(path.stem for path in (ROOT / "configs").glob("*.py")))
+def test_the_table_has_every_config_with_its_numbers(config):
+    from llama_jax.cli import config_from_flags
+    from llama_jax.config import Config
+    from llama_jax.config_parsing import parse
+    from llama_jax.model import count_parameters
+
+    tree = config_from_flags([f"--config={ROOT / 'configs' / config}.py"], default="")
+    run = parse(Config, tree)
+    row = f"| `{config}` | {count_parameters(run.model):,} | {run.tokens_per_step:,} |"
+    assert row in README
+
+
+@pytest.mark.parametrize("words", re.findall(r"--config\.[a-z_.]+", README))
+def test_overrides_in_the_text_are_keys(words):
+    from llama_jax.cli import config_from_flags
+
+    config = config_from_flags([], default=str(ROOT / "configs" / "demo.py"))
+    for name in words.removeprefix("--config.").split("."):
+        config = config[name]
+
+
+def test_pictures_and_pages_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target

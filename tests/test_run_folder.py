@@ -1,0 +1,154 @@
+"""A run's folder: it is one run's, one process's, and nothing in it is overwritten."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from tiny_run import make_config
+
+from llama_jax.errors import UsageError, UserError
+from llama_jax.run_folder import Run, claimed, read_run, require_space, start_or_resume
+
+WAIT = """
+import sys, time
+from pathlib import Path
+from llama_jax.run_folder import claimed
+with claimed(Path(sys.argv[1])):
+    print("claimed", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "t.model").write_bytes(b"pieces")
+    return tmp_path / "runs" / "ckpt"
+
+
+def start(folder, tokenizer="t.model", **changes):
+    """Claim the folder for a run, as a sitting does."""
+    run = Run(config=make_config("tokens", folder, **changes), bos=True, eos=False)
+    with claimed(folder):
+        start_or_resume(folder, run, folder.parents[1] / tokenizer)
+    return run
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+def test_a_new_run_is_described_so_that_it_can_be_read_back(folder):
+    run = start(folder)
+    assert read_run(folder) == run
+    assert set(contents(folder)) == {"config.json", "tokenizer.model"}
+    assert contents(folder)["tokenizer.model"] == b"pieces"
+
+
+FREE = {"optimizer__steps": 30, "data__path": "moved", "run__log_every": 1, "mesh__fsdp": 2}
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_a_run_may_go_on_with_other_habits(folder, name):
+    start(folder)
+    run = start(folder, **{name: FREE[name]})
+    assert read_run(folder) == run
+
+
+OTHER = {"model__dropout": 0.2, "optimizer__learning_rate": 1.0, "data__seed": 1, "run__seed": 1}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_another_run_is_refused_and_nothing_changes(folder, name):
+    start(folder)
+    before = contents(folder)
+    key = name.replace("__", ".")
+    with pytest.raises(UserError, match=rf"holds another run: {key} is .* there and {OTHER[name]}"):
+        start(folder, **{name: OTHER[name]})
+    assert contents(folder) == before
+
+
+def test_another_tokenizer_is_refused_and_nothing_changes(folder):
+    start(folder)
+    before = contents(folder)
+    (folder.parents[1] / "other.model").write_bytes(b"other pieces")
+    with pytest.raises(UserError, match=r"tokenizer is not the one that .* was trained with"):
+        start(folder, tokenizer="other.model")
+    assert contents(folder) == before
+
+
+def test_a_start_that_was_killed_can_be_repeated(folder):
+    folder.mkdir(parents=True)
+    (folder / ".lock").touch()
+    (folder / "config.json.partial").write_text("{")
+    run = start(folder)
+    (folder / "tokenizer.model").unlink()  # killed between the two files
+    start(folder)
+    assert read_run(folder) == run
+    assert set(contents(folder)) == {"config.json", "tokenizer.model"}
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "tokenizer.model", ".hidden"])
+def test_a_folder_with_anything_else_is_refused_untouched(folder, name):
+    folder.mkdir(parents=True)
+    (folder / name).write_text("mine")
+    (folder / ".lock").write_text("another program's")
+    with pytest.raises(UserError, match=f"is not empty and holds no run .it has '{name}'"):
+        start(folder)
+    assert contents(folder) == {name: b"mine"}
+    assert (folder / ".lock").read_text() == "another program's"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"kind": "llama_jax run", "version": 2}', '{"model_type": "llama"}', "\xff"],
+)
+def test_a_damaged_description_is_told_in_one_line(folder, text):
+    start(folder)
+    (folder / "config.json").write_text(text, encoding="latin-1")
+    for act in (start, read_run):
+        with pytest.raises(UserError, match=r"config.json is damaged") as error:
+            act(folder)
+        assert "\n" not in str(error.value)
+
+
+def test_what_holds_no_run_is_named(folder, tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        read_run(folder)
+    with pytest.raises(UserError, match="holds no run"):
+        read_run(tmp_path)
+
+
+def test_a_place_that_cannot_be_written_is_named(folder, tmp_path):
+    for place, says in (
+        (tmp_path / "t.model", "is a file"),
+        (tmp_path / "t.model" / "below", "cannot be written .Not a directory"),
+    ):
+        with pytest.raises(UsageError, match=says), claimed(place):
+            raise AssertionError("claimed")
+    assert (tmp_path / "t.model").read_bytes() == b"pieces"
+
+
+def test_one_process_at_a_time_and_a_dead_one_does_not_count(folder):
+    command = [sys.executable, "-c", WAIT, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "claimed\n"
+        with pytest.raises(UserError, match=f"in use by process {process.pid}"), claimed(folder):
+            raise AssertionError("claimed")
+        process.kill()
+    with claimed(folder):
+        assert (folder / ".lock").read_text() == f"process {os.getpid()}\n"
+
+
+def test_room_on_the_disk_is_asked_for(tmp_path):
+    require_space(tmp_path, 1000)
+    with pytest.raises(UserError, match=r"a checkpoint takes 1000000000\.00 GB; make room"):
+        require_space(tmp_path, 10**18)
+
+
+def test_the_description_is_plain_json(folder):
+    start(folder)
+    tree = json.loads((folder / "config.json").read_text())
+    assert (tree["kind"], tree["version"], tree["bos"]) == ("llama_jax run", 1, True)
+    assert tree["config"]["model"]["dim"] == 24

@@ -1,0 +1,98 @@
+"""A run so small that it takes seconds: its text, its tokens, its config. Shared by some tests."""
+
+import contextlib
+import dataclasses
+import sys
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from llama_jax import training
+from llama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from llama_jax.data.corpus import corpus_from_files
+from llama_jax.data.prepare import TokenOptions, prepare
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DOOR = [sys.executable, str(REPOSITORY / "train.py")]
+COLOURS = ("red", "blue", "green", "white", "black")
+VOCAB = 320
+FILE = "from llama_jax.config import *\nfrom llama_jax.config_parsing import as_config_dict\n"
+FILE += "def get_config():\n    return as_config_dict({config!r})\n"
+
+
+def make_text(path, colours=COLOURS, stories=100):
+    """A text file of little stories."""
+    told = (
+        f"The {colours[n % len(colours)]} boat number {n} sails home.\nIt has {n % 7} sails."
+        for n in range(stories)
+    )
+    path.write_text("\n<|endoftext|>\n".join(told))
+    return path
+
+
+def make_tokens(path, vocab_size=VOCAB, tokenizer="", **text):
+    """A prepared token folder."""
+    source = make_text(path.with_suffix(".txt"), **text)
+    corpus = corpus_from_files(source, validation=0.1)
+    return prepare(corpus, path, TokenOptions(vocab_size=vocab_size, tokenizer=str(tokenizer)))
+
+
+def make_config(data, checkpoint_dir, **changes):
+    """The run's config; `changes` by dotted name with `__` for the dot."""
+    config = Config(
+        model=ModelConfig(
+            vocab_size=VOCAB,
+            dim=24,
+            num_layers=3,
+            num_heads=6,
+            num_kv_heads=2,
+            hidden_dim=40,
+            context_length=32,
+            dropout=0.1,
+        ),
+        data=DataConfig(path=str(data), batch_size=8, sequence_length=16),
+        optimizer=OptimizerConfig(steps=20, learning_rate=1e-2, warmup_steps=5),
+        run=RunConfig(
+            checkpoint_dir=str(checkpoint_dir),
+            log_every=5,
+            eval_every=10,
+            eval_batches=2,
+            save_every=5,
+            sample_tokens=0,
+        ),
+    )
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        changed = dataclasses.replace(getattr(config, section), **{key: value})
+        config = dataclasses.replace(config, **{section: changed})
+    return config
+
+
+def write_config(path, config):
+    """A config file for the door."""
+    path.write_text(FILE.format(config=config))
+    return path
+
+
+@contextlib.contextmanager
+def quick_runs(cache):
+    """Inside, `fit` uses one of the pretend devices, and compiled programs are kept in `cache`."""
+    settings = {
+        "jax_compilation_cache_dir": str(cache),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    one_device = partial(training.make_mesh, devices=jax.devices()[:1])
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        with mock.patch.object(training, "make_mesh", one_device):
+            yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
