@@ -68,10 +68,10 @@ def start_or_resume(folder: Path, run: Run, tokenizer: Path) -> None:
       UserError: when the folder holds another run, or one with another tokenizer.
     """
     ours, theirs = folder / TOKENIZER, tokenizer.read_bytes()
-    has_begun = _has_begun(folder)
-    if has_begun:
-        _require_same(folder, read_run(folder).config, run.config)
-    if has_begun and ours.exists() and ours.read_bytes() != theirs:
+    old = read_run(folder) if (folder / CONFIG).exists() else None
+    if old and _has_begun(folder):
+        _require_same(folder, old.config, run.config)
+    if old and _has_begun(folder) and ours.exists() and ours.read_bytes() != theirs:
         raise UserError(
             f"the data's tokenizer is not the one that {folder} was trained with; prepare the data"
             f" with --tokenizer {ours}, or choose another folder with --config.run.checkpoint_dir=…"

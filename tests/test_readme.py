@@ -36,7 +36,7 @@ def test_the_table_has_every_config_with_its_numbers(config):
     assert row in README
 
 
-@pytest.mark.parametrize("words", re.findall(r"--config\.[a-z_.]+", README))
+@pytest.mark.parametrize("words", re.findall(r"--config\.[a-z_.0-9]*[a-z0-9]", README))
 def test_overrides_in_the_text_are_keys(words):
     from llama_jax.cli import config_from_flags
 

@@ -35,6 +35,13 @@ def start(folder, tokenizer="t.model", **changes):
     return run
 
 
+def begin(folder, **changes):
+    """Start a run and take its first step."""
+    run = start(folder, **changes)
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    return run
+
+
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
@@ -61,7 +68,7 @@ OTHER = {"model__dropout": 0.2, "optimizer__learning_rate": 1.0, "data__seed": 1
 
 @pytest.mark.parametrize("name", OTHER)
 def test_another_run_is_refused_and_nothing_changes(folder, name):
-    start(folder)
+    begin(folder)
     before = contents(folder)
     key = name.replace("__", ".")
     with pytest.raises(UserError, match=rf"holds another run: {key} is .* there and {OTHER[name]}"):
@@ -69,8 +76,22 @@ def test_another_run_is_refused_and_nothing_changes(folder, name):
     assert contents(folder) == before
 
 
-def test_another_tokenizer_is_refused_and_nothing_changes(folder):
+@pytest.mark.parametrize("name", OTHER)
+def test_a_start_without_a_step_binds_nobody(folder, name):
     start(folder)
+    run = start(folder, **{name: OTHER[name]})
+    assert read_run(folder) == run
+
+
+def test_a_checkpoint_alone_makes_a_run(folder):
+    start(folder)
+    (folder / "20").mkdir()
+    with pytest.raises(UserError, match="holds another run"):
+        start(folder, run__seed=1)
+
+
+def test_another_tokenizer_is_refused_and_nothing_changes(folder):
+    begin(folder)
     before = contents(folder)
     (folder.parents[1] / "other.model").write_bytes(b"other pieces")
     with pytest.raises(UserError, match=r"tokenizer is not the one that .* was trained with"):

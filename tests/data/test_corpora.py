@@ -47,8 +47,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
+        self.server.served += 1  # before the answer, so that the client finds it counted
         self.wfile.write(data[: len(data) // 2] if is_broken else data)
-        self.server.served += 1
 
     def log_message(self, *_):
         pass
