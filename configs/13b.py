@@ -1,7 +1,7 @@
 """Meta's Llama 2 13B: its shape, and its pretraining settings (Touvron et al. 2023, section 2.2).
 
 4,194,304 tokens a step (1,024 sequences × 4,096) for 2 T tokens; 13,015,864,320 parameters.
-Meta used 368,640 A100 hours and ended at a training loss of about 1.67.
+Meta used 368,640 A100 hours and ended at a training loss of about 1.67 (not checked here).
 Parameters and moments take 156 GB in float32, cut over the fsdp axis.
 Tokens come from prepare.py with Llama 2's tokenizer.model:
 

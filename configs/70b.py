@@ -1,7 +1,7 @@
 """Meta's Llama 2 70B: its shape, and its pretraining settings (Touvron et al. 2023, section 2.2).
 
 4,194,304 tokens a step (1,024 sequences × 4,096) for 2 T tokens; 68,976,648,192 parameters.
-Meta used 1,720,320 A100 hours and ended at a training loss of about 1.5. GQA with 8 kv heads.
+Meta used 1,720,320 A100 hours and ended at a training loss of about 1.5 (not checked here).
 Parameters and moments take 828 GB in float32, cut over the fsdp and tensor axis.
 Tokens come from prepare.py with Llama 2's tokenizer.model:
 

@@ -53,7 +53,7 @@ class KVCache:
 def _write_rows(cache_BKSH: jax.Array, new_BTKH: jax.Array, at_B: jax.Array) -> jax.Array:
     """`cache` with `new` written along S, in each row from its own slot on."""
     new_BKTH = new_BTKH.swapaxes(1, 2).astype(cache_BKSH.dtype)
-    if new_BKTH.shape[0] == 1:  # one row needs no scatter, which costs several copies on CPU
+    if new_BKTH.shape[0] == 1:  # one row needs no scatter
         return jax.lax.dynamic_update_slice(cache_BKSH, new_BKTH, (0, 0, at_B[0], 0))
     write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (0, at, 0)))
     return write(cache_BKSH, new_BKTH, at_B)
