@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from llama_jax.errors import UserError
 from llama_jax.model import Llama
+from llama_jax.names import named_leaves
 from llama_jax.run_folder import require_space
 
 Tree = TypeVar("Tree")
@@ -27,13 +28,6 @@ Report = Callable[[str], None]
 
 ITEMS = ("model", "optimizer")
 STEP = re.compile(r"0|[1-9][0-9]{0,8}")  # what a checkpoint's folder is called
-
-
-def named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves of any tree by dotted name, such as `blocks.attention.wq.kernel`."""
-    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
-    return {name.removesuffix(".value"): leaf for name, (_, leaf) in zip(names, paths)}
 
 
 def _renamed(tree: Tree, leaves: dict[str, Any]) -> Tree:

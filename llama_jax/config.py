@@ -13,6 +13,7 @@ from llama_jax.errors import UsageError
 COMPUTE_DTYPES = ("float32", "bfloat16")
 REMAT_CHOICES = ("none", "block")
 CORPORA = ("", "stories", "shakespeare", "tinystories")
+ROPE_SCALINGS = ("none", "linear", "llama3")
 
 
 def require(condition: bool, message: str) -> None:
@@ -40,6 +41,29 @@ def _require_choice(section: str, choices: tuple[str, ...], **values: str) -> No
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary wavelengths are stretched for a context longer than the one first trained on."""
+
+    kind: str = "none"  # "linear": all by `factor`; "llama3": only those long in the old context
+    factor: float = 1.0  # how much longer a stretched wavelength is
+    low_frequency_factor: float = 1.0  # llama3: fewer turns than this in the old context: stretched
+    high_frequency_factor: float = 4.0  # llama3: more turns than this: left alone; between: blended
+    original_context: int = 8192  # llama3: the old context, tokens
+
+    def __post_init__(self) -> None:
+        _require_choice("model.rope_scaling", ROPE_SCALINGS, kind=self.kind)
+        _require_range("model.rope_scaling", 1, 1e6, factor=self.factor)
+        edges = ("low_frequency_factor", "high_frequency_factor")
+        _require_range("model.rope_scaling", 1e-3, 1e3, **{n: getattr(self, n) for n in edges})
+        _require_range("model.rope_scaling", 1, math.inf, original_context=self.original_context)
+        require(
+            self.kind != "llama3" or self.low_frequency_factor < self.high_frequency_factor,
+            f"model.rope_scaling.low_frequency_factor={self.low_frequency_factor} is not below"
+            f" high_frequency_factor={self.high_frequency_factor}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The shape of a Llama 2 and its numerics (Touvron et al. 2023, section 2.2)."""
 
@@ -54,6 +78,7 @@ class ModelConfig:
     ffn_dim_multiplier: float = 1.0  # the rule scales the width by this before rounding
     norm_eps: float = 1e-5  # added to the mean square inside RMSNorm
     rope_theta: float = 10000.0  # base of the rotary wavelengths
+    rope_scaling: RopeScaling = RopeScaling()
     tied_embeddings: bool = True  # one table reads tokens and writes logits
     init_std: float = 0.02  # of fresh matrices; of those into the residual stream / √(2·layers)
     dropout: float = 0.0  # fraction dropped at llama2.c's four sites, training only

@@ -100,7 +100,8 @@ class Llama(nnx.Module):
         T = tokens_BT.shape[1]
         start_B = jnp.zeros(1, jnp.int32) if cache is None else cache.length_B
         positions_BT = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
-        turn = rotation(positions_BT, self.config.head_dim, self.config.rope_theta)
+        config = self.config
+        turn = rotation(positions_BT, config.head_dim, config.rope_theta, config.rope_scaling)
         mask_BTS = causal_mask(positions_BT, T if cache is None else cache.slots)
         keys = _layer_keys(dropout_key, self.config.num_layers)
 

@@ -4,14 +4,39 @@ Inside this package the two members of a rotated pair lie in the two *halves* of
 rotation needs no strided access. Formats that interleave them are permuted in `formats`.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from llama_jax.config import RopeScaling
 
 
-def rotation(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """Radians a token of each of the H/2 pairs, float32.
+
+    Stretched as `scaling` says: "linear" is Chen et al. 2023 (position interpolation); "llama3"
+    stretches long wavelengths alone (Llama 3.1's `apply_scaling`).
+    """
+    plain = np.float32(theta) ** -(np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+    if scaling.kind == "none":
+        return plain
+    stretched = plain / np.float32(scaling.factor)
+    if scaling.kind == "linear":
+        return stretched
+    turns = scaling.original_context * plain / (2 * math.pi)  # in the old context
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    share = np.clip((turns - low) / (high - low), 0.0, 1.0).astype(np.float32)
+    return share * plain + (1 - share) * stretched
+
+
+def rotation(
+    positions_BT: jax.Array, head_dim: int, theta: float, scaling: RopeScaling = RopeScaling()
+) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine, float32 [B, T, 1, H/2], of the angle of each pair at each position."""
-    frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions_BT.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None]
+    turns_H = frequencies(head_dim, theta, scaling)
+    angles = positions_BT.astype(jnp.float32)[:, :, None, None] * turns_H[None, None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 

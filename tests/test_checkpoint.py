@@ -293,10 +293,6 @@ def test_an_error_of_the_disk_is_one_line(folder, monkeypatch):
     writer.close()
 
 
-def test_names_are_dotted():
-    assert list(checkpoint.named_leaves({"a": {"b": 1}, "c": [2, 3]})) == ["a.b", "c.0", "c.1"]
-
-
 def test_a_path_means_one_step_or_all(good):
     steps = [path.name for path in checkpoint.checkpoint_paths(good)]
     assert steps == ["9", "5"]

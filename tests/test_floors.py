@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [  # low to high
     "errors config config_parsing tokenizer tokenizer_file token_decoder",
-    "layers positions cache sharding blockwise attention",
+    "names layers positions cache sharding blockwise attention",
     "model",
     "stories data loss optimizer checkpoint sampling metrics plot formats run_folder loading"
     " tensorboard stop_signal compilation_cache huge_pages",
@@ -25,7 +25,9 @@ ONLY_IN = {  # libraries that few may know
     "orbax": {"checkpoint"},
     "grain": {"data"},
     "optax": {"optimizer", "training", "train_step"},
-    "sentencepiece": {"tokenizer"},
+    "sentencepiece": {"tokenizer", "formats"},
+    "gguf": {"formats"},
+    "safetensors": set(),
     "absl": {"cli", "config_parsing", "configs"},
     "ml_collections": {"cli", "config_parsing", "configs"},
     "matplotlib": {"plot"},
