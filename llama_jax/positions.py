@@ -32,7 +32,7 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray
 
 
 def rotation(
-    positions_BT: jax.Array, head_dim: int, theta: float, scaling: RopeScaling = RopeScaling()
+    positions_BT: jax.Array, head_dim: int, theta: float, scaling: RopeScaling
 ) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine, float32 [B, T, 1, H/2], of the angle of each pair at each position."""
     turns_H = frequencies(head_dim, theta, scaling)

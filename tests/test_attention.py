@@ -12,6 +12,7 @@ from conftest import plain
 from llama_jax import attention
 from llama_jax.attention import attend, causal_mask
 from llama_jax.cache import LayerCache
+from llama_jax.config import RopeScaling
 from llama_jax.positions import rotation
 
 B, T, D, N, H = 5, 7, 24, 6, 4
@@ -75,7 +76,8 @@ def test_the_layer_agrees_with_the_oracle(tiny_model, monkeypatch, in_blocks, ca
     x_BTD = jnp.asarray(np.random.default_rng(1).standard_normal((B, T, D)), jnp.float32)
     slots = 11 if cached else T
     empty = LayerCache(*[jnp.zeros((B, 2, 11, H))] * 2) if cached else None
-    turn, mask = rotation(jnp.arange(T)[None], H, 10000.0), causal_mask(jnp.arange(T)[None], slots)
+    turn = rotation(jnp.arange(T)[None], H, 10000.0, RopeScaling())
+    mask = causal_mask(jnp.arange(T)[None], slots)
     length_B = jnp.zeros(B, jnp.int32) if cached else None
     run = jax.jit(lambda x, cache, length: layer(x, turn, mask, cache, length, None))
     out, cache = run(x_BTD, empty, length_B)

@@ -5,14 +5,16 @@ import numpy as np
 import pytest
 import reference
 
-from llama_jax.positions import rotate, rotation
+from llama_jax.config import RopeScaling
+from llama_jax.positions import frequencies, rotate, rotation
 
 THETA = 500.0
 X_BTNH = np.random.default_rng(0).standard_normal((5, 7, 6, 4), np.float32)
 
 
 def turned(x, positions_BT):
-    return rotate(jnp.asarray(x), *rotation(jnp.asarray(positions_BT), x.shape[-1], THETA))
+    turn = rotation(jnp.asarray(positions_BT), x.shape[-1], THETA, RopeScaling())
+    return rotate(jnp.asarray(x), *turn)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
@@ -49,3 +51,25 @@ def test_scores_depend_on_distance_only():
     other = np.sum(turned(q, [[25]]) * turned(k, [[21]]), -1)
     np.testing.assert_allclose(near, far, rtol=1e-5, atol=1e-5)
     assert np.abs(near - other).max() > 0.1
+
+
+def test_linear_scaling_stretches_every_wavelength():
+    plain = frequencies(8, THETA, RopeScaling())
+    np.testing.assert_allclose(plain, THETA ** -(np.arange(4) / 4), rtol=1e-6)
+    stretched = frequencies(8, THETA, RopeScaling(kind="linear", factor=2.5))
+    np.testing.assert_allclose(stretched, plain / 2.5, rtol=1e-6)
+
+
+def test_llama3_scaling_stretches_long_wavelengths_alone():
+    scaling = RopeScaling(
+        kind="llama3", factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0
+    )
+    plain, stretched = (frequencies(128, 5e5, which) for which in (RopeScaling(), scaling))
+    turns = 8192 * plain / (2 * np.pi)
+    np.testing.assert_array_equal(stretched[turns > 4], plain[turns > 4])
+    np.testing.assert_allclose(stretched[turns < 1], plain[turns < 1] / 8, rtol=1e-6)
+    between = (turns > 1) & (turns < 4)
+    share = (turns[between] - 1) / 3
+    blended = plain[between] * (share + (1 - share) / 8)
+    assert between.sum() > 2
+    np.testing.assert_allclose(stretched[between], blended, rtol=1e-6)

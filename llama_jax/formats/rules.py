@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How an array of ours lies in a foreign file, given our shape; `to_theirs` undoes `to_ours`."""
+    """How an array of a shape of ours lies in a foreign file; `to_theirs` undoes `to_ours`."""
 
     their_shape: Callable[[Shape], Shape]
     to_ours: Callable[[np.ndarray, Shape], np.ndarray]
@@ -123,7 +123,7 @@ def import_tensors(
     }
     complaints = [f"{_some(names)} {what}" for what, names in problems.items() if names]
     if complaints:
-        raise UserError(f"{source} does not hold the tensors of this Llama: {'; '.join(complaints)}")
+        raise UserError(f"{source} does not hold this Llama's tensors: {'; '.join(complaints)}")
 
     def promise(rule: Rule) -> Tensor:
         tensor, shape = foreign[rule.theirs], shapes[rule.ours]

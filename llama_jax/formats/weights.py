@@ -85,4 +85,3 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def of_layer(stacked: str, layer: int) -> str:
     """The name of one layer's part of a stacked array: `blocks.ffn.up.kernel`, 3 → `blocks.3.…`."""
     return f"{BLOCKS}{layer}.{stacked.removeprefix(BLOCKS)}"
-
