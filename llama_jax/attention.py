@@ -23,23 +23,38 @@ def causal_mask(positions_BT: jax.Array, key_length: int) -> jax.Array:
 
 def attend(
     q_BTNH: jax.Array,
-    k_BKSH: jax.Array,
-    v_BKSH: jax.Array,
+    keys_RSH: jax.Array,
+    values_RHS: jax.Array,
     mask_BTS: jax.Array,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """Softmax attention, [B, T, N, H], with float32 scores; each kv head serves N/K heads."""
+    """Softmax attention, [B, T, N, H], with float32 scores; each kv head serves G = N/K heads.
+
+    Keys and values lie as in `cache.LayerCache`, R = K·B; queries are brought to [R, G·T, H].
+    """
     B, T, N, H = q_BTNH.shape
-    K = k_BKSH.shape[1]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKGTS = jnp.einsum(
-        "BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32
-    ) * (1.0 / math.sqrt(H))
-    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, -jnp.inf)
-    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSH.dtype)
-    weights_BKGTS = dropout(weights_BKGTS, dropout_rate, dropout_key)
-    return jnp.einsum("BKGTS,BKSH->BTKGH", weights_BKGTS, v_BKSH).reshape(B, T, N, H)
+    K = keys_RSH.shape[0] // B
+    q_KBGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(2, 0, 3, 1, 4)
+    q_RMH = q_KBGTH.reshape(K * B, -1, H)  # M = G·T
+    scores_RMS = jnp.einsum("RMH,RSH->RMS", q_RMH, keys_RSH, preferred_element_type=jnp.float32) * (
+        1.0 / math.sqrt(H)
+    )
+    scores_KBGTS = jnp.where(
+        mask_BTS[None, :, None], scores_RMS.reshape(K, B, N // K, T, -1), -jnp.inf
+    )
+    weights_KBGTS = jax.nn.softmax(scores_KBGTS, axis=-1).astype(values_RHS.dtype)
+    weights_KBGTS = dropout(weights_KBGTS, dropout_rate, dropout_key)
+    weights_RMS = weights_KBGTS.reshape(scores_RMS.shape)
+    out_RMH = jnp.einsum("RMS,RHS->RMH", weights_RMS, values_RHS)
+    return out_RMH.reshape(K, B, N // K, T, H).transpose(1, 3, 0, 2, 4).reshape(B, T, N, H)
+
+
+def as_rows(k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Fresh keys and values as `attend` takes them, [R, S, H] and [R, H, S]."""
+    B, T, K, H = k_BTKH.shape
+    keys_RSH = k_BTKH.transpose(2, 0, 1, 3).reshape(K * B, T, H)
+    return keys_RSH, v_BTKH.transpose(2, 0, 3, 1).reshape(K * B, H, T)
 
 
 def prefers_blocks() -> bool:
@@ -75,9 +90,9 @@ class Attention(nnx.Module):
         if cache is None and dropout_key is None and prefers_blocks():
             return self.wo(causal_attention(q_BTNH, k_BTKH, v_BTKH)), None
         if cache is None or length_B is None:
-            k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+            keys_RSH, values_RHS = as_rows(k_BTKH, v_BTKH)
         else:
             cache = cache.write(k_BTKH, v_BTKH, length_B)
-            k_BKSH, v_BKSH = cache.keys_BKSH, cache.values_BKSH
-        mixed_BTNH = attend(q_BTNH, k_BKSH, v_BKSH, mask_BTS, self.dropout_rate, dropout_key)
+            keys_RSH, values_RHS = cache.keys_RSH, cache.values_RHS
+        mixed_BTNH = attend(q_BTNH, keys_RSH, values_RHS, mask_BTS, self.dropout_rate, dropout_key)
         return self.wo(mixed_BTNH), cache

@@ -47,6 +47,35 @@ class Linear(nnx.Module):
         return (x.reshape(-1, kernel.shape[0]) @ kernel).reshape(rows + self.outputs)
 
 
+class OutputsFirstLinear(nnx.Module):
+    """The same product with its kernel stored outputs first, as decoding on CPU wants it.
+
+    One row times such a matrix is a dot product an output, each over adjacent numbers: a 110M model
+    decodes a fifth faster than with its kernels inputs first.
+    """
+
+    def __init__(self, linear: Linear):
+        self.inputs, self.outputs = linear.inputs, linear.outputs
+        split, axes = len(self.inputs), linear.kernel.axes
+        kernel = linear.kernel[...].reshape(math.prod(self.inputs), -1).T
+        self.kernel = nnx.Param(
+            kernel.reshape(self.outputs + self.inputs), axes=axes[split:] + axes[:split]
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.kernel[...].astype(x.dtype).reshape(-1, math.prod(self.inputs))
+        rows = x.shape[: x.ndim - len(self.inputs)]
+        x_RI = x.reshape(-1, kernel.shape[1])
+        return times_transposed(x_RI, kernel, x.dtype).reshape(rows + self.outputs)
+
+
+def times_transposed(x_RI: jax.Array, kernel_OI: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """x · kernelᵀ, [R, O] in `dtype`; a single row as the matrix-vector product it is."""
+    if x_RI.shape[0] == 1:
+        return jnp.dot(kernel_OI, x_RI[0], preferred_element_type=dtype)[None]
+    return jnp.einsum("RI,OI->RO", x_RI, kernel_OI, preferred_element_type=dtype)
+
+
 class RMSNorm(nnx.Module):
     """Scales vectors to unit mean square, in float32 (Zhang and Sennrich 2019).
 

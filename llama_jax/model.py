@@ -14,7 +14,14 @@ from flax import nnx
 from llama_jax.attention import Attention, causal_mask
 from llama_jax.cache import KVCache, LayerCache
 from llama_jax.config import ModelConfig
-from llama_jax.layers import Linear, RMSNorm, dropout, parameter
+from llama_jax.layers import (
+    Linear,
+    OutputsFirstLinear,
+    RMSNorm,
+    dropout,
+    parameter,
+    times_transposed,
+)
 from llama_jax.positions import rotation
 from llama_jax.sharding import constrain
 
@@ -125,7 +132,9 @@ class Llama(nnx.Module):
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits [B, T, V] of hidden states."""
         output_VD = self.output_VD.astype(x_BTD.dtype)
-        return jnp.einsum("BTD,VD->BTV", x_BTD, output_VD, preferred_element_type=jnp.float32)
+        x_RD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        logits_RV = times_transposed(x_RD, output_VD, jnp.dtype(jnp.float32))
+        return logits_RV.reshape(*x_BTD.shape[:2], -1)
 
     def __call__(
         self, tokens_BT: jax.Array, cache: KVCache | None = None
@@ -173,12 +182,23 @@ def unstack(model: Llama) -> Llama:
     if not isinstance(model.blocks, Block):
         return model
     layers = [
-        jax.tree.map(lambda array, i=i: array[i], model.blocks)
+        _for_rows(jax.tree.map(lambda array, i=i: array[i], model.blocks))
         for i in range(model.config.num_layers)
     ]
     unstacked = jax.tree.map(lambda leaf: leaf, model)  # a shallow copy: arrays are shared
     unstacked.blocks = nnx.List(layers)
     return unstacked
+
+
+def _for_rows(block: Block) -> Block:
+    """A block whose matrices lie as this backend multiplies single rows fastest."""
+    if jax.default_backend() != "cpu":
+        return block
+    for part in (block.attention, block.ffn):
+        for name, layer in vars(part).items():
+            if isinstance(layer, Linear):
+                setattr(part, name, OutputsFirstLinear(layer))
+    return block
 
 
 def abstract(config: ModelConfig) -> Llama:

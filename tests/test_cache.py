@@ -14,7 +14,8 @@ def test_an_empty_cache_has_room_and_no_tokens(tiny_config):
     cache = KVCache.empty(tiny_config, batch=5, slots=S)
     assert cache.slots == S
     assert len(cache.layers) == tiny_config.num_layers
-    assert {array.shape for array in jax.tree.leaves(cache.layers)} == {(5, K, S, H)}
+    assert {layer.keys_RSH.shape for layer in cache.layers} == {(K * 5, S, H)}
+    assert {layer.values_RHS.shape for layer in cache.layers} == {(K * 5, H, S)}
     assert {str(array.dtype) for array in jax.tree.leaves(cache.layers)} == {"float32"}
     assert cache.length_B.tolist() == [0] * 5
 
@@ -24,18 +25,22 @@ def test_an_empty_cache_has_room_and_no_tokens(tiny_config):
 def test_each_row_is_written_from_its_own_slot_on(starts, T):
     random = np.random.default_rng(0)
     B = len(starts)
-    old = random.standard_normal((2, B, K, S, H), np.float32)
-    new = random.standard_normal((2, B, T, K, H), np.float32)
-    expected = old.copy()
-    for kind, b, t in np.ndindex(2, B, T):
-        expected[kind, b, :, starts[b] + t] = new[kind, b, t]
-    cache = LayerCache(*map(jnp.asarray, old)).write(*map(jnp.asarray, new), jnp.array(starts))
-    np.testing.assert_array_equal([cache.keys_BKSH, cache.values_BKSH], expected)
+    keys_RSH, values_RHS = (
+        random.standard_normal((K * B, *shape), np.float32) for shape in ((S, H), (H, S))
+    )
+    new_keys, new_values = random.standard_normal((2, B, T, K, H), np.float32)
+    old = LayerCache(jnp.asarray(keys_RSH), jnp.asarray(values_RHS))
+    cache = old.write(jnp.asarray(new_keys), jnp.asarray(new_values), jnp.array(starts))
+    for b, t, k in np.ndindex(B, T, K):
+        keys_RSH[k * B + b, starts[b] + t] = new_keys[b, t, k]
+        values_RHS[k * B + b, :, starts[b] + t] = new_values[b, t, k]
+    np.testing.assert_array_equal(cache.keys_RSH, keys_RSH)
+    np.testing.assert_array_equal(cache.values_RHS, values_RHS)
 
 
 def test_writing_keeps_the_old_cache_and_its_dtype():
-    old = LayerCache(*[jnp.zeros((2, K, S, H), "bfloat16")] * 2)
+    old = LayerCache(jnp.zeros((2 * K, S, H), "bfloat16"), jnp.zeros((2 * K, H, S), "bfloat16"))
     new = old.write(*[jnp.ones((2, 1, K, H))] * 2, jnp.array([0, 1]))
-    assert not old.keys_BKSH.any()
-    assert new.keys_BKSH.any()
-    assert new.keys_BKSH.dtype == "bfloat16"
+    assert not old.keys_RSH.any()
+    assert new.keys_RSH.any()
+    assert {array.dtype for array in jax.tree.leaves(new)} == {jnp.dtype("bfloat16")}

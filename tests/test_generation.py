@@ -131,6 +131,21 @@ def test_numbers_and_nearby_lengths_do_not_compile_again():
     assert (prefill._cache_size(), decode._cache_size()) == before
 
 
+@pytest.mark.parametrize("K", [2, 6])
+def test_the_loop_copies_no_cache(K):
+    """Each copy would cost as much as reading the cache; four a layer once did."""
+    model, slots = unstack(stacked(num_kv_heads=K)), 32
+    numbers = np.asarray([4], np.int32)
+    keys_B = jax.vmap(jax.random.key)(np.asarray([0], np.uint32))
+    prompt = np.asarray([[1, 2, 3, 4]], np.int32)
+    state, _ = prefill(model, prompt, numbers, 2 * numbers, keys_B, GREEDY, numbers, slots)
+    program = decode.lower(model, state, GREEDY, numbers).compile().as_text()
+    sizes = {",".join(map(str, array.shape)) for array in jax.tree.leaves(state.cache.layers)}
+    assert all(f"f32[{size}]" in program for size in sizes)
+    copied = [line for line in program.splitlines() if " copy(" in line]
+    assert not [line for line in copied if any(f"f32[{size}]" in line for size in sizes)]
+
+
 def test_sharded_is_one_device():
     mesh, model = make_mesh(MeshConfig(data=2, tensor=2, fsdp=2)), unstack(stacked())
     placed = jax.device_put(model, shardings(model, mesh))
@@ -144,6 +159,6 @@ def test_sharded_is_one_device():
 def test_bfloat16_follows_float32_for_a_while():
     model = unstack(stacked(compute_dtype="bfloat16"))
     cache = jax.eval_shape(lambda: KVCache.empty(model.config, 1, 8))
-    assert cache.layers[0].keys_BKSH.dtype == "bfloat16"
+    assert cache.layers[0].keys_RSH.dtype == "bfloat16"
     [wide], [narrow] = continued(PROMPTS[:1]), continued(PROMPTS[:1], model=model)
     assert (narrow[:3], len(narrow)) == (wide[:3], 8)

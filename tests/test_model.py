@@ -141,7 +141,9 @@ def test_a_cache_needs_an_unstacked_model(tiny_model):
 
 
 def test_scanned_equals_listed(tiny_model, listed):
-    close(run(listed, TOKENS_BT)[0], run(tiny_model, TOKENS_BT)[0], 1e-6)
+    # Listed blocks have other matrix layouts, so their sums of 24 to 40 float32 terms round
+    # otherwise: the ladder's 1e-5.
+    close(run(listed, TOKENS_BT)[0], run(tiny_model, TOKENS_BT)[0])
     assert len(listed.blocks) == L
     assert unstack(listed) is listed
 
@@ -211,7 +213,7 @@ def dropping():
 def test_dropout_has_four_sites_each_with_its_own_key(dropping):
     run, shapes = dropping
     _, keys = run(jax.random.key(0), jnp.ones(4, bool))
-    stream, weights = (B, T, 24), (B, 2, 3, T, T)
+    stream, weights = (B, T, 24), (2, B, 3, T, T)
     assert shapes == [stream, weights, stream, stream]
     assert len(np.unique(keys, axis=0)) == 4
 
