@@ -38,7 +38,7 @@ def ours(model: str, rows: int, new_tokens: int, dtype: str) -> common.Work:
     from llama_jax.sampling import make_sampler
 
     config, greedy = common.model_config(model, CONTEXT, dtype), make_sampler(temperature=0)
-    weights = unstack(Llama(config, rngs=nnx.Rngs(0)))
+    weights = unstack(Llama(config, rngs=nnx.Rngs(0)), rows)
     if dtype == "bfloat16":
         weights = jax.tree.map(lambda array: array.astype(jnp.bfloat16), weights)
     prompts, seeds = [PROMPT] * rows, [0] * rows

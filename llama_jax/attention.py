@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llama_jax.blockwise import causal_attention
-from llama_jax.cache import LayerCache
+from llama_jax.cache import LayerCache, merged_rows
 from llama_jax.config import ModelConfig
 from llama_jax.layers import Linear, dropout
 from llama_jax.positions import rotate
@@ -24,7 +24,7 @@ def causal_mask(positions_BT: jax.Array, key_length: int) -> jax.Array:
 def attend(
     q_BTNH: jax.Array,
     keys_RSH: jax.Array,
-    values_RHS: jax.Array,
+    values_RSH: jax.Array,
     mask_BTS: jax.Array,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
@@ -43,18 +43,11 @@ def attend(
     scores_KBGTS = jnp.where(
         mask_BTS[None, :, None], scores_RMS.reshape(K, B, N // K, T, -1), -jnp.inf
     )
-    weights_KBGTS = jax.nn.softmax(scores_KBGTS, axis=-1).astype(values_RHS.dtype)
+    weights_KBGTS = jax.nn.softmax(scores_KBGTS, axis=-1).astype(values_RSH.dtype)
     weights_KBGTS = dropout(weights_KBGTS, dropout_rate, dropout_key)
     weights_RMS = weights_KBGTS.reshape(scores_RMS.shape)
-    out_RMH = jnp.einsum("RMS,RHS->RMH", weights_RMS, values_RHS)
+    out_RMH = jnp.einsum("RMS,RSH->RMH", weights_RMS, values_RSH)
     return out_RMH.reshape(K, B, N // K, T, H).transpose(1, 3, 0, 2, 4).reshape(B, T, N, H)
-
-
-def as_rows(k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Fresh keys and values as `attend` takes them, [R, S, H] and [R, H, S]."""
-    B, T, K, H = k_BTKH.shape
-    keys_RSH = k_BTKH.transpose(2, 0, 1, 3).reshape(K * B, T, H)
-    return keys_RSH, v_BTKH.transpose(2, 0, 3, 1).reshape(K * B, H, T)
 
 
 def prefers_blocks() -> bool:
@@ -90,9 +83,9 @@ class Attention(nnx.Module):
         if cache is None and dropout_key is None and prefers_blocks():
             return self.wo(causal_attention(q_BTNH, k_BTKH, v_BTKH)), None
         if cache is None or length_B is None:
-            keys_RSH, values_RHS = as_rows(k_BTKH, v_BTKH)
+            keys_RSH, values_RSH = merged_rows(k_BTKH), merged_rows(v_BTKH)
         else:
             cache = cache.write(k_BTKH, v_BTKH, length_B)
-            keys_RSH, values_RHS = cache.keys_RSH, cache.values_RHS
-        mixed_BTNH = attend(q_BTNH, keys_RSH, values_RHS, mask_BTS, self.dropout_rate, dropout_key)
+            keys_RSH, values_RSH = cache.keys_RSH, cache.values_RSH
+        mixed_BTNH = attend(q_BTNH, keys_RSH, values_RSH, mask_BTS, self.dropout_rate, dropout_key)
         return self.wo(mixed_BTNH), cache

@@ -177,12 +177,15 @@ def _unrolled_layers() -> int:
     return 16 if jax.default_backend() == "cpu" else 1
 
 
-def unstack(model: Llama) -> Llama:
-    """The same model with its blocks as a list, the arrangement that decodes fast."""
+def unstack(model: Llama, rows: int = 1) -> Llama:
+    """The same model with its blocks as a list, the arrangement that decodes fast.
+
+    It can decode any number of rows at once; it is fastest for about as many as `rows`.
+    """
     if not isinstance(model.blocks, Block):
         return model
     layers = [
-        _for_rows(jax.tree.map(lambda array, i=i: array[i], model.blocks))
+        _arranged(jax.tree.map(lambda array, i=i: array[i], model.blocks), rows)
         for i in range(model.config.num_layers)
     ]
     unstacked = jax.tree.map(lambda leaf: leaf, model)  # a shallow copy: arrays are shared
@@ -190,9 +193,9 @@ def unstack(model: Llama) -> Llama:
     return unstacked
 
 
-def _for_rows(block: Block) -> Block:
-    """A block whose matrices lie as this backend multiplies single rows fastest."""
-    if jax.default_backend() != "cpu":
+def _arranged(block: Block, rows: int) -> Block:
+    """A block whose matrices lie as this backend multiplies so many rows fastest."""
+    if rows > 1 or jax.default_backend() != "cpu":
         return block
     for part in (block.attention, block.ffn):
         for name, layer in vars(part).items():

@@ -48,7 +48,7 @@ def print_samples(
     loaded = load(checkpoint)
     rows = [(prompt, seed + j) for prompt in prompts for j in range(num_samples)]
     pieces = stream(
-        unstack(loaded.model),
+        unstack(loaded.model, len(rows)),
         loaded.tokenizer,
         [prompt for prompt, _ in rows],
         sampler,

@@ -10,8 +10,8 @@ import reference
 from conftest import plain
 
 from llama_jax import attention
-from llama_jax.attention import as_rows, attend, causal_mask
-from llama_jax.cache import LayerCache
+from llama_jax.attention import attend, causal_mask
+from llama_jax.cache import LayerCache, merged_rows
 from llama_jax.config import RopeScaling
 from llama_jax.positions import rotation
 
@@ -27,7 +27,7 @@ def heads(K, dtype="float32", T=T):
 def attend_causally(q, k, v, **dropout):
     positions_BT = jnp.arange(q.shape[1])[None]
     mask = causal_mask(positions_BT, q.shape[1])
-    return attend(q, *as_rows(k, v), mask, **dropout)
+    return attend(q, merged_rows(k), merged_rows(v), mask, **dropout)
 
 
 def test_a_query_may_look_at_its_own_slot_and_those_before():
@@ -52,7 +52,7 @@ def test_no_query_sees_what_the_mask_hides():
     hidden = np.zeros((1, T, T), bool)
     hidden[:, :, 3] = True
     mask = jnp.asarray(np.tri(T, dtype=bool) & ~hidden | np.eye(T, dtype=bool))
-    out = [attend(q, *as_rows(k, x), mask) for x in (v, v.at[:, 3].set(1e6))]
+    out = [attend(q, *map(merged_rows, (k, x)), mask) for x in (v, v.at[:, 3].set(1e6))]
     others = [t for t in range(T) if t != 3]
     np.testing.assert_array_equal(out[0][:, others], out[1][:, others])
     assert (out[0][:, 3] != out[1][:, 3]).any()
@@ -75,7 +75,7 @@ def test_the_layer_agrees_with_the_oracle(tiny_model, monkeypatch, in_blocks, ca
     layer = jax.tree.map(lambda array: array[1], tiny_model.blocks.attention)
     x_BTD = jnp.asarray(np.random.default_rng(1).standard_normal((B, T, D)), jnp.float32)
     slots = 11 if cached else T
-    empty = LayerCache(jnp.zeros((2 * B, 11, H)), jnp.zeros((2 * B, H, 11))) if cached else None
+    empty = LayerCache(*[jnp.zeros((2 * B, 11, H))] * 2) if cached else None
     turn = rotation(jnp.arange(T)[None], H, 10000.0, RopeScaling())
     mask = causal_mask(jnp.arange(T)[None], slots)
     length_B = jnp.zeros(B, jnp.int32) if cached else None

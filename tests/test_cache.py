@@ -14,8 +14,7 @@ def test_an_empty_cache_has_room_and_no_tokens(tiny_config):
     cache = KVCache.empty(tiny_config, batch=5, slots=S)
     assert cache.slots == S
     assert len(cache.layers) == tiny_config.num_layers
-    assert {layer.keys_RSH.shape for layer in cache.layers} == {(K * 5, S, H)}
-    assert {layer.values_RHS.shape for layer in cache.layers} == {(K * 5, H, S)}
+    assert {array.shape for array in jax.tree.leaves(cache.layers)} == {(K * 5, S, H)}
     assert {str(array.dtype) for array in jax.tree.leaves(cache.layers)} == {"float32"}
     assert cache.length_B.tolist() == [0] * 5
 
@@ -25,21 +24,19 @@ def test_an_empty_cache_has_room_and_no_tokens(tiny_config):
 def test_each_row_is_written_from_its_own_slot_on(starts, T):
     random = np.random.default_rng(0)
     B = len(starts)
-    keys_RSH, values_RHS = (
-        random.standard_normal((K * B, *shape), np.float32) for shape in ((S, H), (H, S))
-    )
+    keys_RSH, values_RSH = random.standard_normal((2, K * B, S, H), np.float32)
     new_keys, new_values = random.standard_normal((2, B, T, K, H), np.float32)
-    old = LayerCache(jnp.asarray(keys_RSH), jnp.asarray(values_RHS))
+    old = LayerCache(jnp.asarray(keys_RSH), jnp.asarray(values_RSH))
     cache = old.write(jnp.asarray(new_keys), jnp.asarray(new_values), jnp.array(starts))
     for b, t, k in np.ndindex(B, T, K):
         keys_RSH[k * B + b, starts[b] + t] = new_keys[b, t, k]
-        values_RHS[k * B + b, :, starts[b] + t] = new_values[b, t, k]
+        values_RSH[k * B + b, starts[b] + t] = new_values[b, t, k]
     np.testing.assert_array_equal(cache.keys_RSH, keys_RSH)
-    np.testing.assert_array_equal(cache.values_RHS, values_RHS)
+    np.testing.assert_array_equal(cache.values_RSH, values_RSH)
 
 
 def test_writing_keeps_the_old_cache_and_its_dtype():
-    old = LayerCache(jnp.zeros((2 * K, S, H), "bfloat16"), jnp.zeros((2 * K, H, S), "bfloat16"))
+    old = LayerCache(*[jnp.zeros((2 * K, S, H), "bfloat16")] * 2)
     new = old.write(*[jnp.ones((2, 1, K, H))] * 2, jnp.array([0, 1]))
     assert not old.keys_RSH.any()
     assert new.keys_RSH.any()
