@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llama_jax.blockwise import causal_attention
-from llama_jax.cache import LayerCache, merged_rows
+from llama_jax.cache import Int8LayerCache, LayerCache, merged_rows
 from llama_jax.config import ModelConfig
 from llama_jax.layers import Linear, dropout
 from llama_jax.positions import rotate
@@ -72,10 +72,10 @@ class Attention(nnx.Module):
         x_BTD: jax.Array,
         rotation: tuple[jax.Array, jax.Array],
         mask_BTS: jax.Array,
-        cache: LayerCache | None,
+        cache: LayerCache | Int8LayerCache | None,
         length_B: jax.Array | None,
         dropout_key: jax.Array | None,
-    ) -> tuple[jax.Array, LayerCache | None]:
+    ) -> tuple[jax.Array, LayerCache | Int8LayerCache | None]:
         """The attention output [B, T, D], and the cache with T more slots filled if one came in."""
         q_BTNH = rotate(self.wq(x_BTD), *rotation)
         k_BTKH = rotate(self.wk(x_BTD), *rotation)

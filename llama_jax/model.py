@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llama_jax.attention import Attention, causal_mask
-from llama_jax.cache import KVCache, LayerCache
+from llama_jax.cache import Int8LayerCache, KVCache, LayerCache
 from llama_jax.config import ModelConfig
 from llama_jax.layers import (
     Linear,
@@ -59,10 +59,10 @@ class Block(nnx.Module):
         x_BTD: jax.Array,
         rotation: tuple[jax.Array, jax.Array],
         mask_BTS: jax.Array,
-        cache: LayerCache | None = None,
+        cache: LayerCache | Int8LayerCache | None = None,
         length_B: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[jax.Array, LayerCache | None]:
+    ) -> tuple[jax.Array, LayerCache | Int8LayerCache | None]:
         keys = [None] * 3 if dropout_key is None else list(jax.random.split(dropout_key, 3))
         normed_BTD = self.attention_norm(x_BTD)
         mixed_BTD, cache = self.attention(normed_BTD, rotation, mask_BTS, cache, length_B, keys[0])
