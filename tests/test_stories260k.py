@@ -3,12 +3,11 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import parameters
-from flax import nnx
+from tiny_weights import built
 
-from llama_jax.config import ModelConfig
+from llama_jax.formats import llama2c
 from llama_jax.generation import generate
-from llama_jax.model import Llama, unstack
+from llama_jax.model import unstack
 from llama_jax.sampling import make_sampler
 from llama_jax.tokenizer import Tokenizer
 
@@ -18,37 +17,22 @@ LILY = (
 )
 
 
-def halves(w_LDNH):
-    """Heads whose rotated pairs lie next to each other, with the pairs half a head apart."""
-    return np.concatenate([w_LDNH[..., ::2], w_LDNH[..., 1::2]], axis=-1)
+@pytest.fixture(scope="module")
+def weights(shared_data):
+    return llama2c.read(shared_data / "stories260K.bin")
 
 
 @pytest.fixture(scope="module")
-def model(shared_data):
-    """The model in a file of llama2.c's first format: seven int32, then float32 by kind."""
-    raw = (shared_data / "stories260K.bin").read_bytes()
-    D, F, L, N, K, V, T = np.frombuffer(raw, np.int32, 7).tolist()
-    rest, H = np.frombuffer(raw, np.float32, offset=28), D // N
-    shapes = {"embedding": (V, D), "attention_norm": (L, D)}
-    shapes |= {"wq": (L, N, H, D), "wk": (L, K, H, D), "wv": (L, K, H, D), "wo": (L, D, N, H)}
-    shapes |= {"ffn_norm": (L, D), "gate": (L, F, D), "down": (L, D, F), "up": (L, F, D)}
-    arrays = {}
-    for name, shape in (shapes | {"norm": (D,)}).items():
-        arrays[name], rest = rest[: np.prod(shape)].reshape(shape), rest[np.prod(shape) :]
-    assert rest.size == T * H, "what is left are tables of cosines and sines"
-    for name in ("wq", "wk", "wv"):
-        arrays[name] = np.moveaxis(arrays[name], -1, 1)
-    for name in ("wq", "wk"):
-        arrays[name] = halves(arrays[name])
-    for name in ("gate", "up", "down"):
-        arrays[name] = arrays[name].swapaxes(1, 2)
-    arrays["wo"] = np.moveaxis(arrays["wo"], 1, -1)
-    sizes = {"vocab_size": V, "dim": D, "num_layers": L, "num_heads": N, "num_kv_heads": K}
-    config = ModelConfig(**sizes, context_length=T, hidden_dim=F)
-    model = Llama(config, rngs=nnx.Rngs(0))
-    for name, param in parameters(model).items():
-        param[...] = jnp.asarray(arrays[name])
-    return model
+def model(weights):
+    return built(weights)
+
+
+def test_its_shape(weights):
+    config = weights.config
+    assert (config.dim, config.num_layers, config.ffn_dim) == (64, 5, 172)
+    assert (config.num_heads, config.num_kv_heads) == (8, 4)
+    assert (config.vocab_size, config.context_length) == (512, 512)
+    assert config.tied_embeddings
 
 
 def test_the_likeliest_first_tokens(model):

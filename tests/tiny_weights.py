@@ -1,10 +1,13 @@
 """Random models that are small, as weights; sizes differ pairwise, so a swapped dim cannot pass."""
 
+import jax
 import numpy as np
 
 from llama_jax.config import ModelConfig
 from llama_jax.formats.vocabulary import Kind, Piece, Vocabulary
-from llama_jax.formats.weights import DTYPES, Tensor, Weights, tensor_shapes
+from llama_jax.formats.weights import DTYPES, Tensor, Weights, of_layer, tensor_shapes
+from llama_jax.model import abstract
+from llama_jax.names import named_leaves
 
 SIZES = {
     "vocab_size": 283,
@@ -54,3 +57,17 @@ def same(one, other):
         assert (left.shape, left.dtype) == (right.shape, right.dtype), name
         assert (left.shape, left.dtype) == (tensor.shape, tensor.dtype), name
         assert left.tobytes() == right.tobytes(), name
+
+
+def built(weights):
+    """The model that weights describe, in memory, stacked and in float32."""
+    model = abstract(weights.config)
+
+    def array(name):
+        names = [name] if name in weights.tensors else []
+        names = names or [of_layer(name, layer) for layer in range(weights.config.num_layers)]
+        arrays = [weights.tensors[name].read().astype(np.float32) for name in names]
+        return jax.numpy.asarray(arrays[0] if name in weights.tensors else np.stack(arrays))
+
+    leaves = [array(name) for name in named_leaves(model)]
+    return jax.tree.unflatten(jax.tree.structure(model), leaves)

@@ -6,7 +6,7 @@ both sides to account: every foreign tensor used once, every one of ours filled.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -116,12 +116,13 @@ def import_tensors(
         for name, shape in expected.items()
         if name in foreign and foreign[name].shape != shape
     ]
-    problems = {
-        "missing": [name for name in expected if name not in foreign],
-        "unknown": [name for name in foreign if name not in known and not ignored(name)],
-        "of another shape than the config says": wrong,
-    }
-    complaints = [f"{_some(names)} {what}" for what, names in problems.items() if names]
+    missing = [name for name in expected if name not in foreign]
+    unknown = [name for name in foreign if name not in known and not ignored(name)]
+    complaints = [
+        _some(names) + (_are(names) + what if what else "")
+        for what, names in (("missing", missing), ("unknown", unknown), ("", wrong))
+        if names
+    ]
     if complaints:
         raise UserError(f"{source} does not hold this Llama's tensors: {'; '.join(complaints)}")
 
@@ -152,8 +153,11 @@ def export_tensors(
     return {rule.theirs: promise(rule) for rule in rules}
 
 
-def _some(names: Sequence[str] | Iterable[str]) -> str:
+def _some(names: Sequence[str]) -> str:
     """Names in a line, the first few of many."""
-    names = list(names)
     rest = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + rest + (" is" if len(names) == 1 else " are")
+    return ", ".join(names[:LISTED]) + rest
+
+
+def _are(names: Sequence[str]) -> str:
+    return " is " if len(names) == 1 else " are "

@@ -40,6 +40,8 @@ class Vocabulary:
     eos_id: int = 2
     pad_id: int = -1
     adds_space: bool = True  # a space goes before every text
+    joins_spaces: bool = False  # runs of spaces count as one, at the ends as none
+    characters: bytes = b""  # SentencePiece's compiled table of characters to replace first
 
     @classmethod
     def from_model(cls, model: bytes) -> "Vocabulary":
@@ -59,6 +61,8 @@ class Vocabulary:
             eos_id=trainer.eos_id,
             pad_id=trainer.pad_id,
             adds_space=proto.normalizer_spec.add_dummy_prefix,
+            joins_spaces=proto.normalizer_spec.remove_extra_whitespaces,
+            characters=proto.normalizer_spec.precompiled_charsmap,
         )
 
     def to_model(self) -> bytes:
@@ -79,9 +83,10 @@ class Vocabulary:
             token = getattr(trainer, f"{name}_id")
             if 0 <= token < len(self.pieces):
                 setattr(trainer, f"{name}_piece", self.pieces[token].text)
-        normalizer.name = "identity"
+        normalizer.name = "user_defined" if self.characters else "identity"
+        normalizer.precompiled_charsmap = self.characters
         normalizer.add_dummy_prefix = self.adds_space
-        normalizer.remove_extra_whitespaces = False
+        normalizer.remove_extra_whitespaces = self.joins_spaces
         normalizer.escape_whitespaces = True
         return proto.SerializeToString(deterministic=True)
 

@@ -5,6 +5,7 @@ belong to the asker alone. So a conversion holds one tensor at a time, whatever 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 import ml_dtypes
@@ -72,6 +73,11 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     A layer's tensors are named `blocks.{layer}.attention.wq.kernel` and so on. Kinds come first so
     that whoever stores a kind's layers as one array holds one such array at a time.
     """
+    return dict(_tensor_shapes(config))
+
+
+@functools.lru_cache(maxsize=64)
+def _tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for name, leaf in named_leaves(abstract(config)).items():
         if name.startswith(BLOCKS):

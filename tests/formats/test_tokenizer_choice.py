@@ -1,0 +1,90 @@
+"""The tokenizer that a user names: a tokenizer.model as it is, a tokenizer.bin made into one."""
+
+import struct
+
+import pytest
+from sentencepiece import SentencePieceProcessor
+from test_tokenizer_bin import PIECES, packed
+from tiny_weights import tiny_vocabulary
+
+from llama_jax.errors import UserError
+from llama_jax.formats import tokenizer_bin
+from llama_jax.formats.tokenizer_choice import tokenizer_model
+from llama_jax.formats.vocabulary import Vocabulary
+
+
+def refused(path, vocab_size=0):
+    with pytest.raises(UserError) as caught:
+        tokenizer_model(path, vocab_size)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("vocab_size", [0, 283])
+def test_a_model_is_returned_as_it_is(tmp_path, vocab_size):
+    path = tmp_path / "any name"
+    path.write_bytes(tiny_vocabulary().to_model())
+    assert tokenizer_model(path, vocab_size) == path.read_bytes()
+
+
+@pytest.mark.parametrize("vocab_size", [0, 283])
+def test_a_bin_is_made_into_a_model(tmp_path, vocab_size):
+    path = tmp_path / "any name"
+    tokenizer_bin.write(tiny_vocabulary(), path)
+    assert Vocabulary.from_model(tokenizer_model(path, vocab_size)) == tiny_vocabulary()
+
+
+def test_a_longest_piece_of_ten_bytes_is_no_model_yet(tmp_path):
+    (tmp_path / "x").write_bytes(packed([*PIECES, ("x" * 10, -9.0)]))
+    assert (tmp_path / "x").read_bytes()[0] == 10  # as all of SentencePiece's begin
+    assert len(Vocabulary.from_model(tokenizer_model(tmp_path / "x", 265)).pieces) == 265
+
+
+@pytest.mark.parametrize(("name", "size"), [("tok512", 512), ("tokenizer", 32000)])
+def test_real_ones_of_both_kinds_agree(shared_data, name, size):
+    model = tokenizer_model(shared_data / f"{name}.model", size)
+    assert model == (shared_data / f"{name}.model").read_bytes()
+    one, other = SentencePieceProcessor(), SentencePieceProcessor()
+    one.LoadFromSerializedProto(model)
+    other.LoadFromSerializedProto(tokenizer_model(shared_data / f"{name}.bin", size))
+    text = "One day, Lily met a Shoggoth. 日本 <s>"
+    assert one.encode(text) == other.encode(text)
+    assert one.vocab_size() == other.vocab_size() == size
+
+
+@pytest.mark.parametrize("suffix", [".model", ".bin"])
+def test_a_size_that_does_not_fit_is_refused(tmp_path, suffix):
+    path = tmp_path / f"tokenizer{suffix}"
+    if suffix == ".bin":
+        tokenizer_bin.write(tiny_vocabulary(), path)
+    else:
+        path.write_bytes(tiny_vocabulary().to_model())
+    for size in (282, 284, 32000):
+        assert f"has 283 pieces and the model {size}; give" in refused(path, size)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"{}", "is not a SentencePiece model"),
+        (b"<html>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "only a git-LFS pointer"),
+        (tiny_vocabulary().to_model()[:999], "is cut short"),
+        (packed(PIECES)[:999], "is cut short"),
+        (packed(PIECES[:100]), "says SentencePiece: .*byte pieces"),
+        (packed([*PIECES, ("ab", 0.0), ("ab", 0.0)]), "says SentencePiece: .*defined"),
+        (struct.pack("<i", 0) + bytes(90), "is older than August 2023"),
+    ],
+)
+def test_what_is_neither_is_refused(tmp_path, content, message):
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        tokenizer_model(tmp_path / "x", 0)
+    refused(tmp_path / "x")
+
+
+def test_no_file_and_a_folder_are_refused(tmp_path):
+    assert "does not exist" in refused(tmp_path / "x")
+    assert "is a folder" in refused(tmp_path)
