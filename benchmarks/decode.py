@@ -2,6 +2,7 @@
 
     python benchmarks/decode.py
     python benchmarks/decode.py --models 15m --first_token
+    python benchmarks/decode.py --bits int8,int4 --llama2c llama2.c/run
 
 Greedy, a prompt of 4 tokens, the whole call timed: reading the prompt, the loop, the tokens on the
 host. Each peer has its own process and they take turns; see `common`. `--first_token` also starts
@@ -27,8 +28,8 @@ CONTEXT = 256
 MANY = 16  # rows of the batched run
 
 
-def ours(model: str, rows: int, new_tokens: int, dtype: str) -> common.Work:
-    """The loop of `generation.generate`."""
+def ours(model: str, rows: int, new_tokens: int, dtype: str, bits: str = "") -> common.Work:
+    """The loop of `generation.generate`, with matrices in `bits` ("int8", "int4") if asked."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -41,6 +42,10 @@ def ours(model: str, rows: int, new_tokens: int, dtype: str) -> common.Work:
     weights = unstack(Llama(config, rngs=nnx.Rngs(0)), rows)
     if dtype == "bfloat16":
         weights = jax.tree.map(lambda array: array.astype(jnp.bfloat16), weights)
+    if bits:
+        from llama_jax.quantization import quantize
+
+        weights = quantize(weights, bits)
     prompts, seeds = [PROMPT] * rows, [0] * rows
 
     def work() -> float:
@@ -65,6 +70,49 @@ def theirs(model: str, rows: int, new_tokens: int, dtype: str) -> common.Work:
         seconds = time.perf_counter() - begun
         assert made == rows * new_tokens
         return seconds
+
+    return work
+
+
+def llama2c(binary: str, model: str, new_tokens: int) -> common.Work:
+    """llama2.c's `run` with the same weights, at the best of one and all threads."""
+    from flax import nnx
+
+    from llama_jax.formats import llama2c as files
+    from llama_jax.formats.tokenizer_bin import write as write_tokenizer
+    from llama_jax.formats.vocabulary import Kind, Piece, Vocabulary
+    from llama_jax.formats.weights import Tensor, Weights, of_layer
+    from llama_jax.model import Llama
+    from llama_jax.names import named_leaves
+
+    config = common.model_config(model, CONTEXT, "float32")
+    tensors = {}
+    for name, leaf in named_leaves(Llama(config, rngs=nnx.Rngs(0))).items():
+        array = np.asarray(leaf)
+        parts = {name: array}
+        if name.startswith("blocks."):
+            parts = {of_layer(name, layer): part for layer, part in enumerate(array)}
+        for part_name, part in parts.items():
+            tensors[part_name] = Tensor(part.shape, part.dtype, lambda part=part: part)
+    folder = Path(tempfile.mkdtemp())
+    files.write(Weights(config=config, tensors=tensors, tokenizer=b""), folder / "model.bin")
+    control = [Piece("<unk>", 0, Kind.UNKNOWN), Piece("<s>", 0, Kind.CONTROL)]
+    control += [Piece("</s>", 0, Kind.CONTROL)]
+    control += [Piece(f"<0x{byte:02X}>", 0, Kind.BYTE) for byte in range(256)]
+    rest = [Piece(f"p{i}", -float(i)) for i in range(config.vocab_size - len(control))]
+    write_tokenizer(Vocabulary(pieces=(*control, *rest)), folder / "tokenizer.bin")
+    words = [binary, "model.bin", "-t", "0", "-n", str(new_tokens + 1), "-z", "tokenizer.bin"]
+
+    def once(threads: int) -> float:
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, check=True)
+        speed = re.search(rb"achieved tok/s: ([0-9.]+)", done.stderr)
+        if speed is None:
+            raise SystemExit(f"{binary} says no speed: {done.stderr!r}")
+        return new_tokens / float(speed[1])
+
+    def work() -> float:
+        return min(once(1), once(os.cpu_count() or 1))
 
     return work
 
@@ -137,12 +185,18 @@ def main() -> None:
     parser = common.parser(__doc__.splitlines()[0], models="15m,110m")
     parser.add_argument("--new_tokens", type=int, default=128, help="to a turn, of each row")
     parser.add_argument("--first_token", action="store_true", help="also time a cold start")
+    parser.add_argument("--bits", default="", help="also ours with int8 or int4 matrices, or both")
+    parser.add_argument("--llama2c", default="", help="path of llama2.c's run")
     flags = parser.parse_args()
     common.heading(Path(__file__).name)
     new, with_peers = flags.new_tokens, not flags.no_peers
     with_peers = with_peers and not common.missing("torch", "transformers")
     for model in flags.models.split(","):
         made: dict[str, tuple[Any, ...]] = {"llama_jax": (ours, model, 1, new, flags.dtype)}
+        for bits in filter(None, flags.bits.split(",")):
+            made[f"llama_jax, {bits}"] = (ours, model, 1, new, flags.dtype, bits)
+        if flags.llama2c and flags.dtype == "float32":
+            made["llama2.c run"] = (llama2c, str(Path(flags.llama2c).resolve()), model, new)
         if with_peers:
             made["Hugging Face generate"] = (theirs, model, 1, new, flags.dtype)
         title = f"decoding, {model}, {new} new tokens, {flags.dtype}"

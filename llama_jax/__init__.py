@@ -8,7 +8,9 @@ from typing import Any
 
 _HOMES = {
     "Config": "config",
+    "LLM": "llm",
     "Llama": "model",
+    "Message": "messages",
     "Tokenizer": "tokenizer",
     "UserError": "errors",
     "fit": "training",

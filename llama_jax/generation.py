@@ -1,11 +1,11 @@
-"""Text from a model: prefill the prompt, then one jitted loop over a key/value cache.
+"""Token ids from a model: prompts are read into a cache, then a loop on the device goes on.
 
-The loop runs on the device; the host sees tokens a chunk at a time, for streaming. Prompts of
-different lengths share a batch: each row has its own cache length, key and end.
+The host sees tokens a chunk at a time, for streaming. Prompts of different lengths share a batch:
+each row has its own cache length, key and end. Text is not known here.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import jax
@@ -13,31 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.cache import KVCache
+from llama_jax.decoding import CHUNK, NOTHING, Chosen, GenerationState, begin, decode
 from llama_jax.errors import UserError
 from llama_jax.model import Llama
+from llama_jax.penalties import TokenCounts
+from llama_jax.prefill import read_prompts, slots_for, stretches
 from llama_jax.sampling import Sampler
-
-CHUNK = 16  # tokens between two looks of the host
-SMALLEST_PROMPT_BUCKET = 16  # prompts are padded to this or the next power of two
-SLOT_BUCKET = 128  # cache slots are a multiple of this
-NOTHING = -1  # in place of a token, after a row's end
+from llama_jax.speculation import GUESSES, decode_guessing
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class GenerationState:
-    """Where a batch of generations stands."""
+class Logprob:
+    """What the model thought of a token: its log-probability, and the likeliest ids with theirs."""
 
-    cache: KVCache
-    token_B: jax.Array  # chosen last, not in the cache yet
-    stopped_B: jax.Array  # rows that have met a stop token
-    limit_B: jax.Array  # tokens, prompt included, at which a row ends
-    keys_B: jax.Array
-
-    @property
-    def done_B(self) -> jax.Array:
-        """Rows that have met a stop token or their limit."""
-        return self.stopped_B | (self.cache.length_B + 1 >= self.limit_B)
+    logprob: float  # nats
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,140 +36,204 @@ class Chunk:
 
     rows: list[list[int]]
     finished: list[str]  # "" while a row goes on; "stop" at a stop token; "length" at its limit
+    logprobs: list[list[Logprob]]  # as many as ids where they were asked for; else empty
 
 
-def generate(
-    model: Llama,
-    prompts: Sequence[Sequence[int]],
-    sampler: Sampler,
-    *,
-    max_tokens: int,
-    seeds: Sequence[int],
-    stop_ids: Sequence[int] = (),
-) -> Iterator[Chunk]:
-    """Continuations of prompts of token ids, chunk by chunk as the loop makes them.
+class Engine:
+    """A model that generates, and remembers its last single conversation.
 
-    A row depends on its prompt and seed only, never on its neighbours. A row ends after
-    `max_tokens`, or earlier at a stop id or where the model's context is full.
-
-    Args:
-      model: unstacked (see `model.unstack`).
-      prompts: at least one id each.
-      max_tokens: new tokens a row, at least 1.
-      seeds: one a row.
-      stop_ids: ids that end a row; they are not returned.
-
-    Raises:
-      UserError: when a prompt is empty or does not leave room for one token in the context.
+    A lone prompt that begins like the one before, as a chat's next turn does, is read only from
+    where it differs: the cache of the earlier call is taken up again.
     """
-    context = model.config.context_length
-    for prompt in prompts:
-        if not 0 < len(prompt) < context:
+
+    def __init__(self, model: Llama, cache_dtype: str = ""):
+        """An engine around an unstacked model; `cache_dtype` "int8" keeps a cache a fourth the
+        size of float32's, "" one in the model's compute dtype."""
+        self.model, self.cache_dtype = model, cache_dtype
+        self._kept: tuple[list[int], KVCache] | None = None
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampler: Sampler,
+        *,
+        max_tokens: int,
+        seeds: Sequence[int],
+        stop_ids: Sequence[int] = (),
+        logprobs: int | None = None,
+        speculate: bool = False,
+    ) -> Iterator[Chunk]:
+        """Continuations of prompts of token ids, chunk by chunk as the loop makes them.
+
+        A row depends on its prompt and seed only, never on its neighbours. A row ends after
+        `max_tokens`, or earlier at a stop id or where the model's context is full.
+
+        Args:
+          prompts: at least one id each.
+          max_tokens: new tokens a row, at least 1.
+          seeds: one a row.
+          stop_ids: ids that end a row; they are not returned.
+          logprobs: how many of the likeliest tokens to tell of beside each; None: tell nothing.
+          speculate: guess ahead (see `speculation`); only for a plain greedy sampler.
+
+        Raises:
+          UserError: when a prompt is empty or leaves no room for one token in the context, or a
+            speculating sampler is not plainly greedy.
+        """
+        self._check(prompts, sampler, logprobs, speculate)
+        context = self.model.config.context_length
+        length_B = np.asarray([len(prompt) for prompt in prompts], np.int32)
+        limit_B = np.minimum(length_B + min(max_tokens, context), context)
+        cache, logits_BV = self._read(prompts, int(limit_B.max()) + (GUESSES + 1) * speculate)
+        stops_S = np.asarray([*stop_ids, NOTHING], np.int32)
+        keys_B = jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
+        counts = _counts(prompts, self.model.config.vocab_size) if sampler.needs_counts else None
+        state = GenerationState(
+            cache,
+            jnp.asarray(length_B),
+            jnp.zeros(len(prompts), bool),
+            jnp.asarray(limit_B),
+            keys_B,
+            counts,
+        )
+        state, chosen = _begin(state, logits_BV, sampler, stops_S, logprobs)
+        new: list[list[int]] = [[] for _ in prompts]
+        history = _history(prompts, chosen, cache.slots) if speculate else None
+        try:
+            while True:
+                chunk = _chunk(chosen, state)
+                for row, ids in zip(new, chunk.rows):
+                    row += ids
+                yield chunk
+                if all(chunk.finished):
+                    return
+                if history is None:
+                    state, chosen = decode(self.model, state, sampler, stops_S, logprobs)
+                else:
+                    state, history, ids_BW = decode_guessing(self.model, state, history, stops_S)
+                    chosen = Chosen(ids_BW, None)
+        finally:
+            # An interrupt may have come after the state was donated and before the next was here.
+            if len(prompts) == 1 and not state.cache.length_B.is_deleted():
+                whole = [*prompts[0], *new[0]][: int(state.cache.length_B[0])]
+                self._kept = whole, state.cache
+
+    def generate_on_host(
+        self,
+        prompt: Sequence[int],
+        choose: Callable[[np.ndarray], int],
+        *,
+        max_tokens: int,
+        stop_ids: Sequence[int] = (),
+    ) -> Iterator[Chunk]:
+        """One continuation whose tokens the host chooses from float32 logits [V], one at a time.
+
+        Slow, and therefore only for choosers that cannot be told as a `Sampler`.
+
+        Raises:
+          UserError: when the prompt is empty or leaves no room for one token in the context.
+        """
+        self._check_lengths([prompt])
+        limit = min(len(prompt) + max_tokens, self.model.config.context_length)
+        cache, logits_BV = self._read([prompt], limit)
+        for length in range(len(prompt) + 1, limit + 1):
+            token = choose(np.asarray(logits_BV)[0])
+            if token in stop_ids:
+                yield Chunk([[]], ["stop"], [[]])
+                return
+            yield Chunk([[token]], ["length" if length == limit else ""], [[]])
+            logits_BV, cache = _one(self.model, jnp.full((1, 1), token, jnp.int32), cache)
+
+    def _check_lengths(self, prompts: Sequence[Sequence[int]]) -> None:
+        context = self.model.config.context_length
+        for prompt in prompts:
+            if not 0 < len(prompt) < context:
+                raise UserError(
+                    f"the prompt has {len(prompt)} tokens; expected 1 to {context - 1}, since the"
+                    f" model's context holds {context}"
+                )
+
+    def _check(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampler: Sampler,
+        logprobs: int | None,
+        speculate: bool,
+    ) -> None:
+        self._check_lengths(prompts)
+        sampler.require_ids_below(self.model.config.vocab_size)
+        is_plain = sampler.greedy and not sampler.needs_counts and not sampler.bias_ids_I.size
+        if speculate and not (is_plain and logprobs is None):
             raise UserError(
-                f"the prompt has {len(prompt)} tokens; expected 1 to {context - 1}, since the"
-                f" model's context holds {context}"
+                "speculation guesses what the likeliest token is; it goes with temperature 0,"
+                " without penalties, biases or log-probabilities"
             )
-    tokens_BT, length_B = _padded(prompts, context)
-    limit_B = np.minimum(length_B + min(max_tokens, context), context)
-    slots = min(
-        -(-int(max(limit_B.max(), tokens_BT.shape[1])) // SLOT_BUCKET) * SLOT_BUCKET, context
-    )
-    keys_B = jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
-    stops_S = np.asarray([*stop_ids, NOTHING], np.int32)
-    state, first_B = prefill(model, tokens_BT, length_B, limit_B, keys_B, sampler, stops_S, slots)
-    yield _chunk(first_B[:, None], state)
-    while not np.asarray(state.done_B).all():
-        state, new_BC = decode(model, state, sampler, stops_S)
-        yield _chunk(new_BC, state)
+
+    def _read(self, prompts: Sequence[Sequence[int]], tokens: int) -> tuple[KVCache, jax.Array]:
+        """A cache with the prompts in it and room for `tokens`, and the logits after them."""
+        start, cache = 0, None
+        if len(prompts) == 1 and self._kept is not None:
+            ids, cache = self._kept
+            start = _common(ids, prompts[0])
+        self._kept = None  # its memory goes to the new call
+        room = max(tokens, start + sum(stretches(max(map(len, prompts)) - start)))
+        slots = slots_for(room)
+        if cache is None or start == 0:
+            cache = KVCache.empty(self.model.config, len(prompts), slots, self.cache_dtype)
+        else:
+            cache = cache.with_slots(max(slots, cache.slots))
+        return read_prompts(self.model, cache, prompts, start)
 
 
-def _padded(prompts: Sequence[Sequence[int]], context: int) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts as one array padded on the right to a bucket, and their lengths."""
-    length_B = np.asarray([len(prompt) for prompt in prompts], np.int32)
-    bucket = SMALLEST_PROMPT_BUCKET
-    while bucket < length_B.max():
-        bucket *= 2
-    tokens_BT = np.zeros((len(prompts), min(bucket, context)), np.int32)
-    for row, prompt in zip(tokens_BT, prompts):
+def generate(model: Llama, *arguments: object, **options: object) -> Iterator[Chunk]:
+    """What `Engine.generate` makes, with an engine of its own."""
+    return Engine(model).generate(*arguments, **options)  # type: ignore[arg-type]
+
+
+_begin = partial(jax.jit, donate_argnames="state", static_argnames="logprobs")(begin)
+
+
+@partial(jax.jit, donate_argnames="cache")
+def _one(model: Llama, token_B1: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    """The logits [B, V] after one more token, and the cache with it."""
+    logits_B1V, filled = model(token_B1, cache)
+    assert filled is not None
+    return logits_B1V[:, 0], filled
+
+
+def _common(kept: Sequence[int], prompt: Sequence[int]) -> int:
+    """Ids that two sequences begin with alike, at most all but the last of the prompt."""
+    most = min(len(kept), len(prompt) - 1)
+    return next((i for i in range(most) if kept[i] != prompt[i]), most)
+
+
+def _counts(prompts: Sequence[Sequence[int]], vocab_size: int) -> TokenCounts:
+    """How often each token occurs in each prompt."""
+    counts_BV = np.stack([np.bincount(prompt, minlength=vocab_size) for prompt in prompts])
+    return TokenCounts(jnp.asarray(counts_BV, jnp.int32), jnp.zeros(counts_BV.shape, jnp.int32))
+
+
+def _history(prompts: Sequence[Sequence[int]], chosen: Chosen, slots: int) -> jax.Array:
+    """The ids so far of each row, the first chosen one included."""
+    history_BS = np.zeros((len(prompts), slots + CHUNK + GUESSES + 1), np.int32)
+    for row, prompt, first in zip(history_BS, prompts, np.asarray(chosen.token)):
         row[: len(prompt)] = prompt
-    return tokens_BT, length_B
+        row[len(prompt)] = max(first, 0)
+    return jnp.asarray(history_BS)
 
 
-def _chunk(new_BC: jax.Array, state: GenerationState) -> Chunk:
+def _chunk(chosen: Chosen, state: GenerationState) -> Chunk:
     """The host's view of new tokens."""
     stopped_B, done_B = np.asarray(state.stopped_B), np.asarray(state.done_B)
     reasons = np.where(stopped_B, "stop", np.where(done_B, "length", ""))
-    rows = [[int(token) for token in row if token != NOTHING] for row in np.asarray(new_BC)]
-    return Chunk(rows, [str(reason) for reason in reasons])
-
-
-@partial(jax.jit, static_argnames="slots")
-def prefill(
-    model: Llama,
-    tokens_BT: jax.Array,
-    length_B: jax.Array,
-    limit_B: jax.Array,
-    keys_B: jax.Array,
-    sampler: Sampler,
-    stops_S: jax.Array,
-    slots: int,
-) -> tuple[GenerationState, jax.Array]:
-    """The state after reading padded prompts and choosing each row's first token, and that token.
-
-    What padding wrote into the cache lies beyond `length_B`: masked, then overwritten.
-    """
-    cache = KVCache.empty(model.config, tokens_BT.shape[0], slots)
-    hidden_BTD, filled = model.hidden(tokens_BT, cache)
-    assert filled is not None
-    cache = dataclasses.replace(filled, length_B=length_B)
-    last_B1D = jnp.take_along_axis(hidden_BTD, (length_B - 1)[:, None, None], axis=1)
-    none_B = jnp.zeros(length_B.shape, bool)
-    state = GenerationState(cache, length_B, none_B, limit_B, keys_B)
-    return _choose(state, none_B, model.logits(last_B1D)[:, 0], sampler, stops_S)
-
-
-@partial(jax.jit, donate_argnames="state")
-def decode(
-    model: Llama, state: GenerationState, sampler: Sampler, stops_S: jax.Array
-) -> tuple[GenerationState, jax.Array]:
-    """The state up to `CHUNK` tokens on, fewer once all rows are done, and those tokens [B, C]."""
-
-    def going(carry: tuple[jax.Array, GenerationState, jax.Array]) -> jax.Array:
-        return (carry[0] < CHUNK) & ~carry[1].done_B.all()
-
-    def step(
-        carry: tuple[jax.Array, GenerationState, jax.Array],
-    ) -> tuple[jax.Array, GenerationState, jax.Array]:
-        index, state, out_BC = carry
-        logits_B1V, cache = model(state.token_B[:, None], state.cache)
-        assert cache is not None
-        # A row that is done stays where it is: what it writes lies beyond its length.
-        done_B = state.done_B
-        length_B = jnp.where(done_B, state.cache.length_B, cache.length_B)
-        cache = dataclasses.replace(cache, length_B=length_B)
-        state = dataclasses.replace(state, cache=cache)
-        state, new_B = _choose(state, done_B, logits_B1V[:, 0], sampler, stops_S)
-        return index + 1, state, out_BC.at[:, index].set(new_B)
-
-    out_BC = jnp.full((state.token_B.shape[0], CHUNK), NOTHING, jnp.int32)
-    _, state, out_BC = jax.lax.while_loop(going, step, (jnp.int32(0), state, out_BC))
-    return state, out_BC
-
-
-def _choose(
-    state: GenerationState,
-    done_B: jax.Array,
-    logits_BV: jax.Array,
-    sampler: Sampler,
-    stops_S: jax.Array,
-) -> tuple[GenerationState, jax.Array]:
-    """The state with the next token of each row that was not done, and those tokens.
-
-    `NOTHING` stands where a row was done already, or ends here at a stop token.
-    """
-    length_B = state.cache.length_B
-    token_B = sampler(logits_BV, jax.vmap(jax.random.fold_in)(state.keys_B, length_B))
-    stops_B = (token_B[:, None] == stops_S[None]).any(axis=-1)
-    stopped_B = state.stopped_B | (stops_B & ~done_B)
-    new_B = jnp.where(done_B | stopped_B, NOTHING, token_B)
-    return dataclasses.replace(state, token_B=token_B, stopped_B=stopped_B), new_B
+    ids_BC = np.asarray(chosen.token).reshape(len(done_B), -1)
+    rows = [[int(token) for token in row if token != NOTHING] for row in ids_BC]
+    told: list[list[Logprob]] = [[] for _ in rows]
+    if chosen.logprobs is not None:
+        shape = ids_BC.shape
+        own, top_ids, top = (np.asarray(array) for array in jax.tree.leaves(chosen.logprobs))
+        own, top_ids, top = own.reshape(shape), top_ids.reshape(*shape, -1), top.reshape(*shape, -1)
+        for b, c in zip(*np.nonzero(ids_BC != NOTHING)):
+            pairs = tuple(zip(top_ids[b, c].tolist(), top[b, c].tolist()))
+            told[b].append(Logprob(float(own[b, c]), pairs))
+    return Chunk(rows, [str(reason) for reason in reasons], told)

@@ -1,16 +1,17 @@
 """Samples on a terminal: text to stdout as it grows, all that is said about it to stderr."""
 
+import dataclasses
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
 
 from llama_jax.config import require
-from llama_jax.loading import load
-from llama_jax.model import unstack
+from llama_jax.llm import LLM, MOST_COMPLETIONS
 from llama_jax.sampling import Sampler
-from llama_jax.text import Piece, stop_ids, stream
+from llama_jax.text import Piece
 
-MOST_SAMPLES = 10_000  # of a prompt; they are made side by side
 WHY = {
     "length": "stopped after --max_tokens",
     "context": "stopped where the model's context is full",
@@ -18,7 +19,7 @@ WHY = {
 
 
 def print_samples(
-    checkpoint: str,
+    load: Callable[[int], LLM],
     prompts: Sequence[str],
     sampler: Sampler,
     *,
@@ -26,11 +27,20 @@ def print_samples(
     num_samples: int,
     seed: int,
     begun: float,
+    stop: Sequence[str] = (),
+    logprobs: int | None = None,
+    echo: bool = True,
+    speculate: bool = False,
+    choose: Callable[[np.ndarray], int] | None = None,
 ) -> None:
     """Print continuations of prompts, each `num_samples` times with seeds of its own.
 
     Sample j of any prompt has seed `seed` + j, so a prompt gives alone what it gives among others.
-    `begun` is `time.perf_counter()` at the start of the program, for the time to the first token.
+
+    Args:
+      load: makes the model for so many rows; called once the numbers are known to be in range.
+      choose: chooses tokens in the sampler's place; see `Engine.generate_on_host`.
+      begun: `time.perf_counter()` at the start of the program, for the time to the first token.
 
     Raises:
       UsageError: for a number out of range.
@@ -38,29 +48,50 @@ def print_samples(
     """
     require(max_tokens >= 1, f"max_tokens={max_tokens} is out of range; expected 1 or more")
     require(
-        1 <= num_samples <= MOST_SAMPLES,
-        f"num_samples={num_samples} is out of range; expected 1 to {MOST_SAMPLES}",
+        1 <= num_samples <= MOST_COMPLETIONS,
+        f"num_samples={num_samples} is out of range; expected 1 to {MOST_COMPLETIONS}",
     )
     require(
         0 <= seed < 2**31 - num_samples,
         f"seed={seed} is out of range; expected 0 to {2**31 - num_samples - 1}",
     )
-    loaded = load(checkpoint)
-    rows = [(prompt, seed + j) for prompt in prompts for j in range(num_samples)]
-    pieces = stream(
-        unstack(loaded.model, len(rows)),
-        loaded.tokenizer,
-        [prompt for prompt, _ in rows],
-        sampler,
-        max_tokens=max_tokens,
-        seeds=[row_seed for _, row_seed in rows],
-        stop_ids=stop_ids(loaded.tokenizer, loaded.bos),
+    require(
+        choose is None or (len(prompts) * num_samples == 1 and logprobs is None),
+        "--rng=xorshift tells one sample at a time, without log-probabilities",
     )
-    _print_in_order([prompt for prompt, _ in rows], _timed(pieces, begun))
+    llm = load(len(prompts) * num_samples)
+    request = llm.request(
+        list(prompts),
+        sampler=sampler,
+        max_tokens=max_tokens,
+        n=num_samples,
+        seed=seed,
+        stop=stop,
+        logprobs=logprobs,
+        echo=echo,
+        speculate=speculate,
+    )
+    request = dataclasses.replace(request, choose=choose)
+    pieces = list(_print_in_order(request.echoes, _timed(llm.pieces(request), begun)))
+    if logprobs is not None:
+        _print_logprobs(llm, pieces)
 
 
-def _print_in_order(prompts: Sequence[str], pieces: Iterable[Piece]) -> None:
-    """The first row as it grows; the others, which grow beside it, once those before are out."""
+def _print_logprobs(llm: LLM, pieces: Iterable[Piece]) -> None:
+    """On stderr, a line a token: its log-probability, its text, and the likeliest in its place."""
+    name = llm.tokenizer.piece_text
+    for piece in pieces:
+        for token, told in zip(piece.ids, piece.logprobs):
+            top = "  ".join(f"{name(other)!r} {value:.3f}" for other, value in told.top)
+            line = f"[{piece.row + 1}] {told.logprob:8.3f}  {name(token)!r}"
+            print(f"{line:<32}{top}".rstrip(), file=sys.stderr)
+
+
+def _print_in_order(prompts: Sequence[str], pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The first row as it grows; the others, which grow beside it, once those before are out.
+
+    Each piece is passed on once it has been dealt with.
+    """
     waiting: list[list[str]] = [[prompt] for prompt in prompts]
     ends = [""] * len(prompts)
     current = 0
@@ -76,6 +107,7 @@ def _print_in_order(prompts: Sequence[str], pieces: Iterable[Piece]) -> None:
             current += 1
             if current < len(prompts):
                 print(flush=True)
+        yield piece
     for row, end in enumerate(ends):
         if end in WHY:
             which = f"sample {row + 1}: " if len(ends) > 1 else ""

@@ -1,16 +1,16 @@
 """A run's folder: what it is a run of, and whose it is while it runs.
 
-    config.json        the config, and how documents are separated
+    config.json        what `description` writes
     tokenizer.model    so that sampling needs nothing else
     metrics.jsonl      what `metrics` writes
     <step>/            what `checkpoint` writes
 
-A folder that holds another run, or anything else, is refused: nothing in it is ever overwritten.
+A converted model has such a folder too, with step 0 alone. A folder that holds one, another run or
+anything else is refused: nothing in it is ever overwritten.
 """
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,47 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.config import Config
-from llama_jax.config_parsing import parse
+from llama_jax.description import CONFIG, Run, read_run, write_atomically, write_run
 from llama_jax.errors import UsageError, UserError
 from llama_jax.metrics import METRICS
 
-CONFIG, TOKENIZER, LOCK = "config.json", "tokenizer.model", ".lock"
-KIND, VERSION = "llama_jax run", 1
+TOKENIZER, LOCK = "tokenizer.model", ".lock"
 
 # What may differ between two sittings of the same run; everything else makes it another run.
 FREE_SECTIONS = ("mesh", "run")
 FREE_KEYS = ("data.path", "data.allow_change", "optimizer.accumulation_steps", "optimizer.steps")
 BOUND_KEYS = ("run.seed",)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
-    """What a run's folder says of it."""
-
-    config: Config
-    bos: bool  # documents it learnt from begin with BOS
-    eos: bool  # they end with EOS
-
-
-def read_run(folder: Path) -> Run:
-    """The run that a folder holds.
-
-    Raises:
-      UserError: when the folder is missing, holds no run, or its description is damaged.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder} does not exist; expected the checkpoint folder of a run")
-    path = folder / CONFIG
-    if not path.is_file():
-        raise UserError(f"{folder} holds no run (it has no {CONFIG}); train one with train.py")
-    try:
-        tree = json.loads(path.read_text())
-        if not {"kind": KIND, "version": VERSION}.items() <= tree.items():
-            raise ValueError(f"it describes no {KIND} of version {VERSION}")
-        config = parse(Config, tree["config"])
-        return Run(config=config, bos=bool(tree["bos"]), eos=bool(tree["eos"]))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: {error}; restore it from a copy") from error
 
 
 def start_or_resume(folder: Path, run: Run, tokenizer: Path) -> None:
@@ -76,9 +45,8 @@ def start_or_resume(folder: Path, run: Run, tokenizer: Path) -> None:
             f"the data's tokenizer is not the one that {folder} was trained with; prepare the data"
             f" with --tokenizer {ours}, or choose another folder with --config.run.checkpoint_dir=…"
         )
-    tree = {"kind": KIND, "version": VERSION, **dataclasses.asdict(run)}
-    _write_atomically(folder / CONFIG, (json.dumps(tree, indent=1) + "\n").encode())
-    _write_atomically(ours, theirs)
+    write_run(folder, run)
+    write_atomically(ours, theirs)
 
 
 def _has_begun(folder: Path) -> bool:
@@ -112,16 +80,6 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file in one step: a reader sees the old or the new, never half."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Hold a folder, made if missing, for this process alone.
@@ -134,6 +92,8 @@ def claimed(folder: Path) -> Iterator[None]:
         raise UsageError(f"{folder} is a file; expected a folder to write checkpoints in")
     if folder.exists() and not (folder / CONFIG).exists():
         _require_empty(folder)
+    if (folder / CONFIG).exists():
+        read_run(folder)  # a converted model is refused before anything is touched
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("a+")
@@ -175,7 +135,7 @@ def _lock(lock: Any, folder: Path) -> None:
     lock.flush()
 
 
-def require_space(folder: Path, needed: int) -> None:
+def require_space(folder: Path, needed: int, what: str = "a checkpoint") -> None:
     """Refuse to begin a write that the disk has no room for.
 
     Raises:
@@ -184,6 +144,6 @@ def require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"{folder} has {free / 1e9:.2f} GB free, and a checkpoint takes {needed / 1e9:.2f} GB;"
-            " make room and run the same command again (older checkpoints are intact)"
+            f"{folder} has {free / 1e9:.2f} GB free, and {what} takes {needed / 1e9:.2f} GB;"
+            " make room and run the same command again"
         )

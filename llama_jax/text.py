@@ -1,11 +1,14 @@
-"""Text in, text out: prompts are encoded, generated on, and decoded as they grow."""
+"""Text in, text out: prompts of ids are generated on, decoded as they grow, cut at stop strings."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from llama_jax.generation import generate
-from llama_jax.model import Llama
+import numpy as np
+
+from llama_jax.generation import Chunk, Engine, Logprob
 from llama_jax.sampling import Sampler
+from llama_jax.stop_strings import StopStrings
+from llama_jax.token_decoder import Decoder
 from llama_jax.tokenizer import Tokenizer
 
 
@@ -15,45 +18,93 @@ class Piece:
 
     row: int
     text: str
-    tokens: int
+    ids: tuple[int, ...]
     finished: str  # "" while the row goes on; "stop", "length" or "context" when it has ended
+    logprobs: tuple[Logprob, ...] = ()  # as many as ids where they were asked for
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the row has gained."""
+        return len(self.ids)
+
+
+class _Row:
+    """One row on its way from ids to text."""
+
+    def __init__(self, decoder: Decoder, stops: Sequence[str]):
+        self._decoder, self._stops = decoder, StopStrings(stops)
+        self.ended = False
+
+    def gain(self, row: int, ids: Sequence[int], logprobs: Sequence[Logprob], reason: str) -> Piece:
+        """The piece that new ids make; ids after the one that completes a stop string are lost."""
+        text = ""
+        for used, token in enumerate(ids, start=1):
+            released, stopped = self._stops.push(self._decoder.push([token]))
+            text += released
+            if stopped:
+                self.ended = True
+                return Piece(row, text, tuple(ids[:used]), "stop", tuple(logprobs[:used]))
+        if reason:
+            self.ended = True
+            released, stopped = self._stops.push(self._decoder.flush())
+            text += released if stopped else released + self._stops.flush()
+            reason = "stop" if stopped else reason
+        return Piece(row, text, tuple(ids), reason, tuple(logprobs))
 
 
 def stream(
-    model: Llama,
+    engine: Engine,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[Sequence[int]],
     sampler: Sampler,
     *,
     max_tokens: int,
     seeds: Sequence[int],
     stop_ids: Sequence[int],
+    stops: Sequence[str] = (),
+    logprobs: int | None = None,
+    speculate: bool = False,
+    choose: Callable[[np.ndarray], int] | None = None,
 ) -> Iterator[Piece]:
-    """The texts that continue some prompts, a piece at a time, rows interleaved.
+    """The texts that continue some prompts of ids, a piece at a time, rows interleaved.
 
-    Each prompt gets BOS. A character is held back until it is whole. A row that ends says so once:
-    "stop" at a stop id, "length" after `max_tokens`, "context" where the model's context is full.
+    A character is held back until it is whole, and text that may become a stop string until it
+    has not. A row that ends says so once: "stop" at a stop id or string, "length" after
+    `max_tokens`, "context" where the model's context is full. A function `choose` chooses the
+    tokens of a single prompt in the sampler's place; see `Engine.generate_on_host`.
 
     Raises:
-      UserError: when a prompt does not leave room in the context.
+      UserError: when a prompt does not leave room in the context; see also `Engine.generate`.
     """
-    encoded = [tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
-    decoders = [tokenizer.decoder(after=ids) for ids in encoded]
-    ended = [False] * len(prompts)
-    chunks = generate(
-        model, encoded, sampler, max_tokens=max_tokens, seeds=seeds, stop_ids=stop_ids
-    )
+    rows = [_Row(tokenizer.decoder(after=ids), stops) for ids in prompts]
+    context = engine.model.config.context_length
+    if choose is None:
+        chunks = engine.generate(
+            prompts,
+            sampler,
+            max_tokens=max_tokens,
+            seeds=seeds,
+            stop_ids=stop_ids,
+            logprobs=logprobs,
+            speculate=speculate,
+        )
+    else:
+        [prompt] = prompts
+        chunks = engine.generate_on_host(prompt, choose, max_tokens=max_tokens, stop_ids=stop_ids)
     for chunk in chunks:
-        for row, (ids, reason) in enumerate(zip(chunk.rows, chunk.finished)):
-            if ended[row]:
-                continue
-            text = decoders[row].push(ids)
-            if reason:
-                ended[row] = True
-                text += decoders[row].flush()
-                is_full = len(encoded[row]) + max_tokens > model.config.context_length
-                reason = "context" if reason == "length" and is_full else reason
-            yield Piece(row, text, len(ids), reason)
+        for index, (row, prompt) in enumerate(zip(rows, prompts)):
+            if not row.ended:
+                is_full = len(prompt) + max_tokens > context
+                yield row.gain(index, *_part(chunk, index, is_full))
+        if all(row.ended for row in rows):
+            return
+
+
+def _part(chunk: Chunk, row: int, is_full: bool) -> tuple[list[int], list[Logprob], str]:
+    """One row of a chunk, its end told as users know it."""
+    reason = chunk.finished[row]
+    reason = "context" if reason == "length" and is_full else reason
+    return chunk.rows[row], chunk.logprobs[row], reason
 
 
 def stop_ids(tokenizer: Tokenizer, starts_with_bos: bool) -> tuple[int, ...]:

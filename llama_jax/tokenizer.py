@@ -93,6 +93,13 @@ class Tokenizer:
         decoder.flush()
         return decoder
 
+    def piece_text(self, token: int) -> str:
+        """What an id says by itself; a byte that is no whole character shows as U+FFFD."""
+        surface = self._surfaces[token]
+        if isinstance(surface, bytes):
+            return surface.decode(errors="replace")
+        return surface.replace(SPACE, " ")
+
     @functools.cached_property
     def _adds_space(self) -> bool:
         """Whether the model puts a space before every text."""

@@ -21,6 +21,7 @@ from llama_jax.config import Config
 from llama_jax.data.batches import Batch, training_batches, validation_batches
 from llama_jax.data.tokens import TokenFolder
 from llama_jax.errors import NonFiniteLossError, UserError
+from llama_jax.generation import Engine
 from llama_jax.introduction import introduction, versions
 from llama_jax.metrics import (
     Console,
@@ -279,9 +280,9 @@ class Trainer:
     def _sample(self) -> None:
         """Show what the model writes now."""
         pieces = stream(
-            _unstack(self.state.model),
+            Engine(_unstack(self.state.model)),
             self.tokenizer,
-            [self.config.run.sample_prompt],
+            [self.tokenizer.encode(self.config.run.sample_prompt, bos=True, eos=False)],
             make_sampler(temperature=0.8, top_p=0.9),
             max_tokens=self.config.run.sample_tokens,
             seeds=[self.step],

@@ -7,6 +7,7 @@ import pytest
 
 from llama_jax import blockwise
 from llama_jax.attention import attend, causal_mask
+from llama_jax.cache import merged_rows
 from llama_jax.blockwise import causal_attention
 
 B, N, H = 3, 6, 4
@@ -30,7 +31,7 @@ def at_once(q, k, v):
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     T = q.shape[1]
     mask = causal_mask(jnp.arange(T)[None], T)
-    return attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
+    return attend(q, merged_rows(k), merged_rows(v), mask)
 
 
 def value_and_gradients(attention, q, k, v, slope):

@@ -1,62 +1,20 @@
-"""Checkpoints: what was saved is what comes back, or the one before it, or one line."""
+"""Checkpoints: what was saved is what comes back, bit by bit, or one line."""
 
-import json
 import shutil
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from tiny_checkpoints import META, WANTED, abstract, assert_is, data_files, make_trees, newest, save
 
-from llama_jax import checkpoint, run_folder
-from llama_jax.checkpoint import CheckpointWriter, finished_steps, restore, restore_newest
+from llama_jax import run_folder
+from llama_jax.checkpoint import CheckpointWriter, restore
 from llama_jax.config import MeshConfig
 from llama_jax.errors import UserError
 from llama_jax.sharding import make_mesh
-
-META = {"data": "fingerprint"}
-
-
-def make_trees(step, size=64):
-    """A model and an optimizer state with every kind of array, other ones at each step."""
-    random = np.random.default_rng(step)
-    model = {
-        "a": {"w": random.standard_normal((size, 24), np.float32), "b": np.float32([np.nan, -0.0])},
-        "half": jnp.asarray(random.standard_normal(7), jnp.bfloat16),
-        "flags": random.integers(0, 2, 9).astype(bool),
-    }
-    optimizer = {"count": np.int32(step), "m": random.standard_normal((3, size), np.float32)}
-    return jax.tree.map(jnp.asarray, {"model": model, "optimizer": optimizer})
-
-
-def abstract(trees, sharding=None):
-    here = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), trees)
-
-
-WANTED = abstract(make_trees(0))
-
-
-def save(folder, losses, keep_last=3):
-    """Checkpoints at the steps that are the keys, with the values as validation losses."""
-    folder.mkdir(exist_ok=True)
-    writer = CheckpointWriter(folder, keep_last)
-    for step, loss in losses.items():
-        trees = make_trees(step)
-        writer.save(step, trees["model"], trees["optimizer"], META, loss)
-    writer.close()
-
-
-def assert_is(restored, step):
-    """Bit by bit what was saved at a step."""
-    assert restored.step == step
-    expected, found = (jax.tree.leaves(tree) for tree in (make_trees(step), restored.trees))
-    assert len(expected) == len(found) == 6
-    for old, new in zip(expected, found):
-        assert old.dtype == new.dtype and old.shape == new.shape
-        assert np.asarray(old).tobytes() == np.asarray(new).tobytes()
+from llama_jax.steps import finished_steps
 
 
 @pytest.fixture(scope="module")
@@ -71,21 +29,6 @@ def good(tmp_path_factory):
 def folder(good, tmp_path):
     """A copy of it."""
     return shutil.copytree(good, tmp_path / "ckpt")
-
-
-def newest(folder, **options):
-    """The step that is restored, and the lines said."""
-    lines = []
-    restored = restore_newest(folder, WANTED, lines.append, **options)
-    assert all("\n" not in line for line in lines)
-    return restored, lines
-
-
-def data_files(folder, item):
-    """The files that hold an item's numbers."""
-    return sorted(
-        path for path in (folder / item).rglob("*") if path.is_file() and "/d/" in str(path)
-    )
 
 
 def test_what_is_saved_comes_back_bit_by_bit(good, capfd):
@@ -152,96 +95,12 @@ def test_a_single_flipped_bit_is_noticed(folder, item):
     assert (folder / "9").is_dir()  # readers change nothing
 
 
-def truncate(step):
-    for path in data_files(step, "model"):
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def delete_arrays(step):
-    for path in data_files(step, "optimizer"):
-        path.unlink()
-
-
-def empty(step):
-    shutil.rmtree(step)
-    step.mkdir()
-
-
-def spoil_meta(step, text="{garbage"):
-    (path,) = (path for path in (step / "meta").iterdir() if path.name == "metadata")
-    path.write_text(text)
-
-
-def link_inside(step):
-    path = data_files(step, "model")[0]
-    moved = step.parent / "moved"
-    path.rename(moved)
-    path.symlink_to(moved)
-
-
-DAMAGE = {
-    "an array file is cut": truncate,
-    "an array file is gone": delete_arrays,
-    "the folder is empty": empty,
-    "an item is gone": lambda step: shutil.rmtree(step / "optimizer"),
-    "meta is garbage": spoil_meta,
-    "meta is another thing": lambda step: spoil_meta(step, "[]"),
-    "meta lacks checksums": lambda step: spoil_meta(step, json.dumps(META)),
-    "a link leads outside": link_inside,
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_passed_over_in_one_line_and_set_aside(folder, damage):
-    DAMAGE[damage](folder / "9")
-    restored, lines = newest(folder, set_aside=True)
-    assert_is(restored, 5)
-    assert len(lines) == 1 and f"{folder}/9" in lines[0]
-    assert finished_steps(folder) == [5]
-    assert (folder / "9.damaged-1").is_dir()
-    save(folder, {9: 1.0})  # its step can be written again
-    assert_is(newest(folder)[0], 9)
-
-
-def test_when_all_are_damaged_none_is_touched(folder):
-    for step in (5, 9):
-        truncate(folder / str(step))
-    for _ in range(2):  # a second start must not take the folder for a new run's
-        with pytest.raises(UserError, match=r"none of the checkpoints in .* can be read"):
-            newest(folder, set_aside=True)
-    assert finished_steps(folder) == [5, 9]
-
-
-def test_what_is_no_checkpoint_is_ignored_and_left_alone(folder):
-    names = ["abc", "-1", "99999999999", "007", "٣", "12.orbax-checkpoint-tmp", "9.damaged-1"]
-    for name in names:
-        (folder / name).mkdir()
-        (folder / name / "file").write_text("mine")
-    (folder / "30").write_text("a file")
-    outside = shutil.copytree(folder / "5", folder.parent / "outside")
-    shutil.rmtree(outside / "metrics")
-    (folder / "31").symlink_to(outside)
-    assert finished_steps(folder) == [5, 9]
-    assert_is(newest(folder, set_aside=True)[0], 9)
-    save(folder, dict.fromkeys((10, 11, 12, 13, 14), 9.0))
-    assert finished_steps(folder) == [5, 12, 13, 14]
-    for name in set(names) - {"12.orbax-checkpoint-tmp"}:
-        assert (folder / name / "file").read_text() == "mine"
-    assert (folder / "31").is_symlink() and (folder / "30").is_file()
-    assert_is(newest(folder)[0], 14)
-
-
 def test_a_spoilt_note_on_the_best_is_told_in_one_line(folder):
     (folder / "5" / "metrics" / "metrics").write_text("{garbage")
     with pytest.raises(UserError) as error:
         save(folder, {10: 1.0})
     assert "\n" not in str(error.value)
     assert finished_steps(folder) == [5, 9]
-
-
-def test_a_folder_without_finished_checkpoints_holds_none(tmp_path):
-    (tmp_path / "3.orbax-checkpoint-tmp").mkdir()
-    assert newest(tmp_path) == (None, [])
 
 
 def test_another_shape_or_name_is_refused_in_one_line(good):
@@ -291,9 +150,3 @@ def test_an_error_of_the_disk_is_one_line(folder, monkeypatch):
     assert "\n" not in str(error.value)
     monkeypatch.undo()
     writer.close()
-
-
-def test_a_path_means_one_step_or_all(good):
-    steps = [path.name for path in checkpoint.checkpoint_paths(good)]
-    assert steps == ["9", "5"]
-    assert list(checkpoint.checkpoint_paths(Path(good / "5"))) == [good / "5"]

@@ -10,12 +10,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [  # low to high
-    "errors config config_parsing tokenizer tokenizer_file token_decoder",
-    "names layers positions cache sharding blockwise attention",
+    "errors config config_parsing arguments tokenizer tokenizer_file token_decoder",
+    "names layers positions cache sharding blockwise attention products packing"
+    " checksums steps checkpoint_layout",
     "model",
-    "stories data loss optimizer checkpoint sampling metrics plot formats run_folder loading"
-    " tensorboard stop_signal compilation_cache huge_pages",
-    "train_step trainer training generation text introduction printing",
+    "stories data loss optimizer checkpoint sampling drawing filters penalties logprobs xorshift"
+    " exponential metrics plot formats description run_folder loading tensorboard stop_signal"
+    " compilation_cache huge_pages scoring messages chat stop_strings quantization",
+    "train_step trainer training decoding prefill speculation generation text completions llm"
+    " conversation asking introduction printing"
+    " references conversion verification conversion_report",
     "cli",
 ]
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units.split()}
@@ -23,6 +27,7 @@ RUN_AS_MODULES = {"llama_jax.plot"}  # doors too, by `python -m`: they may impor
 DOORS = [path.stem for path in sorted(ROOT.glob("*.py")) if path.stem != "setup"]
 ONLY_IN = {  # libraries that few may know
     "orbax": {"checkpoint"},
+    "tensorstore": {"checkpoint_layout"},
     "grain": {"data"},
     "optax": {"optimizer", "training", "train_step"},
     "sentencepiece": {"tokenizer", "formats"},
@@ -32,8 +37,8 @@ ONLY_IN = {  # libraries that few may know
     "ml_collections": {"cli", "config_parsing", "configs"},
     "matplotlib": {"plot"},
     "tensorboardX": {"tensorboard"},
-    "torch": set(),
-    "transformers": set(),
+    "torch": {"references"},
+    "transformers": {"references"},
 }
 
 

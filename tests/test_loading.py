@@ -6,10 +6,13 @@ import jax
 import numpy as np
 import pytest
 from tiny_run import make_config, make_tokens, quick_runs
+from tiny_weights import tiny_weights
 
-from llama_jax.checkpoint import finished_steps
-from llama_jax.errors import UserError
+from llama_jax.errors import UsageError, UserError
+from llama_jax.formats import checkpoint_folder
 from llama_jax.loading import load
+from llama_jax.names import named_leaves
+from llama_jax.steps import finished_steps
 from llama_jax.training import fit
 
 
@@ -70,6 +73,68 @@ def test_a_damaged_step_is_passed_over_with_a_warning(folder, capsys):
     assert finished_steps(folder) == [4, 8]
     with pytest.raises(UserError, match="8 is damaged"):
         load(folder / "8")
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """Folders of converted models by the dtype they are stored in."""
+    folders = {}
+    for dtype, compute_dtype in COMPUTE.items():
+        folders[dtype] = tmp_path_factory.mktemp("converted") / dtype
+        weights = tiny_weights(dtype, compute_dtype=compute_dtype)
+        checkpoint_folder.write(weights, folders[dtype])
+    return folders
+
+
+COMPUTE = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
+LOADED = {  # stored, backend, asked: parameters, arithmetic
+    ("bfloat16", "cpu", ""): ("float32", "float32"),  # bfloat16 is slow on CPU
+    ("float16", "cpu", ""): ("float32", "float32"),
+    ("bfloat16", "gpu", ""): ("bfloat16", "bfloat16"),
+    ("float16", "tpu", ""): ("bfloat16", "bfloat16"),
+    ("float32", "gpu", ""): ("float32", "float32"),
+    ("float32", "gpu", "bfloat16"): ("bfloat16", "bfloat16"),
+    ("bfloat16", "cpu", "bfloat16"): ("bfloat16", "bfloat16"),
+    ("bfloat16", "gpu", "float32"): ("float32", "float32"),
+}
+
+
+@pytest.mark.parametrize("case", LOADED, ids=str)
+def test_parameters_are_as_stored_unless_that_is_slow(converted, monkeypatch, case):
+    stored, backend, asked = case
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    loaded = load(converted[stored], dtype=asked)
+    leaves = named_leaves(loaded.model)
+    assert ({leaf.dtype.name for leaf in leaves.values()}, loaded.config.compute_dtype) == (
+        {LOADED[case][0]},
+        LOADED[case][1],
+    )
+    assert loaded.model.config == loaded.config
+    expected = tiny_weights(stored).tensors["embedding"].read().astype(LOADED[case][0])
+    np.testing.assert_array_equal(leaves["embedding"], expected)
+    assert loaded.model(np.array([[1, 5]]))[0].dtype == np.float32
+
+
+def test_a_trained_model_keeps_its_parameters_and_computes_as_asked(trained, monkeypatch):
+    assert load(trained).model.embedding.dtype == np.float32
+    path = trained / "config.json"
+    before = path.read_text()
+    try:
+        path.write_text(before.replace('"compute_dtype": "float32"', '"compute_dtype": "bfloat16"'))
+        assert load(trained).config.compute_dtype == "float32"
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        loaded = load(trained)
+        assert (loaded.config.compute_dtype, loaded.model.embedding.dtype) == (
+            "bfloat16",
+            np.float32,
+        )
+    finally:
+        path.write_text(before)
+
+
+def test_an_unknown_dtype_is_refused(converted):
+    with pytest.raises(UsageError, match="dtype='float16' is unknown"):
+        load(converted["float32"], dtype="float16")
 
 
 def remove_steps(folder):

@@ -12,7 +12,7 @@ GREEDY = make_sampler(temperature=0)
 
 
 def printed(capsys, prompts, pieces):
-    printing._print_in_order(prompts, pieces)
+    list(printing._print_in_order(prompts, pieces))
     return capsys.readouterr()
 
 
@@ -21,9 +21,9 @@ def test_one_row_is_printed_as_it_grows(capsys):
 
     def pieces():
         for text in ("", " a", " b"):
-            yield Piece(0, text, 1, "")
+            yield Piece(0, text, (5,), "")
             seen.append(capsys.readouterr().out)
-        yield Piece(0, ".", 1, "stop")
+        yield Piece(0, ".", (5,), "stop")
 
     rest = printed(capsys, ["Once"], pieces())
     assert seen == ["Once", " a", " b"]
@@ -32,12 +32,12 @@ def test_one_row_is_printed_as_it_grows(capsys):
 
 def test_rows_are_printed_in_order_with_an_empty_line_between(capsys):
     pieces = [
-        Piece(0, " a", 1, ""),
-        Piece(1, " c", 1, ""),
-        Piece(2, " e", 1, "length"),
-        Piece(0, " b", 1, ""),
-        Piece(1, " d", 1, "stop"),
-        Piece(0, "!", 1, "context"),
+        Piece(0, " a", (5,), ""),
+        Piece(1, " c", (5,), ""),
+        Piece(2, " e", (5,), "length"),
+        Piece(0, " b", (5,), ""),
+        Piece(1, " d", (5,), "stop"),
+        Piece(0, "!", (5,), "context"),
     ]
     said = printed(capsys, ["A", "B", ""], pieces)
     assert said.out == "A a b!\n\nB c d\n\n e\n"
@@ -50,7 +50,11 @@ def test_rows_are_printed_in_order_with_an_empty_line_between(capsys):
 def test_speed_counts_what_comes_after_the_first_piece(capsys, monkeypatch):
     times = iter([103.5, 108.5])  # of the first piece, and of the end
     monkeypatch.setattr(printing.time, "perf_counter", lambda: next(times))
-    pieces = [Piece(0, "a", 1, ""), Piece(0, "b", 16, ""), Piece(0, "c", 4, "stop")]
+    pieces = [
+        Piece(0, "a", (5,), ""),
+        Piece(0, "b", (5,) * 16, ""),
+        Piece(0, "c", (5,) * 4, "stop"),
+    ]
     assert list(printing._timed(pieces, begun=100)) == pieces
     said = capsys.readouterr()
     assert said.out == ""
@@ -58,7 +62,7 @@ def test_speed_counts_what_comes_after_the_first_piece(capsys, monkeypatch):
 
 
 def test_one_piece_has_no_speed(capsys):
-    list(printing._timed([Piece(0, "a", 1, "stop")], begun=0))
+    list(printing._timed([Piece(0, "a", (5,), "stop")], begun=0))
     assert capsys.readouterr().err.endswith(", then one token]\n")
 
 
@@ -76,4 +80,4 @@ def test_one_piece_has_no_speed(capsys):
 def test_a_number_out_of_range_is_refused_before_the_checkpoint_is_read(name, value):
     numbers = {"max_tokens": 1, "num_samples": 1, "seed": 0} | {name: value}
     with pytest.raises(UsageError, match=rf"^{name}={value} is out of range; expected "):
-        print_samples("missing", [""], GREEDY, **numbers, begun=0)
+        print_samples(None, [""], GREEDY, **numbers, begun=0)

@@ -1,6 +1,5 @@
 """A run's folder: it is one run's, one process's, and nothing in it is overwritten."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,8 +7,9 @@ import sys
 import pytest
 from tiny_run import make_config
 
+from llama_jax.description import Description, Run, read_run, write_description
 from llama_jax.errors import UsageError, UserError
-from llama_jax.run_folder import Run, claimed, read_run, require_space, start_or_resume
+from llama_jax.run_folder import claimed, require_space, start_or_resume
 
 WAIT = """
 import sys, time
@@ -121,24 +121,16 @@ def test_a_folder_with_anything_else_is_refused_untouched(folder, name):
     assert (folder / ".lock").read_text() == "another program's"
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "[]", "{}", '{"kind": "llama_jax run", "version": 2}', '{"model_type": "llama"}', "\xff"],
-)
-def test_a_damaged_description_is_told_in_one_line(folder, text):
-    start(folder)
-    (folder / "config.json").write_text(text, encoding="latin-1")
-    for act in (start, read_run):
-        with pytest.raises(UserError, match=r"config.json is damaged") as error:
-            act(folder)
-        assert "\n" not in str(error.value)
-
-
-def test_what_holds_no_run_is_named(folder, tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
-        read_run(folder)
-    with pytest.raises(UserError, match="holds no run"):
-        read_run(tmp_path)
+def test_a_converted_model_is_refused_untouched(folder):
+    folder.mkdir(parents=True)
+    model = make_config("tokens", folder).model
+    write_description(folder, Description(model=model, bos=True, eos=False))
+    (folder / "0").mkdir()
+    before = sorted(folder.rglob("*")), (folder / "config.json").read_bytes()
+    with pytest.raises(UserError, match="holds a converted model, not a run; choose") as error:
+        start(folder)
+    assert "\n" not in str(error.value)
+    assert (sorted(folder.rglob("*")), (folder / "config.json").read_bytes()) == before
 
 
 def test_a_place_that_cannot_be_written_is_named(folder, tmp_path):
@@ -166,10 +158,3 @@ def test_room_on_the_disk_is_asked_for(tmp_path):
     require_space(tmp_path, 1000)
     with pytest.raises(UserError, match=r"a checkpoint takes 1000000000\.00 GB; make room"):
         require_space(tmp_path, 10**18)
-
-
-def test_the_description_is_plain_json(folder):
-    start(folder)
-    tree = json.loads((folder / "config.json").read_text())
-    assert (tree["kind"], tree["version"], tree["bos"]) == ("llama_jax run", 1, True)
-    assert tree["config"]["model"]["dim"] == 24

@@ -3,8 +3,7 @@
 import pytest
 from conftest import make_model
 
-from llama_jax import text
-from llama_jax.generation import Chunk, generate
+from llama_jax.generation import Chunk, Engine, generate
 from llama_jax.model import unstack
 from llama_jax.sampling import make_sampler
 from llama_jax.text import stop_ids, stream
@@ -27,12 +26,12 @@ def model(tokenizer):
 
 def test_pieces_add_up_to_the_decoded_ids(model, tokenizer):
     options = {"max_tokens": 20, "seeds": [1, 2, 3], "stop_ids": [tokenizer.eos_id]}
+    encoded = [tokenizer.encode(prompt, bos=True, eos=False) for prompt in PROMPTS]
     texts, tokens, ends = [""] * 3, [0] * 3, [[], [], []]
-    for piece in stream(model, tokenizer, PROMPTS, SAMPLED, **options):
+    for piece in stream(Engine(model), tokenizer, encoded, SAMPLED, **options):
         texts[piece.row] += piece.text
         tokens[piece.row] += piece.tokens
         ends[piece.row].append(piece.finished)
-    encoded = [tokenizer.encode(prompt, bos=True, eos=False) for prompt in PROMPTS]
     rows = [[], [], []]
     for chunk in generate(model, encoded, SAMPLED, **options):
         rows = [row + new for row, new in zip(rows, chunk.rows)]
@@ -50,16 +49,18 @@ def scripted(monkeypatch, rows, finished):
         Chunk(
             [row[i : i + 1] for row in rows],
             [end if i + 1 >= len(row) else "" for row, end in zip(rows, finished)],
+            [[] for _ in rows],
         )
         for i in range(longest)
     ]
-    monkeypatch.setattr(text, "generate", lambda *arguments, **options: iter(chunks))
+    monkeypatch.setattr(Engine, "generate", lambda *arguments, **options: iter(chunks))
 
 
-def pieces(model, tokenizer, prompts, max_tokens=9):
+def pieces(model, tokenizer, prompts, max_tokens=9, **more):
     seeds = [0] * len(prompts)
-    options = {"max_tokens": max_tokens, "seeds": seeds, "stop_ids": []}
-    return list(stream(model, tokenizer, prompts, SAMPLED, **options))
+    options = {"max_tokens": max_tokens, "seeds": seeds, "stop_ids": []} | more
+    encoded = [tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
+    return list(stream(Engine(model), tokenizer, encoded, SAMPLED, **options))
 
 
 def test_a_character_is_held_back_until_it_is_whole(monkeypatch, model, tokenizer):
@@ -90,6 +91,30 @@ def test_a_limit_that_is_both_is_the_one_asked_for(model, tokenizer):
         found = pieces(model, tokenizer, ["Tim"], max_tokens=max_tokens)
         assert sum(piece.tokens for piece in found) == room
         assert found[-1].finished == reason
+
+
+def test_a_stop_string_cuts_across_tokens_and_ends_its_row_alone(monkeypatch, model, tokenizer):
+    said = [tokenizer.encode(text, bos=False, eos=False) for text in ("blue sea.", "red sails red")]
+    scripted(monkeypatch, said, ["length", "length"])
+    found = pieces(model, tokenizer, ["Tim", ""], stops=["e se", "sailor"])
+    texts = ["".join(piece.text for piece in found if piece.row == row) for row in (0, 1)]
+    ends = {piece.row: piece.finished for piece in found if piece.finished}
+    assert [text.strip() for text in texts] == ["blu", "red sails red"]
+    assert ends == {0: "stop", 1: "length"}
+    ids = sum((piece.ids for piece in found if piece.row == 0), ())
+    assert tokenizer.decode(ids).endswith("e se") or "e se" in tokenizer.decode(ids)
+    assert len(ids) < len(said[0])
+
+
+def test_no_more_is_generated_once_all_rows_have_stopped(monkeypatch, model, tokenizer):
+    tim = tokenizer.encode("Tim", bos=False, eos=False)
+
+    def endless(*arguments, **options):
+        yield Chunk([tim], [""], [[]])
+        raise AssertionError("asked for more")
+
+    monkeypatch.setattr(Engine, "generate", endless)
+    assert pieces(model, tokenizer, [""], stops=["Tim"])[-1].finished == "stop"
 
 
 def test_what_ends_a_text(tokenizer):

@@ -7,10 +7,10 @@ import pytest
 from tiny_run import make_config, make_tokens, quick_runs
 
 from llama_jax import trainer
-from llama_jax.checkpoint import finished_steps
 from llama_jax.data.tokens import TokenFolder
 from llama_jax.errors import NonFiniteLossError, UserError
 from llama_jax.metrics import read_metrics
+from llama_jax.steps import finished_steps
 from llama_jax.stop_signal import StopSignal
 from llama_jax.trainer import Trainer
 from llama_jax.training import fit

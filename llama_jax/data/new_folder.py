@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all, whatever happens while it is filled.
+"""A folder or file that appears whole or not at all, whatever happens while it is made.
 
 Does not know what goes into it.
 """
@@ -27,6 +27,27 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
       UserError: if `path` exists already or cannot be written; both are found before the block.
     """
     path = Path(path)
+    with _hidden_folder(path) as partial:
+        yield partial
+        (partial / LOCK).unlink()
+        _publish(partial, path)
+
+
+@contextlib.contextmanager
+def new_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A hidden place for a file or folder to be made, which is renamed to `path` at the end.
+
+    Nothing is at that place yet, and its name is that of `path`. Otherwise as `new_folder`.
+    """
+    path = Path(path)
+    with _hidden_folder(path) as partial:
+        yield partial / path.name
+        _publish(partial / path.name, path)
+
+
+@contextlib.contextmanager
+def _hidden_folder(path: Path) -> Iterator[Path]:
+    """A locked hidden folder beside `path`, gone at the end unless it was renamed."""
     check_place(path)
     with contextlib.ExitStack() as stack:
         try:
@@ -42,16 +63,19 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             reason = f"cannot write to {path}: {error.strerror}"
             raise UserError(f"{reason}; choose another place") from error
         yield partial
-        (partial / LOCK).unlink()
-        for file in (*partial.rglob("*"), partial):
-            _flush(file)
-        check_place(path)
-        partial.rename(path)
-        _flush(path.parent)
+
+
+def _publish(made: Path, path: Path) -> None:
+    """Bring what was made onto the disk, then give it its name."""
+    for file in (*made.rglob("*"), made):
+        _flush(file)
+    check_place(path)
+    made.rename(path)
+    _flush(path.parent)
 
 
 def check_place(path: Path) -> None:
-    """`UserError` if no new folder can be made at `path`; nothing is ever overwritten."""
+    """`UserError` if nothing new can be made at `path`; nothing is ever overwritten."""
     if path.exists() or path.is_symlink():
         raise UserError(f"{path} exists already; remove it or choose another name")
     parent = next(parent for parent in path.absolute().parents if parent.exists())

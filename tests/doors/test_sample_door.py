@@ -1,6 +1,9 @@
 """The door sample.py as a user meets it: what it writes where, and what it says to mistakes."""
 
 import importlib.util
+import io
+import json
+import math
 import os
 import re
 import shlex
@@ -195,6 +198,19 @@ USAGE = {
     ("--temprature=1",): "'--temprature=1' is not understood; did you mean '--temperature'?",
     ("once",): "'once' is not understood; see --help",
     ("--prompt",): "argument --prompt: expected one argument",
+    ("--min_p=2",): "min_p=2.0 is out of range; expected 0 (off) to 1",
+    ("--repetition_penalty=0",): "repetition_penalty=0.0 is out of range",
+    ("--logit_bias=the",): "--logit_bias=the is not understood; expected ID=BIAS",
+    ("--stop=",): "stop",
+    ("--chat", "--score"): "--chat and --score do not go together; choose one",
+    ("--chat", "--prompt=Tim"): "--chat reads what you say from stdin; leave --prompt",
+    ("--system=Be kind.",): "--system goes with --chat; add it",
+    ("--prompt=Tim", "--prompt_file=x"): "--prompt and --prompt_file do not go together",
+    ("--rng=dice",): "argument --rng: invalid choice: 'dice'",
+    ("--rng=xorshift",): "seed=0 is out of range; expected 1 to",
+    ("--rng=xorshift", "--seed=1", "--num_samples=2"): "--rng=xorshift tells one sample at a time",
+    ("--template=chatml", "--chat"): "template='chatml' is unknown; expected one of llama2, alpaca",
+    ("--cache_dtype=int4",): "cache_dtype='int4' is unknown; expected 'int8' or ''",
 }
 
 
@@ -225,7 +241,7 @@ def leave_half_a_step(folder):
 
 
 DAMAGES = {
-    "missing": (shutil.rmtree, "ckpt does not exist; expected the checkpoint folder of a run"),
+    "missing": (shutil.rmtree, "ckpt does not exist; expected a checkpoint folder"),
     "empty": (lambda folder: (shutil.rmtree(folder), folder.mkdir()), "ckpt holds no run"),
     "foreign": (lambda folder: (folder / "config.json").write_text('{"dim": 8}'), "is damaged"),
     "no steps": (remove_steps, "ckpt has no finished checkpoint"),
@@ -258,3 +274,64 @@ def test_a_prompt_too_long_is_one_line(sample):
     code, text, said = sample("--prompt=Tim", "--prompt=" + "sea " * 99)
     assert (code, text) == (1, "")
     assert re.fullmatch(r"error: the prompt has \d+ tokens; expected 1 to 47,.* 48\n", said)
+
+
+def test_a_prompt_from_a_file_or_stdin(sample, tmp_path, monkeypatch):
+    expected = sample(*SHORT, "--prompt=Tim had")[1]
+    (tmp_path / "p.txt").write_text("Tim had")
+    assert sample(*SHORT, "--prompt_file", str(tmp_path / "p.txt"))[1] == expected
+    monkeypatch.setattr("sys.stdin", io.StringIO("Tim had"))
+    assert sample(*SHORT, "--prompt_file=-")[1] == expected
+    (tmp_path / "p.txt").write_bytes(b"Tim \xff")
+    code, _, said = sample("--prompt_file", str(tmp_path / "p.txt"))
+    assert (code, said.count("\n")) == (1, 1) and "is not UTF-8 at byte 4" in said
+    code, _, said = sample("--prompt_file=missing.txt")
+    assert (code, said) == (1, "error: --prompt_file=missing.txt: No such file or directory\n")
+
+
+def test_a_text_ends_before_its_stop_and_without_its_prompt(sample):
+    free = sample(*SHORT, "--temperature=0", "--prompt=Tim")[1]
+    new = free.removeprefix("Tim").rstrip("\n")
+    stop = new[3:6]
+    code, text, _ = sample(*SHORT, "--temperature=0", "--prompt=Tim", "--no_echo", "--stop", stop)
+    assert (code, text) == (0, new[: new.index(stop)] + "\n")
+
+
+def test_log_probabilities_go_to_stderr(sample):
+    plain = sample(*SHORT, "--temperature=0", "--prompt=Tim")[1]
+    code, text, said = sample(*SHORT, "--temperature=0", "--prompt=Tim", "--logprobs=2")
+    assert (code, text) == (0, plain)
+    lines = [line for line in said.splitlines() if line.startswith("[1] ")]
+    assert len(lines) == 8
+    assert all(float(line.split()[1]) <= 0 and line.count("'") >= 6 for line in lines)
+
+
+@pytest.mark.parametrize("words", [("--speculate",), ("--rng=xorshift",)])
+def test_other_ways_to_the_same_greedy_text(sample, words):
+    greedy = ("--temperature=0", "--prompt=Tim had", "--max_tokens=20", "--seed=1")
+    assert sample(*greedy, *words)[:2] == sample(*greedy)[:2]
+
+
+def test_an_int8_cache_writes(sample):
+    code, text, _ = sample(*SHORT, "--cache_dtype=int8", "--prompt=Tim")
+    assert code == 0 and text.startswith("Tim") and len(text) > 8
+
+
+def test_scores_and_embeddings_are_lines(sample):
+    code, text, _ = sample("--score", "--prompt=Tim had 7 red sails.", "--prompt=zzzz qqqq")
+    told, odd = ([float(word) for word in line.split("\t")] for line in text.splitlines())
+    assert code == 0
+    for total, tokens, perplexity in (told, odd):
+        assert perplexity == pytest.approx(math.exp(-total / tokens), rel=1e-3)
+    code, text, _ = sample("--embed", "--prompt=Tim", "--prompt=sea")
+    vectors = [json.loads(line) for line in text.splitlines()]
+    assert code == 0 and [len(vector) for vector in vectors] == [24, 24]
+
+
+def test_a_chat_reads_lines_and_answers(sample, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Tim\n/reset\nTim\n/exit\n"))
+    code, text, said = sample("--chat", "--temperature=0", "--max_tokens=4", "--template=llama2")
+    assert code == 0
+    first, again = text.splitlines()
+    assert first == again, "the same question of a new dialogue"
+    assert "[a new dialogue]" in said

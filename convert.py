@@ -1,0 +1,72 @@
+"""Turn any Llama's weights into another project's format, and back.
+
+python convert.py --from meta --input llama-2-7b/ --to ckpt --output ckpt/llama-2-7b
+python convert.py --input ckpt/llama-2-7b --to hf --output my-llama      # for transformers
+python convert.py --input ckpt/ --to gguf --output my.gguf --dtype q8_0  # for llama.cpp
+python convert.py --input stories15M.bin --tokenizer tokenizer.bin --output ckpt/stories15M
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from llama_jax import cli
+
+FORMATS = ("ckpt", "meta", "hf", "llama2c", "gguf")
+DTYPES = ("float32", "bfloat16", "float16", "q8_0")
+
+
+def main(argv: list[str]) -> None:
+    """Flags in, a model in another format out."""
+    flags = _parser().parse_args(argv)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing here needs an accelerator's memory
+
+    from llama_jax.conversion import Conversion
+    from llama_jax.conversion_report import convert_and_tell
+    from llama_jax.formats.table import Options, format_of
+
+    source = Path(flags.input).expanduser()
+    job = Conversion(
+        source=flags.source or format_of(source),
+        input=source,
+        target=flags.target,
+        output=Path(flags.output).expanduser(),
+        tokenizer=Path(flags.tokenizer).expanduser() if flags.tokenizer else None,
+        options=Options(
+            dtype=flags.dtype,
+            shards=flags.shards,
+            llama2c_version=flags.llama2c_version,
+            group_size=flags.group_size,
+        ),
+        strict=flags.strict,
+    )
+    convert_and_tell(job, flags.verify)
+
+
+def _parser() -> cli.Parser:
+    """The flags."""
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--input", required=True, help="folder or file to read")
+    add("--from", dest="source", choices=FORMATS, default="", help="its format (told by its look)")
+    add("--output", required=True, help="folder or file to make; must not exist yet")
+    target_help = "its format (ckpt); llama2c gets a tokenizer.bin beside it unless one is there"
+    add("--to", dest="target", choices=FORMATS, default="ckpt", help=target_help)
+    tokenizer_help = "tokenizer.model, or llama2.c's tokenizer.bin (what comes with the input)"
+    add("--tokenizer", default="", help=tokenizer_help)
+    dtype_help = "of what is written (that of the input); q8_0 is gguf's alone"
+    add("--dtype", choices=DTYPES, default="", help=dtype_help)
+    add("--shards", type=int, default=1, help="files of --to meta: 1, 2, 4 or 8 (1)")
+    version_help = "of --to llama2c: 0 and 1 are float32, 2 is int8 (0)"
+    add("--llama2c_version", type=int, choices=(0, 1, 2), default=0, help=version_help)
+    add("--group_size", type=int, default=64, help="numbers a scale of llama2.c's version 2 (64)")
+    verify_help = "run result and source, and compare (yes, if memory allows)"
+    add("--verify", action="store_true", default=None, help=verify_help)
+    add("--no_verify", dest="verify", action="store_false", help="do not")
+    add("--strict", action="store_true", help="refuse weights with NaN or infinity (warn)")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(main)

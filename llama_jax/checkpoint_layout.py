@@ -1,0 +1,143 @@
+"""How checkpoints lie on disk, for those who read or write them array by array without Orbax.
+
+Orbax reads and writes whole trees, which is more than a conversion may hold. Here the same files
+are made, so that either opens what the other wrote: an item with arrays is an OCDBT store of one
+Zarr array a name, beside a `_METADATA` that lists the names; one with JSON is a file `metadata`.
+Does not know models, steps or checksums.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from llama_jax.errors import UserError
+
+ZARR_NAMES = {
+    np.dtype(np.float32): "<f4",
+    np.dtype(np.float16): "<f2",
+    np.dtype(ml_dtypes.bfloat16): "bfloat16",
+}
+LARGEST_RATIO = 1000  # of an item's numbers to its files: nobody's weights shrink like that
+Shape = tuple[int, ...]
+
+
+def write_json(item: Path, tree: dict[str, Any]) -> None:
+    """A new item with JSON."""
+    item.mkdir()
+    (item / "metadata").write_text(json.dumps(tree))
+
+
+def read_json(item: Path) -> Any:
+    """What an item with JSON holds; `OSError` or `ValueError` if it is none."""
+    return json.loads((item / "metadata").read_text())
+
+
+def write_names(item: Path, shapes: Mapping[str, Shape]) -> None:
+    """Tell Orbax which arrays an item holds."""
+
+    def entry(name: str, shape: Shape) -> dict[str, Any]:
+        value = {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": list(shape)}
+        return {"key_metadata": [{"key": name, "key_type": 2}], "value_metadata": value}
+
+    tree = {
+        "tree_metadata": {str((name,)): entry(name, shape) for name, shape in shapes.items()},
+        "use_ocdbt": True,
+        "use_zarr3": False,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
+    (item / "_METADATA").write_text(json.dumps(tree))
+
+
+def create_array(item: Path, name: str, shape: Shape, chunk: Shape, dtype: np.dtype) -> Any:
+    """A new array that is written by `array[...].write(part).result()`, best chunk by chunk.
+
+    Not compressed: weights hardly shrink, and slowly.
+    """
+    metadata = {
+        "zarr_format": 2,
+        "shape": list(shape),
+        "chunks": list(chunk),
+        "dtype": ZARR_NAMES[dtype],
+        "order": "C",
+        "dimension_separator": ".",
+        "compressor": None,
+        "fill_value": None,
+        "filters": None,
+    }
+    return _open(item, name, metadata=metadata, create=True)
+
+
+def open_array(item: Path, name: str, shape: Shape) -> Any:
+    """An array to read from by `array[...].read().result()`.
+
+    Raises:
+      ValueError: when it is missing, has another shape or is not of floating point.
+    """
+    array = _open(item, name, open=True, fill_missing_data_reads=False)
+    chunk = array.chunk_layout.read_chunk.shape
+    if array.shape != shape:
+        raise ValueError(f"{name} is {list(array.shape)}, expected {list(shape)}")
+    if np.dtype(array.dtype.numpy_dtype) not in ZARR_NAMES:
+        raise ValueError(f"{name} is {array.dtype.name}, expected float32, bfloat16 or float16")
+    if any(part > max(whole, 1) for part, whole in zip(chunk, shape)):
+        raise ValueError(f"{name} is stored in parts of {list(chunk)}, which is more than all")
+    return array
+
+
+def names(item: Path) -> list[str]:
+    """The names of the arrays that an item holds.
+
+    Raises:
+      ValueError: when it is no item.
+    """
+    import tensorstore as ts
+
+    keys = ts.KvStore.open(_store(item)).result().list().result()
+    return sorted(
+        key.decode().removesuffix("/.zarray") for key in keys if key.endswith(b"/.zarray")
+    )
+
+
+def require_plausible(item: Path, numbers: int) -> None:
+    """`UserError` if a folder is far too small to hold so many numbers."""
+    size = sum(path.stat().st_size for path in item.rglob("*") if path.is_file())
+    if size * LARGEST_RATIO < numbers:
+        raise UserError(
+            f"{item} has {size:,} bytes, which cannot hold the {numbers:,} numbers of its config;"
+            " copy it again"
+        )
+
+
+def _store(item: Path) -> dict[str, Any]:
+    base = {"driver": "file", "path": f"{item.resolve()}/"}
+    return {"driver": "ocdbt", "base": base}
+
+
+def _open(item: Path, name: str, **spec: Any) -> Any:
+    import tensorstore as ts
+
+    store = _store(item) | {"path": f"{name}/"}
+    return ts.open({"driver": "zarr", "kvstore": store, **spec}).result()
+
+
+def refuse_links(checkpoint: Path) -> None:
+    """`UserError` if a checkpoint contains links, which may lead anywhere."""
+    if any(entry.is_symlink() for entry in checkpoint.rglob("*")):
+        raise UserError(f"checkpoint {checkpoint} contains links, which are not followed")
+
+
+def damaged(checkpoint: Path, why: Exception | str) -> UserError:
+    """The complaint about a checkpoint that is not what was written."""
+    why = first_line(why) if isinstance(why, Exception) else why
+    return UserError(f"checkpoint {checkpoint} is damaged: {why}")
+
+
+def first_line(error: Exception) -> str:
+    """The first telling line of an error of several screens."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:160]

@@ -1,0 +1,225 @@
+"""GGUF files that look whole and are not what we can read or write."""
+
+import dataclasses
+import sys
+import tracemalloc
+
+import numpy as np
+import pytest
+from tiny_weights import tiny_vocabulary, tiny_weights
+
+from llama_jax.errors import UserError
+from llama_jax.formats import gguf
+from llama_jax.formats.weights import Tensor
+
+D, F, V = 24, 40, 283
+WIDE = {"dim": 96, "hidden_dim": 40}
+LONG = {**WIDE, "rope_theta": 5e5}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "tiny.gguf"
+
+
+def changed(monkeypatch, path, weights, keys=(), tensors=(), without=(), architecture="llama"):
+    """Write a file with other keys and tensors than `write` gives it."""
+
+    def stream(path, _, true_keys, true_tensors, *rest):
+        parts = [{**true_keys, **dict(keys)}, {**true_tensors, **dict(tensors)}]
+        parts = [{n: v for n, v in part.items() if n not in without} for part in parts]
+        real(path, architecture, *parts, *rest)
+
+    real = gguf.stream
+    with monkeypatch.context() as patch:
+        patch.setattr(gguf, "stream", stream)
+        gguf.write(weights, path)
+
+
+def promise(array):
+    return Tensor(array.shape, array.dtype, lambda: array)
+
+
+def test_a_file_without_a_tokenizer(path, monkeypatch):
+    changed(monkeypatch, path, tiny_weights(), keys={"tokenizer.ggml.model": "no_vocab"})
+    assert gguf.read(path).tokenizer == b""
+
+
+PIECES = "tokenizer.ggml."
+REFUSED = {  # keys, then what is said of them
+    "experts": ({"llama.expert_count": 8}, "mixes 8 experts"),
+    "another tokenizer": ({f"{PIECES}model": "gpt2"}, "a tokenizer of kind 'gpt2'"),
+    "an unknown key": ({"llama.attention.sliding_window": 7}, "sliding_window = 7"),
+    "a head dim of its own": ({"llama.attention.key_length": 8}, "expected the head dim, 4"),
+    "a part rotated": ({"llama.rope.dimension_count": 2}, "dimension_count = 2"),
+    "yarn": ({"llama.rope.scaling.type": "yarn"}, "'yarn'; expected linear"),
+    "a shrinking context": (
+        {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 0.5},
+        "factor=0.5 is out of range",
+    ),
+    "heads that do not divide": ({"llama.attention.head_count": 5}, "does not divide into"),
+    "no heads": ({"llama.attention.head_count": 0}, "num_heads=0 is out of range"),
+    "heads by layer": ({"llama.attention.head_count_kv": np.array([2, 2, 2])}, "= a list"),
+    "eps in words": (
+        {"llama.attention.layer_norm_rms_epsilon": "small"},
+        "'small'; expected a num",
+    ),
+    "eps of infinity": ({"llama.attention.layer_norm_rms_epsilon": float("inf")}, "out of range"),
+    "very many blocks": ({"llama.block_count": 2**32 - 1}, "describes 4,294,967,295 blocks"),
+    "a wide model": (
+        {"llama.embedding_length": 6 * 2**29, "llama.rope.dimension_count": 2**29},
+        "describes 3 blocks",
+    ),
+    "a deep feed-forward": ({"llama.feed_forward_length": 2**31}, "describes 3 blocks"),
+    "very many thin blocks": (
+        {"llama.embedding_length": 2, "llama.attention.head_count": 1}
+        | {"llama.attention.head_count_kv": 1, "llama.rope.dimension_count": 2}
+        | {"llama.feed_forward_length": 1, "llama.block_count": 10**5},
+        "describes 100,000 blocks of 22 numbers",
+    ),
+    "blocks in truths": ({"llama.block_count": True}, "= True; expected a whole number"),
+    "theta in truths": ({"llama.rope.freq_base": True}, "= True; expected a number"),
+    "fewer blocks": ({"llama.block_count": 2}, "blk.2.attn_norm.weight, "),
+    "more blocks": ({"llama.block_count": 4}, "blk.3.attn_norm.weight, "),
+    "another width": ({"llama.feed_forward_length": 48}, "is [40, 24], expected [48, 24]"),
+    "fewer scores": ({f"{PIECES}scores": np.zeros(282, np.float32)}, "283 tokens, 282 scores"),
+    "an endless score": ({f"{PIECES}scores": np.full(283, np.nan, np.float32)}, "not a number"),
+    "a token type of 7": ({f"{PIECES}token_type": np.full(283, 7, np.int32)}, "other than 1 to 6"),
+    "types in words": ({f"{PIECES}token_type": ["a"] * 283}, "= a list; expected a list of num"),
+    "an id too high": ({f"{PIECES}bos_token_id": 283}, "= 283; expected 0 to 282"),
+    "bos in numbers": ({f"{PIECES}add_bos_token": 1}, "= 1; expected true or false"),
+}
+
+
+def one_line(caught):
+    message = str(caught.value)
+    assert "tiny.gguf" in message and "\n" not in message and len(message) < 600
+    return message
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_keys_that_are_refused(path, monkeypatch, name):
+    keys, complaint = REFUSED[name]
+    changed(monkeypatch, path, tiny_weights(), keys=keys)
+    with pytest.raises(UserError) as caught:
+        gguf.read(path)
+    assert complaint in one_line(caught)
+
+
+NEEDED = ["block_count", "context_length", "embedding_length", "feed_forward_length"]
+NEEDED += ["attention.head_count", "attention.layer_norm_rms_epsilon"]
+
+
+@pytest.mark.parametrize("key", NEEDED)
+def test_keys_that_must_be_there(path, monkeypatch, key):
+    changed(monkeypatch, path, tiny_weights(), without=[f"llama.{key}"])
+    with pytest.raises(UserError, match=f"has no key llama.{key}"):
+        gguf.read(path)
+
+
+def test_keys_that_change_nothing(path, monkeypatch):
+    keys = {"llama.expert_count": 0, "llama.expert_used_count": 0, "llama.rope.scale_linear": 1.0}
+    keys |= {"llama.vocab_size": 7, "general.anything": [], f"{PIECES}padding_token_id": 2**32 - 1}
+    changed(monkeypatch, path, tiny_weights(), keys=keys)
+    assert gguf.read(path).config == tiny_weights().config
+
+
+def test_another_architecture_is_refused(path, monkeypatch):
+    changed(monkeypatch, path, tiny_weights(), architecture="qwen2")
+    with pytest.raises(UserError, match="a model of kind 'qwen2'; expected 'llama'"):
+        gguf.read(path)
+
+
+def test_long_values_are_shown_in_part(path, monkeypatch):
+    changed(monkeypatch, path, tiny_weights(), keys={"llama.attention.scale": "long" * 999})
+    with pytest.raises(UserError, match="which is not Llama 2's") as caught:
+        gguf.read(path)
+    one_line(caught)
+
+
+def test_tensors_must_be_those_of_a_llama(path, monkeypatch):
+    bias = promise(np.zeros(24, np.float32))
+    changed(
+        monkeypatch,
+        path,
+        tiny_weights(),
+        tensors={"blk.0.attn_q.bias": bias},
+        without=["blk.1.ffn_up.weight", "output_norm.weight"],
+    )
+    with pytest.raises(UserError) as caught:
+        gguf.read(path)
+    message = one_line(caught)
+    assert "blk.1.ffn_up.weight, output_norm.weight are missing" in message
+    assert "blk.0.attn_q.bias is unknown" in message
+
+
+def test_a_file_without_an_embedding(path, monkeypatch):
+    changed(monkeypatch, path, tiny_weights(), without=["token_embd.weight"])
+    with pytest.raises(UserError, match=r"holds no token_embd\.weight"):
+        gguf.read(path)
+
+
+def test_stretches_that_no_rule_of_llama_3_gives(path, monkeypatch):
+    for stretches in (np.linspace(1, 9, 8), np.full(8, np.nan), np.ones(7), np.zeros(40_000)):
+        tensors = {"rope_freqs.weight": promise(stretches.astype(np.float32))}
+        changed(monkeypatch, path, tiny_weights(**LONG), tensors=tensors)
+        with pytest.raises(UserError, match="which is not Llama 3's rule"):
+            gguf.read(path)
+    keys = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}
+    changed(monkeypatch, path, tiny_weights(**LONG), keys=keys, tensors=tensors)
+    with pytest.raises(UserError, match="stretches wavelengths twice"):
+        gguf.read(path)
+
+
+def test_stretches_are_looked_at_only_if_few(path, monkeypatch):
+    stretches = {"rope_freqs.weight": promise(np.zeros(4_000_000, np.float32))}
+    changed(monkeypatch, path, tiny_weights(), tensors=stretches)
+    tracemalloc.start()
+    with pytest.raises(UserError, match="not Llama 3's rule"):
+        gguf.read(path)
+    assert tracemalloc.get_traced_memory()[1] < 8_000_000
+    tracemalloc.stop()
+
+
+def test_types_that_are_not_read_are_named(path):
+    gguf.write(tiny_weights(**WIDE), path, dtype="q8_0")
+    content = path.read_bytes()
+    for name in (b"blk.0.attn_q.weight", b"blk.2.ffn_up.weight"):
+        at = content.index(name) + len(name) + 4 + 2 * 8
+        assert content[at] == 8
+        content = content[:at] + b"\x0d" + content[at + 1 :]
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        gguf.read(path)
+    expected = "stores blk.0.attn_q.weight and 1 more as Q5_K; expected F32, F16, Q4_0, Q8_0"
+    assert expected in one_line(caught)
+    assert len(gguf.read_vocabulary(path).pieces) == V
+
+
+def test_the_vocabulary_must_fit_the_embedding(path, monkeypatch):
+    vocabulary = tiny_vocabulary(270).to_model()
+    weights = dataclasses.replace(tiny_weights(), tokenizer=vocabulary)
+    with pytest.raises(UserError, match="the tokenizer has 270 pieces and the model 283"):
+        gguf.write(weights, path)
+    monkeypatch.setattr(gguf, "_vocabulary", lambda _: tiny_vocabulary(270))
+    gguf.write(weights, path)
+    with pytest.raises(UserError, match="has 270 pieces in its vocabulary and 283 rows"):
+        gguf.read(path)
+
+
+def test_what_cannot_be_written(path, monkeypatch):
+    with pytest.raises(UserError, match="name a --tokenizer"):
+        gguf.write(tiny_weights(tokenizer=b""), path)
+    with pytest.raises(UserError, match="4294967296 does not fit"):
+        gguf.write(tiny_weights(context_length=2**32), path)
+    weights = tiny_weights()
+    tensors = dict(weights.tensors)
+    tensors["blocks.1.ffn.up.kernel"] = promise(np.full((D, F), 1e5, np.float32))
+    weights = dataclasses.replace(weights, tensors=tensors)
+    with pytest.raises(
+        UserError, match=r"blk\.1\.ffn_up\.weight has a number that F16 cannot hold"
+    ):
+        gguf.write(weights, path, dtype="float16")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match=r'run: pip install "llama_jax\[gguf\]"'):
+        gguf.write(tiny_weights(), path)

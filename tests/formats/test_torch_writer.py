@@ -1,0 +1,51 @@
+"""Torch files written without torch: what is written is read, and lies where it should."""
+
+import struct
+
+import ml_dtypes
+import numpy as np
+import pytest
+from torch_bytes import NUMBERS, number
+
+from llama_jax.formats import torch_file, torch_writer, torch_zip
+from llama_jax.formats.weights import DTYPES, Tensor
+
+
+def promised(array):
+    return Tensor(array.shape, array.dtype, lambda: array)
+
+
+@pytest.mark.parametrize("largest_plain", [2**30, 10])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_written_is_read(tmp_path, monkeypatch, dtype, largest_plain):
+    monkeypatch.setattr(torch_writer, "LARGEST_PLAIN", largest_plain)
+    random = np.random.default_rng(0)
+    shapes = {"a.weight": (5, 7), "b": (), "é": (3,), "none": (0, 4), "f": (2, 3, 4)}
+    arrays = {n: random.standard_normal(s).astype(DTYPES[dtype]) for n, s in shapes.items()}
+    arrays["turned"] = arrays["f"].T
+    told = []
+    path = tmp_path / "a.pth"
+    torch_writer.write(path, {n: promised(a) for n, a in arrays.items()}, told.append)
+    assert told == np.cumsum([array.nbytes for array in arrays.values()]).tolist()
+    for part in torch_zip.entries(path).values():
+        assert part.offset % 64 == 0
+    tensors = torch_file.read(path)
+    assert list(tensors) == list(arrays)
+    for name, array in arrays.items():
+        read = tensors[name].read()
+        assert (read.shape, read.dtype) == (array.shape, array.dtype)
+        assert read.tobytes() == array.tobytes()
+
+
+def test_sizes_beyond_32_bits_are_described():
+    pickled = torch_writer.pickled({"a": ((2**17, 2**16), np.dtype(ml_dtypes.bfloat16))})
+    assert number(2**33)[:1] == b"\x8a"
+    assert pickled.count(b"\x8a\x08" + struct.pack("<q", 2**33)) == 1
+
+
+def test_the_writer_never_overwrites(tmp_path):
+    path = tmp_path / "a.pth"
+    path.write_bytes(b"mine")
+    with pytest.raises(FileExistsError):
+        torch_writer.write(path, {"a": promised(NUMBERS)})
+    assert path.read_bytes() == b"mine"

@@ -1,0 +1,260 @@
+"""Hugging Face folders against transformers: the same logits, tensors and token ids, both ways."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from tiny_weights import SIZES, built, same, tiny_vocabulary, tiny_weights
+
+from llama_jax.config import RopeScaling
+from llama_jax.formats import hugging_face
+from llama_jax.tokenizer import Tokenizer
+
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+torch.set_num_threads(1)  # the models are tiny; threads that wait for each other would cost more
+
+B, T, V = 3, 31, SIZES["vocab_size"]
+TOKENS_BT = np.random.default_rng(1).integers(0, V, (B, T))
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"rope_type": "llama3", "original_max_position_embeddings": 16}
+THETA_AND_EPS = {"rope_theta": 5e5, "rms_norm_eps": 1e-6}
+MODELS = {  # by name: their config where it differs, as config.json spelled it over the years
+    "untied": {},
+    "tied, no groups": {"tie_word_embeddings": True, "num_key_value_heads": 6} | THETA_AND_EPS,
+    "linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "llama3": {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}},
+}
+OURS = {  # by name: our config where it differs
+    "tied": {"rope_theta": 5e5, "norm_eps": 1e-6},
+    "linear, no groups": {"rope_scaling": RopeScaling(kind="linear", factor=4), "num_kv_heads": 6},
+    "llama3, untied": {
+        "rope_scaling": RopeScaling(kind="llama3", factor=8.0, original_context=16),
+        "tied_embeddings": False,
+    },
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def their_model(seed=0, **changes):
+    """A random model of theirs whose every tensor matters."""
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=V,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        max_position_embeddings=32,
+        **{"num_key_value_heads": 2} | changes,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            param.normal_(std=0.2).add_(1.0 if "norm" in name else 0.0)
+    return model
+
+
+def their_logits(model):
+    return model.float()(torch.tensor(TOKENS_BT)).logits.detach().numpy()
+
+
+def our_logits(weights):
+    config = dataclasses.replace(weights.config, compute_dtype="float32")
+    model = built(dataclasses.replace(weights, config=config))
+    return np.asarray(jax.jit(lambda model: model(TOKENS_BT)[0])(model))
+
+
+def assert_close(ours, theirs):
+    assert np.abs(theirs).max() > 1
+    assert np.abs(ours - theirs).max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_their_model_gives_their_logits_here(name, tmp_path):
+    theirs = their_model(**MODELS[name])
+    theirs.save_pretrained(tmp_path)
+    weights = hugging_face.read(tmp_path)
+    assert weights.config.hidden_dim == 40
+    assert weights.config.compute_dtype == "float32"
+    assert_close(our_logits(weights), their_logits(theirs))
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_our_model_gives_our_logits_there(name, tmp_path):
+    weights = tiny_weights(**OURS[name])
+    hugging_face.write(weights, tmp_path / "model")
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert theirs.dtype == torch.float32
+    assert_close(our_logits(weights), their_logits(theirs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_there_and_back_their_tensors_are_the_same(dtype, tied, tmp_path):
+    theirs = their_model(tie_word_embeddings=tied).to(DTYPES[dtype])
+    theirs.save_pretrained(tmp_path / "one", max_shard_size="4KB")
+    assert len(list((tmp_path / "one").glob("*.safetensors"))) > 1
+    weights = hugging_face.read(tmp_path / "one")
+    assert weights.config.compute_dtype == ("float32" if dtype == "float32" else "bfloat16")
+    hugging_face.write(weights, tmp_path / "two", max_shard_bytes=9e3)
+    assert len(list((tmp_path / "two").glob("*.safetensors"))) > 1
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+    expected = theirs.state_dict()
+    assert back.state_dict().keys() == expected.keys()
+    for name, param in back.state_dict().items():
+        assert param.dtype == DTYPES[dtype]
+        assert torch.equal(param, expected[name]), name
+
+
+def test_bfloat16_files_give_the_logits_of_their_rounded_numbers(tmp_path):
+    their_model().to(torch.bfloat16).save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert_close(our_logits(hugging_face.read(tmp_path)), their_logits(theirs))
+
+
+def test_their_config_comes_back_whole(tmp_path):
+    rope = LLAMA3 | {"rope_theta": 5e5}
+    theirs = their_model(rope_parameters=rope, rms_norm_eps=1e-6, tie_word_embeddings=True)
+    theirs.save_pretrained(tmp_path / "one")
+    hugging_face.write(hugging_face.read(tmp_path / "one"), tmp_path / "two")
+    one, two = (transformers.AutoConfig.from_pretrained(tmp_path / n) for n in ("one", "two"))
+    assert two.to_dict() | {"_name_or_path": ""} == one.to_dict() | {"_name_or_path": ""}
+
+
+def test_safetensors_of_the_reference_library_read_alike(tmp_path):
+    from safetensors.numpy import load_file
+
+    weights = tiny_weights("bfloat16")
+    hugging_face.write(weights, tmp_path / "model")
+    theirs = load_file(tmp_path / "model" / "model.safetensors")
+    query = theirs["model.layers.1.self_attn.q_proj.weight"]
+    ours = weights.tensors["blocks.1.attention.wq.kernel"].read()
+    assert query.shape == (24, 24) and query.dtype == ours.dtype
+    assert (query == ours.reshape(24, 24).T).all()
+
+
+def texts(folder, accents="\u0301"):
+    """Real texts, runs of spaces, and nonsense that is hard on a tokenizer."""
+    vectors = (folder / "llama-spm.inp").read_text().split("\n__ggml_vocab_test__\n")
+    assert len(vectors) == 47
+    story = (folder / "tinystories.txt").read_text()[:30_000]
+    chance = random.Random(0)
+    letters = "   aab ▁\nthe?é你🦙\t012\0ﬁ" + accents
+    nonsense = ["".join(chance.choices(letters, k=chance.randrange(40))) for _ in range(300)]
+    spaces = ["a" * (n % 3) + " " * n + "b" * (n % 2) for n in range(70)]
+    return [*vectors, *nonsense, *spaces, *(story[i : i + 999] for i in range(0, 30_000, 999))]
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize(("name", "size"), [("tokenizer", 32_000), ("tok512", 512)])
+def test_their_tokenizer_encodes_and_decodes_like_ours(name, size, bos, shared_data, tmp_path):
+    ours = Tokenizer(shared_data / f"{name}.model")
+    model = (shared_data / f"{name}.model").read_bytes()
+    weights = tiny_weights(vocab_size=size, tokenizer=model)
+    hugging_face.write(dataclasses.replace(weights, bos=bos), tmp_path / "model")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (1, 2) and len(theirs) == size
+    assert theirs("a").keys() == {"input_ids", "attention_mask"}
+    for text in texts(shared_data):
+        ids = ours.encode(text, bos=bos, eos=False)
+        assert theirs(text)["input_ids"] == ids, repr(text)
+        if "▁" not in text:
+            assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids), repr(text)
+
+
+def test_a_tokenizer_that_replaces_characters_encodes_like_ours(shared_data, tmp_path):
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(shared_data / "tinyshakespeare.txt"),
+        model_prefix=str(tmp_path / "own"),
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        minloglevel=3,
+    )  # NFKC, no spaces kept: SentencePiece's defaults
+    model = (tmp_path / "own.model").read_bytes()
+    hugging_face.write(tiny_weights(vocab_size=400, tokenizer=model), tmp_path / "model")
+    ours = Tokenizer(tmp_path / "own.model")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.model").unlink()
+    (tmp_path / "back.model").write_bytes(hugging_face.read(tmp_path / "model").tokenizer)
+    back = Tokenizer(tmp_path / "back.model")
+    assert ours.encode("ﬁ  x", bos=False, eos=False) == ours.encode("fi x", bos=False, eos=False)
+    for text in texts(shared_data, accents=""):  # theirs composes none across other marks
+        ids = ours.encode(text, bos=True, eos=False)
+        assert theirs(text)["input_ids"] == ids, repr(text)
+        assert back.encode(text, bos=True, eos=False) == ids, repr(text)
+
+
+@pytest.mark.parametrize("source", ["ours", "theirs"])
+def test_tokenizer_json_alone_is_read_as_it_encodes(source, shared_data, tmp_path):
+    folder = tmp_path / "model"
+    model = (shared_data / "tokenizer.model").read_bytes()
+    hugging_face.write(tiny_weights(vocab_size=32_000, tokenizer=model), folder)
+    if source == "theirs":
+        (folder / "tokenizer.json").unlink()
+        theirs = transformers.LlamaTokenizer.from_pretrained(folder)
+        theirs.save_pretrained(folder)
+    else:
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    (folder / "tokenizer.model").unlink()
+    (tmp_path / "back.model").write_bytes(hugging_face.read(folder).tokenizer)
+    back = Tokenizer(tmp_path / "back.model")
+    for text in texts(shared_data):
+        if source == "ours" or not text.startswith((" ", "▁")):
+            ids = back.encode(text, bos=True, eos=False)
+            assert theirs(text)["input_ids"] == ids, repr(text)
+
+
+def test_a_tokenizer_trained_by_their_library_is_read_as_it_encodes(shared_data, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    hugging_face.write(tiny_weights(), tmp_path / "model")
+    values = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
+    empty = {"vocab": {"<unk>": 0, "<s>": 1, "</s>": 2}, "merges": []}
+    values["model"] |= empty | {"byte_fallback": False}
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(values))
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=V + 200, special_tokens=special, show_progress=False
+    )
+    theirs.train_from_iterator(
+        (shared_data / "tinyshakespeare.txt").read_text().split("\n"), trainer
+    )
+    values = json.loads(theirs.to_str())
+    assert len(values["model"]["merges"]) > 100  # one for a piece, where ours has all
+    values["model"]["byte_fallback"] = True
+    values["added_tokens"] = values["added_tokens"][:3]
+    folder = tmp_path / "model"
+    hugging_face.write(tiny_weights(vocab_size=V + 200), tmp_path / "larger")
+    shutil.copy(tmp_path / "larger" / "config.json", folder)
+    shutil.copy(tmp_path / "larger" / "model.safetensors", folder)
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    (folder / "tokenizer.model").unlink()
+    (tmp_path / "back.model").write_bytes(hugging_face.read(folder).tokenizer)
+    back = Tokenizer(tmp_path / "back.model")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in texts(shared_data):
+        assert theirs(text)["input_ids"] == back.encode(text, bos=True, eos=False), repr(text)
+
+
+def test_a_model_of_theirs_with_a_tokenizer_of_ours_makes_the_round_trip(tmp_path):
+    theirs = their_model()
+    theirs.save_pretrained(tmp_path / "one")
+    model = tiny_vocabulary().to_model()
+    (tmp_path / "one" / "tokenizer.model").write_bytes(model)
+    weights = hugging_face.read(tmp_path / "one")
+    assert weights.tokenizer == model
+    hugging_face.write(weights, tmp_path / "two")
+    same(weights, hugging_face.read(tmp_path / "two"))

@@ -1,0 +1,166 @@
+"""Our GGUF files in llama.cpp: the same tokens in, the same story out, the same blocks."""
+
+import ctypes
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_weights import tiny_vocabulary, tiny_weights
+
+from llama_jax.config import RopeScaling
+from llama_jax.formats import gguf, llama2c
+from llama_jax.formats.gguf_header import scan
+from llama_jax.formats.weights import of_layer
+from llama_jax.generation import generate
+from llama_jax.model import abstract, unstack
+from llama_jax.names import named_leaves
+from llama_jax.sampling import make_sampler
+from llama_jax.tokenizer import Tokenizer
+
+llama_cpp = pytest.importorskip("llama_cpp")
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
+
+PROMPT = "Once upon a time"
+TOKENS = 200
+KINDS = {"Q4_0": 2, "Q8_0": 7}  # llama.cpp's numbers of whole files
+SCALINGS = {
+    "none": RopeScaling(),
+    "linear": RopeScaling(kind="linear", factor=2.5),
+    "llama3": RopeScaling(kind="llama3", factor=8.0, original_context=16),
+}
+
+
+def in_float32(weights):
+    """The model, computing in float32."""
+    model = abstract(dataclasses.replace(weights.config, compute_dtype="float32"))
+    arrays = []
+    for name in named_leaves(model):
+        layers = range(weights.config.num_layers) if name.startswith("blocks.") else []
+        parts = [weights.tensors[of_layer(name, layer)].read() for layer in layers]
+        array = np.stack(parts) if parts else weights.tensors[name].read()
+        arrays.append(jnp.asarray(array, jnp.float32))
+    return jax.tree.unflatten(jax.tree.structure(model), arrays)
+
+
+def opened(path, **options):
+    """llama.cpp's model with a cache in float32, as ours."""
+    options = {"n_ctx": 512, "type_k": 0, "type_v": 0, **options}
+    threads = {"n_threads": 1, "n_threads_batch": 1}  # several spin for each other when cores lack
+    return llama_cpp.Llama(model_path=str(path), verbose=False, **threads, **options)
+
+
+def quantized(source, target, kind):
+    """A file as llama.cpp's own quantiser makes it."""
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype, parameters.nthread = KINDS[kind], 1
+    names = str(source).encode(), str(target).encode()
+    assert llama_cpp.llama_model_quantize(*names, ctypes.byref(parameters)) == 0
+    return target
+
+
+@pytest.fixture(scope="module")
+def tokenizer(shared_data):
+    return Tokenizer(shared_data / "tok512.model")
+
+
+@pytest.fixture(scope="module")
+def stories(shared_data):
+    weights = llama2c.read(shared_data / "stories260K.bin")
+    return dataclasses.replace(weights, tokenizer=(shared_data / "tok512.model").read_bytes())
+
+
+def our_story(weights, prompt):
+    stop = [1]
+    chunks = generate(
+        unstack(in_float32(weights)),
+        [prompt],
+        make_sampler(temperature=0),
+        max_tokens=TOKENS,
+        seeds=[0],
+        stop_ids=stop,
+    )
+    return [token for chunk in chunks for token in chunk.rows[0]]
+
+
+def their_story(path, prompt):
+    tokens = opened(path).generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0)
+    story = itertools.takewhile(lambda token: token != 1, tokens)
+    return list(itertools.islice(story, TOKENS))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_same_story(stories, tokenizer, tmp_path, dtype):
+    path = tmp_path / "stories.gguf"
+    gguf.write(stories, path, dtype=dtype)
+    prompt = tokenizer.encode(PROMPT, bos=True, eos=False)
+    assert opened(path).tokenize(PROMPT.encode(), add_bos=True) == prompt
+    story = their_story(path, prompt)
+    assert len(story) >= 64
+    assert story == our_story(stories, prompt)
+
+
+def test_the_same_story_from_8_bits(stories, tokenizer, tmp_path):
+    path = tmp_path / "stories.gguf"
+    gguf.write(stories, path, dtype="q8_0")
+    prompt = tokenizer.encode(PROMPT, bos=True, eos=False)
+    story, ours = their_story(path, prompt), our_story(gguf.read(path), prompt)
+    same = next((i for i, pair in enumerate(zip(story, ours)) if len(set(pair)) > 1), len(ours))
+    assert same >= 64, "llama.cpp rounds activations to 8 bits as well, so the stories may part"
+
+
+def test_q8_0_is_what_llama_cpp_makes(stories, tmp_path):
+    whole, ours, theirs = (tmp_path / f"{name}.gguf" for name in ("whole", "ours", "theirs"))
+    gguf.write(stories, whole)
+    gguf.write(stories, ours, dtype="q8_0")
+    quantized(whole, theirs, "Q8_0")
+    contents = []
+    for path in (ours, theirs):
+        raw, tensors = path.read_bytes(), scan(path).tensors
+        contents.append(
+            {name: (t.number, raw[t.offset : t.offset + t.nbytes]) for name, t in tensors.items()}
+        )
+    assert contents[0] == contents[1]
+
+
+def test_q4_0_of_llama_cpp_is_read(tmp_path):
+    whole, small = tmp_path / "whole.gguf", tmp_path / "small.gguf"
+    sizes = {"dim": 256, "num_heads": 8, "hidden_dim": 512, "tied_embeddings": False}
+    weights = tiny_weights(**sizes)
+    gguf.write(weights, whole)
+    found = gguf.read(quantized(whole, small, "Q4_0"))
+    assert {t.number for t in scan(small).tensors.values()} == {0, 2, 14}, "its output is Q6_K"
+    assert (found.config, found.tokenizer) == (weights.config, weights.tokenizer)
+    for name, tensor in weights.tensors.items():
+        error = np.abs(tensor.read() - found.tensors[name].read()).max()
+        assert error <= (0 if "norm" in name else 0.02 if name == "output" else 0.1), name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_the_same_logits(tmp_path, scaling, tied):
+    path = tmp_path / "tiny.gguf"
+    shape = {"dim": 96, "num_kv_heads": 3, "rope_theta": 500.0, "norm_eps": 1e-6}
+    weights = tiny_weights(**shape, tied_embeddings=tied, rope_scaling=SCALINGS[scaling])
+    gguf.write(weights, path)
+    tokens = [1, *np.random.default_rng(0).integers(3, 283, 30).tolist()]
+    theirs = opened(path, n_ctx=32, logits_all=True)
+    theirs.eval(tokens)
+    ours = in_float32(weights)(jnp.asarray([tokens]))[0][0]
+    assert float(jnp.abs(ours).max()) > 1
+    np.testing.assert_allclose(theirs.scores[: len(tokens)], ours, atol=1e-4)
+
+
+def test_the_same_tokens(tmp_path):
+    """Pieces, bytes and the space before a text."""
+    for adds_space in (True, False):
+        vocabulary = dataclasses.replace(tiny_vocabulary(), adds_space=adds_space)
+        (tmp_path / "tokenizer.model").write_bytes(vocabulary.to_model())
+        gguf.write(tiny_weights(tokenizer=vocabulary.to_model()), tmp_path / "tiny.gguf")
+        theirs = opened(tmp_path / "tiny.gguf", vocab_only=True)
+        ours = Tokenizer(tmp_path / "tokenizer.model")
+        for text in ("a", "ab abc  bcab", " é\n\t猫", "<s>", "cab bab abcabc"):
+            expected = ours.encode(text, bos=True, eos=False)
+            assert theirs.tokenize(text.encode(), add_bos=True, special=False) == expected

@@ -1,0 +1,236 @@
+"""The library object: completions, chat, scores and embeddings of a small checkpoint."""
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_weights import tiny_weights
+
+from llama_jax.completions import Completion, CompletionPiece
+from llama_jax.errors import UsageError, UserError
+from llama_jax.formats import checkpoint_folder
+from llama_jax.llm import LLM
+from llama_jax.tokenizer import train_tokenizer
+
+TEXTS = [f"Tim saw {n} red boats on the blue sea and Anna was glad." for n in range(60)]
+GREEDY = {"temperature": 0, "max_tokens": 12}
+DIALOGUE = [{"role": "user", "content": "Tim saw"}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("llm")
+    tokenizer = train_tokenizer(TEXTS, 320, place / "t.model")
+    weights = tiny_weights(
+        tokenizer=tokenizer.path.read_bytes(), vocab_size=320, num_layers=2, context_length=160
+    )
+    checkpoint_folder.write(weights, place / "ckpt")
+    return place / "ckpt"
+
+
+@pytest.fixture(scope="module")
+def llm(folder):
+    return LLM(folder)
+
+
+def test_one_prompt_gives_one_completion(llm):
+    made = llm.complete("Tim saw", **GREEDY)
+    assert isinstance(made, Completion)
+    assert made.finish_reason == "length"
+    assert made.usage.completion_tokens == len(made.token_ids) == 12
+    prompt = llm.tokenizer.encode("Tim saw", bos=True, eos=False)
+    assert made.usage.prompt_tokens == len(prompt)
+    assert made.usage.total_tokens == len(prompt) + 12
+    whole = llm.tokenizer.decode([*prompt, *made.token_ids])
+    assert whole == "Tim saw" + made.text
+    assert made.logprobs is None
+
+
+def test_a_list_gives_a_list_and_n_that_many_each(llm):
+    [one] = llm.complete(["Tim saw"], **GREEDY)
+    assert one == llm.complete("Tim saw", **GREEDY)
+    sampled = {"max_tokens": 9, "temperature": 1.5}
+    both = llm.complete(["Tim", "Anna was"], n=2, seed=3, **sampled)
+    assert len(both) == 4
+    assert both[0] != both[1]
+    alone = llm.complete("Anna was", n=2, seed=3, **sampled)
+    assert [made.token_ids for made in both[2:]] == [made.token_ids for made in alone]
+    second = llm.complete("Tim", seed=4, **sampled)
+    assert second.token_ids == both[1].token_ids, "completion j has seed + j"
+
+
+def test_an_empty_prompt_starts_from_nothing(llm):
+    assert llm.complete("", **GREEDY).usage.prompt_tokens == 1
+
+
+def test_pieces_add_up(llm):
+    options = {"max_tokens": 20, "temperature": 1.5, "n": 2, "seed": 1}
+    whole = llm.complete(["Tim", "Anna"], echo=True, **options)
+    texts, ends = [""] * 4, [""] * 4
+    for piece in llm.complete(["Tim", "Anna"], echo=True, stream=True, **options):
+        assert isinstance(piece, CompletionPiece)
+        assert not ends[piece.index]
+        texts[piece.index] += piece.text
+        ends[piece.index] = piece.finish_reason
+    assert texts == [made.text for made in whole]
+    assert ends == [made.finish_reason for made in whole]
+    assert texts[0].startswith("Tim") and texts[3].startswith("Anna")
+
+
+def test_a_stop_string_ends_a_text_and_is_not_in_it(llm):
+    free = llm.complete("Tim saw", **GREEDY).text
+    stop = free[5:8]
+    at = free.index(stop)
+    made = llm.complete("Tim saw", stop=stop, **GREEDY)
+    assert (made.text, made.finish_reason) == (free[:at], "stop")
+    assert made.usage.completion_tokens < 12
+    shown = "".join(p.text for p in llm.complete("Tim saw", stop=[stop], stream=True, **GREEDY))
+    assert shown == free[:at]
+
+
+def test_log_probabilities_agree_with_the_score(llm):
+    made = llm.complete("Tim saw", logprobs=2, **GREEDY)
+    assert len(made.logprobs) == 12
+    for told in made.logprobs:
+        assert told.top[0].id == told.id, "greedy takes the likeliest"
+        assert told.top[0].logprob == told.logprob >= told.top[1].logprob
+        assert told.text == llm.tokenizer.piece_text(told.id)
+    ids = [*llm.tokenizer.encode("Tim saw", bos=True, eos=False), *made.token_ids]
+    score = llm.score(llm.tokenizer.decode(ids))
+    if list(score.token_ids) == ids:  # unless the text has a shorter spelling
+        told = [told.logprob for told in made.logprobs]
+        np.testing.assert_allclose(score.logprobs[-12:], told, atol=1e-4)
+    assert llm.complete("Tim saw", logprobs=0, **GREEDY).logprobs[0].top == ()
+
+
+def test_scores(llm):
+    scores = llm.score([*TEXTS[:20], ""])
+    assert len(scores) == 21
+    alone = llm.score(TEXTS[7])
+    np.testing.assert_allclose(scores[7].logprobs, alone.logprobs, atol=1e-5)
+    assert len(alone.logprobs) == len(alone.token_ids) - 1
+    assert alone.total == pytest.approx(sum(alone.logprobs))
+    assert alone.perplexity == pytest.approx(math.exp(-alone.total / len(alone.logprobs)))
+    assert (scores[20].logprobs, scores[20].total, scores[20].perplexity) == ((), 0.0, 1.0)
+
+
+def test_embeddings(llm):
+    both = llm.embed(["Tim saw boats", "Anna"])
+    assert both.shape == (2, 24)
+    np.testing.assert_allclose(np.linalg.norm(both, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(llm.embed("Anna"), both[1], atol=1e-5)
+    assert np.linalg.norm(llm.embed("Anna", normalize=False)) != pytest.approx(1)
+
+
+def test_chat_answers_with_its_template(llm):
+    answer = llm.chat(DIALOGUE, **GREEDY)
+    ids = llm.tokenizer.encode("[INST] Tim saw [/INST]", bos=True, eos=False)
+    assert answer.usage.prompt_tokens == len(ids)
+    plain = llm.complete("[INST] Tim saw [/INST]", **GREEDY)
+    assert answer.text == plain.text.lstrip()
+    shown = "".join(piece.text for piece in llm.chat(DIALOGUE, stream=True, **GREEDY))
+    assert shown == answer.text
+    assert llm.chat(DIALOGUE, template="alpaca", max_tokens=1).usage.prompt_tokens > 30
+
+
+def test_a_dialogue_that_outgrows_the_context_is_refused_or_said_to_be_cut(folder):
+    llm = LLM(folder, max_context=60)
+    turns = [{"role": role, "content": "Tim saw"} for role in ("user", "assistant")] * 4
+    with pytest.raises(UserError, match="tokens, but the context has room for 48; shorten"):
+        llm.chat([*turns, *DIALOGUE], **GREEDY)
+    with pytest.warns(UserWarning, match="oldest .* left out"):
+        answer = llm.chat([*turns, *DIALOGUE], truncate=True, **GREEDY)
+    assert answer.usage.total_tokens <= 60
+
+
+def test_a_smaller_context_ends_earlier(folder):
+    llm = LLM(folder, max_context=20)
+    made = llm.complete("Tim", temperature=0, max_tokens=50)
+    assert (made.usage.total_tokens, made.finish_reason) == (20, "length")
+
+
+def test_speculation_and_an_int8_cache(folder, llm):
+    assert llm.complete("Tim saw", speculate=True, **GREEDY) == llm.complete("Tim saw", **GREEDY)
+    near = LLM(folder, cache_dtype="int8").complete("Tim saw", **GREEDY)
+    assert near.token_ids[:3] == llm.complete("Tim saw", **GREEDY).token_ids[:3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1}, "temperature=-1 is out of range"),
+        ({"temperature": math.nan}, "temperature=nan is out of range"),
+        ({"top_p": 0}, "top_p=0 is out of range"),
+        ({"top_k": -1}, "top_k=-1 is out of range"),
+        ({"max_tokens": 0}, "max_tokens=0 is out of range"),
+        ({"n": 0}, "n=0 is out of range"),
+        ({"n": 10**9}, "n=1000000000 is out of range"),
+        ({"seed": -1}, "seed=-1 is out of range"),
+        ({"logprobs": -1}, "logprobs=-1 is out of range"),
+        ({"logprobs": 321}, "logprobs=321 is out of range"),
+        ({"stop": [3]}, "stop"),
+        ({"stop": [""]}, "stop"),
+        ({"logit_bias": {320: 1.0}}, "logit_bias has the token id 320; expected 0 to 319"),
+        ({"speculate": True}, "speculation"),
+    ],
+)
+def test_an_argument_out_of_range_is_named(llm, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        llm.complete("Tim", **options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("prompt", [3, [], [3], None, ["a", None]])
+def test_a_prompt_is_text(llm, prompt):
+    with pytest.raises(UsageError, match="prompt="):
+        llm.complete(prompt)
+
+
+def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(llm):
+    with pytest.raises(UserError, match=r"the prompt has \d+ tokens; expected 1 to 159"):
+        llm.complete("boats " * 200)
+    with pytest.raises(UserError, match=r"a text has \d+ tokens; expected at most 160"):
+        llm.score("boats " * 200)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        "Hello",
+        [{"role": "robot", "content": "x"}],
+        [{"role": "assistant", "content": "x"}],
+        [{"role": "user"}],
+        [{"role": "user", "content": "[INST]"}],
+    ],
+)
+def test_a_malformed_dialogue_is_one_line(llm, messages):
+    with pytest.raises(UserError) as error:
+        llm.chat(messages)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"cache_dtype": "int4"}, {"max_context": 161}, {"max_context": 1}, {"template": "chatml"}],
+)
+def test_an_object_that_cannot_be_made(folder, options):
+    with pytest.raises(UsageError, match=next(iter(options))):
+        LLM(folder, **options)
+
+
+def test_results_are_plain_data(llm):
+    made = llm.complete("Tim", logprobs=1, **GREEDY)
+    assert json.loads(json.dumps(dataclasses.asdict(made)))["text"] == made.text
+
+
+def test_the_readmes_example_runs(folder, capsys):
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    [example] = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    exec(compile(example.replace("ckpt/", str(folder)), "README.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].endswith("(24,)") and "length 20" in lines[-2]
