@@ -70,16 +70,6 @@ class CompletionPiece:
     finish_reason: str  # "" while the text goes on, then once "stop" or "length"
 
 
-@dataclasses.dataclass(frozen=True)
-class Score:
-    """How likely a model finds a text."""
-
-    token_ids: tuple[int, ...]  # BOS first
-    logprobs: tuple[float, ...]  # nats of each id but the first, given those before it
-    total: float  # their sum
-    perplexity: float  # exp of minus their mean; 1 for a text without tokens
-
-
 def gather(pieces: Iterable[Piece], request: Request, tokenizer: Tokenizer) -> list[Completion]:
     """The completions that pieces add up to, one a row."""
     texts = list(request.echoes)

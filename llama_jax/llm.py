@@ -7,32 +7,27 @@ It ties checkpoint, tokenizer, engine and templates together and holds no arithm
 """
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.appraisal import embed_texts, score_texts
 from llama_jax.arguments import whole_number
 from llama_jax.chat import find_template, fit
-from llama_jax.completions import Request, Score, gather, told, without_leading_space
+from llama_jax.completions import Request, gather, told, without_leading_space
 from llama_jax.config import require
-from llama_jax.errors import UserError
 from llama_jax.generation import Engine
 from llama_jax.loading import load
 from llama_jax.messages import parse_messages
 from llama_jax.model import unstack
-from llama_jax.prefill import stretches
 from llama_jax.sampling import NO_BIAS, Sampler, make_sampler
-from llama_jax.scoring import embeddings, token_logprobs
 from llama_jax.text import Piece, stop_ids, stream
 from llama_jax.tokenizer import Tokenizer
 
 MOST_COMPLETIONS = 10_000  # of a prompt; they are made side by side
-TEXTS_AT_ONCE = 16  # scored or embedded in one pass
 CACHE_DTYPES = ("", "int8")
 
 
@@ -252,21 +247,7 @@ class LLM:
         Raises:
           UserError: for a text longer than the context.
         """
-        rows = self._rows("texts", texts)
-        scores = []
-        for tokens_BT, lengths in _batches(rows):
-            told_BT = np.asarray(token_logprobs(self.engine.model, tokens_BT))
-            for ids, told_T, length in zip(tokens_BT, told_BT, lengths):
-                kept = told_T[: length - 1].astype(np.float64)
-                mean = float(kept.mean()) if length > 1 else 0.0
-                scores.append(
-                    Score(
-                        tuple(ids[:length].tolist()),
-                        tuple(kept.tolist()),
-                        float(kept.sum()),
-                        math.exp(-mean),
-                    )
-                )
+        scores = score_texts(self.engine.model, self.tokenizer, _texts("texts", texts))
         return scores[0] if isinstance(texts, str) else scores
 
     def embed(self, texts: str | Sequence[str], normalize: bool = True) -> np.ndarray:
@@ -277,24 +258,9 @@ class LLM:
         Raises:
           UserError: for a text longer than the context.
         """
-        parts = [
-            np.asarray(
-                embeddings(self.engine.model, tokens_BT, jnp.asarray(lengths, jnp.int32), normalize)
-            )
-            for tokens_BT, lengths in _batches(self._rows("texts", texts))
-        ]
-        whole = np.concatenate(parts)
-        return whole[0] if isinstance(texts, str) else whole
-
-    def _rows(self, name: str, texts: str | Sequence[str]) -> list[list[int]]:
-        rows = [self.tokenizer.encode(text, bos=True, eos=False) for text in _texts(name, texts)]
-        for ids in rows:
-            if len(ids) > self.context_length:
-                raise UserError(
-                    f"a text has {len(ids)} tokens; expected at most {self.context_length}, which"
-                    " is the model's context"
-                )
-        return rows
+        listed = _texts("texts", texts)
+        vectors = embed_texts(self.engine.model, self.tokenizer, listed, normalize)
+        return vectors[0] if isinstance(texts, str) else vectors
 
     def pieces(self, request: Request) -> Iterator[Piece]:
         """The texts of a request as they grow, rows interleaved."""
@@ -333,14 +299,3 @@ def _seeds(seed: int, n: int) -> list[int]:
     most = 2**32 - n
     whole_number("seed", seed, lambda value: 0 <= value <= most, f"0 to {most}")
     return [seed + j for j in range(n)]
-
-
-def _batches(rows: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, list[int]]]:
-    """Rows of ids, some at a time, padded to lengths that repeat."""
-    for start in range(0, len(rows), TEXTS_AT_ONCE):
-        part = rows[start : start + TEXTS_AT_ONCE]
-        lengths = [len(ids) for ids in part]
-        tokens_BT = np.zeros((len(part), sum(stretches(max(2, *lengths, 2)))), np.int32)
-        for row, ids in zip(tokens_BT, part):
-            row[: len(ids)] = ids
-        yield tokens_BT, lengths

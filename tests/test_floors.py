@@ -17,8 +17,8 @@ FLOORS = [  # low to high
     "stories data loss optimizer checkpoint sampling drawing filters penalties logprobs xorshift"
     " exponential metrics plot formats description run_folder loading tensorboard stop_signal"
     " compilation_cache huge_pages scoring messages chat stop_strings quantization",
-    "train_step trainer training decoding prefill speculation generation text completions llm"
-    " conversation asking introduction printing"
+    "train_step trainer training decoding prefill speculation generation text completions appraisal"
+    " llm conversation asking introduction printing"
     " references conversion verification conversion_report",
     "cli",
 ]

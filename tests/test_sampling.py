@@ -220,7 +220,7 @@ def test_tokens_are_as_frequent_as_they_should_be(settings):
 
 def batch(V, rows=17):
     random = np.random.default_rng(V)
-    counts = TokenCounts(*(jnp.asarray(random.integers(0, 3, (2, rows, V)), jnp.int32)))
+    counts = TokenCounts(*random.integers(0, 3, (2, rows, V), np.int32))
     return (2 * random.normal(size=(rows, V)).astype(np.float32), keys(rows), counts)
 
 
