@@ -38,13 +38,13 @@ def draw(masses_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
     blocks = padded.reshape(rows, -1, DRAW_BLOCK)
     sums = blocks.sum(axis=-1)
     uniform_B = jax.vmap(jax.random.uniform)(keys_B)
-    block_B, rest_B = _invert(sums, uniform_B * sums.sum(axis=-1))
+    block_B, rest_B = invert(sums, uniform_B * sums.sum(axis=-1))
     inside = jnp.take_along_axis(blocks, block_B[:, None, None], axis=1)[:, 0]
-    token_B, _ = _invert(inside, rest_B)
+    token_B, _ = invert(inside, rest_B)
     return jnp.minimum(block_B * DRAW_BLOCK + token_B, V - 1)  # a row of NaN gives a token too
 
 
-def _invert(masses: jax.Array, point_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+def invert(masses: jax.Array, point_B: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The item in which a point of the cumulative sum lies, and how deep; its mass is positive."""
     ends = jnp.cumsum(masses, axis=-1)
     index_B = jnp.sum(ends <= point_B[:, None], axis=-1, dtype=jnp.int32)

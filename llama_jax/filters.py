@@ -39,7 +39,8 @@ def keep_top_p(masses_BV: jax.Array, p: jax.Array | float) -> jax.Array:
     def reaches(threshold_B1: jax.Array) -> jax.Array:
         return kept(threshold_B1).sum(axis=-1, keepdims=True) >= target_B1
 
-    target_B1 = jnp.ceil(p * masses_BV.sum(axis=-1, keepdims=True))
+    # A p so small that it is 0 on the device keeps the heaviest all the same.
+    target_B1 = jnp.maximum(jnp.ceil(p * masses_BV.sum(axis=-1, keepdims=True)), 1)
     return kept(_highest(reaches, TOTAL, masses_BV.shape[0]))
 
 

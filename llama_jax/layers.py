@@ -9,10 +9,13 @@ dims lie along. Shardings, weight decay, checkpoints and conversions all derive 
 """
 
 import math
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from llama_jax.products import FLOAT32, times_transposed
 
 
 def parameter(
@@ -69,11 +72,28 @@ class OutputsFirstLinear(nnx.Module):
         return times_transposed(x_RI, kernel, x.dtype).reshape(rows + self.outputs)
 
 
-def times_transposed(x_RI: jax.Array, kernel_OI: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """x · kernelᵀ, [R, O] in `dtype`; a single row as the matrix-vector product it is."""
-    if x_RI.shape[0] == 1:
-        return jnp.dot(kernel_OI, x_RI[0], preferred_element_type=dtype)[None]
-    return jnp.einsum("RI,OI->RO", x_RI, kernel_OI, preferred_element_type=dtype)
+class Table(Protocol):
+    """A table [V, D] that is no plain parameter, such as a quantised one."""
+
+    def rows(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """The rows [*ids, D] of some tokens."""
+
+    def __call__(self, x_RD: jax.Array) -> jax.Array:
+        """Float32 logits [R, V]."""
+
+
+def rows_of(table: nnx.Param | Table, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The rows [*ids, D] of a table that has one for each token."""
+    if isinstance(table, nnx.Param):
+        return table[...][ids].astype(dtype)
+    return table.rows(ids, dtype)
+
+
+def times_table(x_RD: jax.Array, table: nnx.Param | Table) -> jax.Array:
+    """Float32 logits [R, V]: how well each row of a table goes with x."""
+    if isinstance(table, nnx.Param):
+        return times_transposed(x_RD, table[...].astype(x_RD.dtype), FLOAT32)
+    return table(x_RD)
 
 
 class RMSNorm(nnx.Module):

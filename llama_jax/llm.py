@@ -23,6 +23,8 @@ from llama_jax.generation import Engine
 from llama_jax.loading import load
 from llama_jax.messages import parse_messages
 from llama_jax.model import unstack
+from llama_jax.quantization import KINDS
+from llama_jax.quantization import quantize as quantized
 from llama_jax.sampling import NO_BIAS, Sampler, make_sampler
 from llama_jax.text import Piece, stop_ids, stream
 from llama_jax.tokenizer import Tokenizer
@@ -63,14 +65,14 @@ class LLM:
             cache_dtype in CACHE_DTYPES,
             f"cache_dtype={cache_dtype!r} is unknown; expected 'int8' or ''",
         )
+        require(
+            quantize is None or quantize in KINDS,
+            f"quantize={quantize!r} is unknown; expected 'int8' or 'int4'",
+        )
         whole_number("max_context", max_context, lambda n: n >= 0, "0 (the model's) or more")
         self._template = find_template(template)
         loaded = load(checkpoint, dtype)
-        model = unstack(loaded.model, rows)
-        if quantize is not None:
-            from llama_jax.quantization import quantize as quantized
-
-            model = quantized(model, quantize)
+        model = quantized(loaded.model, quantize) if quantize else unstack(loaded.model, rows)
         if max_context:
             require(
                 2 <= max_context <= loaded.config.context_length,

@@ -20,7 +20,8 @@ from llama_jax.layers import (
     RMSNorm,
     dropout,
     parameter,
-    times_transposed,
+    rows_of,
+    times_table,
 )
 from llama_jax.positions import rotation
 from llama_jax.sharding import constrain
@@ -112,7 +113,7 @@ class Llama(nnx.Module):
         mask_BTS = causal_mask(positions_BT, T if cache is None else cache.slots)
         keys = _layer_keys(dropout_key, self.config.num_layers)
 
-        x_BTD = self.embedding[...][tokens_BT].astype(self.config.compute_dtype)
+        x_BTD = rows_of(self.embedding, tokens_BT, jnp.dtype(self.config.compute_dtype))
         x_BTD = dropout(x_BTD, self.config.dropout, keys[0])
         x_BTD = constrain(x_BTD, "batch", "length", "residual")
         if isinstance(self.blocks, Block):
@@ -131,9 +132,8 @@ class Llama(nnx.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits [B, T, V] of hidden states."""
-        output_VD = self.output_VD.astype(x_BTD.dtype)
-        x_RD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        logits_RV = times_transposed(x_RD, output_VD, jnp.dtype(jnp.float32))
+        table = self.embedding if self.config.tied_embeddings else self.output
+        logits_RV = times_table(x_BTD.reshape(-1, x_BTD.shape[-1]), table)
         return logits_RV.reshape(*x_BTD.shape[:2], -1)
 
     def __call__(

@@ -7,8 +7,8 @@ import pytest
 
 from llama_jax import blockwise
 from llama_jax.attention import attend, causal_mask
-from llama_jax.cache import merged_rows
 from llama_jax.blockwise import causal_attention
+from llama_jax.cache import merged_rows
 
 B, N, H = 3, 6, 4
 LENGTHS = [5, 8, 16, 19]  # below, equal to, twice, and no multiple of a block of 8

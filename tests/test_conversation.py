@@ -21,7 +21,7 @@ class Parrot:
         assert stream
         self.heard.append([(message.role, message.content) for message in messages])
         if messages[-1].content == "too long":
-            raise UserError("the dialogue has 99 tokens, but the context has room for 9; shorten it")
+            raise UserError("the dialogue has 99 tokens, which is too many")
         return self.words(messages[-1].content.split())
 
     def words(self, words):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from llama_jax.drawing import TOTAL, draw, likeliest, masses
+from llama_jax.drawing import TOTAL, draw, invert, likeliest, masses
 
 draw_by_weight = jax.jit(lambda weights_BV, keys_B: draw(masses(weights_BV), keys_B))
 
@@ -58,6 +58,14 @@ def test_a_draw_never_lands_on_a_weight_of_zero():
     weights_BV[:, [255, 256, 514]] = [1, 0, 1]
     tokens = draw_by_weight(weights_BV, keys(5000))
     assert tokens.dtype == jnp.int32 and set(tokens.tolist()) == {255, 514}
+
+
+@pytest.mark.parametrize(
+    ("point", "index", "depth"), [(0, 1, 0), (1.5, 1, 1.5), (2, 3, 0), (4.75, 3, 2.75)]
+)
+def test_a_point_between_two_items_belongs_to_the_later(point, index, depth):
+    found = invert(jnp.asarray([[0.0, 2, 0, 3, 0]]), jnp.asarray([point], jnp.float32))
+    assert [leaf.tolist() for leaf in found] == [[index], [depth]]
 
 
 def test_a_row_of_nan_gives_some_token():

@@ -159,6 +159,14 @@ def test_speculation_and_an_int8_cache(folder, llm):
     assert near.token_ids[:3] == llm.complete("Tim saw", **GREEDY).token_ids[:3]
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_quantized_model_writes_and_scores(folder, llm, kind):
+    small = LLM(folder, quantize=kind)
+    assert small.complete("Tim saw", **GREEDY).usage.completion_tokens == 12
+    exact, near = llm.score(TEXTS[0]).total, small.score(TEXTS[0]).total
+    assert near == pytest.approx(exact, rel=0.1) and near != exact
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -216,7 +224,13 @@ def test_a_malformed_dialogue_is_one_line(llm, messages):
 
 @pytest.mark.parametrize(
     "options",
-    [{"cache_dtype": "int4"}, {"max_context": 161}, {"max_context": 1}, {"template": "chatml"}],
+    [
+        {"cache_dtype": "int4"},
+        {"quantize": "int2"},
+        {"max_context": 161},
+        {"max_context": 1},
+        {"template": "chatml"},
+    ],
 )
 def test_an_object_that_cannot_be_made(folder, options):
     with pytest.raises(UsageError, match=next(iter(options))):
