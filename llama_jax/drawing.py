@@ -2,7 +2,7 @@
 
 Weights become whole numbers before they are added up. Such sums are exact, so in whatever order a
 device adds, for one row or many, on one device or eight, a row and its key give the same token.
-Does not know logits, filters or seeds.
+Does not know temperature, filters or seeds.
 """
 
 import jax

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.decoding import CHUNK, NOTHING, GenerationState
+from llama_jax.drawing import likeliest
 from llama_jax.model import Llama
 
 GUESSES = 7  # tokens guessed at once
@@ -63,7 +64,7 @@ def decode_guessing(
         guess_BG, _ = guess(history_BS, length_B + 1)
         read_BT = jnp.concatenate([state.token_B[:, None], guess_BG], axis=1)
         logits_BTV, cache = model(read_BT, state.cache)
-        token_BT = jnp.argmax(logits_BTV, axis=-1).astype(jnp.int32)
+        token_BT = likeliest(logits_BTV)
         agrees_BG = jnp.cumprod(guess_BG == token_BT[:, :-1], axis=1)
         gained_B = 1 + agrees_BG.sum(axis=1).astype(jnp.int32)
         is_stop_BT = (token_BT[:, :, None] == stops_S[None, None]).any(axis=-1)
