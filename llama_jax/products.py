@@ -44,8 +44,9 @@ def times_quantized(x_RI: jax.Array, kernel: Quantized, dtype: jnp.dtype) -> jax
 
 def form_for(rows: int, kernel: Quantized) -> Callable[[jax.Array, Quantized], jax.Array]:
     """The fastest form here for so many rows."""
+    mesh = jax.sharding.get_abstract_mesh()
     # What is cut over a mesh is left to the compiler, which knows how to cut a product.
-    if jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty:
+    if jax.default_backend() == "cpu" and (mesh.empty or math.prod(mesh.axis_sizes) == 1):
         return sum_lanes if rows <= FEW else by_blocks
     return multiply_and_reduce if rows <= FEW and kernel.lowest is not None else convert
 

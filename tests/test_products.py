@@ -1,0 +1,101 @@
+"""Every form of a quantised product is the product; which is chosen; what it costs in memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_packing import by_hand, quantized
+
+from llama_jax import products
+from llama_jax.config import MeshConfig
+from llama_jax.products import (
+    by_blocks,
+    convert,
+    form_for,
+    multiply_and_reduce,
+    sum_lanes,
+    times_quantized,
+)
+from llama_jax.sharding import make_mesh
+
+FORMS = [sum_lanes, by_blocks, multiply_and_reduce, convert]
+INT8, INT4 = quantized(0), quantized(32)
+QUICK = {"xla_backend_optimization_level": 0}  # of the compiler
+
+
+def quick(form):
+    """A form, compiled in little time and afresh."""
+    return jax.jit(lambda *given: form(*given), compiler_options=QUICK)
+
+
+def rows(count, inputs):
+    return np.random.default_rng(1).standard_normal((count, inputs)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(13, 172), (9, 37), (3, 768), (4, 2176)])
+@pytest.mark.parametrize("group_size", [0, 32, 64])
+def test_every_form_is_the_product(outputs, inputs, group_size, monkeypatch):
+    monkeypatch.setattr(products, "MADE_FLOAT", 2 * inputs)  # blocks of two outputs, or one
+    kernel, x_RI = quantized(group_size, inputs, outputs), rows(3, inputs)
+    expected = x_RI.astype(np.float64) @ by_hand(kernel, inputs).T
+    for form in FORMS:
+        found = quick(form)(jnp.asarray(x_RI), kernel)
+        assert (found.shape, found.dtype) == ((3, outputs), np.float32)
+        error = np.abs(found - expected).max() / np.abs(expected).max()
+        assert error < 2e-6, form.__name__
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 11])
+@pytest.mark.parametrize("group_size", [0, 32, 64])
+def test_any_number_of_rows(count, group_size):
+    kernel, x_RI = quantized(group_size), rows(count, 128)
+    found = times_quantized(jnp.asarray(x_RI), kernel, products.FLOAT32)
+    expected = x_RI @ by_hand(kernel).T
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("group_size", [0, 32, 64])
+@pytest.mark.parametrize("form", FORMS)
+def test_bfloat16_rows(form, group_size):
+    kernel, x_RI = quantized(group_size), jnp.asarray(rows(3, 128), jnp.bfloat16)
+    expected = np.asarray(x_RI, np.float32) @ by_hand(kernel).T
+    found = quick(form)(x_RI, kernel)
+    assert found.dtype == np.float32
+    assert np.abs(found - expected).max() < 1e-2 * np.abs(expected).max()
+    assert times_quantized(x_RI, kernel, jnp.dtype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_which_form_is_chosen(monkeypatch):
+    assert [form_for(count, INT8) for count in (1, 4, 5)] == [sum_lanes, sum_lanes, by_blocks]
+    with jax.set_mesh(make_mesh(MeshConfig(tensor=8))):
+        assert form_for(1, INT8) == form_for(9, INT4) == convert
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+        assert form_for(1, INT8) == sum_lanes
+    for backend in ("gpu", "tpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        assert form_for(1, INT8) == form_for(5, INT8) == form_for(5, INT4) == convert
+        assert form_for(4, INT4) == multiply_and_reduce
+
+
+@pytest.mark.parametrize("count", [1, 9])
+@pytest.mark.parametrize("group_size", [0, 32])
+def test_a_loop_holds_no_float_copy(count, group_size):
+    O, I = 1024, 1024
+
+    @jax.jit
+    def loop(x_RI, kernel):
+        def step(_, x_RI):
+            return jnp.tanh(times_quantized(x_RI, kernel, products.FLOAT32))
+
+        return jax.lax.fori_loop(0, 9, step, x_RI)
+
+    kernel = quantized(group_size, I, O)
+    made = loop.lower(jnp.asarray(rows(count, I)), kernel).compile().memory_analysis()
+    assert made.temp_size_in_bytes < 0.6 * O * I * 4
+
+
+def test_gradients_reach_the_rows():
+    kernel, x_RI = quantized(0), jnp.asarray(rows(9, 128))
+    slope_RI = jax.grad(lambda x: times_quantized(x, kernel, products.FLOAT32).sum())(x_RI)
+    expected = np.broadcast_to(by_hand(kernel).sum(axis=0), slope_RI.shape)
+    np.testing.assert_allclose(slope_RI, expected, rtol=1e-4, atol=1e-3)
