@@ -4,16 +4,23 @@ Masks are boolean, True where a query may look. Attention does not know where it
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llama_jax.blockwise import causal_attention
-from llama_jax.cache import Int8LayerCache, LayerCache, merged_rows
+from llama_jax.cache import Int8LayerCache, LayerCache
 from llama_jax.config import ModelConfig
 from llama_jax.layers import Linear, dropout
 from llama_jax.positions import rotate
+from llama_jax.remat import named
+
+Cache = LayerCache | Int8LayerCache | None
+
+# How a block attends: (queries, keys, values, its cache or none, dropout key or none) → what is
+# attended to, [B, T, N, H], and the cache one on. `Llama.hidden` makes it, the same for all blocks.
+Look = Callable[[jax.Array, jax.Array, jax.Array, Cache, jax.Array | None], tuple[jax.Array, Cache]]
 
 
 def causal_mask(positions_BT: jax.Array, key_length: int) -> jax.Array:
@@ -50,9 +57,14 @@ def attend(
     return out_RMH.reshape(K, B, N // K, T, H).transpose(1, 3, 0, 2, 4).reshape(B, T, N, H)
 
 
-def prefers_blocks() -> bool:
-    """Whether whole sequences are attended to block by block: on CPU, where that is far faster."""
-    return jax.default_backend() == "cpu"
+def look_into_cache(mask_BTS: jax.Array, length_B: jax.Array) -> Look:
+    """Attention over a cache, after writing the new keys and values behind those it holds."""
+
+    def look(q_BTNH, k_BTKH, v_BTKH, cache, _key):  # type: ignore[no-untyped-def]
+        cache = cache.write(k_BTKH, v_BTKH, length_B)
+        return attend(q_BTNH, cache.keys_RSH, cache.values_RSH, mask_BTS), cache
+
+    return look
 
 
 class Attention(nnx.Module):
@@ -65,27 +77,18 @@ class Attention(nnx.Module):
         self.wk = Linear((D,), (K, H), keys, std=std, rngs=rngs)
         self.wv = Linear((D,), (K, H), keys, std=std, rngs=rngs)
         self.wo = Linear((N, H), (D,), ("heads", "head_dim", "embed"), std=residual_std, rngs=rngs)
-        self.dropout_rate = config.dropout
 
     def __call__(
         self,
         x_BTD: jax.Array,
         rotation: tuple[jax.Array, jax.Array],
-        mask_BTS: jax.Array,
-        cache: LayerCache | Int8LayerCache | None,
-        length_B: jax.Array | None,
-        dropout_key: jax.Array | None,
-    ) -> tuple[jax.Array, LayerCache | Int8LayerCache | None]:
+        look: Look,
+        cache: Cache = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache]:
         """The attention output [B, T, D], and the cache with T more slots filled if one came in."""
-        q_BTNH = rotate(self.wq(x_BTD), *rotation)
-        k_BTKH = rotate(self.wk(x_BTD), *rotation)
-        v_BTKH = self.wv(x_BTD)
-        if cache is None and dropout_key is None and prefers_blocks():
-            return self.wo(causal_attention(q_BTNH, k_BTKH, v_BTKH)), None
-        if cache is None or length_B is None:
-            keys_RSH, values_RSH = merged_rows(k_BTKH), merged_rows(v_BTKH)
-        else:
-            cache = cache.write(k_BTKH, v_BTKH, length_B)
-            keys_RSH, values_RSH = cache.keys_RSH, cache.values_RSH
-        mixed_BTNH = attend(q_BTNH, keys_RSH, values_RSH, mask_BTS, self.dropout_rate, dropout_key)
+        q_BTNH = named("queries", rotate(self.wq(x_BTD), *rotation))
+        k_BTKH = named("keys", rotate(self.wk(x_BTD), *rotation))
+        v_BTKH = named("values", self.wv(x_BTD))
+        mixed_BTNH, cache = look(q_BTNH, k_BTKH, v_BTKH, cache, dropout_key)
         return self.wo(mixed_BTNH), cache

@@ -11,7 +11,10 @@ import math
 from llama_jax.errors import UsageError
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
-REMAT_CHOICES = ("none", "block")
+REMAT_POLICIES = ("none", "block", "save-qkv", "offload")
+ATTENTION_BACKENDS = ("auto", "xla", "blockwise", "cudnn", "splash")
+MOMENT_DTYPES = ("float32", "bfloat16")
+PACKINGS = ("none", "documents")
 CORPORA = ("", "stories", "shakespeare", "tinystories")
 ROPE_SCALINGS = ("none", "linear", "llama3")
 
@@ -136,6 +139,7 @@ class DataConfig:
     batch_size: int  # sequences per step, over all devices and all microbatches
     sequence_length: int  # tokens per sequence (T), at most model.context_length
     seed: int = 42  # of the order of the examples
+    packing: str = "none"  # "documents": whole documents, several a row, none sees another
     allow_change: bool = False  # resume although the data are not what they were
 
     def __post_init__(self) -> None:
@@ -143,6 +147,7 @@ class DataConfig:
         _require_range("data", 2, math.inf, sequence_length=self.sequence_length)
         _require_range("data", 0, 2**31 - 1, seed=self.seed)
         _require_choice("data", CORPORA, corpus=self.corpus)
+        _require_choice("data", PACKINGS, packing=self.packing)
         require(bool(self.path), "data.path is empty; expected a folder that prepare.py wrote")
 
 
@@ -160,6 +165,8 @@ class OptimizerConfig:
     weight_decay: float = 0.1  # on matrices only, never on norm scales
     clip_norm: float = 1.0  # largest global norm of the gradient; 0: no clipping
     accumulation_steps: int = 1  # microbatches per step
+    moments_dtype: str = "float32"  # of both moments; "bfloat16" halves their memory
+    z_loss: float = 0.0  # weight of (log of the softmax's denominator)², which keeps logits small
 
     def __post_init__(self) -> None:
         _require_range("optimizer", 1, math.inf, steps=self.steps)
@@ -171,6 +178,8 @@ class OptimizerConfig:
         _require_range("optimizer", 0, 10, weight_decay=self.weight_decay)
         _require_range("optimizer", 0, math.inf, clip_norm=self.clip_norm)
         _require_range("optimizer", 1, math.inf, accumulation_steps=self.accumulation_steps)
+        _require_range("optimizer", 0, 1, z_loss=self.z_loss)
+        _require_choice("optimizer", MOMENT_DTYPES, moments_dtype=self.moments_dtype)
         require(
             self.warmup_steps <= self.steps,
             f"optimizer.warmup_steps={self.warmup_steps} is longer than the run of"
@@ -185,9 +194,10 @@ class MeshConfig:
     data: int = -1  # copies of the model, each with its share of the batch; -1: the devices left
     fsdp: int = 1  # parts that parameters, optimizer state and batch are cut into
     tensor: int = 1  # parts that heads, feed-forward and vocabulary are cut into
+    sequence: bool = False  # between blocks, cut activations along the sequence over `tensor`
 
     def __post_init__(self) -> None:
-        sizes = dataclasses.asdict(self)
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
         for name, size in sizes.items():
             require(
                 size == -1 or size >= 1,
@@ -212,7 +222,8 @@ class RunConfig:
     keep_last: int = 3  # checkpoints kept, besides the best
     sample_tokens: int = 64  # tokens of the sample written at each validation; 0: none
     sample_prompt: str = ""  # what that sample starts from
-    remat: str = "none"  # "block": recompute activations in the backward pass, saving memory
+    remat: str = "none"  # what the backward pass recomputes to save memory; see `remat`
+    attention: str = "auto"  # the kernel of training; "auto": the fastest on these devices
     tensorboard: bool = False  # also write events for TensorBoard
 
     def __post_init__(self) -> None:
@@ -221,7 +232,8 @@ class RunConfig:
         _require_range("run", 0, math.inf, eval_batches=self.eval_batches)
         _require_range("run", 0, math.inf, sample_tokens=self.sample_tokens)
         _require_range("run", 0, 2**31 - 1, seed=self.seed)
-        _require_choice("run", REMAT_CHOICES, remat=self.remat)
+        _require_choice("run", REMAT_POLICIES, remat=self.remat)
+        _require_choice("run", ATTENTION_BACKENDS, attention=self.attention)
         require(bool(self.checkpoint_dir), "run.checkpoint_dir is empty; expected a folder")
 
 

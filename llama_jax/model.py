@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llama_jax.attention import Attention, causal_mask
-from llama_jax.cache import Int8LayerCache, KVCache, LayerCache
+from llama_jax.attention import Attention, Cache, Look, causal_mask, look_into_cache
+from llama_jax.cache import KVCache
 from llama_jax.config import ModelConfig
 from llama_jax.layers import (
     Linear,
@@ -23,7 +23,9 @@ from llama_jax.layers import (
     rows_of,
     times_table,
 )
-from llama_jax.positions import rotation
+from llama_jax.positions import positions_within, rotation
+from llama_jax.remat import rematerialised
+from llama_jax.self_attention import SelfAttention, self_attention
 from llama_jax.sharding import constrain
 
 
@@ -59,14 +61,13 @@ class Block(nnx.Module):
         self,
         x_BTD: jax.Array,
         rotation: tuple[jax.Array, jax.Array],
-        mask_BTS: jax.Array,
-        cache: LayerCache | Int8LayerCache | None = None,
-        length_B: jax.Array | None = None,
+        look: Look,
+        cache: Cache = None,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[jax.Array, LayerCache | Int8LayerCache | None]:
+    ) -> tuple[jax.Array, Cache]:
         keys = [None] * 3 if dropout_key is None else list(jax.random.split(dropout_key, 3))
         normed_BTD = self.attention_norm(x_BTD)
-        mixed_BTD, cache = self.attention(normed_BTD, rotation, mask_BTS, cache, length_B, keys[0])
+        mixed_BTD, cache = self.attention(normed_BTD, rotation, look, cache, keys[0])
         x_BTD += dropout(mixed_BTD, self.dropout_rate, keys[1])
         x_BTD = constrain(x_BTD, "batch", "length", "residual")
         x_BTD += dropout(self.ffn(self.ffn_norm(x_BTD)), self.dropout_rate, keys[2])
@@ -97,38 +98,61 @@ class Llama(nnx.Module):
         tokens_BT: jax.Array,
         cache: KVCache | None = None,
         *,
+        segments_BT: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
-        remat: bool = False,
+        remat: str = "none",
+        attention: SelfAttention | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """The normed hidden states [B, T, D] before the output matrix, and the cache one on.
 
-        With a cache, the tokens continue each row after the slots it has filled. Dropout happens
-        only when a key is given; `remat` recomputes each block in the backward pass.
+        With a cache, the tokens continue each row after the slots it has filled. Without one, rows
+        may be packed with several documents, numbered by `segments_BT`: none sees another, and
+        positions begin anew with each. Dropout happens only when a key is given. How the backward
+        pass is paid for, `remat` says (see `rematerialised`), and `attention` is the kernel (see
+        `self_attention`; by default the fastest here).
         """
         T = tokens_BT.shape[1]
-        start_B = jnp.zeros(1, jnp.int32) if cache is None else cache.length_B
-        positions_BT = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
-        config = self.config
+        config, start_B = self.config, jnp.zeros(1, jnp.int32)
+        positions_BT = jnp.arange(T, dtype=jnp.int32)[None]
+        if cache is not None:
+            start_B = cache.length_B
+            positions_BT = start_B[:, None] + positions_BT
+            look = look_into_cache(causal_mask(positions_BT, cache.slots), start_B)
+        else:
+            if segments_BT is not None:
+                positions_BT = positions_within(segments_BT)
+            look = self._look_within(attention, segments_BT, dropout_key is not None)
         turn = rotation(positions_BT, config.head_dim, config.rope_theta, config.rope_scaling)
-        mask_BTS = causal_mask(positions_BT, T if cache is None else cache.slots)
-        keys = _layer_keys(dropout_key, self.config.num_layers)
+        keys = _layer_keys(dropout_key, config.num_layers)
 
-        x_BTD = rows_of(self.embedding, tokens_BT, jnp.dtype(self.config.compute_dtype))
-        x_BTD = dropout(x_BTD, self.config.dropout, keys[0])
+        x_BTD = rows_of(self.embedding, tokens_BT, jnp.dtype(config.compute_dtype))
+        x_BTD = dropout(x_BTD, config.dropout, keys[0])
         x_BTD = constrain(x_BTD, "batch", "length", "residual")
         if isinstance(self.blocks, Block):
             assert cache is None, "a cache needs an unstacked model; see `unstack`"
-            x_BTD = _scan(self.blocks, x_BTD, turn, mask_BTS, keys[1], remat)
+            x_BTD = _scan(self.blocks, x_BTD, turn, look, keys[1], remat)
         else:
             layers = []
             for index, block in enumerate(self.blocks):
                 layer = cache.layers[index] if cache else None
                 key = None if keys[1] is None else keys[1][index]
-                x_BTD, layer = block(x_BTD, turn, mask_BTS, layer, start_B, key)
+                x_BTD, layer = block(x_BTD, turn, look, layer, key)
                 layers.append(layer)
             if cache is not None:
                 cache = KVCache(tuple(layers), cache.length_B + T)
         return self.norm(x_BTD), cache
+
+    def _look_within(
+        self, attention: SelfAttention | None, segments_BT: jax.Array | None, drops: bool
+    ) -> Look:
+        """Attention among the tokens themselves."""
+        rate = self.config.dropout if drops else 0.0
+        kernel = attention or self_attention("auto", rate)
+
+        def look(q_BTNH, k_BTKH, v_BTKH, _cache, key):  # type: ignore[no-untyped-def]
+            return kernel(q_BTNH, k_BTKH, v_BTKH, segments_BT, rate, key if rate else None), None
+
+        return look
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits [B, T, V] of hidden states."""
@@ -158,17 +182,17 @@ def _scan(
     blocks: Block,
     x_BTD: jax.Array,
     turn: tuple[jax.Array, jax.Array],
-    mask_BTS: jax.Array,
+    look: Look,
     keys_L: jax.Array | None,
-    remat: bool,
+    remat: str,
 ) -> jax.Array:
     """Run stacked blocks one after the other."""
 
     def step(x_BTD: jax.Array, layer: tuple[Block, jax.Array | None]) -> tuple[jax.Array, None]:
         block, key = layer
-        return block(x_BTD, turn, mask_BTS, dropout_key=key)[0], None
+        return block(x_BTD, turn, look, dropout_key=key)[0], None
 
-    step = jax.checkpoint(step) if remat else step
+    step = rematerialised(step, remat)
     return jax.lax.scan(step, x_BTD, (blocks, keys_L), unroll=_unrolled_layers())[0]
 
 

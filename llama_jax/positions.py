@@ -45,3 +45,11 @@ def rotate(x_BTNH: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     turned = [first * cosine - second * sine, second * cosine + first * sine]
     return jnp.concatenate(turned, axis=-1).astype(x_BTNH.dtype)
+
+
+def positions_within(segments_BT: jax.Array) -> jax.Array:
+    """Each position counted from where its segment begins; segments are runs of one number."""
+    index_T = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)
+    begins_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)))
+    starts_BT = jax.lax.cummax(jnp.where(begins_BT, index_T[None], 0), axis=1)
+    return index_T[None] - starts_BT

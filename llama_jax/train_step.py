@@ -20,6 +20,7 @@ from llama_jax.data.batches import Batch
 from llama_jax.loss import summed_nll
 from llama_jax.model import Llama
 from llama_jax.optimizer import learning_rate_schedule, make_optimizer
+from llama_jax.self_attention import self_attention
 from llama_jax.sharding import batch_sharding, shardings
 
 
@@ -64,11 +65,16 @@ def train_step(state: TrainState, batch: Batch, config: Config) -> tuple[TrainSt
     tokens, so cutting the batch differently changes nothing but rounding.
     """
     key = jax.random.fold_in(jax.random.key(config.run.seed), state.step)
+    attention = self_attention(config.run.attention, config.model.dropout)
 
     def summed(model: Llama, batch: Batch, row_B: jax.Array) -> tuple[jax.Array, jax.Array]:
         dropout_key = jax.random.fold_in(key, row_B[0]) if config.model.dropout else None
         hidden_BTD, _ = model.hidden(
-            batch.inputs_BT, dropout_key=dropout_key, remat=config.run.remat == "block"
+            batch.inputs_BT,
+            segments_BT=batch.segments_BT,
+            dropout_key=dropout_key,
+            remat=config.run.remat,
+            attention=attention,
         )
         nll = summed_nll(hidden_BTD, model.output_VD, batch.targets_BT, batch.weights_BT)
         return nll, jnp.sum(batch.weights_BT)
@@ -103,7 +109,7 @@ def _update(
 
 def evaluation_step(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """The summed negative log-likelihood of a batch and its number of unmasked tokens."""
-    hidden_BTD, _ = model.hidden(batch.inputs_BT)
+    hidden_BTD, _ = model.hidden(batch.inputs_BT, segments_BT=batch.segments_BT)
     nll = summed_nll(hidden_BTD, model.output_VD, batch.targets_BT, batch.weights_BT)
     return nll, jnp.sum(batch.weights_BT)
 

@@ -9,11 +9,11 @@ import pytest
 import reference
 from conftest import plain
 
-from llama_jax import attention
-from llama_jax.attention import attend, causal_mask
+from llama_jax.attention import attend, causal_mask, look_into_cache
 from llama_jax.cache import LayerCache, merged_rows
 from llama_jax.config import RopeScaling
 from llama_jax.positions import rotation
+from llama_jax.self_attention import BACKENDS
 
 B, T, D, N, H = 5, 7, 24, 6, 4
 
@@ -68,20 +68,18 @@ def test_attention_weights_are_dropped_at_their_rate():
     assert abs(kept.mean() - 40 * (1 - rate)) < 4 * deviation
 
 
-@pytest.mark.parametrize("in_blocks", [True, False])
-@pytest.mark.parametrize("cached", [False, True])
-def test_the_layer_agrees_with_the_oracle(tiny_model, monkeypatch, in_blocks, cached):
-    monkeypatch.setattr(attention, "prefers_blocks", lambda: in_blocks)
+@pytest.mark.parametrize("kernel", [None, "xla", "blockwise"])
+def test_the_layer_agrees_with_the_oracle(tiny_model, kernel):
     layer = jax.tree.map(lambda array: array[1], tiny_model.blocks.attention)
     x_BTD = jnp.asarray(np.random.default_rng(1).standard_normal((B, T, D)), jnp.float32)
-    slots = 11 if cached else T
-    empty = LayerCache(*[jnp.zeros((2 * B, 11, H))] * 2) if cached else None
     turn = rotation(jnp.arange(T)[None], H, 10000.0, RopeScaling())
-    mask = causal_mask(jnp.arange(T)[None], slots)
-    length_B = jnp.zeros(B, jnp.int32) if cached else None
-    run = jax.jit(lambda x, cache, length: layer(x, turn, mask, cache, length, None))
-    out, cache = run(x_BTD, empty, length_B)
-    assert (cache is None) != cached
+    if kernel is None:
+        look = look_into_cache(causal_mask(jnp.arange(T)[None], 11), jnp.zeros(B, jnp.int32))
+        cache = LayerCache(*[jnp.zeros((2 * B, 11, H))] * 2)
+    else:
+        look, cache = lambda *given: (BACKENDS[kernel](*given[:3]), None), None
+    out, filled = jax.jit(lambda x, cache: layer(x, turn, look, cache))(x_BTD, cache)
+    assert (filled is None) == (cache is None)
     weights = {name: array[1] for name, array in plain(tiny_model).items() if name[0] == "w"}
     oracle = partial(reference.attention_layer, layer=weights, theta=10000.0)
     expected = [oracle(row) for row in np.asarray(x_BTD)]

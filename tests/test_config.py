@@ -70,7 +70,7 @@ REFUSED = [  # class, field, value, what the line must say
     (RunConfig, "eval_batches", -1, "run.eval_batches=-1 is out of range"),
     (RunConfig, "sample_tokens", -1, "run.sample_tokens=-1 is out of range"),
     (RunConfig, "seed", -1, "run.seed=-1 is out of range"),
-    (RunConfig, "remat", "all", "run.remat='all' is unknown; expected one of 'none', 'block'"),
+    (RunConfig, "remat", "all", "run.remat='all' is unknown; expected one of 'none', 'block', 'save-qkv'"),
     (RunConfig, "checkpoint_dir", "", "run.checkpoint_dir is empty"),
 ]  # fmt: skip
 

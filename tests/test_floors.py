@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [  # low to high
     "errors config config_parsing arguments tokenizer tokenizer_file token_decoder",
-    "names layers positions cache sharding blockwise attention products packing"
-    " checksums steps checkpoint_layout",
+    "names layers positions cache sharding blockwise attention self_attention remat"
+    " products packing checksums steps checkpoint_layout",
     "model",
     "stories data loss optimizer checkpoint sampling drawing filters penalties logprobs xorshift"
     " exponential metrics plot formats description run_folder loading tensorboard stop_signal"

@@ -11,7 +11,7 @@ import reference
 from conftest import TINY, make_model, plain
 from flax import nnx
 
-from llama_jax import attention, layers, model
+from llama_jax import attention, layers, model, self_attention
 from llama_jax.cache import KVCache
 from llama_jax.config import ModelConfig
 from llama_jax.loss import summed_nll
@@ -40,7 +40,7 @@ def close(got, expected, tolerance=1e-5):
     np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance)
 
 
-def mean_nll(model, tokens_BT, dropout_key=None, remat=False):
+def mean_nll(model, tokens_BT, dropout_key=None, remat="none"):
     hidden_BTD, _ = model.hidden(tokens_BT, dropout_key=dropout_key, remat=remat)
     targets_BT = jnp.roll(tokens_BT, -1, axis=1)
     total = summed_nll(hidden_BTD, model.output_VD, targets_BT, jnp.ones(tokens_BT.shape))
@@ -66,7 +66,7 @@ def test_logits_agree_with_the_oracle(changes):
 
 
 def test_logits_agree_with_the_oracle_off_the_cpu_path_too(tiny_model, monkeypatch):
-    monkeypatch.setattr(attention, "prefers_blocks", lambda: False)
+    monkeypatch.setattr(self_attention, "FASTEST", {})
     close(jax.jit(lambda tokens: tiny_model(tokens)[0])(TOKENS_BT), oracle(tiny_model, TOKENS_BT))
 
 
@@ -159,13 +159,13 @@ def test_remat_changes_neither_loss_nor_gradients():
     quick = {"xla_backend_optimization_level": 0}  # of the compiler: a third of the time
     step = jax.jit(jax.value_and_grad(mean_nll), static_argnames="remat", compiler_options=quick)
     given = make_model(dropout=0.1), TOKENS_BT, jax.random.key(0)
-    kept, recomputed = (jax.tree.leaves(step(*given, remat=remat)) for remat in (False, True))
+    kept, recomputed = (jax.tree.leaves(step(*given, remat=remat)) for remat in ("none", "block"))
     for right, got in zip(kept, recomputed):
         close(got, right, 1e-6)
 
 
 def test_remat_recomputes(tiny_model):
-    traced = str(jax.make_jaxpr(partial(mean_nll, remat=True))(tiny_model, TOKENS_BT))
+    traced = str(jax.make_jaxpr(partial(mean_nll, remat="block"))(tiny_model, TOKENS_BT))
     assert "remat" in traced or "checkpoint" in traced
 
 

@@ -30,6 +30,7 @@ class Batch:
     inputs_BT: Any  # int32; NumPy on the host, JAX once placed on devices
     targets_BT: Any  # int32, the inputs moved on by one token
     weights_BT: Any  # float32, what each target counts; 0 where there is none
+    segments_BT: Any = None  # int32, each position's document in its row; none: not packed
 
 
 class Windows:
