@@ -4,6 +4,7 @@ python convert.py --from meta --input llama-2-7b/ --to ckpt --output ckpt/llama-
 python convert.py --input ckpt/llama-2-7b --to hf --output my-llama      # for transformers
 python convert.py --input ckpt/ --to gguf --output my.gguf --dtype q8_0  # for llama.cpp
 python convert.py --input stories15M.bin --tokenizer tokenizer.bin --output ckpt/stories15M
+python convert.py --input ckpt/llama-2-7b --output ckpt/small --quantize int4    # to sample with
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 from llama_jax import cli
 
 FORMATS = ("ckpt", "meta", "hf", "llama2c", "gguf")
+KINDS, TEMPLATES = ("int8", "int4"), ("llama2", "alpaca", "none")
 DTYPES = ("float32", "bfloat16", "float16", "q8_0")
 
 
@@ -24,7 +26,11 @@ def main(argv: list[str]) -> None:
     from llama_jax.conversion import Conversion
     from llama_jax.conversion_report import convert_and_tell
     from llama_jax.formats.table import Options, format_of
+    from llama_jax.quantization import Quantization
 
+    quantization = None
+    if flags.quantize:
+        quantization = Quantization(flags.quantize, flags.group_size or 32)
     source = Path(flags.input).expanduser()
     job = Conversion(
         source=flags.source or format_of(source),
@@ -36,8 +42,10 @@ def main(argv: list[str]) -> None:
             dtype=flags.dtype,
             shards=flags.shards,
             llama2c_version=flags.llama2c_version,
-            group_size=flags.group_size,
+            group_size=64 if flags.group_size is None else flags.group_size,
+            quantization=quantization,
         ),
+        template=flags.template,
         strict=flags.strict,
     )
     convert_and_tell(job, flags.verify)
@@ -59,7 +67,12 @@ def _parser() -> cli.Parser:
     add("--shards", type=int, default=1, help="files of --to meta: 1, 2, 4 or 8 (1)")
     version_help = "of --to llama2c: 0 and 1 are float32, 2 is int8 (0)"
     add("--llama2c_version", type=int, choices=(0, 1, 2), default=0, help=version_help)
-    add("--group_size", type=int, default=64, help="numbers a scale of llama2.c's version 2 (64)")
+    quantize_help = "matrices of --to ckpt as integers; another format made of it is float again"
+    add("--quantize", choices=KINDS, default="", help=quantize_help)
+    group_help = "numbers a scale: of int4, 32 or 64 (32); of llama2.c's version 2 (64)"
+    add("--group_size", type=int, help=group_help)
+    template_help = "chat format that a checkpoint tells of itself (what the input's tells)"
+    add("--template", choices=TEMPLATES, default="", help=template_help)
     verify_help = "run result and source, and compare (yes, if memory allows)"
     add("--verify", action="store_true", default=None, help=verify_help)
     add("--no_verify", dest="verify", action="store_false", help="do not")

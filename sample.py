@@ -21,6 +21,7 @@ def flags_of(argv: list[str]) -> Any:
     model.add_argument("--quantize", default=None, help="int8 or int4: matrices in so many bits")
     model.add_argument("--cache_dtype", default="", help="int8: a cache a fourth of the size")
     model.add_argument("--max_context", type=int, default=0, help="tokens; 0: the model's")
+    model.add_argument("--tensor", type=int, default=1, help="devices that matrices are cut over")
     text = parser.add_argument_group("text")
     text.add_argument("--prompt", action="append", help="text to go on from; may be repeated")
     text.add_argument("--prompt_file", help="a file that holds the prompt; - is stdin")
@@ -50,7 +51,7 @@ def flags_of(argv: list[str]) -> Any:
     chat = parser.add_argument_group("chat")
     chat.add_argument("--chat", action="store_true", help="talk, line by line, on stdin and stdout")
     chat.add_argument("--system", default="", help="how the assistant is to be")
-    chat.add_argument("--template", default="llama2", help="llama2 or alpaca")
+    chat.add_argument("--template", default="", help="llama2 or alpaca; empty: the checkpoint's")
     chat.add_argument("--truncate", action="store_true", help="forget the oldest when it is full")
     return parser.parse_args(argv)
 

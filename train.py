@@ -1,23 +1,56 @@
 """Train a Llama: python train.py --config configs/110m.py --config.optimizer.learning_rate=3e-4
 
-Without --config it trains configs/demo.py. The same command resumes where it stopped.
+Without --config it trains configs/demo.py. The same command resumes where it stopped. On several
+machines it runs on each of them, with --distributed: see docs/pods.md.
 """
 
+import argparse
+import contextlib
 import logging
 import os
 from pathlib import Path
 
 from llama_jax import cli
+from llama_jax.errors import UsageError
 from llama_jax.huge_pages import use_huge_pages
+
+BY_HAND = ("coordinator", "num_processes", "process_id", "timeout")
+
+
+def parser() -> cli.Parser:
+    """The flags beside the config's."""
+    parser = cli.Parser(
+        description=__doc__,
+        usage="train.py [--config FILE] [--config.KEY=VALUE ...] [--profile START:STOP]"
+        " [--distributed ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--profile",
+        metavar="START:STOP",
+        help="trace the steps from when START are made to when STOP are, such as 10:13",
+    )
+    add = parser.add_argument_group("several processes, on one machine or many").add_argument
+    add(
+        "--distributed",
+        action="store_true",
+        help="be one of the processes that Slurm, Open MPI, GKE, Cloud TPU or these flags name:",
+    )
+    add("--coordinator", metavar="HOST:PORT", help="where process 0 waits for the others")
+    add("--num_processes", metavar="N", type=int, help="how many there are")
+    add("--process_id", metavar="I", type=int, help="which one this is, from 0")
+    add("--timeout", metavar="SECONDS", type=float, help="how long the others may be silent (300)")
+    return parser
 
 
 def main(argv: list[str]) -> int:
     """Flags in, a run out."""
-    if "--help" in argv or "-h" in argv:
-        print(__doc__)
-        return 0
+    options, words = parser().parse_known_args(argv)
+    given = {name: value for name in BY_HAND if (value := getattr(options, name)) is not None}
+    if given and not options.distributed:
+        raise UsageError(f"--{next(iter(given))} needs --distributed")
     demo = str(Path(__file__).parent / "configs" / "demo.py")
-    tree = cli.config_from_flags(argv, default=demo)
+    tree = cli.config_from_flags(words, default=demo)
 
     from llama_jax.config import Config
     from llama_jax.config_parsing import parse
@@ -27,10 +60,15 @@ def main(argv: list[str]) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every file
 
     from llama_jax.compilation_cache import use_compilation_cache
+    from llama_jax.distributed import joined
+    from llama_jax.profiling import parse_window
     from llama_jax.training import fit
 
+    asked = options.profile
+    profile = None if asked is None else parse_window(asked, config.optimizer.steps)
     use_compilation_cache()
-    return fit(config)
+    with joined(**given) if options.distributed else contextlib.nullcontext():
+        return fit(config, profile)
 
 
 if __name__ == "__main__":

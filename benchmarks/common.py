@@ -11,6 +11,7 @@ import importlib.util
 import multiprocessing
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -83,6 +84,12 @@ class Worker:
         else:
             self.problem = answer
 
+    def facts(self) -> dict[str, Any]:
+        """What its work tells of itself, and `peak`: the most memory its process held, bytes."""
+        self._pipe.send("tell")
+        answer = self._answer()
+        return answer if isinstance(answer, dict) else {}
+
     def close(self) -> None:
         """End the process."""
         self._pipe.close()
@@ -95,13 +102,29 @@ def _serve(pipe: Any, make: Callable[..., Work], arguments: tuple[Any, ...]) -> 
         work = make(*arguments)
         work()  # compiles and warms up
         pipe.send(None)
-        while pipe.recv() == "go":
-            pipe.send(work())
+        while True:
+            pipe.send(work() if pipe.recv() == "go" else _facts(work))
     except EOFError:
         pass
     except Exception as error:
         traceback.print_exc()
         pipe.send(f"{type(error).__name__}: {str(error).splitlines()[0][:100]}")
+
+
+def _facts(work: Work) -> dict[str, Any]:
+    return {"peak": _peak_memory(), **getattr(work, "facts", {})}
+
+
+def _peak_memory() -> int:
+    """Bytes of the device's memory that this process held at once; of its own, on CPU."""
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
+        return int(sys.modules["torch"].cuda.max_memory_allocated())
+    if "jax" in sys.modules:
+        told = sys.modules["jax"].local_devices()[0].memory_stats()
+        if told:
+            return int(told["peak_bytes_in_use"])
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes * (1 if sys.platform == "darwin" else 1024)
 
 
 def compare(
@@ -149,18 +172,23 @@ def missing(*packages: str) -> str:
     return ""
 
 
-def heading(command: str) -> None:
-    """Say what is measured on what; a process that ends asks JAX, so that none holds a device."""
-    asked = "import jax; d = jax.devices(); print(len(d), '×', d[0].device_kind)"
-    device = _output(sys.executable, "-c", asked)
+def heading(command: str) -> tuple[str, str]:
+    """Say what is measured on what; returns the devices' platform and kind.
+
+    A process that ends asks JAX, so that none holds a device.
+    """
+    asked = "import jax; d = jax.devices(); print(d[0].platform, len(d), d[0].device_kind)"
+    device, _, rest = _output(sys.executable, "-c", asked).partition(" ")
+    count, _, kind = rest.partition(" ")
     names = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
     found = {name: _version(name) for name in names}
     processor = f"{os.cpu_count()} cores of {_processor()}"
-    print(f"{command}: {device}, {processor}, Python {platform.python_version()}")
+    print(f"{command}: {count} × {kind}, {processor}, Python {platform.python_version()}")
     print(", ".join(f"{name} {version}" for name, version in found.items() if version))
     here = str(Path(__file__).parent)
     changed = " with changes" if _output("git", "-C", here, "status", "--porcelain") else ""
     print(f"commit {_output('git', '-C', here, 'log', '-1', '--format=%h %cs %s')}{changed}")
+    return device, kind
 
 
 def _processor() -> str:

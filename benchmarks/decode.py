@@ -145,7 +145,7 @@ def write_checkpoint(folder: str, tokenizer: str) -> None:
     from llama_jax.checkpoint import CheckpointWriter
     from llama_jax.config import Config, DataConfig, OptimizerConfig
     from llama_jax.model import Llama
-    from llama_jax.run_folder import Run, start_or_resume
+    from llama_jax.run_folder import Run, describe
 
     config = Config(
         model=common.model_config("15m", CONTEXT, "float32"),
@@ -154,7 +154,7 @@ def write_checkpoint(folder: str, tokenizer: str) -> None:
     )
     path = Path(folder)
     path.mkdir()
-    start_or_resume(path, Run(config=config, bos=True, eos=False), Path(tokenizer))
+    describe(path, Run(config=config, bos=True, eos=False), Path(tokenizer))
     writer = CheckpointWriter(path, keep_last=1)
     model = Llama(config.model, rngs=nnx.Rngs(0))
     writer.save(1, model, {"count": jnp.int32(1)}, {}, 1.0)

@@ -1,103 +1,183 @@
 """Training speed: a whole optimizer step of ours beside the same step written in PyTorch.
 
     python benchmarks/train.py
-    python benchmarks/train.py --models 15m,110m --dtype bfloat16
+    python benchmarks/train.py --only 15m,260k --rounds 9
 
-Both learn from the same random tokens: forward, loss, backward, clipping, AdamW, one number back
-to the host. Each peer has its own process and they take turns; see `common`.
-Ours runs as train.py runs it, with huge pages; PyTorch runs as it comes, and with huge pages too.
+One table of what this machine can do: on CPU the small models and what accumulation costs; on a
+GPU or TPU the larger ones, with their MFU. Peers take turns, each in a process of its own; see
+`common`. Ours runs as train.py runs it, with huge pages; PyTorch runs as it comes, and with huge
+pages too.
 """
 
-import time
+import argparse
+import dataclasses
+import os
+import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import common
-import numpy as np
-import peers
+from steps import AS_MANY_AS_FIT, Job, Ours, Theirs
 
-TUNED = "the same with huge pages"
-STEPS = 3  # to a turn, so that a step may run on while the host prepares the next
-BATCHES = {"260k": (32, 256), "15m": (8, 256), "110m": (2, 512)}  # sequences, tokens of each
-
-
-def tokens_of(model: str, batch: tuple[int, int]) -> np.ndarray:
-    """Random ids, one more in each row than its inputs."""
-    vocabulary = common.SHAPES[model]["vocab_size"]
-    return np.random.default_rng(0).integers(0, vocabulary, (batch[0], batch[1] + 1), np.int32)
-
-
-def ours(model: str, batch: tuple[int, int], dtype: str) -> common.Work:
-    """The step of `train_step.jit_train_step`, on one device."""
-    import jax
-
-    from llama_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig
-    from llama_jax.data.batches import Batch
-    from llama_jax.sharding import make_mesh, place_batch
-    from llama_jax.train_step import jit_init, jit_train_step
-
-    config = Config(
-        model=common.model_config(model, batch[1], dtype),
-        data=DataConfig(path="none", batch_size=batch[0], sequence_length=batch[1]),
-        optimizer=OptimizerConfig(steps=10_000, learning_rate=1e-4, warmup_steps=0),
-    )
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    ids = tokens_of(model, batch)
-    weights_BT = np.ones(batch, np.float32)
-    rows = Batch(inputs_BT=ids[:, :-1], targets_BT=ids[:, 1:], weights_BT=weights_BT)
-    state: Any = None
-    with jax.set_mesh(mesh):
-        step, state = jit_train_step(config, mesh), jit_init(config, mesh)()
-        placed = place_batch(rows, mesh)
-
-    def work() -> float:
-        nonlocal state
-        begun = time.perf_counter()
-        with jax.set_mesh(mesh):
-            for _ in range(STEPS):
-                state, metrics = step(state, placed)
-        assert float(metrics.loss) > 0
-        return (time.perf_counter() - begun) / STEPS
-
-    return work
+LLAMA = {"vocab_size": 32000}
+SHAPES = {name: common.SHAPES[name] | {"num_kv_heads": k} for name, k in common.KV_HEADS.items()}
+SHAPES["110m, heads of 128"] = SHAPES["110m"] | {"num_heads": 6, "num_kv_heads": 6}
+SHAPES["1.1b"] = LLAMA | {"dim": 2048, "num_layers": 22, "num_heads": 32, "num_kv_heads": 4}
+SHAPES["1.1b"] |= {"hidden_dim": 5632}
+SHAPES["7b"] = LLAMA | {"dim": 4096, "num_layers": 32, "num_heads": 32, "num_kv_heads": 32}
+SHAPES["7b"] |= {"hidden_dim": 11008}
+TUNED = "PyTorch compiled, huge pages"
+MICROBATCHES = (4, 16)
+COLUMNS = f"{'':32}{'min':>8}{'median':>8}{'max':>8} s{'tokens/s':>11}{'TFLOP/s':>9}"
+COLUMNS += f"{'MFU':>7}{'peak':>9}{'ours is':>9}"
 
 
-def theirs(model: str, batch: tuple[int, int], dtype: str, compiled: bool) -> common.Work:
-    """The same step in PyTorch."""
-    step = peers.torch_train_step(
-        common.SHAPES[model] | {"num_kv_heads": common.KV_HEADS[model]},
-        tokens_of(model, batch),
-        dtype,
-        compiled,
-    )
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Some rows of the table."""
 
-    def work() -> float:
-        begun = time.perf_counter()
-        for _ in range(STEPS):
-            loss = step()
-        assert float(loss) > 0
-        return (time.perf_counter() - begun) / STEPS
+    title: str
+    workers: dict[
+        str, tuple[Any, ...]
+    ]  # by name, what makes the work and its arguments; ours first
+    tokens: dict[str, int]  # of a step of each
+    is_accumulation: bool = False
 
-    return work
+
+def beside_torch(name: str, rows: int, length: int, dtype: str, with_torch: bool) -> Part:
+    """Ours and, if wanted, PyTorch's."""
+    job = Job(shape=SHAPES[name], rows=rows, length=length, dtype=dtype)
+    workers: dict[str, tuple[Any, ...]] = {"llama_jax": (Ours, job)}
+    if with_torch:
+        workers["PyTorch, eager"] = (Theirs, job, False)
+        workers["PyTorch, torch.compile"] = (Theirs, job, True)
+        workers[TUNED] = (Theirs, job, True)
+    title = f"{name}, {rows} × {length} tokens, {dtype}"
+    return Part(title, workers, dict.fromkeys(workers, job.tokens))
+
+
+def accumulating(name: str, rows: int, length: int, dtype: str) -> Part:
+    """Ours with few and with many microbatches of one size."""
+    workers, tokens = {}, {}
+    for count in MICROBATCHES:
+        job = Job(
+            shape=SHAPES[name],
+            rows=rows * count,
+            length=length,
+            dtype=dtype,
+            accumulation=count,
+        )
+        workers[f"llama_jax, {count} microbatches"] = (Ours, job)
+        tokens[f"llama_jax, {count} microbatches"] = job.tokens
+    return Part(f"{name}, {rows} × {length} a microbatch, {dtype}", workers, tokens, True)
+
+
+def stack(name: str, rows: int, length: int) -> Part:
+    """Ours alone, of as many layers as fit."""
+    job = Job(shape=SHAPES[name], rows=rows, length=length, dtype="bfloat16")
+    title = f"{name}-shaped, as many layers as fit, {rows} × {length} tokens, bfloat16"
+    workers: dict[str, tuple[Any, ...]] = {"llama_jax": (Ours, job, AS_MANY_AS_FIT)}
+    return Part(title, workers, {"llama_jax": job.tokens})
+
+
+def parts(with_torch: bool) -> dict[str, dict[str, Any]]:
+    """What each kind of device can measure, by name; made when it is that name's turn."""
+    wide = "110m, heads of 128"
+    return {
+        "cpu": {
+            "15m": partial(beside_torch, "15m", 8, 256, "float32", with_torch),
+            "260k": partial(beside_torch, "260k", 32, 256, "float32", with_torch),
+            "accumulation": partial(accumulating, "15m", 2, 256, "float32"),
+        },
+        "accelerator": {
+            "110m": partial(beside_torch, "110m", 32, 1024, "bfloat16", with_torch),
+            "110m-tpu": partial(beside_torch, wide, 32, 1024, "bfloat16", False),
+            "1.1b": partial(beside_torch, "1.1b", 4, 4096, "bfloat16", False),
+            "7b": partial(stack, "7b", 4, 4096),
+            "accumulation-110m": partial(accumulating, "110m", 16, 1024, "bfloat16"),
+        },
+    }
+
+
+def measure(part: Part, rounds: int, peak: float) -> None:
+    """Let the workers of a part take turns, and print its rows."""
+    print(f"{part.title}", flush=True)
+    workers = [
+        common.Worker(name, made[0] is Ours or name == TUNED, *made)
+        for name, made in part.workers.items()
+    ]
+    for _ in range(rounds):
+        for worker in workers:
+            if not worker.problem:
+                worker.turn()
+    ours, flops = workers[0], 0.0
+    for worker in workers:
+        if worker.problem or not worker.seconds:
+            print(f"  {worker.name:30}skipped: {worker.problem}", flush=True)
+            continue
+        facts = worker.facts()
+        flops = facts.get("flops", flops)
+        shown = _ratio(part, ours, worker) if worker is not ours and ours.seconds else ""
+        print(_row(worker, part.tokens[worker.name], flops, facts, peak) + shown, flush=True)
+        if worker is ours:
+            print(f"    attention: {facts['attention']}; {facts['layers']} layers", flush=True)
+    for worker in workers:
+        worker.close()
+
+
+def _row(
+    worker: common.Worker, tokens: int, flops: float, facts: dict[str, Any], peak: float
+) -> str:
+    middle = statistics.median(worker.seconds)
+    numbers = (min(worker.seconds), middle, max(worker.seconds))
+    row = f"  {worker.name:30}" + "".join(f"{value:8.3f}" for value in numbers)
+    row += f"  {tokens / middle:11,.0f}{flops / middle / 1e12:9.2f}"
+    row += f"{flops / middle / peak:7.1%}" if peak else f"{'':7}"
+    return row + f"{facts['peak'] / 1e9:6.2f} GB"
+
+
+def _ratio(part: Part, ours: common.Worker, worker: common.Worker) -> str:
+    """How many times as long another takes; for accumulation, for one token."""
+    ratio = statistics.median(worker.seconds) / statistics.median(ours.seconds)
+    if part.is_accumulation:
+        ratio *= part.tokens[ours.name] / part.tokens[worker.name]
+        return f"{ratio:8.2f}x a token's time"
+    return f"{ratio:8.2f}x"
 
 
 def main() -> None:
-    """Measure each model that was asked for."""
-    parser = common.parser(__doc__.splitlines()[0], models="15m")
-    parser.add_argument("--batch", default="", help="sequences × tokens, such as 8x256")
-    flags = parser.parse_args()
-    common.heading(Path(__file__).name)
-    with_torch = not flags.no_peers and not common.missing("torch")
-    for model in flags.models.split(","):
-        rows, length = map(int, flags.batch.split("x")) if flags.batch else BATCHES[model]
-        batch = (rows, length)
-        made: dict[str, tuple[Any, ...]] = {"llama_jax": (ours, model, batch, flags.dtype)}
-        if with_torch:
-            made["PyTorch, eager"] = (theirs, model, batch, flags.dtype, False)
-            made["PyTorch, torch.compile"] = (theirs, model, batch, flags.dtype, True)
-            made[TUNED] = made["PyTorch, torch.compile"]
-        title = f"training step, {model}, {rows} × {length} tokens, {flags.dtype}"
-        common.compare(title, rows * length, flags.rounds, made, ("llama_jax", TUNED))
+    """Measure what this machine can."""
+    flags = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    flags.add_argument("--only", default="", help="comma-separated names of parts; all otherwise")
+    flags.add_argument("--rounds", type=int, default=5, help="turns of each peer")
+    flags.add_argument("--no_peers", action="store_true", help="measure llama_jax alone")
+    chosen = flags.parse_args()
+    # Peers share a GPU: none may take all of its memory at once, and each may take nearly all.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    platform, kind = common.heading(Path(__file__).name)
+    with_torch = not chosen.no_peers and not common.missing("torch")
+    only = set(filter(None, chosen.only.split(",")))
+    print("MFU is (6·N + 12·L·H·Q·T) FLOP a token over the chip's peak; peak is its memory at most")
+    print(f"\n{COLUMNS}")
+    here = "cpu" if platform == "cpu" else "accelerator"
+    for place, named in parts(with_torch).items():
+        for name, make in named.items():
+            if only and name not in only:
+                continue
+            if place != here:
+                print(f"{name}: skipped; its device is of the kind {place}, here is {kind}")
+                continue
+            measure(make(), chosen.rounds, _peak(kind))
+
+
+def _peak(kind: str) -> float:
+    """The peak FLOP/s of one device, or 0 when it is not known."""
+    from llama_jax.chips import chip_of
+
+    chip = chip_of(kind)
+    return chip.flops if chip else 0.0
 
 
 if __name__ == "__main__":

@@ -3,8 +3,11 @@
 4,194,304 tokens a step (1,024 sequences × 4,096) for 2 T tokens; 13,015,864,320 parameters.
 Meta used 368,640 A100 hours and ended at a training loss of about 1.67 (not checked here).
 Parameters and moments take 156 GB in float32, cut over the fsdp axis.
-Tokens come from prepare.py with Llama 2's tokenizer.model:
+As set, 64 sequences are in flight, one a chip on 64 chips, and of each block its input is kept.
+plan.py tells where that fits and what would fit elsewhere. Tokens come from prepare.py with
+Llama 2's tokenizer.model:
 
+    python plan.py --config configs/13b.py --target v6e-8
     python prepare.py TEXTS/ --tokenizer tokenizer.model --output data/tokens
     python train.py --config configs/13b.py --config.optimizer.accumulation_steps=…
 """

@@ -3,8 +3,11 @@
 4,194,304 tokens a step (1,024 sequences × 4,096) for 2 T tokens; 68,976,648,192 parameters.
 Meta used 1,720,320 A100 hours and ended at a training loss of about 1.5 (not checked here).
 Parameters and moments take 828 GB in float32, cut over the fsdp and tensor axis.
-Tokens come from prepare.py with Llama 2's tokenizer.model:
+As set, 64 sequences are in flight, one a chip on 64 chips, and of each block its input is kept.
+plan.py tells where that fits and what would fit elsewhere. Tokens come from prepare.py with
+Llama 2's tokenizer.model:
 
+    python plan.py --config configs/70b.py --target v5p-64
     python prepare.py TEXTS/ --tokenizer tokenizer.model --output data/tokens
     python train.py --config configs/70b.py --config.optimizer.accumulation_steps=…
 """
@@ -47,6 +50,7 @@ def get_config() -> Any:
             data=1,
             fsdp=-1,
             tensor=8,
+            sequence=True,
         ),
         run=RunConfig(
             checkpoint_dir="ckpt/70b",

@@ -3,8 +3,11 @@
 4,194,304 tokens a step (1,024 sequences × 4,096) for 2 T tokens; 6,738,415,616 parameters.
 Meta used 184,320 A100 hours and ended at a training loss of about 1.75 (not checked here).
 Parameters and moments take 81 GB in float32, cut over the fsdp axis.
-Tokens come from prepare.py with Llama 2's tokenizer.model:
+As set, 64 sequences are in flight, one a chip on 64 chips, and of each block its input is kept.
+plan.py tells where that fits and what would fit elsewhere. Tokens come from prepare.py with
+Llama 2's tokenizer.model:
 
+    python plan.py --config configs/7b.py --target v5e-8
     python prepare.py TEXTS/ --tokenizer tokenizer.model --output data/tokens
     python train.py --config configs/7b.py --config.optimizer.accumulation_steps=…
 """

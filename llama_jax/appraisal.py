@@ -9,7 +9,7 @@ import numpy as np
 
 from llama_jax.errors import UserError
 from llama_jax.model import Llama
-from llama_jax.prefill import stretches
+from llama_jax.prefill import padded, stretches
 from llama_jax.scoring import embeddings, token_logprobs
 from llama_jax.tokenizer import Tokenizer
 
@@ -74,7 +74,4 @@ def _batches(
     for start in range(0, len(rows), AT_ONCE):
         part = rows[start : start + AT_ONCE]
         lengths = [len(ids) for ids in part]
-        tokens_BT = np.zeros((len(part), sum(stretches(max(2, *lengths)))), np.int32)
-        for row, ids in zip(tokens_BT, part):
-            row[: len(ids)] = ids
-        yield tokens_BT, lengths
+        yield padded(part, sum(stretches(max(2, *lengths)))), lengths

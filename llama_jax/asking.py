@@ -3,6 +3,7 @@
 Does not know how flags are spelled on the command line, only their names.
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -10,15 +11,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llama_jax.choice import SamplingOptions
 from llama_jax.config import require
 from llama_jax.conversation import Conversation, converse
 from llama_jax.errors import UsageError, UserError
 from llama_jax.llm import LLM
 from llama_jax.printing import print_samples
-from llama_jax.sampling import make_sampler
-from llama_jax.stop_strings import StopStrings
+from llama_jax.request import MOST_COMPLETIONS, wishes_of
 
 MODES = ("chat", "score", "embed")
+WISHES = [  # that flags are named like
+    *("max_tokens", "stop", "seed", "logprobs", "speculate"),
+    *(field.name for field in dataclasses.fields(SamplingOptions)),
+]
 
 
 def answer(flags: Any, begun: float) -> None:
@@ -30,18 +35,13 @@ def answer(flags: Any, begun: float) -> None:
     """
     modes = [mode for mode in MODES if getattr(flags, mode)]
     require(len(modes) < 2, f"--{' and --'.join(modes)} do not go together; choose one")
-    sampling = {
-        "temperature": flags.temperature,
-        "top_k": flags.top_k,
-        "top_p": flags.top_p,
-        "min_p": flags.min_p,
-        "repetition_penalty": flags.repetition_penalty,
-        "presence_penalty": flags.presence_penalty,
-        "frequency_penalty": flags.frequency_penalty,
-        "logit_bias": _biases(flags.logit_bias),
-    }
-    sampler = make_sampler(**sampling)
-    StopStrings(flags.stop)
+    require(
+        1 <= flags.num_samples <= MOST_COMPLETIONS,
+        f"num_samples={flags.num_samples} is out of range; expected 1 to {MOST_COMPLETIONS}",
+    )
+    asked = {name: getattr(flags, name) for name in WISHES}
+    asked["logit_bias"] = _biases(flags.logit_bias)
+    wishes = wishes_of(n=flags.num_samples, **asked)
     load = partial(
         LLM,
         flags.ckpt,
@@ -50,42 +50,32 @@ def answer(flags: Any, begun: float) -> None:
         max_context=flags.max_context,
         cache_dtype=flags.cache_dtype,
         template=flags.template,
+        tensor=flags.tensor,
     )
     if flags.chat:
-        _chat(flags, load, sampling)
+        _chat(flags, load, asked)
         return
     require(not flags.system, "--system goes with --chat; add it")
     prompts = _prompts(flags)
+    one = "--rng=xorshift tells one sample at a time; leave all prompts but one out"
+    require(len(prompts) == 1 or flags.rng == "jax", one)
     if flags.score or flags.embed:
         llm = load()
         _score(llm, prompts) if flags.score else _embed(llm, prompts)
         return
     print_samples(
-        lambda rows: load(rows=rows),
-        prompts,
-        sampler,
-        max_tokens=flags.max_tokens,
-        num_samples=flags.num_samples,
-        seed=flags.seed,
-        begun=begun,
-        stop=flags.stop,
-        logprobs=flags.logprobs,
-        echo=not flags.no_echo,
-        speculate=flags.speculate,
-        choose=_chooser(flags),
+        lambda rows: load(rows=rows), prompts, wishes, begun=begun, echo=not flags.no_echo
     )
 
 
-def _chat(flags: Any, load: Any, sampling: dict[str, Any]) -> None:
+def _chat(flags: Any, load: Any, asked: dict[str, Any]) -> None:
     require(
         not flags.prompt and not flags.prompt_file,
         "--chat reads what you say from stdin; leave --prompt and --prompt_file out",
     )
     require(flags.num_samples == 1, "--chat gives one answer; leave --num_samples out")
-    require(flags.max_tokens >= 1, f"max_tokens={flags.max_tokens} is out of range; expected 1 up")
-    options = {"max_tokens": flags.max_tokens, "stop": flags.stop, "seed": flags.seed}
-    options |= {"truncate": flags.truncate, "speculate": flags.speculate}
-    converse(Conversation(load(), flags.system, **options, **sampling))
+    require(flags.logprobs is None, "--chat tells no log-probabilities; leave --logprobs out")
+    converse(Conversation(load(), flags.system, truncate=flags.truncate, **asked))
 
 
 def _prompts(flags: Any) -> list[str]:
@@ -117,15 +107,6 @@ def _biases(words: Sequence[str]) -> dict[int, float]:
                 f"--logit_bias={word} is not understood; expected ID=BIAS, such as 29892=-5"
             ) from None
     return biases
-
-
-def _chooser(flags: Any) -> Any:
-    """A function that chooses tokens on the host, where one was asked for."""
-    if flags.rng == "jax":
-        return None
-    from llama_jax.xorshift import XorshiftSampler
-
-    return XorshiftSampler(flags.temperature, flags.top_p, flags.seed).choose
 
 
 def _score(llm: LLM, prompts: Sequence[str]) -> None:

@@ -51,7 +51,7 @@ def attend(
         mask_BTS[None, :, None], scores_RMS.reshape(K, B, N // K, T, -1), -jnp.inf
     )
     weights_KBGTS = jax.nn.softmax(scores_KBGTS, axis=-1).astype(values_RSH.dtype)
-    weights_KBGTS = dropout(weights_KBGTS, dropout_rate, dropout_key)
+    weights_KBGTS = dropout(weights_KBGTS, dropout_rate, dropout_key, rows=1)
     weights_RMS = weights_KBGTS.reshape(scores_RMS.shape)
     out_RMH = jnp.einsum("RMS,RSH->RMH", weights_RMS, values_RSH)
     return out_RMH.reshape(K, B, N // K, T, H).transpose(1, 3, 0, 2, 4).reshape(B, T, N, H)

@@ -133,6 +133,7 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
     )
 
 
+NO_TEMPLATE = "none"  # what a checkpoint tells that learnt none
 TEMPLATES: dict[str, Template] = {each.name: each for each in (Llama2Template(), AlpacaTemplate())}
 
 
@@ -142,6 +143,20 @@ def find_template(name: str) -> Template:
         expected = f"expected one of {', '.join(TEMPLATES)}{nearest(name, TEMPLATES)}"
         raise UsageError(f"template={name!r} is unknown; {expected}")
     return TEMPLATES[name]
+
+
+def template_of(told: str) -> Template:
+    """The template that a user asked for or a checkpoint tells; of "", which is neither, Llama 2's.
+
+    Raises:
+      UserError: for "none", of a model that learnt no chat format.
+    """
+    if told == NO_TEMPLATE:
+        raise UserError(
+            f"the checkpoint tells that it learnt no chat format; choose one with template, one of"
+            f" {', '.join(TEMPLATES)}, or go on with texts instead"
+        )
+    return find_template(told or Llama2Template.name)
 
 
 @dataclasses.dataclass(frozen=True)

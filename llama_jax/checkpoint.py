@@ -15,11 +15,13 @@ from typing import Any, TypeVar
 
 import jax
 
+from llama_jax.agreement import gathered, together
 from llama_jax.checkpoint_layout import damaged, first_line, refuse_links
 from llama_jax.checksums import checksums
 from llama_jax.errors import UserError
 from llama_jax.model import Llama
 from llama_jax.names import named_leaves
+from llama_jax.out_of_memory import is_out_of_memory
 from llama_jax.run_folder import require_space
 from llama_jax.steps import newest_whole
 
@@ -69,7 +71,8 @@ class CheckpointWriter:
         `validation_loss` is in nats per token, or not finite when this step was not validated.
         """
         items = {"model": named_leaves(model), "optimizer": named_leaves(optimizer)}
-        require_space(self._folder, sum(leaf.nbytes for leaf in jax.tree.leaves(items)))
+        with together():
+            require_space(self._folder, sum(leaf.nbytes for leaf in jax.tree.leaves(items)))
         sums = {item: checksums(leaves) for item, leaves in items.items()}
         loss = validation_loss if validation_loss < float("inf") else float("inf")  # NaN is no best
         saved = {
@@ -147,7 +150,12 @@ def restore_newest(
     Raises:
       UserError: when there are checkpoints and none of them is whole.
     """
-    return newest_whole(folder, lambda path: restore(path, wanted), report, set_aside)
+    is_first = jax.process_index() == 0
+    restored = newest_whole(
+        folder, lambda path: restore(path, wanted), report, set_aside and is_first
+    )
+    gathered("")  # nobody looks at the folder before process 0 has set aside what is damaged
+    return restored
 
 
 def restore(path: Path, wanted: dict[str, Any]) -> Restored:
@@ -160,25 +168,39 @@ def restore(path: Path, wanted: dict[str, Any]) -> Restored:
     Raises:
       UserError: naming what is wrong with it.
     """
+    with together():
+        restored = _read(path, wanted)
+    for item in wanted:
+        _verify(path, item, named_leaves(restored.trees[item]), restored.meta["checksums"][item])
+    return restored
+
+
+def _read(path: Path, wanted: dict[str, Any]) -> Restored:
+    """What `restore` returns, unverified; each process reads its part and waits for no other."""
     refuse_links(path)
     _silence_abandoned_reads()
     try:
-        return _read(path, wanted)
+        return _read_with_orbax(path, wanted)
     except UserError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):  # nothing is wrong with the checkpoint
+            raise
         complaint = damaged(path, error)
     raise complaint  # out here it has no cause, whose frames would hold what was read
 
 
-def _read(path: Path, wanted: dict[str, Any]) -> Restored:
-    """What `restore` returns, or whatever Orbax raises."""
+def _read_with_orbax(path: Path, wanted: dict[str, Any]) -> Restored:
+    """What `_read` returns, or whatever Orbax raises."""
     import orbax.checkpoint as ocp
 
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
     trees: dict[str, Any] = {}
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+    json_handler = ocp.JsonCheckpointHandler()
+    with ocp.Checkpointer(json_handler, multiprocessing_options=alone) as reader:
         meta = reader.restore((path / "meta").resolve())
-    with ocp.StandardCheckpointer() as reader:
+    with ocp.StandardCheckpointer(multiprocessing_options=alone) as reader:
         for item, tree in wanted.items():
             place, leaves = (path / item).resolve(), named_leaves(tree)
             stored = ocp.StandardCheckpointHandler().metadata(place).tree
@@ -186,9 +208,8 @@ def _read(path: Path, wanted: dict[str, Any]) -> Restored:
                 name: leaf.update(dtype=stored[name].dtype) if name in stored else leaf
                 for name, leaf in leaves.items()
             }
-            leaves = reader.restore(place, leaves)
-            _verify(path, item, leaves, meta["checksums"][item])
-            trees[item] = _renamed(tree, leaves)
+            trees[item] = _renamed(tree, reader.restore(place, leaves))
+            meta["checksums"][item]  # an item without them is damaged
     return Restored(int(path.name), trees, meta)
 
 

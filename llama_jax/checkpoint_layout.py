@@ -16,11 +16,12 @@ import numpy as np
 
 from llama_jax.errors import UserError
 
-ZARR_NAMES = {
+FLOATS = {
     np.dtype(np.float32): "<f4",
     np.dtype(np.float16): "<f2",
     np.dtype(ml_dtypes.bfloat16): "bfloat16",
 }
+ZARR_NAMES = FLOATS | {np.dtype(np.int8): "|i1", np.dtype(np.uint8): "|u1"}
 LARGEST_RATIO = 1000  # of an item's numbers to its files: nobody's weights shrink like that
 Shape = tuple[int, ...]
 
@@ -72,21 +73,27 @@ def create_array(item: Path, name: str, shape: Shape, chunk: Shape, dtype: np.dt
     return _open(item, name, metadata=metadata, create=True)
 
 
-def open_array(item: Path, name: str, shape: Shape) -> Any:
+def open_array(item: Path, name: str, shape: Shape, dtype: np.dtype) -> Any:
     """An array to read from by `array[...].read().result()`.
 
     Raises:
-      ValueError: when it is missing, has another shape or is not of floating point.
+      ValueError: when it is missing, has another shape or another kind of numbers.
     """
     array = _open(item, name, open=True, fill_missing_data_reads=False)
     chunk = array.chunk_layout.read_chunk.shape
     if array.shape != shape:
         raise ValueError(f"{name} is {list(array.shape)}, expected {list(shape)}")
-    if np.dtype(array.dtype.numpy_dtype) not in ZARR_NAMES:
-        raise ValueError(f"{name} is {array.dtype.name}, expected float32, bfloat16 or float16")
+    if why := other_numbers(name, np.dtype(array.dtype.numpy_dtype), dtype):
+        raise ValueError(why)
     if any(part > max(whole, 1) for part, whole in zip(chunk, shape)):
         raise ValueError(f"{name} is stored in parts of {list(chunk)}, which is more than all")
     return array
+
+
+def other_numbers(name: str, found: np.dtype, expected: np.dtype) -> str:
+    """What is wrong with an array of other integers than expected, or of none of our floats."""
+    known = [expected] if expected.kind in "iu" else list(FLOATS)
+    return "" if found in known else f"{name} is {found}, expected {' or '.join(map(str, known))}"
 
 
 def names(item: Path) -> list[str]:

@@ -15,8 +15,11 @@ from typing import Any, NoReturn
 
 from llama_jax.config_parsing import spelled
 from llama_jax.errors import UsageError, UserError, nearest
+from llama_jax.out_of_memory import explanation, is_out_of_memory
 
 CONFIG_FLAG = re.compile(r"^--(no)?config\.(?P<key>[^=]+)(=(?P<value>.*))?$", re.DOTALL)
+# Training has its own, which knows the run's config.
+MEMORY_ADVICE = "when sampling, try --quantize=int8, --cache_dtype=int8 or a smaller --max_context"
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
@@ -47,12 +50,7 @@ def one_line(error: Exception) -> str | None:
     if isinstance(error, OSError):
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror or error}{where}"
-    if "RESOURCE_EXHAUSTED" in str(error):
-        return (
-            "the device is out of memory; use a smaller --config.data.batch_size, more"
-            " --config.optimizer.accumulation_steps, or --config.run.remat=block"
-        )
-    return None
+    return explanation(error, MEMORY_ADVICE) if is_out_of_memory(error) else None
 
 
 class Parser(argparse.ArgumentParser):

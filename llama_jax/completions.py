@@ -1,30 +1,12 @@
-"""What a library call asks for, and what it returns: texts and what is known of them."""
+"""What a library call returns: texts, and what is known of them."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
-
-import numpy as np
+from collections.abc import Iterable, Iterator
 
 from llama_jax.generation import Logprob
-from llama_jax.sampling import Sampler
+from llama_jax.request import Request
 from llama_jax.text import Piece
 from llama_jax.tokenizer import Tokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One call's rows and how to go on with them."""
-
-    rows: list[list[int]]  # ids
-    echoes: list[str]  # what each text begins with
-    sampler: Sampler
-    max_tokens: int
-    seeds: list[int]
-    stop_ids: tuple[int, ...]
-    stops: tuple[str, ...]
-    logprobs: int | None
-    speculate: bool
-    choose: Callable[[np.ndarray], int] | None = None  # in the sampler's place, for a single row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +69,7 @@ def gather(pieces: Iterable[Piece], request: Request, tokenizer: Tokenizer) -> l
             tuple(new),
             _reason(end),
             Usage(len(prompt), len(new)),
-            None if request.logprobs is None else tuple(logprobs),
+            None if request.wishes.logprobs is None else tuple(logprobs),
         )
         for text, new, end, prompt, logprobs in zip(texts, ids, ends, request.rows, named)
     ]

@@ -225,6 +225,7 @@ class RunConfig:
     remat: str = "none"  # what the backward pass recomputes to save memory; see `remat`
     attention: str = "auto"  # the kernel of training; "auto": the fastest on these devices
     tensorboard: bool = False  # also write events for TensorBoard
+    peak_flops: float = 0.0  # of one device, FLOP/s, to tell the share of it; 0: by its chip's name
 
     def __post_init__(self) -> None:
         rhythm = ("log_every", "eval_every", "save_every", "keep_last")
@@ -232,6 +233,7 @@ class RunConfig:
         _require_range("run", 0, math.inf, eval_batches=self.eval_batches)
         _require_range("run", 0, math.inf, sample_tokens=self.sample_tokens)
         _require_range("run", 0, 2**31 - 1, seed=self.seed)
+        _require_range("run", 0, math.inf, peak_flops=self.peak_flops)
         _require_choice("run", REMAT_POLICIES, remat=self.remat)
         _require_choice("run", ATTENTION_BACKENDS, attention=self.attention)
         require(bool(self.checkpoint_dir), "run.checkpoint_dir is empty; expected a folder")

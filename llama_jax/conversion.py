@@ -37,6 +37,7 @@ class Conversion:
     output: Path  # does not exist yet
     tokenizer: Path | None = None  # instead of the source's own
     options: Options = dataclasses.field(default_factory=Options)
+    template: str = ""  # the chat format it learnt, "none" if none; empty: as the source tells
     strict: bool = False  # refuse NaN and infinity
 
     def __post_init__(self) -> None:
@@ -46,6 +47,12 @@ class Conversion:
         dtype, known = self.options.dtype, FORMATS[self.target].dtypes
         expected = f"{self.target} is written as one of {', '.join(known)}"
         require(dtype in ("", *known), f"dtype {dtype!r} does not fit: {expected}")
+        is_ours = self.target == "ckpt"
+        require(is_ours or not self.template, "only our checkpoints tell a template; use --to ckpt")
+        if self.options.quantization:
+            require(is_ours, "only our checkpoints are quantised so; use --to ckpt")
+            message = f"dtype {dtype!r} does not go with quantize; leave one of them out"
+            require(not dtype, message)
 
 
 def convert(job: Conversion) -> Weights:
@@ -80,7 +87,9 @@ def read_source(job: Conversion) -> Weights:
         model = tokenizer_model(tokenizer, weights.config.vocab_size)
         weights = dataclasses.replace(weights, tokenizer=model)
     _check_tokenizer(job, weights)
-    return weights
+    if job.options.quantization and weights.is_rounded:
+        raise UserError(f"{path} is quantised already; quantise the model that it was made from")
+    return dataclasses.replace(weights, chat_template=job.template or weights.chat_template)
 
 
 def _check_tokenizer(job: Conversion, weights: Weights) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from llama_jax.config import Config, ModelConfig
 from llama_jax.config_parsing import parse
 from llama_jax.errors import UserError
+from llama_jax.quantization import Quantization
 
 CONFIG = "config.json"
 RUN_KIND, MODEL_KIND, VERSION = "llama_jax run", "llama_jax model", 1
@@ -24,6 +25,8 @@ class Description:
     model: ModelConfig
     bos: bool  # documents it learnt from begin with BOS
     eos: bool  # they end with EOS
+    quantization: Quantization | None = None  # how its matrices are stored; None: as floats
+    chat_template: str = ""  # a key of `chat.TEMPLATES`, or "none"; "": nobody said
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,8 +102,20 @@ def _parsed(tree: dict[str, Any]) -> Run | Description:
         raise ValueError(f"it describes neither a run nor a model of version {VERSION}")
     separators = {name: bool(tree[name]) for name in ("bos", "eos")}
     if tree["kind"] == MODEL_KIND:
-        return Description(model=parse(ModelConfig, tree["model"], "model."), **separators)
+        return _model_parsed(tree, separators)
     return Run(config=parse(Config, tree["config"]), **separators)
+
+
+def _model_parsed(tree: dict[str, Any], separators: dict[str, bool]) -> Description:
+    quantization, template = tree.get("quantization"), tree.get("chat_template", "")
+    if not isinstance(template, str):
+        raise ValueError(f"chat_template={template!r} is not text")
+    return Description(
+        model=parse(ModelConfig, tree["model"], "model."),
+        quantization=quantization and parse(Quantization, quantization, "quantization."),
+        chat_template=template,
+        **separators,
+    )
 
 
 def _write(path: Path, kind: str, content: Run | Description) -> None:

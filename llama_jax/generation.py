@@ -11,14 +11,17 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from llama_jax.cache import KVCache
 from llama_jax.decoding import CHUNK, NOTHING, Chosen, GenerationState, begin, decode
 from llama_jax.errors import UserError
+from llama_jax.mesh_steps import steps_on_mesh
 from llama_jax.model import Llama
 from llama_jax.penalties import TokenCounts
-from llama_jax.prefill import read_prompts, slots_for, stretches
+from llama_jax.prefill import padded, read_prompts, slots_for, stretches
 from llama_jax.sampling import Sampler
+from llama_jax.sharding import partition_spec
 from llama_jax.speculation import GUESSES, decode_guessing
 
 
@@ -46,12 +49,18 @@ class Engine:
     where it differs: the cache of the earlier call is taken up again.
     """
 
-    def __init__(self, model: Llama, cache_dtype: str = ""):
-        """An engine around an unstacked model; `cache_dtype` "int8" keeps a cache a fourth the
-        size of float32's, "" one in the model's compute dtype."""
-        self.model, self.cache_dtype = model, cache_dtype
+    def __init__(self, model: Llama, cache_dtype: str = "", mesh: Mesh | None = None):
+        """An engine around an unstacked model.
+
+        Args:
+          cache_dtype: "int8" keeps a cache a fourth the size of float32's, "" one in the model's
+            compute dtype.
+          mesh: what the model's arrays are cut over, if they are.
+        """
+        self.model, self.cache_dtype, self.mesh = model, cache_dtype, mesh
         self._kept: tuple[list[int], KVCache] | None = None
 
+    @steps_on_mesh
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -118,6 +127,7 @@ class Engine:
                 whole = [*prompts[0], *new[0]][: int(state.cache.length_B[0])]
                 self._kept = whole, state.cache
 
+    @steps_on_mesh
     def generate_on_host(
         self,
         prompt: Sequence[int],
@@ -180,6 +190,7 @@ class Engine:
         slots = slots_for(room)
         if cache is None or start == 0:
             cache = KVCache.empty(self.model.config, len(prompts), slots, self.cache_dtype)
+            cache = _cut(cache, self.mesh)
         else:
             cache = cache.with_slots(max(slots, cache.slots))
         return read_prompts(self.model, cache, prompts, start)
@@ -201,6 +212,18 @@ def _one(model: Llama, token_B1: jax.Array, cache: KVCache) -> tuple[jax.Array, 
     return logits_B1V[:, 0], filled
 
 
+def _cut(cache: KVCache, mesh: Mesh | None) -> KVCache:
+    """A cache of which each device has its own kv heads."""
+    if mesh is None:
+        return cache
+
+    def cut(array: jax.Array) -> jax.Array:  # R is kv heads times rows
+        spec = partition_spec(("kv_heads", "length", "head_dim"), array.shape, mesh)
+        return jax.device_put(array, NamedSharding(mesh, spec))
+
+    return dataclasses.replace(cache, layers=jax.tree.map(cut, cache.layers))
+
+
 def _common(kept: Sequence[int], prompt: Sequence[int]) -> int:
     """Ids that two sequences begin with alike, at most all but the last of the prompt."""
     most = min(len(kept), len(prompt) - 1)
@@ -215,11 +238,8 @@ def _counts(prompts: Sequence[Sequence[int]], vocab_size: int) -> TokenCounts:
 
 def _history(prompts: Sequence[Sequence[int]], chosen: Chosen, slots: int) -> jax.Array:
     """The ids so far of each row, the first chosen one included."""
-    history_BS = np.zeros((len(prompts), slots + CHUNK + GUESSES + 1), np.int32)
-    for row, prompt, first in zip(history_BS, prompts, np.asarray(chosen.token)):
-        row[: len(prompt)] = prompt
-        row[len(prompt)] = max(first, 0)
-    return jnp.asarray(history_BS)
+    rows = [[*ids, max(int(first), 0)] for ids, first in zip(prompts, np.asarray(chosen.token))]
+    return jnp.asarray(padded(rows, slots + CHUNK + GUESSES + 1))
 
 
 def _chunk(chosen: Chosen, state: GenerationState) -> Chunk:

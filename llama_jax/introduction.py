@@ -10,24 +10,26 @@ from jax.sharding import Mesh
 
 from llama_jax.config import Config
 from llama_jax.data.tokens import TokenFolder
+from llama_jax.flops import peak_flops
 from llama_jax.model import count_parameters
+from llama_jax.self_attention import chosen_backend
 from llama_jax.train_step import init_state, state_shardings
 
 
 def introduction(
     config: Config, mesh: Mesh, data: TokenFolder, folder: Path, step: int
 ) -> list[str]:
-    """A line each on devices, model, memory, batch, data and run."""
+    """A line each on devices, model, attention, memory, batch, data and run."""
     device = mesh.devices.flat[0]
-    axes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
     train, validation = data.splits["train"], data.splits["validation"]
     batch, length = config.data.batch_size, config.data.sequence_length
     microbatches = config.optimizer.accumulation_steps
     epochs = config.optimizer.steps * config.tokens_per_step / max(train.tokens, 1)
     where = f"resuming from step {step:,}" if step else "a new run"
     lines = [
-        f"device    {mesh.devices.size} × {device.device_kind} ({axes}), jax {jax.__version__}",
+        f"device    {_devices(config, mesh)}, jax {jax.__version__}",
         f"model     {count_parameters(config.model):,} parameters, {config.model.compute_dtype}",
+        f"attention {_attention(config, device)}; remat {config.run.remat}",
         f"memory    {_state_bytes(config, mesh) / 1e9:.3f} GB a device for parameters and moments",
         f"batch     {config.tokens_per_step:,} tokens a step: {batch} sequences × {length} tokens"
         f" in {microbatches} microbatch{'es' if microbatches > 1 else ''}",
@@ -35,9 +37,32 @@ def introduction(
         f" {validation.tokens:,} for validation",
         f"run       {folder}: {where}, {config.optimizer.steps:,} steps in all",
     ]
+    if peak := peak_flops(device, config.run.peak_flops):
+        lines.append(
+            f"peak      {peak / 1e12:,.4g} TFLOP/s a device; mfu is the share of it at"
+            " 6N + 12·L·H·Q·T FLOPs a token"
+        )
     if device.platform == "cpu" and config.model.compute_dtype == "bfloat16":
         lines.append("hint      bfloat16 is slow on CPU; add --config.model.compute_dtype=float32")
     return lines
+
+
+def _devices(config: Config, mesh: Mesh) -> str:
+    """How many devices of what kind, and how they are arranged."""
+    axes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    sequence = ", sequences cut over tensor" if config.mesh.sequence else ""
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    kind = mesh.devices.flat[0].device_kind
+    return f"{mesh.devices.size} × {kind}{processes} ({axes}{sequence})"
+
+
+def _attention(config: Config, device: jax.Device) -> str:
+    """The names of the kernels that run."""
+    asked, model = config.run.attention, config.model
+    training = chosen_backend(asked, model, device, model.dropout)
+    validation = chosen_backend(asked, model, device)
+    other = f" in training, {validation} in validation" if validation != training else ""
+    return f"{training}{other}" + (" (run.attention=auto)" if asked == "auto" else "")
 
 
 def _state_bytes(config: Config, mesh: Mesh) -> int:

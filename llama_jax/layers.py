@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from llama_jax.data_parallel import lookup, row_numbers
 from llama_jax.products import FLOAT32, times_transposed
 
 
@@ -85,7 +86,7 @@ class Table(Protocol):
 def rows_of(table: nnx.Param | Table, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """The rows [*ids, D] of a table that has one for each token."""
     if isinstance(table, nnx.Param):
-        return table[...][ids].astype(dtype)
+        return lookup(table[...], ids, dtype)
     return table.rows(ids, dtype)
 
 
@@ -113,9 +114,17 @@ class RMSNorm(nnx.Module):
         return normed * self.scale[...].astype(x_BTD.dtype)[None, None]
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """`x` with a fraction `rate` of its elements zeroed and the rest scaled up; no key: `x`."""
+def dropout(x: jax.Array, rate: float, key: jax.Array | None, rows: int = 0) -> jax.Array:
+    """`x` with a fraction `rate` of its elements zeroed and the rest scaled up; no key: `x`.
+
+    Dim `rows` is the batch; what is drawn for a row depends on its number in the whole batch, not
+    on which device has it.
+    """
     if key is None or rate == 0.0:
         return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), 0.0)
+    row_shape = x.shape[:rows] + x.shape[rows + 1 :]
+    draw = jax.vmap(
+        lambda row: jax.random.bernoulli(jax.random.fold_in(key, row), 1.0 - rate, row_shape),
+        out_axes=rows,
+    )
+    return jnp.where(draw(row_numbers(x.shape[rows])), x / (1.0 - rate), 0.0)

@@ -7,66 +7,13 @@ import contextlib
 import json
 import math
 import sys
-import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
 import jax
 
-from llama_jax.config import ModelConfig
-from llama_jax.model import count_parameters
-
 METRICS = "metrics.jsonl"
-
-# Dense bfloat16 peak of one chip, FLOP/s, from the makers' data sheets; matched by device kind.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "L4": 121e12,
-    "T4": 65e12,
-}
-
-
-def peak_flops(device_kind: str) -> float:
-    """The peak FLOP/s of one device, or 0 when it is not known."""
-    return next((peak for kind, peak in PEAK_FLOPS.items() if kind in device_kind), 0.0)
-
-
-def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """Training FLOPs a token: 6·N + 12·L·D·T (Chowdhery et al. 2022, PaLM, appendix B)."""
-    attention = 12 * config.num_layers * config.dim * sequence_length
-    return 6 * count_parameters(config) + attention
-
-
-class StepClock:
-    """The speed of steps alone: time spent on validation, sampling and saving does not count."""
-
-    def __init__(self) -> None:
-        self._since = time.perf_counter()
-        self._paused = 0.0
-
-    def lap(self, steps: int) -> float:
-        """Seconds a step since the last lap."""
-        now = time.perf_counter()
-        seconds = max(now - self._since - self._paused, 1e-9) / max(steps, 1)
-        self._since, self._paused = now, 0.0
-        return seconds
-
-    def __enter__(self) -> None:
-        """Begin a pause."""
-        self._pause = time.perf_counter()
-
-    def __exit__(self, *_: Any) -> None:
-        self._paused += time.perf_counter() - self._pause
 
 
 def spelled_duration(seconds: float) -> str:

@@ -6,6 +6,8 @@ once by `unstack`, each layer with its own cache: the cache never goes through a
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from flax import nnx
 from llama_jax.attention import Attention, Cache, Look, causal_mask, look_into_cache
 from llama_jax.cache import KVCache
 from llama_jax.config import ModelConfig
+from llama_jax.data_parallel import whole
 from llama_jax.layers import (
     Linear,
     OutputsFirstLinear,
@@ -23,6 +26,7 @@ from llama_jax.layers import (
     rows_of,
     times_table,
 )
+from llama_jax.platforms import platform
 from llama_jax.positions import positions_within, rotation
 from llama_jax.remat import rematerialised
 from llama_jax.self_attention import SelfAttention, self_attention
@@ -140,14 +144,14 @@ class Llama(nnx.Module):
                 layers.append(layer)
             if cache is not None:
                 cache = KVCache(tuple(layers), cache.length_B + T)
-        return self.norm(x_BTD), cache
+        return whole(self.norm, x_BTD.dtype)(x_BTD), cache
 
     def _look_within(
         self, attention: SelfAttention | None, segments_BT: jax.Array | None, drops: bool
     ) -> Look:
         """Attention among the tokens themselves."""
         rate = self.config.dropout if drops else 0.0
-        kernel = attention or self_attention("auto", rate)
+        kernel = attention or self_attention("auto", self.config, rate)
 
         def look(q_BTNH, k_BTKH, v_BTKH, _cache, key):  # type: ignore[no-untyped-def]
             return kernel(q_BTNH, k_BTKH, v_BTKH, segments_BT, rate, key if rate else None), None
@@ -190,15 +194,18 @@ def _scan(
 
     def step(x_BTD: jax.Array, layer: tuple[Block, jax.Array | None]) -> tuple[jax.Array, None]:
         block, key = layer
-        return block(x_BTD, turn, look, dropout_key=key)[0], None
+        return whole(block, x_BTD.dtype)(x_BTD, turn, look, dropout_key=key)[0], None
 
     step = rematerialised(step, remat)
-    return jax.lax.scan(step, x_BTD, (blocks, keys_L), unroll=_unrolled_layers())[0]
+    return jax.lax.scan(step, x_BTD, (blocks, keys_L), unroll=_unrolled_layers(remat))[0]
 
 
-def _unrolled_layers() -> int:
-    """Blocks a turn of the scan: on CPU, rolling up copies what each layer keeps; 5 % slower."""
-    return 16 if jax.default_backend() == "cpu" else 1
+def _unrolled_layers(remat: str) -> int:
+    """Blocks a turn of the scan: on CPU, rolling up copies what each layer keeps; 5 % slower.
+
+    Blocks that are computed again stay rolled up: unrolled, all of them are in memory together.
+    """
+    return 16 if platform() == "cpu" and remat == "none" else 1
 
 
 def unstack(model: Llama, rows: int = 1) -> Llama:
@@ -219,13 +226,18 @@ def unstack(model: Llama, rows: int = 1) -> Llama:
 
 def _arranged(block: Block, rows: int) -> Block:
     """A block whose matrices lie as this backend multiplies so many rows fastest."""
-    if rows > 1 or jax.default_backend() != "cpu":
+    if rows > 1 or platform() != "cpu":
         return block
+    replace_linears(block, lambda _, layer: OutputsFirstLinear(layer))
+    return block
+
+
+def replace_linears(block: Block, make: Callable[[str, Any], nnx.Module]) -> None:
+    """Put what `make` returns, of its name and itself, in the place of each linear layer."""
     for part in (block.attention, block.ffn):
         for name, layer in vars(part).items():
-            if isinstance(layer, Linear):
-                setattr(part, name, OutputsFirstLinear(layer))
-    return block
+            if isinstance(layer, Linear | OutputsFirstLinear):
+                setattr(part, name, make(name, layer))
 
 
 def abstract(config: ModelConfig) -> Llama:

@@ -30,6 +30,14 @@ def stretches(length: int, longest: int = LONGEST_STRETCH) -> list[int]:
     return [longest] * whole + [min(last, longest)]
 
 
+def padded(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
+    """Rows of ids, int32 [B, width], with zeros after those that are shorter."""
+    padded_BT = np.zeros((len(rows), width), np.int32)
+    for padded_T, ids in zip(padded_BT, rows):
+        padded_T[: len(ids)] = ids
+    return padded_BT
+
+
 def slots_for(tokens: int) -> int:
     """Slots of a cache that holds so many tokens: few sizes, two an octave, from 64 on."""
     size = 64
@@ -52,9 +60,7 @@ def read_prompts(
     """
     length_B = np.asarray([len(prompt) for prompt in prompts], np.int32)
     rest = stretches(int(length_B.max()) - start)
-    tokens_BT = np.zeros((len(prompts), sum(rest)), np.int32)
-    for row, prompt in zip(tokens_BT, prompts):
-        row[: len(prompt) - start] = prompt[start:]
+    tokens_BT = padded([prompt[start:] for prompt in prompts], sum(rest))
     last_BD = jnp.zeros((len(prompts), model.config.dim), model.config.compute_dtype)
     at = 0
     for size in rest:

@@ -1,15 +1,11 @@
 """Samples on a terminal: text to stdout as it grows, all that is said about it to stderr."""
 
-import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import numpy as np
-
-from llama_jax.config import require
-from llama_jax.llm import LLM, MOST_COMPLETIONS
-from llama_jax.sampling import Sampler
+from llama_jax.llm import LLM
+from llama_jax.request import Wishes
 from llama_jax.text import Piece
 
 WHY = {
@@ -21,60 +17,28 @@ WHY = {
 def print_samples(
     load: Callable[[int], LLM],
     prompts: Sequence[str],
-    sampler: Sampler,
+    wishes: Wishes,
     *,
-    max_tokens: int,
-    num_samples: int,
-    seed: int,
     begun: float,
-    stop: Sequence[str] = (),
-    logprobs: int | None = None,
     echo: bool = True,
-    speculate: bool = False,
-    choose: Callable[[np.ndarray], int] | None = None,
 ) -> None:
-    """Print continuations of prompts, each `num_samples` times with seeds of its own.
+    """Print the texts that are wished for, each prompt's in turn.
 
-    Sample j of any prompt has seed `seed` + j, so a prompt gives alone what it gives among others.
+    Text j of any prompt has a seed of its own, so a prompt gives alone what it gives among others.
 
     Args:
-      load: makes the model for so many rows; called once the numbers are known to be in range.
-      choose: chooses tokens in the sampler's place; see `Engine.generate_on_host`.
+      load: makes the model for so many rows.
       begun: `time.perf_counter()` at the start of the program, for the time to the first token.
 
     Raises:
-      UsageError: for a number out of range.
       UserError: when the checkpoint cannot be used, or a prompt does not fit.
     """
-    require(max_tokens >= 1, f"max_tokens={max_tokens} is out of range; expected 1 or more")
-    require(
-        1 <= num_samples <= MOST_COMPLETIONS,
-        f"num_samples={num_samples} is out of range; expected 1 to {MOST_COMPLETIONS}",
-    )
-    require(
-        0 <= seed < 2**31 - num_samples,
-        f"seed={seed} is out of range; expected 0 to {2**31 - num_samples - 1}",
-    )
-    require(
-        choose is None or (len(prompts) * num_samples == 1 and logprobs is None),
-        "--rng=xorshift tells one sample at a time, without log-probabilities",
-    )
-    llm = load(len(prompts) * num_samples)
-    request = llm.request(
-        list(prompts),
-        sampler=sampler,
-        max_tokens=max_tokens,
-        n=num_samples,
-        seed=seed,
-        stop=stop,
-        logprobs=logprobs,
-        echo=echo,
-        speculate=speculate,
-    )
-    request = dataclasses.replace(request, choose=choose)
-    pieces = list(_print_in_order(request.echoes, _timed(llm.pieces(request), begun)))
-    if logprobs is not None:
-        _print_logprobs(llm, pieces)
+    llm = load(len(prompts) * wishes.n)
+    request = llm.request(list(prompts), wishes, echo)
+    pieces = _print_in_order(request.echoes, _timed(llm.pieces(request), begun))
+    told = [piece for piece in pieces if piece.logprobs]
+    if wishes.logprobs is not None:
+        _print_logprobs(llm, told)
 
 
 def _print_logprobs(llm: LLM, pieces: Iterable[Piece]) -> None:

@@ -1,7 +1,9 @@
 """How a matrix multiplies rows: the one place that chooses a form by backend and number of rows.
 
 Kernels lie outputs first, [O, I], as floats or as `packing.Quantized`. What they are for is not
-known here. The forms of a quantised product:
+known here. Floats are multiplied by the library, except on CPU. There it has one core read the
+matrix for a single row, where `sum_vectors` has all of them; and it takes a matrix times many
+columns (`outputs_first`) faster than few rows times a matrix. The forms of a quantised product:
 
 - `sum_lanes`: on CPU, up to `FEW` rows. Two to three times as fast as float32 there, where the
   library multiplies nothing but float32 fast.
@@ -20,18 +22,49 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.packing import BLOCK, Quantized, parts, split
+from llama_jax.platforms import platform
 
 FEW = 4
+MANY = 64  # rows from which on the library is as fast either way
 BLOCKS = 32  # of four bits that `sum_lanes` sums in one loop: more compile slowly, then run so
+VECTOR = 16  # floats that `sum_vectors` takes at a time; 8 is as fast, 24 and 32 are not
+ONE_LOOP = 1024  # inputs that it takes; with more terms its loop is slower than the library
 MADE_FLOAT = 2**19  # numbers of a kernel that `by_blocks` has as floats at a time
 FLOAT32 = jnp.dtype(jnp.float32)
 
 
 def times_transposed(x_RI: jax.Array, kernel_OI: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """x · kernelᵀ, [R, O] in `dtype`; a single row as the matrix-vector product it is."""
-    if x_RI.shape[0] == 1:
+    """x · kernelᵀ, [R, O] in `dtype`."""
+    (R, I), floats = x_RI.shape, {x_RI.dtype, kernel_OI.dtype}
+    if R <= MANY and floats == {FLOAT32} and _on_one_cpu():
+        if R <= FEW and I % VECTOR == 0 and I <= ONE_LOOP:
+            return sum_vectors(x_RI, kernel_OI).astype(dtype)
+        if R > 1:
+            return outputs_first(x_RI, kernel_OI).astype(dtype)
+    if R == 1:  # the matrix-vector product it is
         return jnp.dot(kernel_OI, x_RI[0], preferred_element_type=dtype)[None]
     return jnp.einsum("RI,OI->RO", x_RI, kernel_OI, preferred_element_type=dtype)
+
+
+def outputs_first(x_RI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
+    """The library's product as kernel · xᵀ, by itself: fused with what follows, it is slower."""
+    return jax.lax.optimization_barrier(kernel_OI @ x_RI.T).T
+
+
+def sum_vectors(x_RI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
+    """Sums of products, `VECTOR` adjacent inputs at a time; [R, O] in the dtype of both."""
+    x_RI = jax.lax.optimization_barrier(x_RI)  # else each output computes it again
+    terms_ORL = (
+        kernel_OI[:, None, start : start + VECTOR] * x_RI[None, :, start : start + VECTOR]
+        for start in range(0, x_RI.shape[1], VECTOR)
+    )
+    return _over_lanes(reduce(jnp.add, terms_ORL))
+
+
+def _on_one_cpu() -> bool:
+    """Whether this runs on a CPU, uncut: what lies on a mesh, the compiler cuts best by itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() == "cpu" and (mesh.empty or math.prod(mesh.axis_sizes) == 1)
 
 
 @partial(jax.jit, static_argnames="dtype")  # so that layers alike are traced once
@@ -46,7 +79,7 @@ def form_for(rows: int, kernel: Quantized) -> Callable[[jax.Array, Quantized], j
     """The fastest form here for so many rows."""
     mesh = jax.sharding.get_abstract_mesh()
     # What is cut over a mesh is left to the compiler, which knows how to cut a product.
-    if jax.default_backend() == "cpu" and (mesh.empty or math.prod(mesh.axis_sizes) == 1):
+    if platform() == "cpu" and (mesh.empty or math.prod(mesh.axis_sizes) == 1):
         return sum_lanes if rows <= FEW else by_blocks
     return multiply_and_reduce if rows <= FEW and kernel.lowest is not None else convert
 
@@ -107,6 +140,11 @@ def _sum_runs(runs: list[tuple[jax.Array, Quantized]]) -> jax.Array:
     lanes_ORL = reduce(jnp.add, terms_ORL)
     if runs[0][1].lowest is None:
         lanes_ORL *= runs[0][1].scale.astype(FLOAT32)[:, None, None]
+    return _over_lanes(lanes_ORL)
+
+
+def _over_lanes(lanes_ORL: jax.Array) -> jax.Array:
+    """The sums [R, O] over the lanes; as a product, since a reduction would be a scalar loop."""
     O, R, L = lanes_ORL.shape
     return jnp.dot(lanes_ORL.reshape(O * R, L), jnp.ones(L)).reshape(O, R).T
 

@@ -3,6 +3,7 @@
     config.json        what `description` writes
     tokenizer.model    so that sampling needs nothing else
     metrics.jsonl      what `metrics` writes
+    profile/           what `profiling` writes, when asked
     <step>/            what `checkpoint` writes
 
 A converted model has such a folder too, with step 0 alone. A folder that holds one, another run or
@@ -23,6 +24,7 @@ from llama_jax.errors import UsageError, UserError
 from llama_jax.metrics import METRICS
 
 TOKENIZER, LOCK = "tokenizer.model", ".lock"
+MARK = LOCK + "-"  # begins the name of what is written for a moment to see who else sees it
 
 # What may differ between two sittings of the same run; everything else makes it another run.
 FREE_SECTIONS = ("mesh", "run")
@@ -30,23 +32,27 @@ FREE_KEYS = ("data.path", "data.allow_change", "optimizer.accumulation_steps", "
 BOUND_KEYS = ("run.seed",)
 
 
-def start_or_resume(folder: Path, run: Run, tokenizer: Path) -> None:
-    """Make a folder the run's own, or find that it is; call it inside `claimed`.
+def require_same_run(folder: Path, run: Run, tokenizer: Path) -> None:
+    """Refuse to go on in a folder that holds another run, or one with another tokenizer.
 
     Raises:
-      UserError: when the folder holds another run, or one with another tokenizer.
+      UserError: naming what differs.
     """
-    ours, theirs = folder / TOKENIZER, tokenizer.read_bytes()
-    old = read_run(folder) if (folder / CONFIG).exists() else None
-    if old and _has_begun(folder):
-        _require_same(folder, old.config, run.config)
-    if old and _has_begun(folder) and ours.exists() and ours.read_bytes() != theirs:
+    if not (folder / CONFIG).exists() or not _has_begun(folder):
+        return
+    _require_same(folder, read_run(folder).config, run.config)
+    ours = folder / TOKENIZER
+    if ours.exists() and ours.read_bytes() != tokenizer.read_bytes():
         raise UserError(
             f"the data's tokenizer is not the one that {folder} was trained with; prepare the data"
             f" with --tokenizer {ours}, or choose another folder with --config.run.checkpoint_dir=…"
         )
+
+
+def describe(folder: Path, run: Run, tokenizer: Path) -> None:
+    """Make a folder the run's own, once nothing stands against it; call it inside `claimed`."""
     write_run(folder, run)
-    write_atomically(ours, theirs)
+    write_atomically(folder / TOKENIZER, tokenizer.read_bytes())
 
 
 def _has_begun(folder: Path) -> bool:
@@ -58,7 +64,7 @@ def _has_begun(folder: Path) -> bool:
 
 def _require_same(folder: Path, old: Config, new: Config) -> None:
     """Refuse a config whose run would not continue the old one."""
-    was, now = _leaves(dataclasses.asdict(old)), _leaves(dataclasses.asdict(new))
+    was, now = settings(old), settings(new)
     for key, value in now.items():
         is_free = key in FREE_KEYS or key.split(".")[0] in FREE_SECTIONS
         if was[key] != value and (key in BOUND_KEYS or not is_free):
@@ -66,6 +72,11 @@ def _require_same(folder: Path, old: Config, new: Config) -> None:
                 f"{folder} holds another run: {key} is {was[key]!r} there and {value!r} here;"
                 " choose another folder with --config.run.checkpoint_dir=…, or the same settings"
             )
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """A config's values by dotted name."""
+    return _leaves(dataclasses.asdict(config))
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -109,7 +120,8 @@ def claimed(folder: Path) -> Iterator[None]:
 
 def _require_empty(folder: Path) -> None:
     """Refuse a folder with anything but what we leave in it before it is a run's."""
-    others = {path.name for path in folder.iterdir()} - {LOCK, CONFIG + ".partial"}
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(MARK)}
+    others = names - {LOCK, CONFIG + ".partial"}
     if others:
         raise UserError(
             f"{folder} is not empty and holds no run (it has {min(others)!r}); choose another"

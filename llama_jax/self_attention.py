@@ -11,16 +11,19 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from llama_jax import cudnn
 from llama_jax.attention import attend, causal_mask
 from llama_jax.blockwise import causal_attention
 from llama_jax.cache import merged_rows
+from llama_jax.config import ModelConfig
 from llama_jax.errors import UsageError
+from llama_jax.splash import splash_attention
 
 # (queries, keys, values, segments or none, dropout rate, dropout key or none) → [B, T, N, H]
 SelfAttention = Callable[..., jax.Array]
 
 
-def xla(
+def xla_attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
@@ -37,39 +40,69 @@ def xla(
     return attend(q_BTNH, keys_RSH, values_RSH, mask_BTS, dropout_rate, dropout_key)
 
 
-def blockwise(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    segments_BT: jax.Array | None = None,
-    dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
-) -> jax.Array:
-    """A block of queries at a time: several times as fast on CPU."""
-    assert dropout_key is None, "only the `xla` attention drops weights"
-    return causal_attention(q_BTNH, k_BTKH, v_BTKH)
+def _without_dropout(kernel: Callable[..., jax.Array]) -> SelfAttention:
+    """A kernel that drops no weights, with the face of one that could."""
+
+    def attention(
+        q_BTNH: jax.Array,
+        k_BTKH: jax.Array,
+        v_BTKH: jax.Array,
+        segments_BT: jax.Array | None = None,
+        dropout_rate: float = 0.0,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        assert dropout_key is None, "only the `xla` attention drops weights"
+        return kernel(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+
+    return attention
 
 
-BACKENDS: dict[str, SelfAttention] = {"xla": xla, "blockwise": blockwise}
-FASTEST = {"cpu": "blockwise"}  # by platform; elsewhere `xla`
+BACKENDS: dict[str, SelfAttention] = {
+    "xla": xla_attention,
+    "blockwise": _without_dropout(causal_attention),
+    "cudnn": _without_dropout(cudnn.cudnn_attention),
+    "splash": _without_dropout(splash_attention),
+}
+FASTEST = {"cpu": "blockwise", "gpu": "cudnn", "tpu": "splash"}  # by platform; elsewhere `xla`
 
 
-def chosen_backend(asked: str, platform: str, dropout: float) -> str:
+def chosen_backend(
+    asked: str, config: ModelConfig, device: jax.Device, dropout: float = 0.0
+) -> str:
     """The name of the kernel to run: the one asked for, or for "auto" the fastest there is.
+
+    Args:
+      asked: a name, or "auto".
+      config: the model, whose numerics not every kernel takes.
+      device: one of those the program is for; they need not be this machine's.
+      dropout: the fraction of attention weights dropped.
 
     Raises:
       UsageError: when the one asked for cannot do what is wanted.
     """
+    name = FASTEST.get(device.platform, "xla") if asked == "auto" else asked
+    refusal = _refusal(name, config, device, dropout)
+    if not refusal:
+        return name
     if asked == "auto":
-        return "xla" if dropout else FASTEST.get(platform, "xla")
-    if dropout and asked != "xla":
-        raise UsageError(
-            f"run.attention={asked!r} cannot drop attention weights and model.dropout is"
-            f" {dropout:g}; use run.attention='xla' or model.dropout=0"
+        return "xla"
+    raise UsageError(f"run.attention={asked!r} {refusal}")
+
+
+def _refusal(name: str, config: ModelConfig, device: jax.Device, dropout: float) -> str:
+    """Why a kernel cannot do what is wanted, with the way out; "" if it can."""
+    if dropout and name != "xla":
+        return (
+            f"cannot drop attention weights and model.dropout is {dropout:g};"
+            " use run.attention='xla' or model.dropout=0"
         )
-    return asked
+    if name == "splash" and device.platform != "tpu":
+        return f"needs a TPU and this run is on {device.device_kind}; use run.attention='auto'"
+    return cudnn.refusal(config, device) if name == "cudnn" else ""
 
 
-def self_attention(asked: str, dropout: float = 0.0) -> SelfAttention:
-    """The kernel for the devices of this process; `asked` as in `chosen_backend`."""
-    return BACKENDS[chosen_backend(asked, jax.default_backend(), dropout)]
+def self_attention(
+    asked: str, config: ModelConfig, dropout: float = 0.0, device: jax.Device | None = None
+) -> SelfAttention:
+    """The kernel that `chosen_backend` names, for this process's devices or for `device`."""
+    return BACKENDS[chosen_backend(asked, config, device or jax.local_devices()[0], dropout)]

@@ -19,24 +19,22 @@ GUESSES = 7  # tokens guessed at once
 MATCH = 2  # tokens that must agree before a guess
 
 
-def guess(history_BS: jax.Array, length_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What followed the latest earlier occurrence of each row's last `MATCH` tokens.
+def guess(history_BS: jax.Array, length_B: jax.Array) -> jax.Array:
+    """Ids [B, GUESSES] that followed the latest earlier occurrence of a row's last `MATCH` tokens.
+
+    Of a row without such an occurrence, its first ids.
 
     Args:
       history_BS: ids, of which the first `length_B` of a row are known.
-
-    Returns:
-      Ids [B, GUESSES], and whether the row had such an occurrence, [B].
     """
 
-    def of_row(history_S: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def of_row(history_S: jax.Array, length: jax.Array) -> jax.Array:
         places_S = jnp.arange(history_S.shape[0])
         agrees_S = (places_S >= MATCH - 1) & (places_S < length - 1)
         for back in range(MATCH):
             agrees_S &= jnp.roll(history_S, back) == history_S[length - 1 - back]
         at = jnp.max(jnp.where(agrees_S, places_S, -1))
-        guess_G = jax.lax.dynamic_slice_in_dim(history_S, at + 1, GUESSES)
-        return guess_G, (at >= 0) & (length > MATCH)
+        return jax.lax.dynamic_slice_in_dim(history_S, at + 1, GUESSES)
 
     return jax.vmap(of_row)(history_BS, length_B)
 
@@ -61,7 +59,7 @@ def decode_guessing(
     def turn(carry):  # type: ignore[no-untyped-def]
         state, history_BS, out_BW, made_B = carry
         length_B, done_B = state.cache.length_B, state.done_B
-        guess_BG, _ = guess(history_BS, length_B + 1)
+        guess_BG = guess(history_BS, length_B + 1)
         read_BT = jnp.concatenate([state.token_B[:, None], guess_BG], axis=1)
         logits_BTV, cache = model(read_BT, state.cache)
         token_BT = likeliest(logits_BTV)

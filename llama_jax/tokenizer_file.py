@@ -6,6 +6,7 @@ Knows how a SentencePiece file is laid out, not what it means.
 from pathlib import Path
 
 from llama_jax.errors import UserError
+from llama_jax.stand_ins import stand_in
 
 LARGEST_MODEL = 64 * 2**20  # bytes; Llama 2's has 0.5 MB
 
@@ -19,12 +20,8 @@ def read_model(path: Path) -> bytes:
     if path.stat().st_size > LARGEST_MODEL:
         raise UserError(not_a_model(path, f": it has {path.stat().st_size:,} bytes"))
     model = path.read_bytes()
-    if not model:
-        raise UserError(f"tokenizer {path} is empty; copy it again")
-    if model.startswith(b"version https://git-lfs"):
-        raise UserError(f"tokenizer {path} is only a git-LFS pointer; run `git lfs pull` there")
-    if model.lstrip().startswith(b"<"):
-        raise UserError(f"tokenizer {path} is a web page; download the file itself")
+    if why := stand_in(model[:512]):
+        raise UserError(f"tokenizer {path} is {why}")
     fields, is_whole = _protobuf_fields(model)
     if 1 in fields and not (is_whole and fields >= {1, 2, 3}):
         raise UserError(f"tokenizer {path} is cut short after {len(model):,} bytes; copy it again")

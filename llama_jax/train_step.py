@@ -17,11 +17,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.config import Config
 from llama_jax.data.batches import Batch
-from llama_jax.loss import summed_nll
+from llama_jax.data_parallel import gradients_over_rows, sums_over_rows
+from llama_jax.loss import summed_loss, summed_nll
 from llama_jax.model import Llama
 from llama_jax.optimizer import learning_rate_schedule, make_optimizer
-from llama_jax.self_attention import self_attention
-from llama_jax.sharding import batch_sharding, shardings
+from llama_jax.self_attention import SelfAttention, self_attention
+from llama_jax.sharding import batch_sharding, rules_of, shardings
 
 
 @jax.tree_util.register_dataclass
@@ -58,36 +59,62 @@ def state_shardings(config: Config, mesh: Mesh) -> TrainState:
     return shardings(jax.eval_shape(lambda: init_state(config)), mesh)
 
 
-def train_step(state: TrainState, batch: Batch, config: Config) -> tuple[TrainState, StepMetrics]:
+def train_step(
+    state: TrainState, batch: Batch, config: Config, device: jax.Device | None = None
+) -> tuple[TrainState, StepMetrics]:
     """One update from a whole batch, microbatch by microbatch.
 
-    Losses and gradients are summed over microbatches and divided once by the number of unmasked
-    tokens, so cutting the batch differently changes nothing but rounding.
+    Losses and gradients are summed over microbatches, then over devices, and divided once by the
+    number of unmasked tokens, so cutting the batch differently changes nothing but rounding.
+    `device` is one of those the step is for, by default one of this process; attention's kernel is
+    chosen for it.
     """
     key = jax.random.fold_in(jax.random.key(config.run.seed), state.step)
-    attention = self_attention(config.run.attention, config.model.dropout)
-
-    def summed(model: Llama, batch: Batch, row_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-        dropout_key = jax.random.fold_in(key, row_B[0]) if config.model.dropout else None
-        hidden_BTD, _ = model.hidden(
-            batch.inputs_BT,
-            segments_BT=batch.segments_BT,
-            dropout_key=dropout_key,
-            remat=config.run.remat,
-            attention=attention,
-        )
-        nll = summed_nll(hidden_BTD, model.output_VD, batch.targets_BT, batch.weights_BT)
-        return nll, jnp.sum(batch.weights_BT)
-
-    size = config.microbatch_size if config.optimizer.accumulation_steps > 1 else None
-    accumulated = optax.microbatch(
-        jax.value_and_grad(summed, has_aux=True), argnums=(1, 2), microbatch_size=size
-    )
-    rows_B = jnp.arange(batch.inputs_BT.shape[0])
-    (nll, tokens), gradients = accumulated(state.model, batch, rows_B)
+    (nll, tokens), gradients = summed_gradients(state.model, batch, key, config, device)
     tokens = jnp.maximum(tokens, 1.0)
     gradients = jax.tree.map(lambda gradient: gradient / tokens, gradients)
     return _update(state, nll / tokens, gradients, config)
+
+
+def summed_gradients(
+    model: Llama, batch: Batch, key: jax.Array, config: Config, device: jax.Device | None = None
+) -> tuple[tuple[jax.Array, jax.Array], Llama]:
+    """((nll, number of unmasked tokens), gradients of the loss), summed over the whole batch.
+
+    `key` decides dropout; `device` as in `train_step`.
+    """
+    accumulated = partial(_accumulated, key=key, config=config, device=device)
+    with rules_of(config.mesh):
+        return gradients_over_rows(accumulated, model, batch)
+
+
+def _accumulated(
+    model: Llama, batch: Batch, *, key: jax.Array, config: Config, device: jax.Device | None
+) -> tuple[tuple[jax.Array, jax.Array], Llama]:
+    """The nll and number of tokens of some rows, and the gradients of their loss, all summed."""
+    attention = self_attention(config.run.attention, config.model, config.model.dropout, device)
+
+    def summed(model: Llama, batch: Batch, row_B: jax.Array) -> tuple[jax.Array, Any]:
+        hidden_BTD, _ = model.hidden(
+            batch.inputs_BT,
+            segments_BT=batch.segments_BT,
+            dropout_key=jax.random.fold_in(key, row_B[0]) if config.model.dropout else None,
+            remat=config.run.remat,
+            attention=attention,
+        )
+        targets = (batch.targets_BT, batch.weights_BT)
+        loss, nll = summed_loss(hidden_BTD, model.output_VD, *targets, config.optimizer.z_loss)
+        return loss, (nll, jnp.sum(batch.weights_BT))
+
+    rows = batch.inputs_BT.shape[0]
+    microbatches = config.optimizer.accumulation_steps
+    accumulated = optax.microbatch(
+        jax.value_and_grad(summed, has_aux=True),
+        argnums=(1, 2),
+        microbatch_size=rows // microbatches if microbatches > 1 else None,
+    )
+    (_, sums), gradients = accumulated(model, batch, jnp.arange(rows))
+    return sums, gradients
 
 
 def _update(
@@ -107,18 +134,26 @@ def _update(
     return jax.tree.map(partial(jnp.where, healthy), moved, stayed), metrics
 
 
-def evaluation_step(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def evaluation_step(
+    model: Llama, batch: Batch, attention: SelfAttention | None = None
+) -> tuple[jax.Array, jax.Array]:
     """The summed negative log-likelihood of a batch and its number of unmasked tokens."""
-    hidden_BTD, _ = model.hidden(batch.inputs_BT, segments_BT=batch.segments_BT)
-    nll = summed_nll(hidden_BTD, model.output_VD, batch.targets_BT, batch.weights_BT)
-    return nll, jnp.sum(batch.weights_BT)
+
+    def sums(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        hidden_BTD, _ = model.hidden(
+            batch.inputs_BT, segments_BT=batch.segments_BT, attention=attention
+        )
+        nll = summed_nll(hidden_BTD, model.output_VD, batch.targets_BT, batch.weights_BT)
+        return nll, jnp.sum(batch.weights_BT)
+
+    return sums_over_rows(sums, model, batch)
 
 
 def jit_train_step(config: Config, mesh: Mesh) -> Any:
     """`train_step` compiled for a mesh; it takes the state's memory over."""
     places, replicated = state_shardings(config, mesh), NamedSharding(mesh, PartitionSpec())
     return jax.jit(
-        partial(train_step, config=config),
+        partial(train_step, config=config, device=mesh.devices.flat[0]),
         in_shardings=(places, batch_sharding(mesh)),
         out_shardings=(places, replicated),
         donate_argnums=0,
@@ -135,8 +170,9 @@ def jit_evaluation_step(
 ) -> Callable[[Llama, Batch], tuple[jax.Array, jax.Array]]:
     """`evaluation_step` compiled for a mesh."""
     places, replicated = state_shardings(config, mesh).model, NamedSharding(mesh, PartitionSpec())
+    attention = self_attention(config.run.attention, config.model, device=mesh.devices.flat[0])
     return jax.jit(
-        evaluation_step,
+        partial(evaluation_step, attention=attention),
         in_shardings=(places, batch_sharding(mesh)),
         out_shardings=(replicated, replicated),
     )

@@ -6,39 +6,75 @@ What happens between the first step and the last is in `trainer`.
 from pathlib import Path
 
 import jax
-from jax.sharding import Mesh
 
+from llama_jax.agreement import require_same, together
 from llama_jax.config import Config
 from llama_jax.data.tokens import TokenFolder
+from llama_jax.description import Run
+from llama_jax.device_memory import memory_limit
+from llama_jax.distributed import require_joined
 from llama_jax.errors import UsageError
+from llama_jax.fitting import require_fitting
+from llama_jax.introduction import versions
+from llama_jax.memory_advice import memory_advice
 from llama_jax.metrics import MetricsFile
-from llama_jax.run_folder import Run, claimed, start_or_resume
-from llama_jax.sharding import batch_parts, make_mesh
-from llama_jax.stop_signal import stop_signal
+from llama_jax.out_of_memory import explained
+from llama_jax.profiling import Window
+from llama_jax.restoring import restore_or_begin
+from llama_jax.run_folder import describe, require_same_run, settings
+from llama_jax.sharding import make_mesh
+from llama_jax.shared_folder import claimed_by_all
+from llama_jax.shared_stop import stop_of_all
+from llama_jax.steps import finished_steps
 from llama_jax.trainer import Trainer
 
 
-def fit(config: Config) -> int:
+def fit(config: Config, profile: Window | None = None) -> int:
     """Train as the config says, resuming by itself; 0 at the end, 130 or 143 after a signal.
+
+    Inside `distributed.joined`, this process does its part of the run. The steps of a `profile`
+    are traced.
 
     Raises:
       UsageError: when the config does not fit the devices or the data.
-      UserError: when data or folder are not as they should be.
+      UserError: when data or folder are not as they should be, or processes disagree.
       NonFiniteLossError: when a loss or gradient is not finite; the last good state is saved.
+      OutOfMemoryError: when the devices cannot hold it.
     """
+    require_joined()
+    require_same(settings(config) | versions())
     folder = Path(config.run.checkpoint_dir).expanduser()
     mesh = make_mesh(config.mesh)
-    _require_divisible(config, mesh)
-    with claimed(folder), stop_signal() as stop:
-        data = open_data(config)
+    require_fitting(config, mesh.shape)
+    with (
+        claimed_by_all(folder),
+        stop_of_all() as stop,
+        jax.set_mesh(mesh),
+        explained(memory_advice(config, mesh), memory_limit(mesh.devices.flat)),
+    ):
+        data = _data_of_all(config)
+        seen = {"data.fingerprint": data.fingerprint[:16], "checkpoints": finished_steps(folder)}
+        require_same(seen)
         run = Run(config=config, bos=data.bos, eos=data.eos)
-        start_or_resume(folder, run, data.tokenizer_path)
+        require_same_run(folder, run, data.tokenizer_path)
+        beginning = restore_or_begin(config, folder, data, mesh)
+        with together():
+            if jax.process_index() == 0:  # only now does nothing stand against it
+                describe(folder, run, data.tokenizer_path)
         with (
-            jax.set_mesh(mesh),
             MetricsFile(folder, config.run.tensorboard) as metrics,
-            Trainer(config, folder, data, mesh, stop, metrics) as trainer,
+            Trainer(config, folder, data, mesh, stop, metrics, beginning, profile) as trainer,
         ):
             return trainer.run()
+
+
+def _data_of_all(config: Config) -> TokenFolder:
+    """The run's data; process 0 comes first, to make what is missing for those on its disk."""
+    is_first = jax.process_index() == 0
+    with together():
+        data = open_data(config) if is_first else None
+    with together():
+        return data or open_data(config)
 
 
 def open_data(config: Config) -> TokenFolder:
@@ -62,15 +98,3 @@ def open_data(config: Config) -> TokenFolder:
             f" {config.model.vocab_size}; set --config.model.vocab_size={folder.vocab_size}"
         )
     return folder
-
-
-def _require_divisible(config: Config, mesh: Mesh) -> None:
-    """Each microbatch must be cut evenly over the devices that share the batch."""
-    parts = batch_parts(mesh) * config.optimizer.accumulation_steps
-    if config.data.batch_size % parts:
-        nearest = max(1, round(config.data.batch_size / parts)) * parts
-        raise UsageError(
-            f"data.batch_size={config.data.batch_size} does not divide over {batch_parts(mesh)}"
-            f" devices × optimizer.accumulation_steps={config.optimizer.accumulation_steps};"
-            f" the nearest that does is {nearest}"
-        )

@@ -72,7 +72,7 @@ def verify(job: Conversion, source: Weights) -> Iterator[str]:
         return
     dtype = written_dtype(job.target, source, job.options)
     target = FORMATS[job.target]
-    is_kept = not job.options.dtype and not target.casts
+    is_kept = not (job.options.dtype or job.options.quantization or target.casts)
     is_held = all(tensor.dtype.name == dtype for tensor in source.tensors.values())
     is_exact = is_kept or is_held or dtype == "float32"
     written = target.read(job.output, None)

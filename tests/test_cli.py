@@ -177,7 +177,8 @@ def test_a_reader_that_leaves_is_no_error(lines):
 
 
 def test_a_full_device_is_explained():
-    assert "--config.data.batch_size" in cli.one_line(RuntimeError("RESOURCE_EXHAUSTED: 9 GB"))
+    line = cli.one_line(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9663676416"))
+    assert line.startswith("out of memory: 9.0 GiB more were needed; when sampling, try --quantize")
     assert cli.one_line(RuntimeError("else")) is None
 
 

@@ -11,7 +11,7 @@ from llama_jax.config_parsing import parse
 from llama_jax.model import count_parameters
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
-NAMES = ("demo", "shakespeare", "260k", "15m", "42m", "110m", "7b", "13b", "70b")
+NAMES = ("demo", "shakespeare", "260k", "15m", "42m", "110m", "110m_tpu", "7b", "13b", "70b")
 
 # dim, layers, heads, kv heads, feed-forward, vocabulary, context, tied: llama2.c's and Meta's.
 SHAPES = {
@@ -19,6 +19,7 @@ SHAPES = {
     "15m": (288, 6, 6, 6, 768, 32000, 256, True),
     "42m": (512, 8, 8, 8, 1376, 32000, 1024, True),
     "110m": (768, 12, 12, 12, 2048, 32000, 1024, True),
+    "110m_tpu": (768, 12, 6, 6, 2048, 32000, 1024, True),
     "7b": (4096, 32, 32, 32, 11008, 32000, 4096, False),
     "13b": (5120, 40, 40, 40, 13824, 32000, 4096, False),
     "70b": (8192, 80, 64, 8, 28672, 32000, 4096, False),
@@ -28,6 +29,7 @@ PARAMETERS = {
     "15m": 15_191_712,
     "42m": 41_689_600,
     "110m": 109_529_856,
+    "110m_tpu": 109_529_856,
     "7b": 6_738_415_616,
     "13b": 13_015_864_320,
     "70b": 68_976_648_192,
@@ -93,3 +95,12 @@ def test_the_memory_told_is_that_of_parameters_and_moments(name):
     text, config = load(name)
     assert f"take {3 * 4 * count_parameters(config.model) / 1e9:.0f} GB in float32" in text
     assert "hours" in text and "loss" in text
+
+
+def test_the_110m_for_tpus_fills_tiles_and_can_use_fused_attention():
+    model = load("110m_tpu")[1].model
+    assert model.head_dim == 128
+    for size in (model.dim, model.num_heads * model.head_dim, model.ffn_dim, model.vocab_size):
+        assert size % 128 == 0
+    assert abs(count_parameters(model) / PARAMETERS["110m"] - 1) < 0.02
+    assert (model.compute_dtype, model.dropout) == ("bfloat16", 0.0)

@@ -1,5 +1,6 @@
 """What a folder says it holds: a run or a converted model, and nothing that was not meant."""
 
+import dataclasses
 import json
 
 import pytest
@@ -14,6 +15,7 @@ from llama_jax.description import (
     write_run,
 )
 from llama_jax.errors import UserError
+from llama_jax.quantization import Quantization
 
 RUN = Run(config=make_config("tokens", "ckpt"), bos=True, eos=False)
 MODEL = Description(model=RUN.config.model, bos=False, eos=True)
@@ -40,6 +42,17 @@ def test_a_model_is_described_and_is_no_run(tmp_path):
     assert "holds a converted model, not a run; choose" in told(read_run, tmp_path)
 
 
+def test_a_model_tells_its_quantisation_and_template(tmp_path):
+    told = dataclasses.replace(MODEL, quantization=Quantization("int4", 64), chat_template="alpaca")
+    write_description(tmp_path, told)
+    assert read_description(tmp_path) == told
+    tree = json.loads((tmp_path / "config.json").read_text())
+    assert tree["quantization"] == {"kind": "int4", "group_size": 64}
+    del tree["quantization"], tree["chat_template"]  # as earlier versions wrote
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    assert read_description(tmp_path) == MODEL
+
+
 def test_descriptions_are_plain_json(tmp_path):
     write_run(tmp_path, RUN)
     tree = json.loads((tmp_path / "config.json").read_text())
@@ -47,7 +60,8 @@ def test_descriptions_are_plain_json(tmp_path):
     assert tree["config"]["model"]["dim"] == 24
     write_description(tmp_path, MODEL)
     tree = json.loads((tmp_path / "config.json").read_text())
-    assert tree.keys() == {"kind", "version", "model", "bos", "eos"}
+    told = {"kind", "version", "model", "bos", "eos", "quantization", "chat_template"}
+    assert tree.keys() == told
     assert (tree["kind"], tree["model"]["rope_scaling"]["kind"]) == ("llama_jax model", "none")
 
 

@@ -4,8 +4,10 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from tiny_weights import tiny_weights
@@ -167,6 +169,59 @@ def test_a_quantized_model_writes_and_scores(folder, llm, kind):
     assert near == pytest.approx(exact, rel=0.1) and near != exact
 
 
+def test_a_checkpoint_chooses_its_chat_format(folder, tmp_path):
+    def asked(told, **options):
+        tree = json.loads((folder / "config.json").read_text()) | {"chat_template": told}
+        (copy / "config.json").write_text(json.dumps(tree))
+        return LLM(copy, **options)
+
+    copy = shutil.copytree(folder, tmp_path / "ckpt")
+    [short, long] = [
+        asked("", template=name).chat(DIALOGUE, max_tokens=1).usage.prompt_tokens
+        for name in ("llama2", "alpaca")
+    ]
+    assert short < long
+    for told, options, expected in [
+        ("", {}, short),
+        ("alpaca", {}, long),
+        ("alpaca", {"template": "llama2"}, short),
+        ("none", {"template": "alpaca"}, long),
+    ]:
+        made = asked(told, **options).chat(DIALOGUE, max_tokens=1)
+        assert made.usage.prompt_tokens == expected
+    none = asked("none")
+    assert none.chat(DIALOGUE, template="alpaca", max_tokens=1).usage.prompt_tokens == long
+    with pytest.raises(UserError, match="learnt no chat format; choose one with template"):
+        none.chat(DIALOGUE)
+    with pytest.raises(UsageError, match="template='chatml' is unknown"):
+        asked("chatml").chat(DIALOGUE)
+
+
+def test_eight_devices_say_what_one_says(folder, tmp_path):
+    tokenizer = (folder / "tokenizer.model").read_bytes()
+    sizes = {"vocab_size": 320, "dim": 48, "num_heads": 8, "num_kv_heads": 8, "hidden_dim": 64}
+    weights = tiny_weights(tokenizer=tokenizer, num_layers=2, context_length=160, **sizes)
+    checkpoint_folder.write(weights, tmp_path / "ckpt")
+    one, eight = LLM(tmp_path / "ckpt"), LLM(tmp_path / "ckpt", tensor=8)
+    kernel = eight.engine.model.blocks[1].ffn.gate.kernel[...]
+    assert len(kernel.addressable_shards) == 8
+    assert kernel.addressable_shards[0].data.size == kernel.size // 8
+    said = [llm.complete(["Tim", "Anna was"], **GREEDY) for llm in (one, eight)]
+    assert said[0] == said[1] and len(set(said[0][0].token_ids)) > 2
+    dialogue, answers = list(DIALOGUE), []
+    for _ in range(2):  # the second turn goes on with the first's cache
+        both = [llm.chat(dialogue, max_tokens=6, temperature=0) for llm in (one, eight)]
+        assert both[0] == both[1]
+        answers.append(both[0].text)
+        said = {"role": "assistant", "content": both[0].text}
+        dialogue = [*dialogue, said, {"role": "user", "content": "And?"}]
+    layer = jax.tree.leaves(eight.engine._kept[1].layers)[0]
+    assert layer.addressable_shards[0].data.size == layer.size // 8
+    totals = [llm.score(TEXTS[0]).total for llm in (one, eight)]
+    assert totals[0] == pytest.approx(totals[1], rel=1e-5)
+    assert jax.sharding.get_abstract_mesh().empty
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -184,6 +239,7 @@ def test_a_quantized_model_writes_and_scores(folder, llm, kind):
         ({"stop": [""]}, "stop"),
         ({"logit_bias": {320: 1.0}}, "logit_bias has the token id 320; expected 0 to 319"),
         ({"speculate": True}, "speculation"),
+        ({"rng": "xorshift", "seed": 1, "top_k": 3}, "top_k=3 does not go with rng='xorshift'"),
     ],
 )
 def test_an_argument_out_of_range_is_named(llm, options, message):
@@ -230,6 +286,7 @@ def test_a_malformed_dialogue_is_one_line(llm, messages):
         {"max_context": 161},
         {"max_context": 1},
         {"template": "chatml"},
+        {"tensor": 9},
     ],
 )
 def test_an_object_that_cannot_be_made(folder, options):

@@ -1,5 +1,6 @@
 """A trained model from its folder, however that is named and whatever is broken in it."""
 
+import json
 import shutil
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 from tiny_run import make_config, make_tokens, quick_runs
 from tiny_weights import tiny_weights
 
+from llama_jax import loading
 from llama_jax.errors import UsageError, UserError
 from llama_jax.formats import checkpoint_folder
 from llama_jax.loading import load
@@ -167,4 +169,24 @@ def test_what_is_missing_is_named_in_one_line(folder, says):
     MISTAKES[says](folder)
     with pytest.raises(UserError, match=says) as error:
         load(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"vocab_size": 10**10}, {"num_layers": 10**12}, {"dim": 24 * 10**6}], ids=str
+)
+@pytest.mark.parametrize("kind", ["run", "model"])
+def test_sizes_that_the_files_cannot_hold_are_refused_before_room_is_made(
+    folder, converted, tmp_path, monkeypatch, kind, changes
+):
+    if kind == "model":
+        folder = shutil.copytree(converted["float32"], tmp_path / "model")
+    tree = json.loads((folder / "config.json").read_text())
+    model = tree["config"]["model"] if kind == "run" else tree["model"]
+    model.update(changes)
+    (folder / "config.json").write_text(json.dumps(tree))
+    monkeypatch.setattr(loading, "restore", None)
+    step = folder / str(finished_steps(folder)[-1])
+    with pytest.raises(UserError, match=r"cannot hold the .* numbers of its config") as error:
+        load(step)
     assert "\n" not in str(error.value)

@@ -10,7 +10,9 @@ import pytest
 import reference
 
 from llama_jax import loss
-from llama_jax.loss import summed_nll
+from llama_jax.config import MeshConfig
+from llama_jax.loss import summed_loss, summed_nll
+from llama_jax.sharding import make_mesh
 
 D, V = 24, 53
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
@@ -31,6 +33,14 @@ def plain_nll(hidden_BTD, output_VD, targets_BT, weights_BT):
     logits_BTV = hidden_BTD.astype(jnp.float32) @ output_VD.T
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), targets_BT[..., None], -1)
     return -(chosen[..., 0] * weights_BT).sum()
+
+
+def plain_loss(hidden_BTD, output_VD, targets_BT, weights_BT, z_loss):
+    """The same with the square of log Σ exp(logits), as the formula has it."""
+    logits_BTV = hidden_BTD.astype(jnp.float32) @ output_VD.T
+    penalty_BT = z_loss * jnp.log(jnp.sum(jnp.exp(logits_BTV), axis=-1)) ** 2
+    nll = plain_nll(hidden_BTD, output_VD, targets_BT, weights_BT)
+    return nll + (penalty_BT * weights_BT).sum()
 
 
 def value_and_slopes(nll, given):
@@ -88,6 +98,50 @@ def test_large_logits_do_not_overflow():
     hidden_BTD, *others = arrays(3, 6)
     results = value_and_slopes(summed_nll, (1000 * hidden_BTD, *others))
     assert all(np.isfinite(result).all() for result in results)
+
+
+@pytest.mark.parametrize("z_loss", [1e-2, 0.7])
+def test_the_z_loss_and_its_gradients_are_those_of_the_formula(z_loss):
+    given = arrays(3, 7)
+    got = value_and_slopes(lambda *given: summed_loss(*given, z_loss)[0], given)
+    right = value_and_slopes(lambda *given: plain_loss(*given, z_loss), given)
+    without = value_and_slopes(plain_nll, given)
+    for ours, theirs, nll in zip(got, right, without):
+        assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+        assert np.abs(theirs - nll).max() > 1e-3 * np.abs(theirs).max()
+
+
+def test_what_is_reported_knows_no_z_loss():
+    given = arrays(3, 7)
+    loss, nll = summed_loss(*given, 0.7)
+    np.testing.assert_allclose(nll, plain_nll(*given), rtol=1e-5)
+    assert loss > nll + 1
+    slopes = jax.grad(lambda *given: summed_loss(*given, 0.7)[1])(*given)
+    assert not np.asarray(slopes).any()
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (1, 1, 8),  # 53 pieces on 8 devices: filled up to 56
+        (2, 2, 2),  # rows cut as well
+        (1, 8, 1),  # 6 rows on 8 devices: every device does them all
+    ],
+    ids=str,
+)
+def test_cut_over_devices_it_is_the_same(monkeypatch, sizes):
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", 8)
+    B = 8 if sizes == (2, 2, 2) else 6
+    given = arrays(B, 7)
+
+    def whole(*given):
+        return summed_loss(*given, 0.1)[0]
+
+    right = value_and_slopes(whole, given)
+    with jax.set_mesh(make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes))))):
+        got = value_and_slopes(whole, given)
+    for ours, theirs in zip(got, right):
+        assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
 
 
 def largest_buffer(nll, B, T):

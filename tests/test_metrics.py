@@ -1,4 +1,4 @@
-"""What a run tells: speeds, times, lines and records."""
+"""What a run tells: times, lines and records."""
 
 import json
 import math
@@ -6,47 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llama_jax import metrics
-from llama_jax.config import ModelConfig
-from llama_jax.metrics import (
-    Console,
-    MetricsFile,
-    StepClock,
-    flops_per_token,
-    peak_flops,
-    read_metrics,
-    spelled_duration,
-)
-
-
-def test_peaks_are_found_by_the_names_that_devices_have():
-    assert peak_flops("TPU v5 lite") == 197e12
-    assert peak_flops("TPU v5p") == peak_flops("TPU v5") == 459e12
-    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
-    assert peak_flops("NVIDIA L4") == 121e12
-    assert peak_flops("cpu") == 0
-
-
-def test_flops_are_those_of_the_formula():
-    config = ModelConfig(
-        vocab_size=53, dim=24, num_layers=3, num_heads=6, num_kv_heads=2, hidden_dim=40,
-        context_length=32,
-    )  # fmt: skip
-    parameters = 53 * 24 + 3 * (2 * 24 * 24 + 2 * 24 * 8 + 3 * 24 * 40 + 2 * 24) + 24
-    assert flops_per_token(config, 11) == 6 * parameters + 12 * 3 * 24 * 11
-
-
-def test_the_clock_leaves_pauses_out(monkeypatch):
-    now = iter([0.0, 10.0, 14.0, 24.0, 24.0, 30.0])
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(now))
-    clock = StepClock()  # 0
-    with clock:  # 10 to 14
-        pass
-    assert clock.lap(4) == 5.0  # 24 seconds less 4, over 4 steps
-    with clock:  # 24 to 30
-        pass
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: 33.0)
-    assert clock.lap(1) == 3.0
+from llama_jax import metrics, tensorboard
+from llama_jax.metrics import Console, MetricsFile, read_metrics, spelled_duration
 
 
 @pytest.mark.parametrize(
@@ -78,6 +39,25 @@ def test_records_are_on_disk_at_once(tmp_path):
     with MetricsFile(tmp_path, tensorboard=False) as file:
         file.write({"step": 1, "loss": 3.0})
         assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 3.0}
+
+
+def test_tensorboard_gets_every_number_that_is_measured(tmp_path, monkeypatch):
+    class Events:
+        def __init__(self, folder):
+            self.folder, self.scalars = folder, []
+
+        def add_scalar(self, *scalar):
+            self.scalars.append(scalar)
+
+        def close(self):
+            self.scalars.append("closed")
+
+    made = []
+    monkeypatch.setattr(tensorboard, "event_writer", lambda *w: made.append(Events(*w)) or made[0])
+    with MetricsFile(tmp_path, tensorboard=True) as file:
+        file.write({"step": 3, "loss": 2.0, "goodput": 0.5, "sitting": 1})
+    assert made[0].folder == tmp_path / "tensorboard"
+    assert made[0].scalars == [("loss", 2.0, 3), ("goodput", 0.5, 3), "closed"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")

@@ -196,11 +196,11 @@ def dropping():
     def run(key, active):
         keys = []
 
-        def dropout(x, rate, key):
+        def dropout(x, rate, key, **given):
             site = len(keys)
             keys.append(jax.random.key_data(key))
             shapes.append(x.shape)
-            return jnp.where(active[site], layers.dropout(x, rate, key), x)
+            return jnp.where(active[site], layers.dropout(x, rate, key, **given), x)
 
         with pytest.MonkeyPatch.context() as patch:
             for module in (model, attention):

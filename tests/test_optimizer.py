@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,13 @@ import numpy as np
 import optax
 import pytest
 from conftest import make_model
+from tiny_checkpoints import abstract as abstract_arrays
 
-from llama_jax.config import ModelConfig, OptimizerConfig
+from llama_jax.checkpoint import CheckpointWriter, restore
+from llama_jax.config import MeshConfig, ModelConfig, OptimizerConfig
 from llama_jax.model import abstract
 from llama_jax.optimizer import is_matrix, learning_rate_schedule, make_optimizer
+from llama_jax.sharding import make_mesh, shardings
 
 CONFIG = OptimizerConfig(
     steps=700, learning_rate=5e-4, min_learning_rate=3e-5, warmup_steps=90, clip_norm=0.0
@@ -119,3 +123,68 @@ def test_steps_equal_those_of_numpy(clip_norm):
     expected = numpy_adamw(start, gradients, config, decays)
     for leaf, value in zip(jax.tree.leaves(model), expected.values()):
         np.testing.assert_allclose(leaf, value, rtol=1e-5, atol=1e-6)
+
+
+def short(**changes):
+    """The optimizer with moments in bfloat16."""
+    return make_optimizer(dataclasses.replace(CONFIG, moments_dtype="bfloat16", **changes))
+
+
+def moments(state):
+    """The two trees of moments in an optimizer's state."""
+    return optax.tree.get(state, "mu"), optax.tree.get(state, "nu")
+
+
+def test_short_moments_are_bfloat16_and_lie_where_long_ones_do():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    model = make_model()
+    states = [jax.eval_shape(make.init, model) for make in (make_optimizer(CONFIG), short())]
+    long, brief = (jax.tree.leaves(shardings(state, mesh)) for state in states)
+    assert long == brief
+    for state, dtype in zip(states, ("float32", "bfloat16")):
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(moments(state))} == {dtype}
+
+
+def test_short_moments_change_nothing_but_what_is_kept():
+    """From moments that bfloat16 can say, one step is that of float32, and so are its moments."""
+    model = make_model()
+    slopes = jax.tree.map(lambda leaf: jnp.cos(7 * leaf), model)
+    kept = short().update(slopes, short().init(model), model)[1]
+    wide = jax.tree.map(lambda x: x.astype("float32") if x.dtype == "bfloat16" else x, kept)
+    updates, state = short().update(slopes, kept, model)
+    expected, exact = make_optimizer(CONFIG).update(slopes, wide, model)
+    for one, other in zip(jax.tree.leaves(updates), jax.tree.leaves(expected)):
+        np.testing.assert_array_equal(one, other)
+    for one, other in zip(*(jax.tree.leaves(moments(tree)) for tree in (state, exact))):
+        np.testing.assert_allclose(np.float32(one), other, rtol=2**-7)
+        assert (np.float32(one) != other).any()
+
+
+def test_short_moments_fade_however_slowly():
+    """At beta2 = 0.999 a step changes the second moment by less than bfloat16 can say."""
+    model = make_model()
+    optimizer = short(beta2=0.999)
+    zero = jax.tree.map(jnp.zeros_like, model)
+    ones = jax.tree.map(jnp.ones_like, model)
+    _, state = optimizer.update(ones, optimizer.init(model), model)
+    first = np.float32(moments(state)[1].embedding[...])
+
+    def step(_, state):
+        return optimizer.update(zero, state, model)[1]
+
+    state = jax.jit(partial(jax.lax.fori_loop, 0, 300, step))(state)
+    last = np.float32(moments(state)[1].embedding[...])
+    assert last.mean() == pytest.approx(first.mean() * 0.999**300, rel=0.01)
+
+
+def test_short_moments_come_back_from_a_checkpoint(tmp_path):
+    model = make_model()
+    slopes = jax.tree.map(lambda leaf: jnp.cos(7 * leaf), model)
+    _, state = short().update(slopes, short().init(model), model)
+    writer = CheckpointWriter(tmp_path, keep_last=1)
+    writer.save(1, model, state, {}, 1.0)
+    writer.close()
+    found = restore(tmp_path / "1", {"optimizer": abstract_arrays(state)}).trees["optimizer"]
+    for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(found)):
+        assert one.dtype == other.dtype
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()

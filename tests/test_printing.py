@@ -1,14 +1,7 @@
 """What is printed, where and in which order, whatever order the rows grow in."""
 
-import pytest
-
 from llama_jax import printing
-from llama_jax.errors import UsageError
-from llama_jax.printing import print_samples
-from llama_jax.sampling import make_sampler
 from llama_jax.text import Piece
-
-GREEDY = make_sampler(temperature=0)
 
 
 def printed(capsys, prompts, pieces):
@@ -64,20 +57,3 @@ def test_speed_counts_what_comes_after_the_first_piece(capsys, monkeypatch):
 def test_one_piece_has_no_speed(capsys):
     list(printing._timed([Piece(0, "a", (5,), "stop")], begun=0))
     assert capsys.readouterr().err.endswith(", then one token]\n")
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("max_tokens", 0),
-        ("max_tokens", -5),
-        ("num_samples", 0),
-        ("num_samples", 10**5),
-        ("seed", -1),
-        ("seed", 2**31 - 1),
-    ],
-)
-def test_a_number_out_of_range_is_refused_before_the_checkpoint_is_read(name, value):
-    numbers = {"max_tokens": 1, "num_samples": 1, "seed": 0} | {name: value}
-    with pytest.raises(UsageError, match=rf"^{name}={value} is out of range; expected "):
-        print_samples(None, [""], GREEDY, **numbers, begun=0)

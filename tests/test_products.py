@@ -99,3 +99,44 @@ def test_gradients_reach_the_rows():
     slope_RI = jax.grad(lambda x: times_quantized(x, kernel, products.FLOAT32).sum())(x_RI)
     expected = np.broadcast_to(by_hand(kernel).sum(axis=0), slope_RI.shape)
     np.testing.assert_allclose(slope_RI, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("inputs", [32, 37, products.ONE_LOOP + products.VECTOR])
+@pytest.mark.parametrize("count", [1, 3, products.FEW + 1, products.MANY + 1])
+def test_floats_times_any_number_of_rows(count, inputs):
+    kernel_OI, x_RI = rows(9, inputs), rows(count, inputs)
+    found = products.times_transposed(jnp.asarray(x_RI), jnp.asarray(kernel_OI), products.FLOAT32)
+    expected = x_RI.astype(np.float64) @ kernel_OI.T.astype(np.float64)
+    assert (found.shape, found.dtype) == ((count, 9), np.float32)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("count", "inputs", "dtype", "form"),
+    [
+        (1, 64, "float32", "sum_vectors"),
+        (products.FEW, 64, "float32", "sum_vectors"),
+        (products.FEW, 72, "float32", "outputs_first"),
+        (products.MANY, 64, "float32", "outputs_first"),
+        (products.MANY + 1, 64, "float32", None),
+        (1, 72, "float32", None),
+        (1, products.ONE_LOOP + products.VECTOR, "float32", None),
+        (3, 64, "bfloat16", None),
+    ],
+)
+def test_which_form_of_floats_is_chosen(monkeypatch, count, inputs, dtype, form):
+    called = []
+    for name in ("sum_vectors", "outputs_first"):
+        take = getattr(products, name)
+        monkeypatch.setattr(
+            products, name, lambda *given, take=take, name=name: called.append(name) or take(*given)
+        )
+    x_RI, kernel_OI = (jnp.asarray(rows(n, inputs), dtype) for n in (count, 9))
+    products.times_transposed(x_RI, kernel_OI, products.FLOAT32)
+    assert called == ([form] if form else [])
+
+
+def test_floats_on_a_mesh_are_left_to_the_compiler(monkeypatch):
+    monkeypatch.setattr(products, "sum_vectors", None)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=4))):
+        products.times_transposed(jnp.ones((1, 64)), jnp.ones((9, 64)), products.FLOAT32)

@@ -9,7 +9,7 @@ from tiny_run import make_config
 
 from llama_jax.description import Description, Run, read_run, write_description
 from llama_jax.errors import UsageError, UserError
-from llama_jax.run_folder import claimed, require_space, start_or_resume
+from llama_jax.run_folder import claimed, describe, require_same_run, require_space
 
 WAIT = """
 import sys, time
@@ -31,7 +31,8 @@ def start(folder, tokenizer="t.model", **changes):
     """Claim the folder for a run, as a sitting does."""
     run = Run(config=make_config("tokens", folder, **changes), bos=True, eos=False)
     with claimed(folder):
-        start_or_resume(folder, run, folder.parents[1] / tokenizer)
+        require_same_run(folder, run, folder.parents[1] / tokenizer)
+        describe(folder, run, folder.parents[1] / tokenizer)
     return run
 
 

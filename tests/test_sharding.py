@@ -1,5 +1,10 @@
 """Every arrangement of devices computes what one device does."""
 
+import functools
+import itertools
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +12,9 @@ import pytest
 from conftest import make_model, parameters
 from jax.sharding import PartitionSpec
 
-from llama_jax import self_attention
-from llama_jax.config import MeshConfig
+from llama_jax import model as model_module
+from llama_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, RunConfig
+from llama_jax.data.batches import Batch
 from llama_jax.errors import UsageError
 from llama_jax.loss import summed_nll
 from llama_jax.sharding import (
@@ -18,61 +24,154 @@ from llama_jax.sharding import (
     make_mesh,
     partition_spec,
     place_batch,
+    rules_of,
     shardings,
 )
+from llama_jax.train_step import summed_gradients
 
-B, T, V = 16, 7, 56  # a vocabulary that the tensor axis can cut
-MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 1, 2), (2, 2, 2)]
 AXES = ("data", "fsdp", "tensor")
+SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(shape) == 8]
+# Two kv heads: fewer than a tensor axis of 4 or 8 has devices.
+SIZES = {"vocab_size": 56, "dim": 32, "num_heads": 8, "hidden_dim": 40, "num_layers": 3}
+B, T, D, V, L = 16, 24, 32, 56, 3
+QUICK = {"xla_backend_optimization_level": 0}  # of the compiler: halves the time of these tests
 
 
 def mesh_of(shape):
     return make_mesh(MeshConfig(**dict(zip(AXES, shape))))
 
 
-def loss_and_gradients(model, tokens_BT, weights_BT):
-    def mean_nll(model):
-        hidden_BTD, _ = model.hidden(tokens_BT)
-        targets_BT = jnp.roll(tokens_BT, -1, axis=1)
-        total = summed_nll(hidden_BTD, model.output_VD, targets_BT, weights_BT)
-        return total / weights_BT.sum()
+def make_config(accumulation=1, sequence=False, attention="auto", z_loss=0.0, **model):
+    return Config(
+        model=make_model(**SIZES | model).config,
+        data=DataConfig(path="nowhere", batch_size=B, sequence_length=T),
+        optimizer=OptimizerConfig(
+            steps=9,
+            learning_rate=1e-2,
+            warmup_steps=1,
+            accumulation_steps=accumulation,
+            z_loss=z_loss,
+        ),
+        mesh=MeshConfig(sequence=sequence),
+        run=RunConfig(attention=attention),
+    )
 
-    return jax.value_and_grad(mean_nll)(model)
+
+def make_batch():
+    random = np.random.default_rng(0)
+    tokens, targets = random.integers(0, V, (2, B, T), np.int32)
+    weights = random.integers(0, 2, (B, T)).astype(np.float32)
+    return Batch(inputs_BT=tokens, targets_BT=targets, weights_BT=weights)
 
 
-QUICK = {"xla_backend_optimization_level": 0}  # of the compiler: halves the time of these tests
-compiled = jax.jit(loss_and_gradients, compiler_options=QUICK)
+@functools.cache
+def compiled(shape, config):
+    """The program for loss and gradients on a mesh, and what it computes."""
+    mesh = make_mesh(MeshConfig(**dict(zip(AXES, shape))), jax.devices()[: math.prod(shape)])
+    changes = {name: getattr(config.model, name) for name in ("tied_embeddings", "dropout")}
+    model = make_model(**SIZES | changes)
+    key = jax.random.key(5)
+    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
+        # One block to compile instead of three, as on other devices than CPUs.
+        patch.setattr(model_module, "_unrolled_layers", lambda remat: 1)
+        places = shardings(model, mesh)
+        given = jax.device_put(model, places), place_batch(make_batch(), mesh)
+        step = jax.jit(
+            lambda *given: summed_gradients(*given, key, config),
+            out_shardings=(None, places),
+            compiler_options=QUICK,
+        )
+        program = step.lower(*given).compile()
+        return program.as_text(), jax.device_get(program(*given))
+
+
+def assert_equal_to_one_device(shape, config, alone):
+    expected = compiled((1, 1, 1), alone)[1]
+    got = compiled(shape, config)[1]
+    tokens = expected[0][1]
+    for result, right in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(result / tokens, right / tokens, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_on_every_mesh_loss_and_gradients_are_those_of_one_device(shape):
+    """Tied and untied in turns; accumulated, while the one device takes the whole batch."""
+    tied = SHAPES.index(shape) % 2 == 0
+    config = make_config(accumulation=2, tied_embeddings=tied)
+    assert_equal_to_one_device(shape, config, make_config(tied_embeddings=tied))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1, 1, 8), (2, 1, 4), (2, 2, 2)], ids=str)
+def test_with_sequences_cut_too(shape):
+    tied = shape == (2, 1, 4)
+    config = make_config(sequence=True, tied_embeddings=tied)
+    assert_equal_to_one_device(shape, config, make_config(tied_embeddings=tied))
+
+
+@pytest.mark.slow
+def test_dropout_draws_for_a_row_the_same_wherever_it_is():
+    """Also the one test here of the `xla` attention, which alone can drop."""
+    config = make_config(dropout=0.3)
+    assert_equal_to_one_device((2, 2, 2), config, config)
+    without = compiled((1, 1, 1), make_config())[1][0][0]
+    assert abs(compiled((1, 1, 1), config)[1][0][0] / without - 1) > 1e-4
+
+
+@pytest.mark.slow
+def test_left_to_the_compiler_it_is_the_same():
+    """Evaluation code of others, such as scores, runs the model without `data_parallel`."""
+    model, batch = make_model(**SIZES), make_batch()
+
+    def nll(model, batch):
+        hidden_BTD, _ = model.hidden(batch.inputs_BT)
+        return summed_nll(hidden_BTD, model.output_VD, batch.targets_BT, batch.weights_BT)
+
+    mesh = mesh_of((2, 2, 2))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(model, shardings(model, mesh))
+        got = jax.jit(nll, compiler_options=QUICK)(placed, place_batch(batch, mesh))
+    np.testing.assert_allclose(got, compiled((1, 1, 1), make_config())[1][0][0], rtol=1e-5)
+
+
+def arrays_in(text):
+    """The shapes of all arrays in a program."""
+    found = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text)
+    return {tuple(map(int, shape.split(","))) for shape in found}
+
+
+@pytest.mark.slow
+def test_with_sequences_cut_no_device_keeps_a_whole_one_between_blocks():
+    """What a block's backward pass needs of the block before is kept for all layers."""
+    whole, part = (L, B, T, D), (L, B, T // 8, D)
+    for sequence, seen in ((True, part), (False, whole)):
+        config = make_config(sequence=sequence, tied_embeddings=sequence is False)
+        kept = arrays_in(compiled((1, 1, 8), config)[0]) & {whole, part}
+        assert kept == {seen}
+
+
+@pytest.mark.slow
+def test_no_device_makes_logits_of_the_whole_vocabulary():
+    shapes = arrays_in(compiled((1, 1, 8), make_config(sequence=True, tied_embeddings=False))[0])
+    assert (B * T, V // 8) in shapes
+    assert not [shape for shape in shapes if V in shape]
+
+
+def test_rules_hold_inside_their_context_only():
+    axes, shape, mesh = ("batch", "length", "residual"), (8, 6, 24), mesh_of((2, 2, 2))
+    cut, whole = (PartitionSpec(("data", "fsdp"), length, None) for length in ("tensor", None))
+    with rules_of(MeshConfig(sequence=True)):
+        assert partition_spec(axes, shape, mesh) == cut
+        with rules_of(MeshConfig()):
+            assert partition_spec(axes, shape, mesh) == whole
+    assert partition_spec(axes, shape, mesh) == whole
 
 
 @pytest.fixture(scope="module")
 def problem():
-    """A model, a batch, and their loss and gradients on one device."""
-    # Eight query heads and two kv heads: an axis may cut both, or the first only.
-    model = make_model(vocab_size=V, dim=32, num_heads=8, num_layers=2)
-    random = np.random.default_rng(0)
-    batch = random.integers(0, V, (B, T)), random.integers(0, 2, (B, T)).astype(np.float32)
-    return model, batch, compiled(model, *batch)
-
-
-def check(problem, shape, step=compiled):
-    model, batch, expected = problem
-    mesh = mesh_of(shape)
-    with jax.set_mesh(mesh):
-        placed = jax.device_put(model, shardings(model, mesh))
-        got = step(placed, *place_batch(batch, mesh))
-    for result, right in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(result, right, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("shape", MESHES)
-def test_sharded_equals_a_single_device(problem, shape):
-    check(problem, shape)
-
-
-def test_sharded_equals_a_single_device_off_the_cpu_path_too(problem, monkeypatch):
-    monkeypatch.setattr(self_attention, "FASTEST", {})
-    fresh = jax.jit(lambda *given: loss_and_gradients(*given), compiler_options=QUICK)
-    check(problem, (2, 2, 2), fresh)
+    """A model whose parameters are cut."""
+    return (make_model(vocab_size=V, dim=32, num_heads=8, num_layers=2),)
 
 
 @pytest.mark.parametrize(
@@ -137,10 +236,21 @@ def test_minus_one_takes_the_devices_left(sizes, shape):
     assert tuple(mesh_of(sizes).shape.values()) == shape
 
 
-@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (-1, 16, 1), (1, 1, 1)])
-def test_sizes_that_do_not_multiply_to_the_devices_are_refused(sizes):
-    with pytest.raises(UsageError, match="do not arrange 8 devices"):
+@pytest.mark.parametrize(
+    ("sizes", "nearest"),
+    [
+        ((3, 1, 1), (8, 1, 1)),
+        ((-1, 3, 1), (2, 4, 1)),
+        ((-1, 16, 1), (1, 8, 1)),
+        ((1, 1, 1), (8, 1, 1)),
+        ((2, 1, 3), (2, 1, 4)),
+    ],
+)
+def test_sizes_that_do_not_multiply_to_the_devices_are_refused(sizes, nearest):
+    told = ", ".join(f"mesh.{name}={size}" for name, size in zip(AXES, nearest))
+    with pytest.raises(UsageError, match="do not arrange 8 devices") as refused:
         mesh_of(sizes)
+    assert str(refused.value).endswith(f"the nearest sizes that do are {told}")
 
 
 def test_a_mesh_over_some_of_the_devices():

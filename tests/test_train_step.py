@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from conftest import TINY
 
+from llama_jax import model as model_module
+from llama_jax.collectives import collectives
 from llama_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
 from llama_jax.data.batches import Batch
 from llama_jax.sharding import make_mesh, place_batch
@@ -24,12 +26,16 @@ from llama_jax.train_step import (
 B, T = 16, 11
 
 
-def make_config(accumulation=1, dropout=0.0, remat="none", **model):
+def make_config(accumulation=1, dropout=0.0, remat="none", z_loss=0.0, **model):
     return Config(
         model=ModelConfig(**TINY | {"dropout": dropout} | model),
         data=DataConfig(path="nowhere", batch_size=B, sequence_length=T),
         optimizer=OptimizerConfig(
-            steps=100, learning_rate=1e-2, warmup_steps=2, accumulation_steps=accumulation
+            steps=100,
+            learning_rate=1e-2,
+            warmup_steps=2,
+            accumulation_steps=accumulation,
+            z_loss=z_loss,
         ),
         run=RunConfig(seed=3, remat=remat),
     )
@@ -135,6 +141,62 @@ def test_recomputing_activations_changes_nothing(whole):
     state, told = run(make_config(remat="block"))
     assert told[2].loss == pytest.approx(whole[1][2].loss, rel=1e-5)
     assert_close([state.model, whole[0].model])
+
+
+def test_the_z_loss_is_learned_from_and_not_reported(whole):
+    _, told = run(make_config(z_loss=0.1), steps=1)
+    assert told[0].loss == pytest.approx(whole[1][0].loss, rel=1e-5)
+    assert abs(told[0].gradient_norm / whole[1][0].gradient_norm - 1) > 1e-3
+
+
+# What crosses the network, read from the compiled program.
+
+
+def sent_by(config, sizes, monkeypatch):
+    """The collectives of a step on eight devices."""
+    mesh = make_mesh(MeshConfig(**sizes))
+    state = jax.eval_shape(lambda: init_state(config))
+    with jax.set_mesh(mesh):
+        # Blocks are rolled up, as on other devices than CPUs.
+        monkeypatch.setattr(model_module, "_unrolled_layers", lambda remat: 1)
+        return collectives(
+            jit_train_step(config, mesh).lower(state, make_batch()).compile().as_text()
+        )
+
+
+def parameter_bytes(config):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(first_state(config).model))
+
+
+@pytest.mark.slow
+def test_gradients_cross_the_network_once_however_many_microbatches(monkeypatch):
+    config, sizes = make_config(), {"data": 4, "fsdp": 2, "tensor": 1}
+    once, twice = (
+        [
+            (one.kind, one.bytes, one.times)
+            for one in sent_by(make_config(accumulation), sizes, monkeypatch)
+            if "data" in one.axes(sizes) and one.bytes > 100  # but for sums of scalars
+        ]
+        for accumulation in (1, 2)
+    )
+    assert sorted(once) == sorted(twice)
+    assert {(kind, times) for kind, _, times in twice} == {("all-reduce", 1)}
+    assert sum(size for _, size, _ in twice) == pytest.approx(parameter_bytes(config) / 2, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "block"])
+def test_fsdp_sends_no_more_than_the_textbook(monkeypatch, remat):
+    """Parameters gathered for the forward and for the backward pass, gradients scattered once."""
+    config = make_config(remat=remat)
+    found = sent_by(config, {"data": 1, "fsdp": 8}, monkeypatch)
+    sent = sum(one.sent(8) * one.times for one in found)
+    textbook = 3 * parameter_bytes(config) * 7 / 8
+    assert 0.9 * textbook < sent <= 1.1 * textbook
+    kinds = {one.kind: one for one in sorted(found, key=lambda one: one.bytes)}
+    assert kinds["all-reduce"].bytes < 200  # scalars alone
+    table = config.model.vocab_size * config.model.dim * 4
+    assert kinds["all-gather"].bytes <= table  # a layer's parameters, never those of all layers
 
 
 def test_optimizer_state_lies_where_its_parameter_does():

@@ -1,15 +1,20 @@
 """The loop: a tiny run learns, resumes bit by bit, and stops before it is spoilt."""
 
+import gzip
 import json
 import math
+from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 from tiny_run import make_config, make_tokens, quick_runs
 
-from llama_jax import trainer
+from llama_jax import checkpoint, reporting, trainer, validation
 from llama_jax.data.tokens import TokenFolder
 from llama_jax.errors import NonFiniteLossError, UserError
 from llama_jax.metrics import read_metrics
+from llama_jax.out_of_memory import OutOfMemoryError
+from llama_jax.profiling import Window
 from llama_jax.steps import finished_steps
 from llama_jax.stop_signal import StopSignal
 from llama_jax.trainer import Trainer
@@ -83,6 +88,64 @@ def test_a_run_in_two_sittings_is_the_run_in_one_bit_by_bit(tokens, tmp_path, st
     assert checksums(tmp_path / "cut", 20) == checksums(tmp_path / "straight", 20)
     assert losses(tmp_path / "cut") == losses(tmp_path / "straight")
     assert len(losses(tmp_path / "cut")) == 20
+    told = [record for record in read_metrics(tmp_path / "cut").values() if "sitting" in record]
+    assert [(record["step"], record["sitting"]) for record in told] == [
+        *((step, 1) for step in (5, 10, 13)),
+        *((step, 2) for step in (15, 20)),
+    ]
+    assert all(0 < record["goodput"] < 1 and 0 < record["run_goodput"] < 1 for record in told)
+    assert told[3]["run_goodput"] != pytest.approx(told[3]["goodput"], rel=0.01)
+    assert told[3]["wall_seconds"] < told[4]["wall_seconds"]
+
+
+def test_instruments_ask_the_device_once_a_report(config, monkeypatch):
+    asked = []
+
+    def counted(name):
+        function = getattr(reporting, name)
+        return lambda *words: asked.append(name) or function(*words)
+
+    for name in ("memory_use", "peak_flops"):
+        monkeypatch.setattr(reporting, name, counted(name))
+    assert fit(config) == 0
+    assert asked == ["peak_flops"] + 4 * ["memory_use"]  # 20 steps, a report every 5
+
+
+def test_a_profile_has_its_steps_and_no_others(config, tmp_path, capfd):
+    assert fit(config, Window(2, 4)) == 0
+    line = "profile   steps 3 to 4 in "
+    assert line + str(tmp_path / "ckpt" / "profile") in capfd.readouterr().out
+    (trace,) = (tmp_path / "ckpt" / "profile").rglob("perfetto_trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert {event["args"]["step_num"] for event in events if event.get("name") == "step"} == {
+        "3",
+        "4",
+    }
+    assert list(trace.parent.glob("*.xplane.pb"))
+
+
+def test_running_out_of_memory_is_one_line_with_knobs(config, monkeypatch):
+    def compile_too_much(self):
+        return jnp.zeros(1 << 50, jnp.uint8).block_until_ready()
+
+    monkeypatch.setattr(Trainer, "_compile", compile_too_much)
+    line = (
+        r"needed, beyond the limit of [\d.]+ GiB; try --config\.\S+, --config\.\S+ or \S+; python"
+    )
+    with pytest.raises(OutOfMemoryError, match=line):
+        fit(config)
+
+
+def test_a_checkpoint_that_does_not_fit_in_memory_is_not_called_damaged(config, monkeypatch):
+    def read_too_much(*_):
+        return jnp.zeros(1 << 50, jnp.uint8).block_until_ready()
+
+    assert fit(config) == 0
+    saved = finished_steps(Path(config.run.checkpoint_dir))
+    monkeypatch.setattr(checkpoint, "_read_with_orbax", read_too_much)
+    with pytest.raises(OutOfMemoryError):
+        fit(config)
+    assert finished_steps(Path(config.run.checkpoint_dir)) == saved
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_its_update(config, tmp_path, monkeypatch):
@@ -144,13 +207,13 @@ def test_a_stop_in_validation_is_heard_there(config, tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(StopSignal, "requested", property(lambda self: bool(said)))
     monkeypatch.setattr(StopSignal, "exit_code", 143)
-    jitted = trainer.jit_evaluation_step
+    jitted = validation.jit_evaluation_step
 
     def evaluation(*words):
         step = jitted(*words)
         return lambda *batch: said.append(1) or step(*batch)
 
-    monkeypatch.setattr(trainer, "jit_evaluation_step", evaluation)
+    monkeypatch.setattr(validation, "jit_evaluation_step", evaluation)
     assert fit(config) == 143
     assert len(said) == 1  # one batch of the two
     assert finished_steps(tmp_path / "ckpt")[-1] == 10

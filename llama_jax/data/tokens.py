@@ -52,7 +52,7 @@ class Split:
     shards: tuple[Shard, ...]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)  # hashed as an object: a key of caches
 class TokenFolder:
     """A token folder whose files have been checked; made by `TokenFolder.open`."""
 

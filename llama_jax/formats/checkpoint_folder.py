@@ -12,71 +12,86 @@ import numpy as np
 
 from llama_jax import checkpoint_layout as layout
 from llama_jax.checksums import partial_checksum
-from llama_jax.config import ModelConfig
 from llama_jax.description import Description, read_description, write_description
 from llama_jax.errors import UserError
+from llama_jax.formats.quantized_weights import float_tensors, quantized_arrays
 from llama_jax.formats.stored_array import LastStack, StoredArray
 from llama_jax.formats.weights import BLOCKS, DTYPES, Tensor, Weights, of_layer
 from llama_jax.metrics import warn
-from llama_jax.model import abstract, count_parameters
+from llama_jax.model import Llama, abstract
 from llama_jax.names import named_leaves
+from llama_jax.quantization import Quantization
 from llama_jax.run_folder import TOKENIZER
 from llama_jax.steps import folder_and_step, newest_whole
+from llama_jax.stored_model import MODEL, stored_model
 from llama_jax.tokenizer_file import read_model
 
-STEP, MODEL, META = "0", "model", "meta"
+STEP, META = "0", "meta"
+Report = Callable[[int], None]
 
 
 def read(path: Path) -> Weights:
     """The model of a checkpoint folder's newest whole step, or of the step that a path names.
 
     Names, shapes and dtypes are verified here, bits by their checksum as soon as all of an array
-    was read. A damaged step is reported and passed over for the one before it.
+    was read. A damaged step is reported and passed over for the one before it. Of a quantised
+    model, the tensors are the floats that its integers stand for.
 
     Raises:
       UserError: when there is no whole step.
     """
     folder, step = folder_and_step(path)
     description = read_description(folder)
-    config = description.model
     if step is not None:
-        tensors: dict[str, Tensor] | None = _read_step(step, config)
+        tensors: dict[str, Tensor] | None = _read_step(step, description)
     else:
-        tensors = newest_whole(folder, lambda step: _read_step(step, config), report=warn)
+        tensors = newest_whole(folder, lambda step: _read_step(step, description), report=warn)
     if tensors is None:
         raise UserError(f"{folder} has no finished checkpoint; train for longer, or look elsewhere")
-    tokenizer = read_model(folder / TOKENIZER)
-    return Weights(config=config, tensors=tensors, tokenizer=tokenizer, bos=description.bos)
+    return Weights(
+        config=description.model,
+        tensors=tensors,
+        tokenizer=read_model(folder / TOKENIZER),
+        bos=description.bos,
+        is_rounded=description.quantization is not None,
+        chat_template=description.chat_template,
+    )
 
 
-def _read_step(step: Path, config: ModelConfig) -> dict[str, Tensor]:
+def _read_step(step: Path, description: Description) -> dict[str, Tensor]:
     """The tensors of a step."""
     layout.refuse_links(step)
-    item, last = step / MODEL, LastStack()
-    tensors: dict[str, Tensor] = {}
+    model = stored_model(step, description)
     try:
-        layout.require_plausible(item, count_parameters(config))
-        shapes = {name: leaf.shape for name, leaf in named_leaves(abstract(config)).items()}
-        sums = layout.read_json(step / META)["checksums"][MODEL]
-        found = layout.names(item)
-        if different := shapes.keys() ^ set(found):
-            raise ValueError(f"{min(different)} is in one of model and config only")
-        if unsummed := shapes.keys() - sums.keys():
-            raise ValueError(f"the checksum of {min(unsummed)} is missing")
-        for name, shape in shapes.items():
-            array = StoredArray(step, name, layout.open_array(item, name, shape), sums[name], last)
-            tensors |= _tensors(array, name.startswith(BLOCKS))
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        arrays = _stored_arrays(step, model)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise layout.damaged(step, error) from error
-    return tensors
+    if description.quantization is None:
+        return {n: t for a in arrays.values() for n, t in _tensors(a).items()}
+    whole = {name: Tensor(array.shape, array.dtype, array.read) for name, array in arrays.items()}
+    return float_tensors(model, whole)
 
 
-def _tensors(array: StoredArray, is_stacked: bool) -> dict[str, Tensor]:
+def _stored_arrays(step: Path, model: Llama) -> dict[str, StoredArray]:
+    """The arrays of a step by name, or whatever is raised if one is not as `model` has it."""
+    item, last = step / MODEL, LastStack()
+    leaves = named_leaves(model)
+    sums = layout.read_json(step / META)["checksums"][MODEL]
+    if different := leaves.keys() ^ set(layout.names(item)):
+        raise ValueError(f"{min(different)} is in one of model and config only")
+    if unsummed := leaves.keys() - sums.keys():
+        raise ValueError(f"the checksum of {min(unsummed)} is missing")
+    arrays = {}
+    for name, leaf in leaves.items():
+        array = layout.open_array(item, name, leaf.shape, np.dtype(leaf.dtype))
+        arrays[name] = StoredArray(step, name, array, sums[name], last)
+    return arrays
+
+
+def _tensors(array: StoredArray) -> dict[str, Tensor]:
     """The promises of a stored array, one a layer where it has layers."""
     shape, dtype = array.shape, array.dtype
-    if not is_stacked:
+    if not array.name.startswith(BLOCKS):
         return {array.name: Tensor(shape, dtype, array.read)}
     return {
         of_layer(array.name, layer): Tensor(
@@ -89,9 +104,13 @@ def _tensors(array: StoredArray, is_stacked: bool) -> dict[str, Tensor]:
 
 
 def write(
-    weights: Weights, path: Path, *, report: Callable[[int], None] = lambda done: None
+    weights: Weights,
+    path: Path,
+    *,
+    quantization: Quantization | None = None,
+    report: Report = lambda done: None,
 ) -> None:
-    """Write a model as step 0 of a new checkpoint folder.
+    """Write a model as step 0 of a new checkpoint folder, its matrices as integers if asked to.
 
     Raises:
       UserError: when it has no tokenizer.
@@ -100,9 +119,27 @@ def write(
         raise UserError("the model has no tokenizer, without which a checkpoint is not complete")
     item = path / STEP / MODEL
     item.mkdir(parents=True)
-    eos = False  # nothing but our own runs knows, and those learn from BOS alone unless told
-    write_description(path, Description(model=weights.config, bos=weights.bos, eos=eos))
+    description = Description(
+        model=weights.config,
+        bos=weights.bos,
+        eos=False,  # nothing but our own runs knows, and those learn from BOS alone unless told
+        quantization=quantization,
+        chat_template=weights.chat_template,
+    )
+    write_description(path, description)
     (path / TOKENIZER).write_bytes(weights.tokenizer)
+    if quantization is None:
+        shapes, sums = _write_floats(weights, item, report)
+    else:
+        shapes, sums = _write_integers(weights, item, quantization, report)
+    layout.write_names(item, shapes)
+    layout.write_json(path / STEP / META, {"checksums": {MODEL: sums}})
+
+
+Written = tuple[dict[str, tuple[int, ...]], dict[str, int]]  # shapes and checksums by name
+
+
+def _write_floats(weights: Weights, item: Path, report: Report) -> Written:
     shapes, sums, done = {}, {}, 0
     for name, leaf in named_leaves(abstract(weights.config)).items():
         shapes[name], sums[name] = leaf.shape, 0
@@ -114,8 +151,20 @@ def write(
             report(done := done + tensor.nbytes)
             del part
         sums[name] %= 2**32
-    layout.write_names(item, shapes)
-    layout.write_json(path / STEP / META, {"checksums": {MODEL: sums}})
+    return shapes, sums
+
+
+def _write_integers(
+    weights: Weights, item: Path, quantization: Quantization, report: Report
+) -> Written:
+    shapes, sums, done = {}, {}, 0
+    for size, arrays in quantized_arrays(weights, quantization):
+        for name, whole in arrays.items():
+            shapes[name], sums[name] = whole.shape, partial_checksum(whole)
+            array = layout.create_array(item, name, whole.shape, whole.shape, whole.dtype)
+            array[...].write(whole).result()
+        report(done := done + size)
+    return shapes, sums
 
 
 Part = tuple[Any, int, Tensor]  # index in the array, place of the first element, the numbers

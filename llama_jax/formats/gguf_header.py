@@ -15,7 +15,7 @@ from llama_jax.errors import UserError
 from llama_jax.formats.gguf_blocks import TYPES
 from llama_jax.formats.gguf_cursor import Cursor
 from llama_jax.formats.gguf_keys import Keys, Value
-from llama_jax.formats.stand_ins import stand_in
+from llama_jax.stand_ins import stand_in
 
 MAGIC = b"GGUF"
 LOOK = 64  # bytes by which another file is recognised

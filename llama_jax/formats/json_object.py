@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.errors import UserError
-from llama_jax.formats.stand_ins import stand_in
+from llama_jax.stand_ins import stand_in
 
 LARGEST = 64 * 2**20  # bytes of a file; a tokenizer.json of 128,000 pieces has 9 MB
 SHOWN = 60  # characters of a value in a message

@@ -10,7 +10,7 @@ from pathlib import Path
 from llama_jax.config import ModelConfig
 from llama_jax.errors import UserError
 from llama_jax.formats.grouped_int8 import quantized_bytes
-from llama_jax.formats.stand_ins import stand_in
+from llama_jax.stand_ins import stand_in
 
 MAGIC = 0x616B3432  # of all versions but the first, which has none
 LENGTHS = (28, 256, 256)  # bytes of the header, by version

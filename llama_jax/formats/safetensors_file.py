@@ -19,8 +19,8 @@ import numpy as np
 from llama_jax.errors import UserError
 from llama_jax.formats.json_object import parse_object, shown
 from llama_jax.formats.mapped import mapped
-from llama_jax.formats.stand_ins import stand_in
 from llama_jax.formats.weights import Tensor
+from llama_jax.stand_ins import stand_in
 
 LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 LONGEST_NAME = 200  # characters

@@ -12,9 +12,11 @@ from pathlib import Path
 from llama_jax.errors import UserError
 from llama_jax.formats import checkpoint_folder, gguf, hugging_face, llama2c, meta
 from llama_jax.formats.weights import DTYPES, Weights
+from llama_jax.quantization import Quantization
 
 Report = Callable[[int], None]
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "q8_0": 34 / 32, "int8": 1.25}  # a number
+BYTES |= {"int4": 0.9}
 LARGEST_CONFIG = 2**20  # bytes read to tell one folder from another
 
 
@@ -26,6 +28,7 @@ class Options:
     shards: int = 1  # files of Meta's
     llama2c_version: int = 0
     group_size: int = 64  # of llama2.c's version 2
+    quantization: Quantization | None = None  # of our checkpoints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,9 @@ FORMATS = {
     "ckpt": Format(
         "a checkpoint folder of ours",
         lambda path, _: checkpoint_folder.read(path),
-        lambda weights, path, _, report: checkpoint_folder.write(weights, path, report=report),
+        lambda weights, path, options, report: checkpoint_folder.write(
+            weights, path, quantization=options.quantization, report=report
+        ),
     ),
     "meta": Format(
         "Meta's folder of params.json and consolidated.*.pth",
@@ -88,6 +93,8 @@ def written_dtype(target: str, weights: Weights, options: Options) -> str:
     """What the matrices of a model become in a format."""
     if target == "llama2c":
         return "int8" if options.llama2c_version == 2 else "float32"
+    if options.quantization:
+        return options.quantization.kind
     own = weights.dtype.name
     if target == "gguf" and own == "bfloat16":
         own = "float16"

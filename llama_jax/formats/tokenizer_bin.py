@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llama_jax.errors import UserError
-from llama_jax.formats.stand_ins import stand_in
 from llama_jax.formats.vocabulary import Kind, Piece, Vocabulary
+from llama_jax.stand_ins import stand_in
 from llama_jax.token_decoder import SPACE
 
 LARGEST = 16 * 2**20  # bytes; Llama 2's has 0.4 MB

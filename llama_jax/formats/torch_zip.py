@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from llama_jax.errors import UserError
+from llama_jax.stand_ins import stand_in
 
 MOST_ENTRIES = 10_000
 LARGEST_DIRECTORY = 16 * 2**20  # bytes that list the entries
@@ -82,19 +83,16 @@ def entries(path: Path) -> dict[str, Entry]:
 
 def _recognise(path: Path, head: bytes) -> None:
     """Refuse what is often found where a torch file should be."""
-    if not head:
-        raise UserError(f"{path} is empty; copy it again")
-    if head.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path} is only a git-LFS pointer; run `git lfs pull` there")
-    if head.lstrip().startswith(b"<"):
-        raise UserError(f"{path} is a web page; download the file itself")
+    if head.startswith(b"PK\3\4"):
+        return
+    if why := stand_in(head):
+        raise UserError(f"{path} is {why}")
     if head[0] == 0x80 or head[257:262] == b"ustar":
         raise UserError(
             f"{path} is not a zip, as torch.save has written since 1.6; if you trust it, load it"
             " with a newer torch and torch.save it again"
         )
-    if not head.startswith(b"PK\3\4"):
-        raise UserError(f"{path} is not a file that torch.save wrote; expected a zip")
+    raise UserError(f"{path} is not a file that torch.save wrote; expected a zip")
 
 
 def _entries(path: Path, file: BinaryIO) -> dict[str, Entry]:

@@ -55,6 +55,8 @@ class Weights:
     tensors: Mapping[str, Tensor]  # the keys of `tensor_shapes(config)`, in any order
     tokenizer: bytes  # a SentencePiece model; empty where a source carries none
     bos: bool = True  # documents it learnt from begin with BOS
+    is_rounded: bool = False  # the numbers are those of small integers, stored by us
+    chat_template: str = ""  # see `description.Description`
 
     @property
     def dtype(self) -> np.dtype:

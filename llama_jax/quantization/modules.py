@@ -26,24 +26,31 @@ class QuantizedMatrix(nnx.Module):
     padded to a multiple of 64.
     """
 
+    kernel: nnx.Param[jax.Array]
+    scale: nnx.Param[jax.Array]
+
     def __init__(self, kernel: jax.Array, outputs: Dims, axes: Axes, group_size: int):
         """Round a float kernel [*outputs, *inputs]; `group_size` 0 means int8."""
         self.outputs, self.inputs = outputs, kernel.shape[len(outputs) :]
         output_axes, input_axes = axes[: len(outputs)], axes[len(outputs) :]
-        kernel_OI = kernel.reshape(math.prod(outputs), -1)
-        if not group_size:
-            found = to_int8(kernel_OI)
-            self.kernel = nnx.Param(found.whole.reshape(kernel.shape), axes=axes)
-            self.scale = nnx.Param(found.scale.reshape(outputs), axes=output_axes)
-            return
-        found = to_int4(kernel_OI, group_size)
-        axes = output_axes + input_axes[:1]  # merged and packed, they lie along the first's axis
-        for name, array in (
-            ("kernel", found.whole),
-            ("scale", found.scale),
-            ("lowest", found.lowest),
-        ):
-            setattr(self, name, nnx.Param(array.reshape(*outputs, -1), axes=axes))
+        if group_size:  # merged and packed, inputs lie along the first's axis
+            axes_of = dict.fromkeys(("kernel", "scale", "lowest"), output_axes + input_axes[:1])
+        else:
+            axes_of = {"kernel": axes, "scale": output_axes}
+        for name, array in rounded(kernel, outputs, group_size).items():
+            setattr(self, name, nnx.Param(array, axes=axes_of[name]))
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale; 0: all of an output, in int8."""
+        if not hasattr(self, "lowest"):
+            return 0
+        return 2 * self.kernel.shape[-1] // self.scale.shape[-1]
+
+    def floats(self, dtype: jnp.dtype) -> jax.Array:
+        """The kernel [*outputs, *inputs] that the integers stand for."""
+        kernel_OI = floats(self.merged(), math.prod(self.inputs), dtype)
+        return kernel_OI.reshape(self.outputs + self.inputs)
 
     def merged(self) -> Quantized:
         """The matrix [O, I] with its dims merged."""
@@ -52,6 +59,17 @@ class QuantizedMatrix(nnx.Module):
         if not hasattr(self, "lowest"):
             return Quantized(whole, self.scale[...].reshape(O))
         return Quantized(whole, *(a[...].reshape(O, -1) for a in (self.scale, self.lowest)))
+
+
+def rounded(kernel: jax.Array, outputs: Dims, group_size: int) -> dict[str, jax.Array]:
+    """The arrays of a `QuantizedMatrix` by name, of a float kernel [*outputs, *inputs]."""
+    kernel_OI = kernel.reshape(math.prod(outputs), -1)
+    if not group_size:
+        found = to_int8(kernel_OI)
+        return {"kernel": found.whole.reshape(kernel.shape), "scale": found.scale.reshape(outputs)}
+    found = to_int4(kernel_OI, group_size)
+    arrays = {"kernel": found.whole, "scale": found.scale, "lowest": found.lowest}
+    return {name: array.reshape(*outputs, -1) for name, array in arrays.items()}
 
 
 class QuantizedLinear(QuantizedMatrix):

@@ -13,6 +13,7 @@ from llama_jax.packing import BLOCK, Quantized, packed
 HIGHEST = 15  # of four bits
 STARTS = (1.0, 0.95, 0.9, 0.85, 0.8)  # parts of a group's range tried as the range of its integers
 REFITS = 2  # of each
+AT_ONCE = 2**18  # numbers rounded together: what stays in a core's cache is rounded 4 times as fast
 
 
 @jax.jit
@@ -31,6 +32,16 @@ def to_int4(kernel_OI: jax.Array, group_size: int) -> Quantized:
     Of some lines from integers to numbers the one with the least squared error is kept: each
     begins with a part of the group's range and is fitted again to the integers it led to.
     """
+
+    def rounded(row_I: jax.Array) -> Quantized:
+        made = _to_int4(row_I[None], group_size)
+        return jax.tree.map(lambda array: array[0], made)
+
+    O, I = kernel_OI.shape
+    return jax.lax.map(rounded, kernel_OI, batch_size=min(O, max(1, AT_ONCE // I)))
+
+
+def _to_int4(kernel_OI: jax.Array, group_size: int) -> Quantized:
     O, I = kernel_OI.shape
     wide_OI = kernel_OI.astype(jnp.float32)
     wide_OI = jnp.pad(wide_OI, ((0, 0), (0, -I % BLOCK)), mode="edge")  # stretches no range

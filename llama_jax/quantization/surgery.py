@@ -11,25 +11,19 @@ from flax import nnx
 
 from llama_jax.config import ModelConfig, require
 from llama_jax.layers import Linear, OutputsFirstLinear
-from llama_jax.model import Block, Llama
+from llama_jax.model import Block, Llama, replace_linears
+from llama_jax.quantization.allocation import Groups, groups_of
 from llama_jax.quantization.modules import QuantizedLinear, QuantizedTable
-
-KINDS = ("int8", "int4")
-GROUP_SIZES = (32, 64)
-# With all in four bits, half of what perplexity loses it loses by these and by the tables, a
-# fifth of the numbers.
-INT8_ALWAYS = ("wk", "wv")
-LARGEST_INT8_TABLES = 0.25  # of a model's numbers: more would not fit in a fifth of its memory
+from llama_jax.quantization.scheme import Quantization
 
 
 def quantize(model: Llama, kind: str, group_size: int = 32) -> Llama:
     """The model with its matrices as integers and its blocks as a list; the old one is untouched.
 
     "int8": every matrix int8 with a scale for each output. "int4": four bits with a scale and a
-    lowest number for each group of inputs, but keys and values int8, and the embedding and output
-    matrices too unless they are more than a quarter of the model. Blocks are rounded one after
-    the other: beside the old model there is never more than the new one and a float block. The
-    old one's memory is free as soon as nobody holds it.
+    lowest number for each group of inputs, but some of them int8; see `allocation`. Blocks are
+    rounded one after the other: beside the old model there is never more than the new one and a
+    float block. The old one's memory is free as soon as nobody holds it.
 
     Args:
       model: stacked or unstacked, of any floating dtype, on one device or many.
@@ -38,28 +32,23 @@ def quantize(model: Llama, kind: str, group_size: int = 32) -> Llama:
     Raises:
       UsageError: for another kind or group size, or a model that is quantised already.
     """
-    require(kind in KINDS, f"quantize={kind!r} is unknown; expected 'int8' or 'int4'")
-    require(
-        group_size in GROUP_SIZES, f"group_size={group_size} is not supported; expected 32 or 64"
-    )
+    groups = groups_of(model.config, Quantization(kind, group_size))
     require(
         isinstance(model.embedding, nnx.Param),
         "the model is quantised already; quantise the one it was made from",
     )
-    groups = group_size if kind == "int4" else 0
     blocks: Any = model.blocks
-    layers = []
-    for index in range(model.config.num_layers):
+    layers, count = [], model.config.num_layers
+    for index in range(count):
         block = _layer(blocks, index) if isinstance(blocks, Block) else blocks[index]
         # Waited for, or the copies of many layers would be alive at once.
-        layers.append(jax.block_until_ready(_quantized_block(block, groups)))
+        layers.append(jax.block_until_ready(_quantized_block(block, groups, index == count - 1)))
     new = _copied(model)
     new.blocks = nnx.List(layers)
-    table_groups = 0 if _table_share(model.config) <= LARGEST_INT8_TABLES else groups
     for name in ("embedding", "output"):
         if hasattr(model, name):
             table = getattr(model, name)
-            made = QuantizedTable(table[...], table.shape[:1], table.axes, table_groups)
+            made = QuantizedTable(table[...], table.shape[:1], table.axes, groups.tables)
             setattr(new, name, made)
     return new
 
@@ -84,14 +73,10 @@ def _layer(blocks: Block, index: int) -> Block:
     return jax.tree.map(lambda array: array[index], blocks)
 
 
-def _quantized_block(block: Block, group_size: int) -> Block:
+def _quantized_block(block: Block, groups: Groups, is_last: bool) -> Block:
     """A block with integers in every linear layer."""
     new = _copied(block)
-    for old_part, part in ((block.attention, new.attention), (block.ffn, new.ffn)):
-        for name, layer in vars(old_part).items():
-            if isinstance(layer, Linear | OutputsFirstLinear):
-                size = 0 if name in INT8_ALWAYS else group_size
-                setattr(part, name, _quantized_linear(layer, size))
+    replace_linears(new, lambda name, layer: _quantized_linear(layer, groups.of(name, is_last)))
     return new
 
 
@@ -100,11 +85,3 @@ def _quantized_linear(layer: Linear | OutputsFirstLinear, group_size: int) -> Qu
         layer = OutputsFirstLinear(layer)
     kernel = layer.kernel
     return QuantizedLinear(kernel[...], layer.outputs, kernel.axes, group_size)
-
-
-def _table_share(config: ModelConfig) -> float:
-    """The part of a model's numbers that is in its embedding and output matrices."""
-    tables = config.vocab_size * config.dim * (1 if config.tied_embeddings else 2)
-    K, H = config.num_kv_heads, config.head_dim
-    matrices = 2 * config.dim * (config.dim + K * H) + 3 * config.dim * config.ffn_dim
-    return tables / (tables + config.num_layers * matrices)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from llama_jax.data.batches import Batch, Windows, training_batches, validation_batches
+from llama_jax.data.batches import Batch, training_batches, validation_batches
 from llama_jax.data.token_writer import TokenWriter
 from llama_jax.data.tokens import TokenFolder
 from llama_jax.errors import UsageError, UserError
@@ -125,19 +125,6 @@ def test_validation_is_the_same_every_time_and_on_any_number_of_processes(folder
 @pytest.mark.parametrize(("limit", "count"), [(0, 3), (1, 1), (2, 2), (99, 3)])
 def test_validation_can_be_limited(folder, limit, count):
     assert len(validation(folder, limit=limit)) == count
-
-
-def test_windows_do_not_cross_arrays():
-    arrays = (np.arange(10), np.arange(100, 103), np.arange(200, 201), np.arange(0))
-    windows = Windows(arrays, 4, keep_partial=True)
-    assert [windows[index].tolist() for index in range(len(windows))] == [
-        [0, 1, 2, 3, 4],
-        [4, 5, 6, 7, 8],
-        [8, 9],
-        [100, 101, 102],
-    ]
-    assert len(Windows(arrays, 4, keep_partial=False)) == 2
-    assert len(Windows((), 4, keep_partial=True)) == 0
 
 
 def test_too_little_text_is_refused(tmp_path):

@@ -13,8 +13,10 @@ from tiny_run import make_config, make_tokens
 from tiny_weights import same, tiny_weights
 
 from llama_jax import cli, verification
+from llama_jax.description import read_description
 from llama_jax.formats.table import FORMATS, Options
 from llama_jax.formats.weights import Tensor
+from llama_jax.quantization import Quantization
 from llama_jax.run_folder import claimed
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -104,6 +106,18 @@ def test_choices_reach_the_format(run):
     assert code == 1 and "vocab_size=283 does not divide into 2 shards" in said
 
 
+def test_a_checkpoint_of_integers_tells_its_kind_and_template(run):
+    code, told, said = run(
+        "--input in.hf --output q --quantize int4 --group_size 64 --template none"
+    )
+    assert (code, said) == (0, "") and "verified: " in told
+    description = read_description(Path("q"))
+    assert description.quantization == Quantization("int4", 64)
+    assert description.chat_template == "none"
+    code, told, said = run("--input q --to hf --output q.hf")
+    assert (code, said) == (0, "") and "|Δlogit| 0 where" in told, "its floats are what it is"
+
+
 def test_numbers_that_are_none_are_told_or_refused(run):
     code, told, said = run("--input nan.ckpt --to hf --output nan.hf")
     assert code == 0 and said.startswith("warning: norm.scale of nan.ckpt holds NaN or infinity")
@@ -155,6 +169,11 @@ MISTAKES = {
     "--input in.ckpt --output soup": (1, "soup exists already"),
     "--input in.ckpt --output file/x": (1, "file is not a folder"),
     "--input in.ckpt --to llama2c --llama2c_version 2 --group_size 0 --output x": (1, "group size"),
+    "--input in.ckpt --output x --quantize int5": (2, "invalid choice: 'int5'"),
+    "--input in.ckpt --output x --quantize int4 --group_size 48": (2, "group_size=48 is not"),
+    "--input in.ckpt --output x --quantize int8 --dtype float32": (2, "does not go with quantize"),
+    "--input in.ckpt --to hf --output x --quantize int8": (2, "only our checkpoints are quantised"),
+    "--input in.ckpt --to hf --output x --template none": (2, "only our checkpoints tell a"),
 }
 
 

@@ -21,7 +21,7 @@ from llama_jax import cli
 from llama_jax.checkpoint import CheckpointWriter
 from llama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
 from llama_jax.model import Llama
-from llama_jax.run_folder import Run, start_or_resume
+from llama_jax.run_folder import Run, describe
 from llama_jax.tokenizer import train_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -47,7 +47,7 @@ def place(tmp_path_factory):
         optimizer=OptimizerConfig(steps=1, learning_rate=1e-3, warmup_steps=0),
     )
     (folder / "ckpt").mkdir()
-    start_or_resume(folder / "ckpt", Run(config=config, bos=True, eos=False), tokenizer.path)
+    describe(folder / "ckpt", Run(config=config, bos=True, eos=False), tokenizer.path)
     nothing = {"count": jnp.int32(0)}
     writer = CheckpointWriter(folder / "ckpt", keep_last=2)
     for step in (5, 10):
@@ -208,7 +208,14 @@ USAGE = {
     ("--prompt=Tim", "--prompt_file=x"): "--prompt and --prompt_file do not go together",
     ("--rng=dice",): "argument --rng: invalid choice: 'dice'",
     ("--rng=xorshift",): "seed=0 is out of range; expected 1 to",
-    ("--rng=xorshift", "--seed=1", "--num_samples=2"): "--rng=xorshift tells one sample at a time",
+    ("--rng=xorshift", "--seed=1", "--num_samples=2"): "n=2 does not go with rng='xorshift'",
+    ("--rng=xorshift", "--seed=1", "--prompt=a", "--prompt=b"): "--rng=xorshift tells one sample",
+    ("--rng=xorshift", "--seed=1", "--top_k=5"): "top_k=5 does not go with rng='xorshift'",
+    ("--rng=xorshift", "--seed=1", "--min_p=.1", "--chat"): "min_p=0.1 does not go with rng=",
+    ("--rng=xorshift", "--seed=1", "--logit_bias=3=1"): "logit_bias={3: 1.0} does not go with",
+    ("--rng=xorshift", "--seed=1", "--speculate"): "speculate=True does not go with rng='xorshift'",
+    ("--rng=xorshift", "--seed=1", "--logprobs=1"): "logprobs=1 does not go with rng='xorshift'",
+    ("--tensor=3000",): "tensor=3000 is out of range; expected 1 to",
     ("--template=chatml", "--chat"): "template='chatml' is unknown; expected one of llama2, alpaca",
     ("--cache_dtype=int4",): "cache_dtype='int4' is unknown; expected 'int8' or ''",
 }

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,19 @@ from llama_jax.metrics import read_metrics
 from llama_jax.steps import finished_steps
 
 STEPS = 40
+SLOW_DISK = """
+import os, runpy, sys, time
+rename = os.rename
+def held(source, target, **options):
+    if os.path.basename(target).isdigit() and int(os.path.basename(target)) > 10:
+        print("saving", flush=True)
+        time.sleep(600)
+    return rename(source, target, **options)
+os.rename = os.replace = held
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +44,18 @@ def place(tmp_path_factory):
     return place
 
 
-def started(place, *words, devices=1, **options):
-    """The door in a process of its own, its output read through pipes."""
+def started(place, *words, devices=1, script="", **options):
+    """The door in a process of its own, its output read through pipes.
+
+    With a script, that runs the door.
+    """
     environment = os.environ | {
         "PYTHONPATH": str(REPOSITORY),
         "LLAMA_JAX_CACHE": str(place / "cache"),
     }
     environment |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    command = [*DOOR, "--config", "tiny.py", *words]
+    command = [*DOOR[:1], *(["-c", script] if script else []), *DOOR[1:], "--config", "tiny.py"]
+    command += words
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=place, env=environment, **pipes | options)
 
@@ -166,6 +184,35 @@ def test_a_second_signal_ends_at_once_and_a_second_process_is_refused(place):
     assert finished_steps(place / "busy")[-1] >= steps[-1]
 
 
+def test_a_second_signal_while_saving_ends_at_once_and_older_checkpoints_are_whole(place, straight):
+    process = started(place, at("saving"), script=SLOW_DISK)
+    wait_for(process, "saving")
+    process.send_signal(signal.SIGTERM)  # stops, and waits for the disk
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=100)
+    assert (process.returncode, stderr) == (143, "")
+    assert finished_steps(place / "saving") == [5, 10]
+    assert list((place / "saving").glob("*tmp*"))
+    code, stdout, stderr = finished(place, at("saving"))
+    assert (code, stderr) == (0, "")
+    assert "resuming from step 10" in stdout
+    assert checksums(place / "saving") == checksums(straight[0])
+    assert not list((place / "saving").glob("*tmp*"))
+
+
+def test_a_loss_that_is_not_finite_has_an_exit_code_of_its_own(place):
+    absurd = ("--config.optimizer.learning_rate=10", "--config.optimizer.weight_decay=10")
+    code, stdout, stderr = finished(place, at("absurd"), *absurd)
+    assert code == 3
+    (line,) = stderr.splitlines()
+    match = re.match(r"error: step (\d+) has loss .* The last good step is (\d+), saved in", line)
+    assert int(match[2]) == int(match[1]) - 1 == finished_steps(place / "absurd")[-1]
+    assert list(losses(place / "absurd")) == list(range(1, int(match[1])))
+    assert "finished" not in stdout
+
+
 def refused(place, monkeypatch, capfd, *words):
     """The code and the one line that these words are refused with, in this process."""
     monkeypatch.chdir(place)
@@ -200,6 +247,8 @@ MISTAKES = {
     (*TINY, "--config.optimizer.accumulation_steps=2"): (2, "the nearest that does is 16"),
     (*TINY, "--config.mesh.tensor=3"): (2, "do not arrange 8 devices"),
     (*TINY, "--config.optimizer.warmup_steps=41"): (2, "warmup_steps=41 is longer than the run"),
+    (*TINY, "--profile=5:5"): (2, "--profile '5:5' ends before it begins"),
+    (*TINY, "--profile=5:41"): (2, "--profile '5:41' goes beyond the run of optimizer.steps=40"),
     (*TINY, "--config.data.path=missing"): (
         1,
         "missing has no meta.json; make it with: python prepare.py",
@@ -212,6 +261,9 @@ MISTAKES = {
         1,
         "the validation split of unheld has 0 tokens",
     ),
+    (*TINY, "--process_id=1"): (2, "--process_id needs --distributed"),
+    (*TINY, "--distributed", "--num_processes=two"): (2, "invalid int value: 'two'"),
+    (*TINY, "--distributed", "--num_processes=2"): (2, "go together; give all three of them"),
     ("--config=tiny.py", at("tiny.py")): (2, "tiny.py is a file"),
     ("--config=tiny.py", at("tiny.py/below")): (
         2,
@@ -283,6 +335,5 @@ def test_a_mistake_is_one_line_and_loses_nothing(mistakes, monkeypatch, capfd, w
     assert expected in line
     assert code == expected_code
     now = {path: path.read_bytes() for path in mine}
-    changed = {str(path.relative_to(mistakes)) for path in mine if now[path] != mine[path]}
-    assert changed <= {"straight/config.json", "straight/metrics.jsonl"}
+    assert [path for path in mine if now[path] != mine[path]] == []
     assert sorted(path.name for path in (mistakes / "foreign").iterdir()) == [".lock.txt"]

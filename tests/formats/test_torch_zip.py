@@ -198,7 +198,7 @@ def test_a_file_that_shrinks_is_found_when_read(saved):
         (b"\n <!DOCTYPE html><html>404</html>", "web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n", "git-LFS pointer"),
         (pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2), "newer torch"),
-        (b"GGUF\3\0\0\0" * 9, "torch.save"),
+        (b"GGUF\3\0\0\0" * 9, "is a GGUF file"),
         (b"PK", "torch.save"),
         (b"PK\3\4", "cut short"),
     ],

@@ -1,0 +1,109 @@
+"""How many bytes a training step takes on one device, without compiling it.
+
+A sum of parts, each with the reason it exists. What the state takes follows from its descriptions,
+what is kept for the backward pass from the traced model, and the rest from the order in which XLA
+runs a step. Does not know what a device offers.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from llama_jax.chips import Chip
+from llama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
+from llama_jax.loss import CHUNK_TOKENS
+from llama_jax.planning.activations import Pass, kept_bytes
+from llama_jax.planning.share import (
+    attention_backend,
+    bytes_on_one,
+    model_share,
+    require_rows,
+)
+from llama_jax.train_step import init_state, state_shardings
+
+FLOAT32 = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, by kind."""
+
+    parameters: float
+    optimizer: float  # both moments
+    activations: float  # kept from the forward pass for the backward pass
+    temporary: float  # gradients, parameters in the compute dtype, what is short-lived
+
+    @property
+    def total(self) -> float:
+        """All kinds together."""
+        return self.parameters + self.optimizer + self.activations + self.temporary
+
+
+def training_memory(config: Config, mesh: AbstractMesh, chip: Chip) -> Memory:
+    """The estimate for one device of a mesh.
+
+    Raises:
+      UsageError: when a microbatch does not divide over the mesh, or attention cannot run there.
+    """
+    rows = require_rows(config, mesh)
+    optimizer = dataclasses.replace(config.optimizer, accumulation_steps=1)  # makes no difference
+    parameters, moments = state_bytes(config.model, optimizer, mesh)
+    share = model_share(config.model, mesh.shape["tensor"])
+    forward = Pass(
+        length=config.data.sequence_length,
+        remat=config.run.remat,
+        backend=attention_backend(config, chip),
+        is_tpu=chip.is_tpu,
+        packed=config.data.packing != "none",
+        stream_parts=mesh.shape["tensor"] if config.mesh.sequence else 1,
+    )
+    backward = parameters + _block_bytes(share, rows, forward)
+    return Memory(
+        parameters=parameters,
+        optimizer=moments,
+        activations=kept_bytes(share, rows, forward),
+        temporary=_lasting(config, parameters) + max(backward, _loss_bytes(share, rows, forward)),
+    )
+
+
+@functools.cache
+def state_bytes(
+    model: ModelConfig, optimizer: OptimizerConfig, mesh: AbstractMesh
+) -> tuple[int, int]:
+    """What the parameters and the optimizer's state take on one device."""
+    # Both depend on nothing else; data just has to be something.
+    data = DataConfig(path="none", batch_size=1, sequence_length=2)
+    config = Config(model=model, data=data, optimizer=optimizer)
+    state = jax.eval_shape(lambda: init_state(config))
+    places = state_shardings(config, mesh)  # type: ignore[arg-type]
+    of_model = bytes_on_one(state.model, places.model)
+    return of_model, bytes_on_one(state.optimizer, places.optimizer)
+
+
+def _lasting(config: Config, parameters: float) -> float:
+    """What stays for the whole step: sums of gradients, and parameters in the compute dtype.
+
+    XLA converts the parameters once, before the loop over microbatches.
+    """
+    sums = parameters if config.optimizer.accumulation_steps > 1 else 0.0
+    width = jnp.dtype(config.model.compute_dtype).itemsize
+    return sums + (parameters * width / FLOAT32 if width < FLOAT32 else 0.0)
+
+
+def _block_bytes(share: ModelConfig, rows: int, forward: Pass) -> float:
+    """What is alive within the backward pass of one block, beside all gradients.
+
+    Three arrays as wide as the feed-forward (gate, up, and the gradient of one); or, where
+    attention holds all its scores, the scores and their gradient, if those are more.
+    """
+    T, width = forward.length, jnp.dtype(share.compute_dtype).itemsize
+    scores = rows * share.num_heads * T * T * FLOAT32 if forward.backend == "xla" else 0
+    return max(3 * rows * T * share.ffn_dim * width, 2 * scores)
+
+
+def _loss_bytes(share: ModelConfig, rows: int, forward: Pass) -> float:
+    """What is alive within the loss, before there are gradients: three arrays like its logits."""
+    return 3 * min(CHUNK_TOKENS, rows * forward.length) * share.vocab_size * FLOAT32

@@ -1,0 +1,118 @@
+"""Machines by name, such as v5e-8 or H200-1: which chip, how many, and how they are arranged.
+
+TPU slices are named as Cloud TPU names them: v5e and v6e by chips, the others by TensorCores, so
+that v5p-64 has 32 chips. Does not know what runs there.
+"""
+
+import dataclasses
+import math
+import re
+
+from llama_jax.chips import CHIPS, Chip
+from llama_jax.errors import UsageError, nearest
+
+# Chips of a slice → its topology, for two-dimensional and three-dimensional networks.
+FLAT = {
+    1: "1x1",
+    4: "2x2",
+    8: "2x4",
+    16: "4x4",
+    32: "4x8",
+    64: "8x8",
+    128: "8x16",
+    256: "16x16",
+}
+SOLID = {
+    1: "1x1x1",
+    4: "2x2x1",
+    8: "2x2x2",
+    16: "2x2x4",
+    32: "2x4x4",
+    64: "4x4x4",
+    128: "4x4x8",
+    256: "4x8x8",
+    512: "8x8x8",
+}
+NAMED_BY_CORES = ("v2", "v3", "v4", "v5p", "tpu7x")  # two TensorCores a chip
+CORES_ARE_DEVICES = ("v2", "v3", "tpu7x")  # on the others JAX sees a chip as one device
+ALIASES = {"v5litepod": "v5e", "v7x": "tpu7x", "tpu7": "tpu7x"}
+GPUS_A_MACHINE = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """Devices to plan for."""
+
+    name: str
+    chip: Chip
+    devices: int  # as JAX counts them
+    topology: str = ""  # the TPU compiler's name for the slice; "" for GPUs
+
+    @property
+    def description(self) -> str:
+        """What is taken for the name, such as "v5p-64: 32 × TPU v5p, slice 2x4x4"."""
+        kind = f"TPU {self.chip.name}" if self.chip.is_tpu else self.chip.name
+        kind = kind.replace("TPU tpu", "TPU ")
+        half = " halves" if self.chip.name in CORES_ARE_DEVICES else ""
+        slice_ = f", slice {self.topology.partition(':')[2]}" if self.topology else ""
+        return f"{self.name}: {self.devices} × {kind}{half}{slice_}"
+
+
+def parse_target(name: str) -> Target:
+    """The target of a name such as "v5e-8", "v5p-64", "H200-8", or "v5e:2x4" for any TPU slice.
+
+    Raises:
+      UsageError: for a chip that is not known or a number of chips that is not sold.
+    """
+    by_shape = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
+    if by_shape:
+        return _slice(name, _chip(by_shape[1], name), by_shape[2])
+    by_count = re.fullmatch(r"([\w-]+?)-(\d+)", name)
+    if not by_count:
+        raise UsageError(
+            f"target {name!r} is not understood; expected a chip and a number of them, such as"
+            f" v5e-8 or H200-1{nearest(name, CHIPS)}"
+        )
+    chip, count = _chip(by_count[1], name), int(by_count[2])
+    if chip.is_tpu:
+        return _slice(name, chip, _shape(chip, count, name))
+    is_whole = count in (1, 2, 4) or (count > 0 and count % GPUS_A_MACHINE == 0)
+    if not is_whole:
+        raise UsageError(
+            f"target {name!r} asks for {count} GPUs; expected 1, 2, 4 or a multiple of"
+            f" {GPUS_A_MACHINE}"
+        )
+    return Target(name=name, chip=chip, devices=count)
+
+
+def _chip(asked: str, target: str) -> Chip:
+    found = ALIASES.get(asked.lower(), asked)
+    by_name = {name.lower(): chip for name, chip in CHIPS.items()}
+    if found.lower() not in by_name:
+        raise UsageError(
+            f"target {target!r} names the chip {asked!r}, which is unknown{nearest(asked, CHIPS)};"
+            f" known are {', '.join(CHIPS)}"
+        )
+    return by_name[found.lower()]
+
+
+def _shape(chip: Chip, count: int, target: str) -> str:
+    """The shape of a slice of so many chips, or cores where its kind is named by cores."""
+    shapes = FLAT if chip.name in ("v2", "v3", "v5e", "v6e") else SOLID
+    per_chip = 2 if chip.name in NAMED_BY_CORES else 1
+    counts = {chips * per_chip: shape for chips, shape in shapes.items()}
+    if count not in counts:
+        closest = min(counts, key=lambda known: abs(math.log(known / max(count, 1))))
+        raise UsageError(
+            f"target {target!r}: there is no {chip.name} slice of {count}"
+            f" {'TensorCores' if per_chip == 2 else 'chips'}; the nearest is {chip.name}-{closest}"
+        )
+    return counts[count]
+
+
+def _slice(name: str, chip: Chip, shape: str) -> Target:
+    if not chip.is_tpu:
+        raise UsageError(f"target {name!r}: only TPUs come in shapes; expected {chip.name}-8")
+    chips = math.prod(map(int, shape.split("x")))
+    devices = chips * (2 if chip.name in CORES_ARE_DEVICES else 1)
+    return Target(name=name, chip=chip, devices=devices, topology=f"{chip.name}:{shape}")

@@ -1,0 +1,202 @@
+"""Batches of packed documents: the order of (seed, step) alone, losses as of documents apart."""
+
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import make_config
+from token_folders import counting, write_documents
+
+from llama_jax.config import MeshConfig
+from llama_jax.data.batches import (
+    Batch,
+    abstract_batch,
+    training_batches,
+    validation_batches,
+)
+from llama_jax.data.document_starts import document_starts
+from llama_jax.data.rows import fill_row
+from llama_jax.sharding import make_mesh, place_batch
+from llama_jax.train_step import evaluation_step, init_state, train_step
+
+T, VOCAB = 16, 320
+LENGTHS = [5, 1, 9, 40, 3, 17, 18, 2, 33, 7, 12, 4, 6, 29, 8, 13, 11, 3, 10, 16]
+DOCUMENTS = counting(LENGTHS)  # 227 targets
+HELD_OUT = counting([6, 19, 2, 11, 3, 34, 8, 1], first=1000)  # 76 targets
+FAST = {"xla_backend_optimization_level": 0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_documents(tmp_path_factory.mktemp("tokens"), DOCUMENTS, HELD_OUT)
+
+
+def take(count, folder, **options):
+    defaults = {"batch_size": 4, "sequence_length": T, "seed": 3, "packing": "documents"}
+    batches = training_batches(folder, **(defaults | options))
+    taken = list(itertools.islice(batches, count))
+    batches.close()
+    return taken
+
+
+def held_out(folder, **options):
+    defaults = {"batch_size": 4, "sequence_length": T, "packing": "documents"}
+    return list(validation_batches(folder, **(defaults | options)))
+
+
+def stacked(batches, axis=0):
+    """The batches as one, one after another."""
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays, axis), *batches)
+
+
+def assert_equal(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def pairs(batch):
+    """Every (input, target) of weight 1, ascending."""
+    counts = batch.weights_BT == 1
+    return sorted(zip(batch.inputs_BT[counts].tolist(), batch.targets_BT[counts].tolist()))
+
+
+def within(documents):
+    return [(n, n + 1) for document in documents for n in document[:-1].tolist()]
+
+
+def test_a_packed_batch_says_whose_each_position_is(folder):
+    (batch,) = take(1, folder)
+    shapes = jax.tree.map(lambda array: (array.shape, array.dtype), batch)
+    assert dataclasses.astuple(shapes) == (
+        ((4, T), np.int32),
+        ((4, T), np.int32),
+        ((4, T), np.float32),
+        ((4, T), np.int32),
+    )
+    np.testing.assert_array_equal(batch.segments_BT > 0, batch.weights_BT == 1)
+    assert (batch.segments_BT.max(axis=1) >= 1).all()
+    assert batch.segments_BT.max() > 1
+
+
+def test_every_target_is_seen_once_an_epoch_in_a_new_order(folder):
+    batches = training_batches(folder, batch_size=1, sequence_length=T, seed=3, packing="documents")
+    assert batches.efficiency == 227 / (batches.rows * T) > 0.9
+    taken = list(itertools.islice(batches, 2 * batches.rows))
+    batches.close()
+    first, second = stacked(taken[: batches.rows]), stacked(taken[batches.rows :])
+    assert pairs(first) == pairs(second) == within(DOCUMENTS)
+    assert not np.array_equal(first.inputs_BT, second.inputs_BT)
+
+
+def test_windows_fill_every_position(folder):
+    batches = training_batches(folder, batch_size=1, sequence_length=T, seed=3)
+    assert (batches.efficiency, batches.rows) == (1, 11)  # one in each file of 17 to 23 tokens
+    assert next(batches).segments_BT is None
+    batches.close()
+
+
+def test_the_order_is_a_function_of_seed_and_step(folder):
+    reference = take(12, folder)
+    assert_equal(take(12, folder), reference)
+    assert_equal(take(3, folder, start_step=9), reference[9:])
+    assert not np.array_equal(take(1, folder, seed=4)[0].inputs_BT, reference[0].inputs_BT)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_rows_of_a_step_do_not_depend_on_the_number_of_processes(folder, count):
+    reference = take(5, folder, start_step=2)
+    shares = [
+        take(5, folder, start_step=2, process_index=index, process_count=count)
+        for index in range(count)
+    ]
+    assert_equal([stacked(parts) for parts in zip(*shares)], reference)
+
+
+def test_validation_has_every_target_once_the_same_every_time(folder):
+    batches = held_out(folder)
+    assert [batch.inputs_BT.shape for batch in batches] == [(4, T)] * len(batches)
+    assert pairs(stacked(batches)) == within(HELD_OUT)
+    assert stacked(batches).weights_BT.sum() == 76
+    assert_equal(held_out(folder), batches)
+    assert_equal(held_out(folder, limit=1), batches[:1])
+    shares = [held_out(folder, process_index=index, process_count=2) for index in range(2)]
+    assert_equal([stacked(parts) for parts in zip(*shares)], batches)
+    assert not batches[-1].segments_BT[-1].any()  # a row of padding
+    assert all(batch.segments_BT is not None for batch in shares[1])
+
+
+@pytest.mark.parametrize("packing", ["none", "documents"])
+def test_the_abstract_batch_is_like_the_real_one(folder, packing):
+    config = make_config("nowhere", "nowhere", data__packing=packing, data__batch_size=4)
+    (batch,) = take(1, folder, packing=packing)
+    shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), batch)
+    assert abstract_batch(config) == shapes
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A tiny run on small numbers counted up: config, tokens, the compiled step and its state."""
+    random = np.random.default_rng(0)
+    lengths, firsts = random.integers(2, 31, 90), random.integers(0, VOCAB - 31, 90)
+    documents = [first + np.arange(length) for first, length in zip(firsts, lengths)]
+    folder = write_documents(tmp_path_factory.mktemp("run"), documents, documents[:7])
+    config = make_config("nowhere", "nowhere", data__packing="documents")
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        state = jax.jit(lambda: init_state(config))()
+        step = jax.jit(lambda state, batch: train_step(state, batch, config))
+        compiled = step.lower(state, abstract_batch(config)).compile(FAST)
+    return config, folder, mesh, state, compiled
+
+
+def sitting(run, state, start, stop):
+    """The losses of some steps, their batches, and the state after them."""
+    config, folder, mesh, _, step = run
+    options = {"batch_size": config.data.batch_size, "seed": config.data.seed}
+    losses, batches = [], take(stop - start, folder, start_step=start, **options)
+    for batch in batches:
+        state, metrics = step(state, place_batch(batch, mesh))
+        losses.append(float(metrics.loss))
+    return losses, batches, state
+
+
+@pytest.fixture(scope="module")
+def straight(run):
+    """Twenty steps in one sitting."""
+    return sitting(run, run[3], 0, 20)
+
+
+def test_a_packed_run_learns_and_resumes_where_it_was(run, straight):
+    losses, batches, _ = straight
+    assert losses[-1] < losses[0] - 0.3
+    before, _, state = sitting(run, run[3], 0, 13)
+    after, resumed, _ = sitting(run, state, 13, 20)
+    assert before + after == losses
+    assert_equal(resumed, batches[13:])
+
+
+def test_the_validation_loss_is_that_of_documents_apart(run, straight):
+    config, folder, mesh, _, _ = run
+    evaluate = jax.jit(evaluation_step, compiler_options=FAST)
+    starts = document_starts(folder, "validation")
+    documents = np.split(np.concatenate(folder.arrays("validation")), starts[1:])
+    pieces = [
+        fill_row([document[start : start + T + 1]], T)
+        for document in documents
+        for start in range(0, len(document) - 1, T)
+    ]
+    rows = config.data.batch_size
+    packed = held_out(folder, batch_size=rows)
+    blanks = [fill_row([], T)] * (rows - 1)
+    apart = []  # each piece in a batch of its own, with no word of segments
+    for piece in pieces:
+        inputs, targets, weights, _ = (np.stack(column) for column in zip(piece, *blanks))
+        apart.append(Batch(inputs_BT=inputs, targets_BT=targets, weights_BT=weights))
+    sums = [
+        np.sum([evaluate(straight[2].model, place_batch(batch, mesh)) for batch in batches], axis=0)
+        for batches in (packed, apart)
+    ]
+    assert sums[0][1] == sums[1][1] == sum(len(document) - 1 for document in documents)
+    assert sums[0][0] == pytest.approx(sums[1][0], rel=1e-5)

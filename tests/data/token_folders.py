@@ -1,0 +1,28 @@
+"""Token folders of given documents, for the tests of this folder."""
+
+import numpy as np
+
+from llama_jax.data.token_writer import TokenWriter
+from llama_jax.data.tokens import TokenFolder
+
+
+def write_documents(path, train, validation=(), *, shard_tokens=23, bos=False, eos=False):
+    """A token folder of documents, each an array of tokens; most go on in the next file."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "tokenizer.model").write_bytes(b"any bytes")
+    writer = TokenWriter(path, vocab_size=2**20, shard_tokens=shard_tokens)
+    for split, documents in (("train", train), ("validation", validation)):
+        for document in documents:
+            writer.add(split, np.asarray(document), np.zeros(1, int), characters=len(document))
+    writer.finish(bos=bos, eos=eos, source="a test")
+    return TokenFolder.open(path)
+
+
+def counting(lengths, first=0):
+    """Documents of these lengths whose tokens count up from one to the next: none is like another.
+
+    Between two documents a number is left out, so that no token is one more than the last of the
+    document before.
+    """
+    starts = first + np.cumsum([0, *(length + 1 for length in lengths)])[:-1]
+    return [np.arange(start, start + length) for start, length in zip(starts, lengths)]

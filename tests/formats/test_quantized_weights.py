@@ -1,0 +1,202 @@
+"""Checkpoints of integers: stored is what is made on load, floats come back, wrong use is told."""
+
+import json
+import math
+import weakref
+
+import jax
+import numpy as np
+import pytest
+import tensorstore
+from tiny_weights import tiny_weights
+
+from llama_jax.config import ModelConfig
+from llama_jax.conversion import Conversion, convert
+from llama_jax.errors import UsageError, UserError
+from llama_jax.formats import checkpoint_folder
+from llama_jax.formats.quantized_weights import quantized_arrays
+from llama_jax.formats.table import Options
+from llama_jax.formats.weights import Tensor
+from llama_jax.llm import LLM
+from llama_jax.loading import load
+from llama_jax.names import named_leaves
+from llama_jax.quantization import Quantization, held_bytes, quantize
+from llama_jax.run_folder import claimed
+
+SIZES = {"dim": 128, "num_heads": 8, "hidden_dim": 192, "num_layers": 2, "context_length": 64}
+KINDS = {
+    "int8": Quantization("int8"),
+    "int4": Quantization("int4"),
+    "int4-64": Quantization("int4", 64),
+}
+
+
+def weights(**changes):
+    return tiny_weights(**SIZES | changes)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with one model as floats, and as each kind of integers."""
+    folder = tmp_path_factory.mktemp("quantized")
+    checkpoint_folder.write(weights(), folder / "float")
+    for name, quantization in KINDS.items():
+        checkpoint_folder.write(weights(), folder / name, quantization=quantization)
+    return folder
+
+
+def same_leaves(found, expected):
+    found, expected = named_leaves(found), named_leaves(expected)
+    assert found.keys() == expected.keys()
+    for name, leaf in expected.items():
+        assert (found[name].dtype, found[name].shape) == (leaf.dtype, leaf.shape), name
+        assert np.asarray(found[name]).tobytes() == np.asarray(leaf).tobytes(), name
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_stored_is_what_is_made_on_load(place, name):
+    quantization, stored = KINDS[name], load(place / name)
+    floats = load(place / "float").model
+    same_leaves(stored.model, quantize(floats, quantization.kind, quantization.group_size))
+    most = {"int8": 0.3, "int4": 0.2}[quantization.kind]
+    assert held_bytes(stored.model) < most * held_bytes(floats)
+    if name != "int4-64":
+        same_leaves(stored.model, load(place / "float", quantize=quantization.kind).model)
+    assert load(place / name, quantize=quantization.kind).config == stored.config
+
+
+def test_both_write_the_same_tokens(place):
+    made = [
+        llm.complete("abc", max_tokens=9, temperature=0)
+        for llm in (LLM(place / "int8"), LLM(place / "float", quantize="int8"))
+    ]
+    assert made[0] == made[1] and len(set(made[0].token_ids)) > 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_models_too(tmp_path, dtype):
+    half = tiny_weights(dtype, tied_embeddings=False, compute_dtype="bfloat16", **SIZES)
+    checkpoint_folder.write(half, tmp_path / "float")
+    checkpoint_folder.write(half, tmp_path / "int8", quantization=KINDS["int8"])
+    same_leaves(load(tmp_path / "int8").model, load(tmp_path / "float", quantize="int8").model)
+
+
+@pytest.mark.parametrize(("name", "most"), [("int8", 0.01), ("int4", 0.09), ("int4-64", 0.1)])
+def test_floats_come_back_for_other_formats(place, tmp_path, name, most):
+    job = Conversion(source="ckpt", input=place / name, target="ckpt", output=tmp_path / "float")
+    assert convert(job).is_rounded
+    read, expected = checkpoint_folder.read(tmp_path / "float"), weights().tensors
+    assert not read.is_rounded and read.tensors.keys() == expected.keys()
+    for tensor, right in ((read.tensors[name].read(), expected[name].read()) for name in expected):
+        assert (tensor.shape, tensor.dtype) == (right.shape, np.float32)
+        assert np.linalg.norm(tensor - right) <= most * np.linalg.norm(right)
+    logits = jax.jit(lambda model: model(np.array([[1, 5, 7]]))[0])
+    np.testing.assert_allclose(
+        logits(load(tmp_path / "float").model), logits(load(place / name).model), atol=2e-4
+    )
+
+
+def test_one_float_matrix_is_held_at_a_time():
+    alive, read = [], []
+
+    def watched(name, tensor):
+        def look():
+            assert not [array for array in alive if array() is not None], name
+            read.append(name)
+            array = tensor.read().copy()
+            alive.append(weakref.ref(array))
+            return array
+
+        return Tensor(tensor.shape, tensor.dtype, look)
+
+    whole = weights()
+    tensors = {name: watched(name, tensor) for name, tensor in whole.tensors.items()}
+    for _, arrays in quantized_arrays(
+        type(whole)(**vars(whole) | {"tensors": tensors}), KINDS["int4"]
+    ):
+        del arrays
+    assert sorted(read) == sorted(whole.tensors)
+
+
+def told(error, act, *arguments, **options):
+    with pytest.raises(error) as caught:
+        act(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_another_kind_than_the_stored_is_refused(place):
+    said = told(UsageError, LLM, place / "int8", quantize="int4")
+    assert "quantize='int4' does not fit" in said and "is stored as int8" in said
+    assert "quantize='int2' is unknown" in told(UsageError, load, place / "int8", quantize="int2")
+
+
+def test_it_is_neither_quantised_again_nor_trained(place, tmp_path):
+    options = Options(quantization=KINDS["int4"])
+    job = Conversion(
+        source="ckpt", input=place / "int8", target="ckpt", output=tmp_path / "x", options=options
+    )
+    assert "is quantised already" in told(UserError, convert, job)
+
+    def train():
+        with claimed(place / "int8"):
+            pass
+
+    assert "holds a converted model, not a run" in told(UserError, train)
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "says"),
+    [
+        ("gguf", {"quantization": KINDS["int8"]}, "only our checkpoints are quantised so"),
+        ("ckpt", {"quantization": KINDS["int8"], "dtype": "float32"}, "does not go with quantize"),
+    ],
+)
+def test_what_does_not_go_together(place, tmp_path, target, options, says):
+    make = {"source": "ckpt", "input": place / "float", "output": tmp_path / "x"}
+    assert says in told(UsageError, Conversion, target=target, options=Options(**options), **make)
+
+
+def edit(folder, change):
+    tree = json.loads((folder / "config.json").read_text())
+    change(tree)
+    (folder / "config.json").write_text(json.dumps(tree))
+
+
+def as_floats(folder):
+    """Say that a kernel of integers is one of floats."""
+    base = {"driver": "file", "path": f"{folder}/0/model/"}
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    name = "blocks.0.ffn.up.kernel/.zarray"
+    tree = json.loads(store[name])
+    bytes_ = math.prod(tree["shape"]) // 4
+    store[name] = json.dumps(tree | {"dtype": "<f4", "shape": [bytes_], "chunks": [bytes_]})
+
+
+DAMAGE = {
+    "another kind": lambda folder: edit(folder, lambda t: t["quantization"].update(kind="int4")),
+    "no kind": lambda folder: edit(folder, lambda t: t["quantization"].update(kind="int2")),
+    "a text": lambda folder: edit(folder, lambda t: t.update(quantization="int8")),
+    "unsaid": lambda folder: edit(folder, lambda t: t.update(quantization=None)),
+    "many layers": lambda folder: edit(folder, lambda t: t["model"].update(num_layers=500)),
+    "absurd": lambda folder: edit(folder, lambda t: t["model"].update(num_layers=10**12)),
+    "a template that is none": lambda folder: edit(folder, lambda t: t.update(chat_template=3)),
+    "floats": as_floats,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("reader", [load, checkpoint_folder.read])
+def test_damage_is_told_in_one_line(tmp_path, reader, damage):
+    checkpoint_folder.write(weights(num_layers=1), tmp_path / "c", quantization=KINDS["int8"])
+    DAMAGE[damage](tmp_path / "c")
+    assert str(tmp_path / "c") in told(UserError, reader, tmp_path / "c")
+
+
+def test_defaults_of_a_config_reach_the_integers(tmp_path):
+    """Widths by the rule, and inputs that are no multiple of a group."""
+    config = {"hidden_dim": 0, "multiple_of": 8, "dim": 24, "num_heads": 6}
+    small = weights(**config)
+    checkpoint_folder.write(small, tmp_path / "c", quantization=KINDS["int4"])
+    assert load(tmp_path / "c").config == ModelConfig(**vars(small.config))
+    assert checkpoint_folder.read(tmp_path / "c").config == small.config

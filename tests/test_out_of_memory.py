@@ -1,0 +1,120 @@
+"""What XLA says when memory runs out, in one line. The texts are recorded, of CPU, GPU and TPU."""
+
+# ruff: noqa: E501 (recorded texts)
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax.errors import UserError
+from llama_jax.out_of_memory import OutOfMemoryError, explained, explanation, is_out_of_memory
+
+CPU = "RESOURCE_EXHAUSTED: Out of memory allocating 140737488355328 bytes."
+GPU = """RESOURCE_EXHAUSTED: Out of memory while trying to allocate 4770354232 bytes."""
+GPU_BUFFERS = """RESOURCE_EXHAUSTED: Out of memory while trying to allocate 4770354232 bytes.
+BufferAssignment OOM Debugging.
+BufferAssignment stats:
+             parameter allocation:  372.76MiB
+              constant allocation:    48.5KiB
+        maybe_live_out allocation:    9.64GiB
+     preallocated temp allocation:    4.44GiB
+                 total allocation:   14.44GiB
+              total fragmentation:  680.30MiB (4.60%)"""
+GPU_REQUEST = (
+    "RESOURCE_EXHAUSTED: Failed to allocate request for 2.99GiB (3206250496B) on device ordinal 0"
+)
+GPU_UNITS = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 32.00GiB."
+GPU_DRIVER = "INTERNAL: failed to allocate 528.00M (553648128 bytes) from device: CUDA_ERROR_OUT_OF_MEMORY: out of memory"
+GPU_BARE = "RESOURCE_EXHAUSTED: CUDA_ERROR_OUT_OF_MEMORY: out of memory"
+TPU_USED = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 30.21G of 15.48G hbm. Exceeded hbm capacity by 14.73G.
+
+Total hbm usage >= 30.73G:
+    reserved        530.00M
+    program          14.31G
+    arguments        15.90G
+
+Output size 1.0K; shares 0B with arguments.
+
+  Largest program allocations in hbm:
+
+  1. Size: 1.46G"""
+TPU_NAMED = """RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom:
+XLA:TPU compile permanent error. Ran out of memory in memory space
+hbm. Used 126.45G of 94.75G hbm. Exceeded hbm capacity by 31.70G."""
+TPU_TEMPORARIES = "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries (19.11G) exceeds available HBM (15.75G). HLO module: jit_f.\nSee https://openxla.org/xla/errors/error_1000 for more details."
+TPU_BUFFER = "RESOURCE_EXHAUSTED: Error allocating device buffer: Attempting to allocate 196.00M. That was not possible. There are 60.94M free.; (0x0x0_HBM0)"
+TPU_PROGRAM = """Resource exhausted: From /job:tpu_worker/replica:0/task:0:
+Attempting to reserve 3.95G at the bottom of memory. That was not possible. There are 1.92G free, 0B reserved, and 1.92G reservable.;
+HBM capacity 8.00G:
+       Top-of-Memory reserved:  529.00M (     554,696,704 bytes)"""
+TPU_LOADING = "RESOURCE_EXHAUSTED: Error loading program 'jit__multi_slice': Attempting to reserve 6.14G at the bottom of memory. That was not possible."
+TPU_OLD = "RESOURCE_EXHAUSTED: Could not allocate 10485760 bytes in memory 0x0x0_HBM0; 4374528 bytes allocatable, 14942208 bytes available"
+
+SAYS = {
+    CPU: "131,072.0 GiB more were needed, beyond the limit of 7.0 GiB",
+    GPU: "4.4 GiB more were needed, beyond the limit of 7.0 GiB",
+    GPU_BUFFERS: "the program needs 14.4 GiB and the device has 7.0 GiB",
+    GPU_REQUEST: "3.0 GiB more were needed, beyond the limit of 7.0 GiB",
+    GPU_UNITS: "32.0 GiB more were needed, beyond the limit of 7.0 GiB",
+    GPU_DRIVER: "0.5 GiB more were needed, beyond the limit of 7.0 GiB",
+    GPU_BARE: "the device's memory is full, all of 7.0 GiB",
+    TPU_USED: "the program needs 30.2 GiB and the device has 15.5 GiB",
+    TPU_NAMED: "the program needs 126.5 GiB and the device has 94.8 GiB",
+    TPU_TEMPORARIES: "the program needs 19.1 GiB and the device has 15.8 GiB",
+    TPU_BUFFER: "0.2 GiB more were needed and 60.9 MiB of 7.0 GiB are free",
+    TPU_PROGRAM: "4.0 GiB more were needed and 1.9 GiB of 8.0 GiB are free",
+    TPU_LOADING: "6.1 GiB more were needed, beyond the limit of 7.0 GiB",
+    TPU_OLD: "10.0 MiB more were needed and 14.2 MiB of 7.0 GiB are free",
+    "RESOURCE_EXHAUSTED: something new": "the device's memory is full, all of 7.0 GiB",
+}
+
+
+@pytest.mark.parametrize("text", SAYS, ids=lambda text: text[:60])
+def test_need_and_limit_are_read_from_what_xla_says(text):
+    error = RuntimeError(text)
+    assert is_out_of_memory(error)
+    line = explanation(error, "try less", limit=7 * 2**30)
+    assert line == f"out of memory: {SAYS[text]}; try less"
+
+
+@pytest.mark.parametrize("text", [CPU, GPU, TPU_BUFFER, TPU_LOADING, GPU_BARE, GPU_BUFFERS])
+def test_a_limit_that_nobody_knows_is_not_named(text):
+    line = explanation(RuntimeError(text), "try less")
+    assert " of 0" not in line and "limit" not in line and "all of" not in line
+    assert line.endswith("; try less")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("RESOURCE_EXHAUSTED: Error writing \"4/model\": No space left on device"),
+        RuntimeError("RESOURCE_EXHAUSTED: Received message larger than max (9 vs. 4)"),
+        RuntimeError("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space vmem. Used 17.0M of 16.0M vmem."),
+        UserError("a checkpoint could not be written: RESOURCE_EXHAUSTED"),
+        RuntimeError("INVALID_ARGUMENT: else"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_other_things_that_run_out_are_not_the_devices_memory(error):
+    assert not is_out_of_memory(error)
+    with pytest.raises(type(error)) as raised, explained("try less"):
+        raise error
+    assert raised.value is error
+
+
+def test_what_this_machine_really_says_is_understood():
+    with pytest.raises(OutOfMemoryError) as raised, explained("try less", limit=3 * 2**30):
+        jnp.zeros(1 << 50, jnp.uint8).block_until_ready()
+    line = "out of memory: 1,048,576.0 GiB more were needed, beyond the limit of 3.0 GiB; try less"
+    assert (str(raised.value), raised.value.exit_code) == (line, 1)
+    assert "RESOURCE_EXHAUSTED" in str(raised.value.__cause__)
+    with pytest.raises(OutOfMemoryError) as raised, explained("try less"):
+        np.ones(1 << 48, np.uint8)
+    assert str(raised.value) == "out of memory: 262,144.0 GiB more were needed; try less"
+    with pytest.raises(OutOfMemoryError, match="the device's memory is full; try less"):
+        _fail_with_nothing_said()
+
+
+def _fail_with_nothing_said():
+    with explained("try less"):
+        raise MemoryError
