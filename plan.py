@@ -1,38 +1,89 @@
 """Learn whether a run fits: python plan.py --config configs/7b.py --target v5e-8
 
 The real train step is compiled for TPUs that are not here, which takes a minute or two and the
-extra `pip install '.[plan]'`; --fast only estimates, at once. GPUs are always estimated.
+extra `pip install '.[plan]'`; --fast only estimates, at once. GPUs are always estimated. Sampling
+is planned with --mode decode. Settings of the config are overridden as --config.section.name=value.
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
 from llama_jax import cli
+from llama_jax.errors import UsageError
+
+CONFIGS = Path(__file__).parent / "configs"
 
 
 def flags_of(argv: list[str]) -> tuple[Any, list[str]]:
     """What the command line asks for, and its words about the config."""
     parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", help="file of the run's settings; default configs/demo.py")
     parser.add_argument("--target", default="", help="such as v5e-8, v5p-64, v5e:4x4, H200-8")
+    parser.add_argument("--mode", default="train", choices=("train", "decode"), help="what to plan")
     parser.add_argument("--fast", action="store_true", help="estimate only, without the compiler")
-    return parser.parse_known_args(argv)
+    parser.add_argument("--search", action="store_true", help="rank meshes, microbatches and remat")
+    parser.add_argument("--table", action="store_true", help="which config fits where, as Markdown")
+    decode = parser.add_argument_group("with --mode decode")
+    decode.add_argument("--batch", type=int, default=1, help="texts at once")
+    decode.add_argument("--context", type=int, default=0, help="tokens a text; 0: the model's")
+    decode.add_argument("--quantize", default="", help="int8 or int4: matrices in so many bits")
+    decode.add_argument("--cache_dtype", default="", help="int8: a cache of half the size")
+    decode.add_argument("--dtype", default="", help="float32 or bfloat16; empty: as it computes")
+    flags, words = parser.parse_known_args(argv)
+    return flags, words if flags.config is None else ["--config", flags.config, *words]
 
 
 def main(argv: list[str]) -> int:
     """Flags in, a report out."""
     flags, words = flags_of(argv)
-    tree = cli.config_from_flags(words, default="configs/demo.py")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing here runs on an accelerator
+    if flags.table:
+        print(table_of_configs())
+        return 0
+    tree = cli.config_from_flags(words, default=str(CONFIGS / "demo.py"))
+    if not flags.target:
+        raise UsageError("--target is missing; expected devices such as v5e-8 or H200-1")
 
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from llama_jax.config import Config
     from llama_jax.config_parsing import parse
-    from llama_jax.planning.report import training_report
     from llama_jax.planning.targets import parse_target
-    from llama_jax.planning.training_plan import plan_training
 
     config, target = parse(Config, tree), parse_target(flags.target)
-    print(training_report(plan_training(config, target, compile_it=not flags.fast)))
+    print(report(config, target, flags))
     return 0
+
+
+def report(config: Any, target: Any, flags: Any) -> str:
+    """The text of what is asked for."""
+    compile_it = not flags.fast
+    if flags.mode == "decode":
+        from llama_jax.planning.decoding_plan import Sampling, plan_decoding
+        from llama_jax.planning.report import decoding_report
+
+        names = ("batch", "context", "quantize", "cache_dtype", "dtype")
+        sampling = Sampling(**{name: getattr(flags, name) for name in names})
+        plan = plan_decoding(config.model, sampling, target, compile_it=compile_it)
+        return decoding_report(plan)
+    if flags.search:
+        from llama_jax.planning.searching import search, search_report
+
+        return search_report(config, target, search(config, target, compile_it=compile_it))
+    from llama_jax.planning.report import training_report
+    from llama_jax.planning.training_plan import plan_training
+
+    return training_report(plan_training(config, target, compile_it=compile_it))
+
+
+def table_of_configs() -> str:
+    """The table of all shipped configs."""
+    from llama_jax.config import Config
+    from llama_jax.config_parsing import parse
+    from llama_jax.planning.table import table
+
+    paths = sorted(CONFIGS.glob("*.py"), key=lambda path: path.stem)
+    trees = {path.stem: cli.config_from_flags([], default=str(path)) for path in paths}
+    return table({name: parse(Config, tree) for name, tree in trees.items()})
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def ours(model: str, rows: int, new_tokens: int, dtype: str, bits: str = "") -> 
     from llama_jax.sampling import make_sampler
 
     config, greedy = common.model_config(model, CONTEXT, dtype), make_sampler(temperature=0)
-    weights = unstack(Llama(config, rngs=nnx.Rngs(0)), rows)
+    weights = unstack(Llama(config, rngs=nnx.Rngs(0)))
     if dtype == "bfloat16":
         weights = jax.tree.map(lambda array: array.astype(jnp.bfloat16), weights)
     if bits:

@@ -63,9 +63,7 @@ def answer(flags: Any, begun: float) -> None:
         llm = load()
         _score(llm, prompts) if flags.score else _embed(llm, prompts)
         return
-    print_samples(
-        lambda rows: load(rows=rows), prompts, wishes, begun=begun, echo=not flags.no_echo
-    )
+    print_samples(load, prompts, wishes, begun=begun, echo=not flags.no_echo)
 
 
 def _chat(flags: Any, load: Any, asked: dict[str, Any]) -> None:

@@ -32,7 +32,6 @@ def deploy(
     *,
     quantize: str | None = None,
     max_context: int = 0,
-    rows: int = 1,
     mesh: Mesh | None = None,
 ) -> Loaded:
     """What a folder holds, its model's blocks a list as decoding wants them; see `llm.LLM`.
@@ -47,7 +46,7 @@ def deploy(
             f"max_context={max_context} is out of range; expected 2 to {context}, the model's"
             " context",
         )
-    model = unstack(loaded.model, rows)
+    model = unstack(loaded.model)
     if mesh is not None:
         model = jax.device_put(model, shardings(model, mesh))
     model.config = dataclasses.replace(model.config, context_length=max_context or context)

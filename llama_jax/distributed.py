@@ -9,7 +9,6 @@ import collections
 import contextlib
 import os
 import re
-import socket
 import sys
 import threading
 import warnings
@@ -18,12 +17,13 @@ from typing import Any
 
 import jax
 
-from llama_jax.arguments import finite_number, whole_number
+from llama_jax.arguments import finite_number
 from llama_jax.errors import UsageError, UserError
+from llama_jax.membership import BY_HAND, membership
 
 TIMEOUT = 300.0  # seconds; machines of one job do not all start at once
 FAREWELL = 10.0  # seconds that a process which failed waits for the others to fail as well
-BY_HAND = "--coordinator HOST:PORT --num_processes N --process_id I"
+LOST = re.compile(r"gloo|connection (closed|reset)|heartbeat|unhealthy", re.IGNORECASE)
 
 
 @contextlib.contextmanager
@@ -46,10 +46,10 @@ def joined(
 
     Raises:
       UsageError: for arguments that cannot be, or when neither they nor the environment tell.
-      UserError: when the others do not come in time, or have other numbers of devices.
+      UserError: when the others do not come in time, have other numbers of devices, or leave.
     """
     timeout = finite_number("--timeout", timeout, lambda seconds: seconds > 0, "seconds above 0")
-    arguments = _checked(coordinator, num_processes, process_id)
+    arguments = membership(coordinator, num_processes, process_id)
     try:
         _connect(arguments, timeout)
     except BaseException as error:
@@ -61,6 +61,11 @@ def joined(
     except BaseException as error:
         _part()
         _leave_at_exit(error)
+        if isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(str(error)):
+            raise UserError(
+                "another process has ended; look for the first error in the others' logs, then"
+                " start all of them again: they go on from the last checkpoint"
+            ) from error
         raise
     with contextlib.suppress(RuntimeError):  # whoever is gone by now has ended well or has told
         jax.distributed.shutdown()
@@ -74,43 +79,6 @@ def require_joined() -> None:
     """
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise UsageError(f"this is one of {jax.process_count()} processes; add --distributed")
-
-
-def _checked(coordinator: str, num_processes: int | None, process_id: int | None) -> dict[str, Any]:
-    """What to tell JAX."""
-    given = [bool(coordinator), num_processes is not None, process_id is not None]
-    if not any(given):
-        return {}
-    if not all(given):
-        raise UsageError(f"{BY_HAND} go together; give all three of them, or none")
-    match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+):([0-9]{1,5})", coordinator)
-    if not match or not 0 < int(match[2]) < 2**16:
-        raise UsageError(f"--coordinator={coordinator} is out of range; expected HOST:PORT")
-    count = whole_number("--num_processes", num_processes, lambda n: n > 0, "1 or more")
-    number = whole_number(
-        "--process_id", process_id, lambda n: 0 <= n < count, f"0 to {count - 1}, or more processes"
-    )
-    if number == 0 and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
-        _require_free(int(match[2]))
-    return {
-        "coordinator_address": coordinator,
-        "num_processes": count,
-        "process_id": number,
-        "cluster_detection_method": "deactivate",
-    }
-
-
-def _require_free(port: int) -> None:
-    """Refuse a port that another program listens at; JAX would crash."""
-    is_dual = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if is_dual else socket.AF_INET
-    try:
-        socket.create_server(("", port), family=family, dualstack_ipv6=is_dual).close()
-    except OSError as error:
-        raise UserError(
-            f"port {port} of this machine cannot be used ({error.strerror}); choose another one"
-            " in --coordinator"
-        ) from error
 
 
 def _connect(arguments: dict[str, Any], timeout: float) -> None:

@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from llama_jax.config import Config
+from llama_jax.data.rows import rows_of
 from llama_jax.data.tokens import TokenFolder
 from llama_jax.flops import peak_flops
 from llama_jax.model import count_parameters
@@ -19,12 +20,14 @@ from llama_jax.train_step import init_state, state_shardings
 def introduction(
     config: Config, mesh: Mesh, data: TokenFolder, folder: Path, step: int
 ) -> list[str]:
-    """A line each on devices, model, attention, memory, batch, data and run."""
+    """A line each on devices, model, attention, memory, batch, data, packing and run."""
     device = mesh.devices.flat[0]
     train, validation = data.splits["train"], data.splits["validation"]
     batch, length = config.data.batch_size, config.data.sequence_length
     microbatches = config.optimizer.accumulation_steps
-    epochs = config.optimizer.steps * config.tokens_per_step / max(train.tokens, 1)
+    rows = rows_of(data, "train", length, "documents") if config.data.packing != "none" else None
+    tokens = len(rows) * length if rows else max(train.tokens, 1)
+    epochs = config.optimizer.steps * config.tokens_per_step / tokens
     where = f"resuming from step {step:,}" if step else "a new run"
     lines = [
         f"device    {_devices(config, mesh)}, jax {jax.__version__}",
@@ -37,6 +40,9 @@ def introduction(
         f" {validation.tokens:,} for validation",
         f"run       {folder}: {where}, {config.optimizer.steps:,} steps in all",
     ]
+    if rows:
+        filled = f"{rows.efficiency:.1%} of positions filled"
+        lines.insert(-1, f"packing   whole documents in {len(rows):,} rows, {filled}")
     if peak := peak_flops(device, config.run.peak_flops):
         lines.append(
             f"peak      {peak / 1e12:,.4g} TFLOP/s a device; mfu is the share of it at"

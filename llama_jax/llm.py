@@ -42,7 +42,6 @@ class LLM:
         max_context: int = 0,
         cache_dtype: str = "",
         template: str = "",
-        rows: int = 1,
         tensor: int = 1,
     ):
         """Load a checkpoint folder.
@@ -54,7 +53,6 @@ class LLM:
           cache_dtype: "int8" keeps the key/value cache in a fourth of float32's memory.
           template: the chat format, "llama2" or "alpaca"; "" the checkpoint's, or "llama2" where
             that does not tell.
-          rows: how many texts are mostly written at once; any number works.
           tensor: devices that every matrix is cut over.
 
         Raises:
@@ -66,9 +64,7 @@ class LLM:
         if template:
             find_template(template)
         mesh = tensor_mesh(tensor)
-        loaded = deploy(
-            checkpoint, dtype, quantize=quantize, max_context=max_context, rows=rows, mesh=mesh
-        )
+        loaded = deploy(checkpoint, dtype, quantize=quantize, max_context=max_context, mesh=mesh)
         self.tokenizer: Tokenizer = loaded.tokenizer
         self.engine = Engine(loaded.model, cache_dtype, mesh)
         self._stop_ids = stop_ids(loaded.tokenizer, loaded.bos)

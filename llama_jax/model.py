@@ -43,7 +43,8 @@ class FeedForward(nnx.Module):
         self.down = Linear((F,), (D,), ("mlp", "embed"), std=residual_std, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        hidden_BTF = jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD)
+        return self.down(constrain(hidden_BTF, "batch", "", "mlp"))
 
 
 class Block(nnx.Module):
@@ -208,15 +209,12 @@ def _unrolled_layers(remat: str) -> int:
     return 16 if platform() == "cpu" and remat == "none" else 1
 
 
-def unstack(model: Llama, rows: int = 1) -> Llama:
-    """The same model with its blocks as a list, the arrangement that decodes fast.
-
-    It can decode any number of rows at once; it is fastest for about as many as `rows`.
-    """
+def unstack(model: Llama) -> Llama:
+    """The same model with its blocks as a list, the arrangement that decodes fast."""
     if not isinstance(model.blocks, Block):
         return model
     layers = [
-        _arranged(jax.tree.map(lambda array, i=i: array[i], model.blocks), rows)
+        _arranged(jax.tree.map(lambda array, i=i: array[i], model.blocks))
         for i in range(model.config.num_layers)
     ]
     unstacked = jax.tree.map(lambda leaf: leaf, model)  # a shallow copy: arrays are shared
@@ -224,9 +222,9 @@ def unstack(model: Llama, rows: int = 1) -> Llama:
     return unstacked
 
 
-def _arranged(block: Block, rows: int) -> Block:
-    """A block whose matrices lie as this backend multiplies so many rows fastest."""
-    if rows > 1 or platform() != "cpu":
+def _arranged(block: Block) -> Block:
+    """A block whose matrices lie as this backend multiplies few rows fastest."""
+    if platform() != "cpu":
         return block
     replace_linears(block, lambda _, layer: OutputsFirstLinear(layer))
     return block

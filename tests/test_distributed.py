@@ -13,6 +13,7 @@ import jax
 import pytest
 from tiny_run import DOOR, REPOSITORY, make_config, make_tokens, write_config
 
+from llama_jax import distributed
 from llama_jax.distributed import _require_equal_devices, joined, require_joined
 from llama_jax.errors import UsageError, UserError
 from llama_jax.metrics import read_metrics
@@ -74,7 +75,8 @@ class Processes:
                 "PYTHONPATH": str(REPOSITORY),
                 "JAX_PLATFORMS": "cpu",
                 "LLAMA_JAX_CACHE": str(self.place / "cache"),
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={self.devices}",
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={self.devices}"
+                " --xla_backend_optimization_level=0",  # half the time goes into compiling
                 "TF_CPP_MIN_LOG_LEVEL": "2",
             }
         )
@@ -309,3 +311,21 @@ def test_processes_with_other_numbers_of_devices_are_refused(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     with pytest.raises(UserError, match="process 1 has 1 devices and process 0 has 2; give"):
         _require_equal_devices()
+
+
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_a_process_that_loses_another_says_so_in_a_line(monkeypatch, is_lost):
+    monkeypatch.setattr(distributed, "_connect", lambda *_: None)
+    monkeypatch.setattr(distributed, "_require_equal_devices", lambda: None)
+    left = []
+    monkeypatch.setattr(distributed, "_part", lambda: left.append("parted"))
+    monkeypatch.setattr(distributed, "_leave_at_exit", left.append)
+    what = "UNKNOWN: Gloo AllGather failed: Connection closed by peer" if is_lost else "INTERNAL: x"
+    error = jax.errors.JaxRuntimeError(what)
+    expected = UserError if is_lost else jax.errors.JaxRuntimeError
+    with (
+        pytest.raises(expected, match="^another process has ended; " if is_lost else what),
+        joined(),
+    ):
+        raise error
+    assert left == ["parted", error]

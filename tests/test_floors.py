@@ -12,12 +12,14 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [  # low to high
     "errors out_of_memory config config_parsing arguments stand_ins chips tokenizer"
     " tokenizer_file token_decoder",
-    "platforms names hlo collectives layers positions cache sharding data_parallel fitting blockwise"
+    "platforms names hlo collectives layers positions cache sharding data_parallel fitting"
+    " blockwise"
     " splash cudnn attention"
     " self_attention remat rounding products packing checksums steps checkpoint_layout mesh_steps",
     "model",
     "stories data loss optimizer checkpoint sampling drawing filters penalties logprobs xorshift"
-    " exponential agreement distributed process_rows shared_stop shared_folder metrics flops"
+    " exponential agreement membership distributed process_rows shared_stop shared_folder"
+    " metrics flops"
     " goodput device_memory profiling memory_advice plot formats description run_folder loading"
     " tensorboard stop_signal"
     " compilation_cache huge_pages scoring messages chat stop_strings quantization stored_model"

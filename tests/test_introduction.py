@@ -57,3 +57,16 @@ def test_a_given_peak_a_cut_sequence_and_processes_are_named(mesh, monkeypatch):
     assert said["peak"] == (
         "1.5 TFLOP/s a device; mfu is the share of it at 6N + 12·L·H·Q·T FLOPs a token"
     )
+
+
+def test_packed_rows_are_counted(mesh, monkeypatch):
+    class Rows(list):
+        efficiency = 0.9724
+
+    monkeypatch.setattr(module, "rows_of", lambda data, split, length, packing: Rows([0] * 1500))
+    said = lines(make_config("tokens", "ckpt", data__packing="documents"), mesh)
+    assert said["packing"] == "whole documents in 1,500 rows, 97.2% of positions filled"
+    assert "5,120 tokens (0.11 epochs)" in said["data"]  # 20 steps of 8 of the 1,500 rows are 0.107
+    unpacked = lines(make_config("tokens", "ckpt"), mesh)
+    assert "packing" not in unpacked
+    assert "5,120 tokens (0.50 epochs)" in unpacked["data"]

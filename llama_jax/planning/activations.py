@@ -7,6 +7,7 @@ a change of the model or of its rematerialisation shows here by itself. Nothing 
 import dataclasses
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -31,6 +32,7 @@ class Pass:
     is_tpu: bool
     packed: bool  # with several documents a row
     stream_parts: int = 1  # parts that the stream between blocks is cut into along the sequence
+    is_cut: bool = False  # whether parameters are gathered anew for each block's backward pass
 
 
 def kept_bytes(model: ModelConfig, rows: int, forward: Pass) -> int:
@@ -67,16 +69,33 @@ def _residual_bytes(config: ModelConfig, rows: int, forward: Pass) -> int:
     program = jax.make_jaxpr(residuals)(abstract(config), tokens_BT, weights_BT).jaxpr
     given = {id(variable) for variable in program.invars}
     new = {id(v): v.aval for v in program.outvars if id(v) not in given and hasattr(v, "aval")}
-    return sum(_bytes(array, config, rows, forward) for array in new.values())
+    kept = Counter(jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in new.values())
+    if forward.is_cut:
+        kept -= Counter(matrices(config))
+    return sum(n * _bytes(array, config, rows, forward) for array, n in kept.items())
+
+
+def matrices(config: ModelConfig) -> list[Any]:
+    """The matrices of all blocks as products take them, inputs first and in the compute dtype."""
+    D, F, H = config.dim, config.ffn_dim, config.head_dim
+    queries, keys = config.num_heads * H, config.num_kv_heads * H
+    shapes = [(D, queries), (D, keys), (D, keys), (queries, D), (D, F), (D, F), (F, D)]
+    dtype = jnp.dtype(config.compute_dtype)
+    return [jax.ShapeDtypeStruct((config.num_layers, *shape), dtype) for shape in shapes]
 
 
 def _bytes(array: Any, config: ModelConfig, rows: int, forward: Pass) -> int:
     """Bytes that one device keeps of an array, given its description."""
     size = math.prod(array.shape) * (getattr(array.dtype, "itemsize", None) or 4)  # a key has 4
-    is_operand = array.ndim == 3 and array.shape[1] == rows * forward.length
-    if forward.is_tpu and is_operand and config.compute_dtype == "float32":
-        return size // 2  # rows are merged for a matmul, which TPUs do in bfloat16
-    if array.shape[-2:] == (forward.length, config.dim):
+    T = forward.length
+    if array.ndim == 5 and array.shape[-2:] == (T, T):
+        return 0  # [K, B, G, T, S] without a layer: a mask of all blocks, which XLA makes anew
+    # Rows merged with positions or with heads are what a matmul takes, on TPUs in bfloat16.
+    merged = {3: (config.num_layers, rows * T), 4: (config.num_layers, rows * config.num_kv_heads)}
+    is_operand = array.shape[:2] == merged.get(array.ndim)
+    if forward.is_tpu and is_operand and array.dtype == jnp.float32:
+        return size // 2
+    if array.shape[-2:] == (T, config.dim):
         return size // forward.stream_parts
     return size
 

@@ -10,13 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.cache import KVCache
 from llama_jax.config import COMPUTE_DTYPES, MeshConfig, ModelConfig, require
 from llama_jax.decoding import NOTHING, GenerationState, decode
-from llama_jax.model import Llama, unstack
+from llama_jax.model import Llama, abstract, unstack
 from llama_jax.planning.activations import LANES
 from llama_jax.planning.share import bytes_on_one, planned_mesh
 from llama_jax.planning.speed import Speed
@@ -153,8 +152,7 @@ def abstract_engine(
     if sampling.quantize:
         model = abstract_quantized(config, sampling.quantize)
     else:
-        made = lambda: unstack(Llama(config, rngs=nnx.Rngs(0)), sampling.batch)  # noqa: E731
-        model = jax.tree.map(cast, jax.eval_shape(made))
+        model = jax.tree.map(cast, jax.eval_shape(unstack, abstract(config)))
     state = jax.eval_shape(lambda: _state(config, sampling))
     return _placed(model, shardings(model, mesh)), _placed(state, _state_places(state, mesh))
 

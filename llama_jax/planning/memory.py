@@ -7,6 +7,7 @@ runs a step. Does not know what a device offers.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jax.sharding import AbstractMesh
 from llama_jax.chips import Chip
 from llama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
 from llama_jax.loss import CHUNK_TOKENS
-from llama_jax.planning.activations import Pass, kept_bytes
+from llama_jax.planning.activations import Pass, kept_bytes, matrices
 from llama_jax.planning.share import (
     attention_backend,
     bytes_on_one,
@@ -59,8 +60,9 @@ def training_memory(config: Config, mesh: AbstractMesh, chip: Chip) -> Memory:
         is_tpu=chip.is_tpu,
         packed=config.data.packing != "none",
         stream_parts=mesh.shape["tensor"] if config.mesh.sequence else 1,
+        is_cut=mesh.shape["fsdp"] > 1,
     )
-    backward = parameters + _block_bytes(share, rows, forward)
+    backward = parameters + _block_bytes(share, rows, forward) + _gathered_bytes(share, forward)
     return Memory(
         parameters=parameters,
         optimizer=moments,
@@ -104,6 +106,18 @@ def _block_bytes(share: ModelConfig, rows: int, forward: Pass) -> float:
     return max(3 * rows * T * share.ffn_dim * width, 2 * scores)
 
 
+def _gathered_bytes(share: ModelConfig, forward: Pass) -> float:
+    """What fsdp puts together for a block: its matrices, their gradients, and the next one's."""
+    if not forward.is_cut:
+        return 0.0
+    all_blocks = sum(math.prod(x.shape) * x.dtype.itemsize for x in matrices(share))
+    return 3 * all_blocks / share.num_layers
+
+
 def _loss_bytes(share: ModelConfig, rows: int, forward: Pass) -> float:
-    """What is alive within the loss, before there are gradients: three arrays like its logits."""
-    return 3 * min(CHUNK_TOKENS, rows * forward.length) * share.vocab_size * FLOAT32
+    """What is alive within the loss, before there are gradients.
+
+    A chunk's logits in float32, and their gradient in the compute dtype.
+    """
+    width = FLOAT32 + jnp.dtype(share.compute_dtype).itemsize
+    return min(CHUNK_TOKENS, rows * forward.length) * share.vocab_size * width

@@ -2,11 +2,14 @@
 
 from collections import Counter
 
+from llama_jax.collectives import collectives
 from llama_jax.config import Config
 from llama_jax.planning.alternatives import Estimate
+from llama_jax.planning.decoding_plan import DecodingPlan
 from llama_jax.planning.share import attention_backend, planned_mesh, require_rows
 from llama_jax.planning.speed import Speed
 from llama_jax.planning.targets import Target
+from llama_jax.planning.tpu_compiler import Compiled
 from llama_jax.planning.training_plan import TrainingPlan
 
 GIB = 2**30
@@ -22,7 +25,7 @@ def training_report(plan: TrainingPlan) -> str:
         *_memory_lines(plan),
         verdict(plan.total, plan.target, plan.fits),
         "",
-        *_exchange_lines(plan),
+        *exchange_lines(plan.compiled, plan.target.devices),
         *speed_lines(plan.speed),
         "",
         *_advice_lines(plan),
@@ -74,18 +77,17 @@ def verdict(total: float, target: Target, fits: bool) -> str:
     return f"does not fit: {-left:.2f} GiB more than the {share}"
 
 
-def _exchange_lines(plan: TrainingPlan) -> list[str]:
-    if plan.compiled is None or not plan.compiled.fits:
+def exchange_lines(compiled: Compiled | None, devices: int) -> list[str]:
+    """What the compiled program sends between chips; nothing if there is none."""
+    if compiled is None or not compiled.fits:
         return []
     sent: Counter[str] = Counter()
     times: Counter[str] = Counter()
-    for one in plan.collectives:
-        sent[one.kind] += one.sent(plan.target.devices) * one.times
+    for one in collectives(compiled.text):
+        sent[one.kind] += one.sent(devices) * one.times
         times[one.kind] += one.times
-    if not sent:
-        return ["collectives a step: none"]
-    told = [f"{times[kind]} {kind} ({sent[kind] / GIB:.2f} GiB)" for kind in sent]
-    return [f"collectives a step, and what a chip sends: {', '.join(told)}"]
+    told = [f"{times[kind]:,} {kind} ({sent[kind] / GIB:.2f} GiB)" for kind in sent]
+    return [f"collectives, and what a chip sends: {', '.join(told) or 'none'}"]
 
 
 def speed_lines(speed: Speed) -> list[str]:
@@ -148,3 +150,33 @@ def flags_of(new: Config, old: Config, target: Target) -> str:
     }
     flags = [f"--config.{key}={now}" for key, (now, before) in choices.items() if now != before]
     return " ".join(flags) or "as it is"
+
+
+def decoding_report(plan: DecodingPlan) -> str:
+    """The whole report of a sampling plan, several lines."""
+    sampling, model, speed = plan.sampling, plan.model, plan.speed
+    kinds = {"weights": plan.weights, "cache": plan.cache, "temporary": plan.temporary}
+    lines = [
+        plan.target.description,
+        f"sampling: {sampling.batch} texts × {model.context_length} tokens;"
+        f" weights {sampling.quantize or model.compute_dtype} over tensor {plan.target.devices},"
+        f" cache {sampling.cache_dtype or model.compute_dtype}",
+        "",
+        f"{'GiB a chip':<14}{'estimated':>10}",
+        *(f"{kind:<14}{size / GIB:>10.2f}" for kind, size in kinds.items()),
+        f"{'together':<14}{plan.estimated / GIB:>10.2f}",
+    ]
+    if plan.compiled:
+        lines.append(f"{'compiled':<14}{plan.compiled.total / GIB:>10.2f}")
+    rate = sampling.batch / speed.seconds
+    return "\n".join(
+        [
+            *lines,
+            verdict(plan.total, plan.target, plan.fits),
+            "",
+            *exchange_lines(plan.compiled, plan.target.devices),
+            f"predicted, at the data sheet's peaks: bound by {speed.bottleneck},"
+            f" {spelled(speed.seconds)} a token of each text or more,"
+            f" {rate:,.0f} tokens/s in all at most",
+        ]
+    )

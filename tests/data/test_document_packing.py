@@ -106,6 +106,13 @@ def test_little_is_wasted_on_lengths_like_those_of_short_stories(room, efficienc
     assert packing.positions == (lengths - 1).sum()
 
 
+def test_full_rows_close_no_others():
+    targets = np.random.default_rng(1).integers(1, 64 * 30, 2000)  # 30 full rows to a rest
+    rests = targets % 64
+    packing, of_rests = pack(targets + 1, 64), pack(rests[rests > 0] + 1, 64)
+    assert len(packing) == (targets // 64).sum() + len(of_rests)
+
+
 @pytest.mark.parametrize("lengths", [[], [0, 1, 1]])
 def test_without_targets_there_are_no_rows(lengths):
     packing = pack(np.array(lengths, np.uint64), 5)

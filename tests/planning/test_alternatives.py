@@ -1,0 +1,85 @@
+"""What else would fit."""
+
+import dataclasses
+
+import pytest
+from plans import changed, make_config
+
+from llama_jax.planning.alternatives import (
+    MARGIN,
+    cheapest_that_fits,
+    estimate,
+    largest_batch,
+    meshes,
+    ranked,
+)
+from llama_jax.planning.targets import parse_target
+
+
+def target_of(usable, name="v5e-8"):
+    """A target whose chips hold so many bytes."""
+    target = parse_target(name)
+    return dataclasses.replace(target, chip=dataclasses.replace(target.chip, usable=usable))
+
+
+@pytest.fixture(scope="module")
+def config():
+    return make_config(mesh__data=1, mesh__fsdp=8, data__batch_size=64)
+
+
+@pytest.fixture(scope="module")
+def total(config):
+    return estimate(config, parse_target("v5e-8")).memory.total
+
+
+def test_meshes_divide_everything(config):
+    found = list(meshes(config, 8))
+    shapes = {(mesh.data, mesh.fsdp, mesh.tensor) for mesh in found}
+    # No fsdp or tensor of 8: 12 heads and a vocabulary of 96 take 4, a width of 48 takes all.
+    assert shapes == {
+        (8, 1, 1), (4, 2, 1), (2, 4, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2), (1, 4, 2), (2, 1, 4),
+        (1, 2, 4),
+    }  # fmt: skip
+    assert {mesh.tensor for mesh in found if mesh.sequence} == {2, 4}
+
+
+def test_the_largest_batch_fits_and_one_row_more_a_device_does_not(config, total):
+    target = target_of(total)
+    most = largest_batch(config, target)
+    assert most % 8 == 0 and most >= 64
+    fits, not_fits = (
+        estimate(changed(config, "data", batch_size=size), target).memory.total
+        for size in (most, most + 8)
+    )
+    assert fits <= target.chip.usable < not_fits
+
+
+def test_where_not_one_row_a_device_fits_there_is_no_batch(config):
+    assert largest_batch(config, target_of(1000)) == 0
+
+
+def test_every_way_fits_and_learns_from_the_same_batch(config, total):
+    target = target_of(0.7 * total)
+    ways = ranked(config, target)
+    assert ways
+    for way in ways:
+        assert way.memory.total <= (1 - MARGIN) * target.chip.usable
+        assert way.config.data == config.data and way.config.model == config.model
+        assert way.memory == estimate(way.config, target).memory
+
+
+def test_the_fastest_predicted_comes_first(config, total):
+    seconds = [way.speed.seconds for way in ranked(config, target_of(2 * total))]
+    assert seconds == pytest.approx(sorted(seconds), abs=1e-4)
+
+
+def test_more_is_given_up_only_where_less_is_not_enough(config, total):
+    state = sum(dataclasses.astuple(estimate(config, parse_target("v5e-8")).memory)[:2])
+    learnt = []
+    for usable in (2 * total, 0.75 * state + 2 * state, 1.45 * state):
+        way = cheapest_that_fits(config, target_of(usable))
+        learnt.append(
+            (way.config.optimizer.moments_dtype, way.config.data.batch_size) if way else None
+        )
+    assert learnt[0] == ("float32", 64)
+    assert cheapest_that_fits(config, target_of(0.2 * state)) is None

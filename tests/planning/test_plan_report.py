@@ -1,0 +1,129 @@
+"""A plan as text."""
+
+import dataclasses
+
+import pytest
+from plans import changed, make_config
+
+from llama_jax.planning.alternatives import estimate
+from llama_jax.planning.decoding_plan import Sampling, plan_decoding
+from llama_jax.planning.report import (
+    GIB,
+    decoding_report,
+    exchange_lines,
+    flags_of,
+    spelled,
+    training_report,
+    verdict,
+)
+from llama_jax.planning.searching import search, search_report
+from llama_jax.planning.targets import parse_target
+from llama_jax.planning.tpu_compiler import Compiled
+from llama_jax.planning.training_plan import TrainingPlan, plan_training
+
+TARGET = parse_target("v5e-8")
+HLO = """
+ENTRY %main (p: f32[4,8]) -> f32[32,8] {
+  %p = f32[4,8]{1,0} parameter(0)
+  ROOT %g = f32[32,8]{1,0} all-gather(%p), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def config():
+    return make_config(mesh__data=1, mesh__fsdp=8)
+
+
+def compiled_plan(config, total, fits=True):
+    made = Compiled(total, fits, HLO if fits else "", 1.0)
+    return TrainingPlan(config, TARGET, estimate(config, TARGET), made, 8, None)
+
+
+def test_an_estimate_tells_kinds_margin_bottleneck_and_largest_batch(config):
+    text = training_report(plan_training(config, TARGET, compile_it=False))
+    lines = text.splitlines()
+    assert lines[0] == "v5e-8: 8 × TPU v5e, slice 2x4"
+    assert "16 sequences × 32 tokens, 1 microbatches of 2 a chip" in lines[1]
+    assert "data 1 × fsdp 8 × tensor 1, remat none" in lines[1]
+    assert "attention splash" in lines[2]
+    for kind in ("parameters", "optimizer", "activations", "temporary", "together"):
+        assert sum(line.startswith(kind) for line in lines) == 1
+    assert any(line.startswith("fits: 15.75 GiB left of 15.75 GiB usable of 16") for line in lines)
+    assert any(line.startswith("predicted") and "bound by" in line for line in lines)
+    assert any(line.startswith("largest microbatch that fits, by estimate") for line in lines)
+
+
+def test_compiled_figures_stand_beside_the_estimate(config):
+    plan = compiled_plan(config, 3 * GIB)
+    assert sum(dataclasses.astuple(plan.memory)) == 3 * GIB
+    text = training_report(plan)
+    together = next(line for line in text.splitlines() if line.startswith("together"))
+    assert together.split()[1] == "3.00" and len(together.split()) == 3
+    assert "collectives, and what a chip sends: 1 all-gather" in text
+
+
+def test_the_network_is_predicted_from_the_compiled_exchanges(config):
+    plan = compiled_plan(config, 3 * GIB)
+    sent = 32 * 8 * 4 * 7 / 8
+    assert plan.speed.network == pytest.approx(sent / (TARGET.chip.link / 2))
+    assert plan.speed.arithmetic == plan.estimate.speed.arithmetic
+
+
+def test_a_program_the_compiler_refused_does_not_fit_whatever_its_size(config):
+    plan = compiled_plan(config, 15 * GIB, fits=False)
+    assert not plan.fits and exchange_lines(plan.compiled, 8) == []
+    assert plan.speed == plan.estimate.speed
+
+
+def test_a_verdict_names_margin_or_lack():
+    assert "fits: 5.75 GiB left" in verdict(10 * GIB, TARGET, True)
+    assert "(37%)" in verdict(10 * GIB, TARGET, True)
+    assert verdict(20 * GIB, TARGET, False).startswith("does not fit: 4.25 GiB more than")
+
+
+def test_what_does_not_fit_comes_with_a_way_that_does(config):
+    small = dataclasses.replace(TARGET.chip, usable=estimate(config, TARGET).memory.total * 0.9)
+    target = dataclasses.replace(TARGET, chip=small)
+    text = training_report(plan_training(config, target, compile_it=False))
+    assert "does not fit" in text and "cheapest that fits, by estimate" in text
+    assert "--config." in text.splitlines()[-1]
+
+
+def test_where_nothing_fits_it_says_so(config):
+    tiny = dataclasses.replace(TARGET, chip=dataclasses.replace(TARGET.chip, usable=1000.0))
+    text = training_report(plan_training(config, tiny, compile_it=False))
+    assert "this way not one sequence a chip fits" in text
+    assert "use more or larger chips" in text
+    assert "fits this batch" in search_report(config, tiny, search(config, tiny, compile_it=False))
+
+
+def test_flags_are_those_that_differ(config):
+    new = changed(changed(config, "mesh", fsdp=4, tensor=2), "optimizer", moments_dtype="bfloat16")
+    assert flags_of(new, config, TARGET) == (
+        "--config.mesh.fsdp=4 --config.mesh.tensor=2 --config.optimizer.moments_dtype=bfloat16"
+    )
+    assert flags_of(config, config, TARGET) == "as it is"
+
+
+def test_a_search_ranks_ways_with_their_flags(config):
+    found = search(config, TARGET, compile_it=False)
+    lines = search_report(config, TARGET, found).splitlines()
+    assert len(lines) == 2 + len(found) > 4
+    assert all("estimated" in line for line in lines[2:])
+    assert len({line.split("  ")[-1] for line in lines[2:]}) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(123.4, "123 s"), (0.0123, "12.3 ms"), (4.5e-5, "45 µs"), (0, "0 µs")]
+)
+def test_times_are_told_with_their_unit(seconds, text):
+    assert spelled(seconds) == text
+
+
+def test_sampling_is_told_by_kind():
+    model = make_config().model
+    sampling = Sampling(batch=4, quantize="int8", cache_dtype="int8")
+    text = decoding_report(plan_decoding(model, sampling, TARGET, compile_it=False))
+    assert "4 texts × 40 tokens; weights int8 over tensor 8, cache int8" in text
+    assert "fits" in text and "tokens/s in all at most" in text

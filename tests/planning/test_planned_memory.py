@@ -1,0 +1,153 @@
+"""The estimate of a training step's memory: its parts by hand, and the laws it obeys."""
+
+import jax
+import pytest
+from plans import changed, make_config
+
+from llama_jax.chips import CHIPS
+from llama_jax.config import MeshConfig
+from llama_jax.planning.activations import Pass, kept_bytes
+from llama_jax.planning.memory import state_bytes, training_memory
+from llama_jax.planning.share import model_share, planned_mesh
+
+V, D, L, N, K, F = 96, 48, 3, 12, 4, 80  # of `make_config`
+NORMS = (2 * L + 1) * D
+MATRICES = 2 * V * D + L * (2 * D * D + 2 * D * D * K // N + 3 * D * F)
+TPU, GPU = CHIPS["v5e"], CHIPS["H200"]
+
+
+def memory_of(config, chip=TPU):
+    return training_memory(config, planned_mesh(config.mesh, 8), chip)
+
+
+def on_mesh(data, fsdp, tensor, **changes):
+    return make_config(mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor, **changes)
+
+
+def test_parameters_and_moments_by_hand():
+    memory = memory_of(on_mesh(8, 1, 1))
+    assert memory.parameters == 4 * (MATRICES + NORMS)
+    assert memory.optimizer == pytest.approx(2 * memory.parameters, abs=16)  # and step counts
+
+
+def test_moments_in_bfloat16_take_half():
+    wide, narrow = (
+        memory_of(on_mesh(8, 1, 1, optimizer__moments_dtype=dtype)).optimizer
+        for dtype in ("float32", "bfloat16")
+    )
+    assert narrow == pytest.approx(wide / 2, abs=16)
+
+
+def test_fsdp_and_tensor_cut_the_matrices_but_not_what_they_do_not_describe():
+    memory = memory_of(on_mesh(1, 4, 2))
+    assert memory.parameters == 4 * (MATRICES / 8 + NORMS / 4)
+
+
+def test_kv_heads_that_do_not_divide_stay_whole():
+    config = on_mesh(1, 1, 8, model__num_heads=8)  # 4 kv heads of 6
+    mesh = planned_mesh(config.mesh, 8)
+    copied = L * 2 * D * K * (D // 8)
+    cut = 2 * V * D + L * (2 * D * D + 3 * D * F)
+    parameters, _ = state_bytes(config.model, config.optimizer, mesh)
+    assert parameters == 4 * (copied + cut / 8 + NORMS)
+
+
+def test_what_block_keeps_is_the_stream_before_each_block_and_the_loss_s_gradients():
+    config = make_config(run__remat="block").model
+    kept = {
+        rows: kept_bytes(config, rows, Pass(32, "block", "splash", True, False)) for rows in (1, 5)
+    }
+    stream = 32 * D * 4
+    a_row = (kept[5] - kept[1]) / 4
+    # L streams, and some at the end: the last one, its norm's, and the gradient the loss gave.
+    assert L * stream < a_row < (L + 8) * stream
+    assert kept[1] - a_row >= V * D * 4  # the output matrix's gradient, for any number of rows
+
+
+def test_the_further_rows_add_what_tracing_them_would():
+    forward = Pass(32, "none", "splash", False, False)
+    model = make_config().model
+    traced = kept_bytes(model, 2, forward)
+    whole = sum(kept_bytes(model, n, forward) for n in (1, 3))
+    assert whole == 2 * traced  # on a line
+
+
+@pytest.mark.parametrize("chip", [TPU, GPU], ids=["tpu", "gpu"])
+def test_policies_keep_less_the_more_they_compute_again(chip):
+    kept = {
+        remat: memory_of(on_mesh(8, 1, 1, run__remat=remat), chip)
+        for remat in ("none", "save-qkv", "block", "offload")
+    }
+    by_policy = [kept[name].activations for name in ("none", "save-qkv", "block")]
+    assert by_policy == sorted(by_policy, reverse=True) and len(set(by_policy)) == 3
+    assert kept["offload"] == kept["block"]  # the rest lies on the host
+
+
+def test_more_chips_never_take_more_each():
+    totals = []
+    for devices in (1, 2, 4, 8, 16):
+        config = make_config(mesh__data=1, mesh__fsdp=devices)
+        totals.append(training_memory(config, planned_mesh(config.mesh, devices), TPU).total)
+    assert totals == sorted(totals, reverse=True) and len(set(totals)) == len(totals)
+
+
+def test_cutting_the_stream_along_the_sequence_keeps_less():
+    whole, cut = (
+        memory_of(on_mesh(2, 1, 4, run__remat="block", mesh__sequence=sequence)).activations
+        for sequence in (False, True)
+    )
+    stream = 8 * 32 * D * 4  # float32, eight rows a device
+    assert (L - 1) * stream * 3 / 4 < whole - cut < (L + 8) * stream * 3 / 4
+
+
+def test_gradients_are_summed_only_over_several_microbatches():
+    once = memory_of(on_mesh(8, 1, 1, data__batch_size=16))
+    twice = memory_of(on_mesh(8, 1, 1, data__batch_size=32, optimizer__accumulation_steps=2))
+    assert twice.temporary - once.temporary == once.parameters
+    assert twice.activations == once.activations
+
+
+def test_parameters_are_held_in_the_compute_dtype_too():
+    wide, narrow = (
+        memory_of(on_mesh(8, 1, 1, model__compute_dtype=dtype, run__attention="xla"))
+        for dtype in ("float32", "bfloat16")
+    )
+    block = {"float32": 3 * 2 * 32 * F * 4, "bfloat16": 3 * 2 * 32 * F * 2}
+    scores = 2 * 2 * N * 32 * 32 * 4
+    for memory, dtype, copy in ((wide, "float32", 0), (narrow, "bfloat16", 0.5)):
+        alive = max(block[dtype], scores)
+        assert memory.temporary == (1 + copy) * memory.parameters + alive
+
+
+def test_fsdp_gathers_a_block_and_the_next_and_has_its_gradients_whole():
+    memory = memory_of(on_mesh(1, 8, 1))
+    layer = 4 * (2 * D * D + 2 * D * D * K // N + 3 * D * F)
+    alive = 3 * 2 * 32 * F * 4
+    assert memory.temporary == memory.parameters + alive + 3 * layer
+
+
+def test_fsdp_keeps_no_matrices_for_the_backward_pass():
+    copied, cut = (
+        memory_of(on_mesh(*mesh, model__compute_dtype="bfloat16", run__attention="splash"))
+        for mesh in ((8, 1, 1), (1, 8, 1))
+    )
+    matrices = 2 * L * (2 * D * D + 2 * D * D * K // N + 3 * D * F)
+    assert copied.activations - cut.activations == matrices
+
+
+def test_heads_narrower_than_the_lanes_are_filled_up_on_tpu_alone():
+    config = on_mesh(8, 1, 1, run__attention="auto", model__compute_dtype="bfloat16")
+    share = model_share(config.model, 1)
+    on_tpu, on_gpu = (
+        kept_bytes(share, 2, Pass(32, "none", "splash", is_tpu, False)) for is_tpu in (True, False)
+    )
+    head = D // N
+    arrays = 2 * L * 32 * 2 * (2 * N + 2 * K)  # queries and outputs, keys and values, bfloat16
+    assert on_tpu - on_gpu == pytest.approx(arrays * (128 - head), rel=1e-6)
+
+
+def test_the_estimate_computes_nothing(monkeypatch):
+    monkeypatch.setattr(jax, "device_put", None)
+    config = changed(on_mesh(8, 1, 1), "model", dim=96)
+    assert memory_of(config).total > 0
+    assert config.mesh == MeshConfig(data=8)

@@ -1,0 +1,95 @@
+"""The TPU compiler: its messages, and where it is installed, a real program."""
+
+import importlib.util
+
+import pytest
+from plans import make_config
+
+from llama_jax.errors import UserError
+from llama_jax.planning import tpu_compiler
+from llama_jax.planning.alternatives import estimate
+from llama_jax.planning.decoding_plan import Sampling, plan_decoding
+from llama_jax.planning.targets import parse_target
+from llama_jax.planning.training_plan import compile_training, plan_training
+
+HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
+needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="needs libtpu: pip install '.[plan]'")
+
+
+@pytest.mark.parametrize(
+    ("message", "size"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO"
+            " temporaries (29.43G) exceeds available HBM (15.75G).",
+            29.43 * 2**30,
+        ),
+        ("RESOURCE_EXHAUSTED: XLA:TPU ran out. Used 512.5M of 15.75G hbm.", 512.5 * 2**20),
+        ("RESOURCE_EXHAUSTED: something else", None),
+        ("INVALID_ARGUMENT: Used 1.0G of 2.0G hbm", None),
+    ],
+)
+def test_what_a_program_that_does_not_fit_would_take(message, size):
+    assert tpu_compiler.memory_asked_for(message) == size
+
+
+def test_without_libtpu_its_installation_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install '\.\[plan\]'.*--fast"):
+        tpu_compiler.tpu_devices(parse_target("v5e-8"))
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("Internal error when accessing libtpu multi-process lockfile. Run ...", "another process"),
+        ("no such thing", "libtpu refuses the slice v5e:2x4: no such thing"),
+    ],
+)
+def test_what_libtpu_refuses_is_told_in_one_line(said, told, monkeypatch):
+    from jax.experimental import topologies
+
+    def refuse(**_):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "here")
+    monkeypatch.setattr(topologies, "get_topology_desc", refuse)
+    for name in tpu_compiler.ENVIRONMENT:
+        monkeypatch.setenv(name, "kept")
+    with pytest.raises(UserError, match=told):
+        tpu_compiler.tpu_devices(parse_target("v5e-8"))
+
+
+def test_gpus_are_only_estimated(monkeypatch):
+    config = make_config(mesh__fsdp=8, mesh__data=1)
+    plan = plan_training(config, parse_target("H200-8"), compile_it=True)
+    assert plan.compiled is None and plan.fits
+    assert plan.total == plan.estimate.memory.total
+
+
+@needs_libtpu
+def test_the_train_step_compiles_for_tpus_that_are_not_here():
+    target = parse_target("v5e:2x2")
+    config = make_config(
+        mesh__data=2,
+        mesh__fsdp=2,
+        model__dim=256,
+        model__num_heads=2,
+        model__num_kv_heads=1,
+        model__compute_dtype="bfloat16",
+        model__hidden_dim=512,
+        model__num_layers=2,
+        model__context_length=256,
+        data__sequence_length=256,
+        run__remat="block",
+    )
+    made = compile_training(config, target)
+    assert made.fits and "splash" in made.text
+    assert 0.5 * made.total < estimate(config, target).memory.total < 2 * made.total
+
+
+@needs_libtpu
+def test_the_decoding_loop_compiles_for_tpus_that_are_not_here():
+    model = make_config(model__compute_dtype="bfloat16").model
+    plan = plan_decoding(model, Sampling(batch=2), parse_target("v5e-4"), compile_it=True)
+    assert plan.fits and "while" in plan.compiled.text
