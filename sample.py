@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from llama_jax import cli
+from llama_jax.huge_pages import use_huge_pages
 
 
 def flags_of(argv: list[str]) -> Any:
@@ -69,4 +70,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     cli.run(main)
