@@ -1,6 +1,7 @@
 """What the tests share: eight pretend devices, a tiny model no two of whose sizes agree, data."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # "cuda,cpu" also runs what needs a GPU
@@ -15,6 +16,8 @@ from llama_jax.config import ModelConfig
 from llama_jax.model import abstract
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# A shell ignores Ctrl-C for what runs in its background, and children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY = {"vocab_size": 53, "dim": 24, "num_heads": 6, "num_kv_heads": 2, "hidden_dim": 40}

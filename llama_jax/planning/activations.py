@@ -72,7 +72,17 @@ def _residual_bytes(config: ModelConfig, rows: int, forward: Pass) -> int:
     kept = Counter(jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in new.values())
     if forward.is_cut:
         kept -= Counter(matrices(config))
+    kept -= _repeated_inputs(config, rows, forward)
     return sum(n * _bytes(array, config, rows, forward) for array, n in kept.items())
+
+
+def _repeated_inputs(config: ModelConfig, rows: int, forward: Pass) -> Counter[Any]:
+    """What XLA keeps once and JAX names again: queries, keys and values read one input, so do gate
+    and up."""
+    if forward.remat != "none":
+        return Counter()
+    shape = (config.num_layers, rows * forward.length, config.dim)
+    return Counter({jax.ShapeDtypeStruct(shape, jnp.dtype(config.compute_dtype)): 3})
 
 
 def matrices(config: ModelConfig) -> list[Any]:

@@ -78,10 +78,15 @@ def ranked(config: Config, target: Target) -> list[Estimate]:
     found = [estimated for way in _ways(config, target) if (estimated := _best(way, target))]
 
     def key(way: Estimate) -> tuple[float, float, int]:
-        limits = dataclasses.astuple(way.speed)
-        return round(way.speed.seconds, 4), round(sum(limits), 4), _changes(way.config, config)
+        together = sum(dataclasses.astuple(way.speed))
+        return _rounded(way.speed.seconds), _rounded(together), _changes(way.config, config)
 
     return sorted(found, key=key)
+
+
+def _rounded(seconds: float) -> float:
+    """With three figures: what differs by less is alike."""
+    return float(f"{seconds:.3g}")
 
 
 def _smaller(config: Config) -> Iterator[Config]:

@@ -115,9 +115,5 @@ def _gathered_bytes(share: ModelConfig, forward: Pass) -> float:
 
 
 def _loss_bytes(share: ModelConfig, rows: int, forward: Pass) -> float:
-    """What is alive within the loss, before there are gradients.
-
-    A chunk's logits in float32, and their gradient in the compute dtype.
-    """
-    width = FLOAT32 + jnp.dtype(share.compute_dtype).itemsize
-    return min(CHUNK_TOKENS, rows * forward.length) * share.vocab_size * width
+    """What is alive within the loss, before there are gradients: the logits of one chunk."""
+    return min(CHUNK_TOKENS, rows * forward.length) * share.vocab_size * FLOAT32

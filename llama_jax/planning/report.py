@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from llama_jax.chips import GPU_SHARE
 from llama_jax.collectives import collectives
 from llama_jax.config import Config
 from llama_jax.planning.alternatives import Estimate
@@ -70,10 +71,11 @@ def _memory_lines(plan: TrainingPlan) -> list[str]:
 def verdict(total: float, target: Target, fits: bool) -> str:
     """Whether so many bytes fit, and by how much."""
     chip = target.chip
-    share = f"{chip.usable / GIB:.2f} GiB usable of {chip.memory / GIB:g}"
+    by_default = "" if chip.is_tpu else f", which is the {GPU_SHARE:.0%} that JAX takes by default"
+    share = f"{chip.usable / GIB:.2f} GiB usable of {chip.memory / GIB:g}{by_default}"
     left = (chip.usable - total) / GIB
     if fits:
-        return f"fits: {left:.2f} GiB left of {share} ({left * GIB / chip.usable:.0%})"
+        return f"fits: {left:.2f} GiB left ({left * GIB / chip.usable:.0%}) of {share}"
     return f"does not fit: {-left:.2f} GiB more than the {share}"
 
 

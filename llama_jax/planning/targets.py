@@ -54,7 +54,8 @@ class Target:
         kind = f"TPU {self.chip.name}" if self.chip.is_tpu else self.chip.name
         kind = kind.replace("TPU tpu", "TPU ")
         half = " halves" if self.chip.name in CORES_ARE_DEVICES else ""
-        slice_ = f", slice {self.topology.partition(':')[2]}" if self.topology else ""
+        shape = self.topology.partition(":")[2]
+        slice_ = f", slice {shape}" if shape else ", which are only estimated"
         return f"{self.name}: {self.devices} × {kind}{half}{slice_}"
 
 

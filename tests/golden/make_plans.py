@@ -3,8 +3,8 @@
     python tests/golden/make_plans.py [NAME ...]
 
 Needs libtpu, and a minute or two for each program. What plans.json has already is kept, so that it
-can be interrupted; delete the file to make all anew. Names, such as "7b v5p-64", make some only. `tests/planning/test_estimates.py` holds the
-estimates against it.
+can be interrupted; delete the file to make all anew. Names, such as "7b v5p-64", make some only.
+`tests/planning/test_estimates.py` holds the estimates against it.
 """
 
 import json

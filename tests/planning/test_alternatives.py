@@ -58,10 +58,10 @@ def test_where_not_one_row_a_device_fits_there_is_no_batch(config):
     assert largest_batch(config, target_of(1000)) == 0
 
 
-def test_every_way_fits_and_learns_from_the_same_batch(config, total):
-    target = target_of(0.7 * total)
+def test_every_way_fits_with_a_margin_and_learns_from_the_same_batch(config, total):
+    target = target_of(1.02 * total)
     ways = ranked(config, target)
-    assert ways
+    assert ways and config not in [way.config for way in ways]  # it fits, but only just
     for way in ways:
         assert way.memory.total <= (1 - MARGIN) * target.chip.usable
         assert way.config.data == config.data and way.config.model == config.model
@@ -69,8 +69,8 @@ def test_every_way_fits_and_learns_from_the_same_batch(config, total):
 
 
 def test_the_fastest_predicted_comes_first(config, total):
-    seconds = [way.speed.seconds for way in ranked(config, target_of(2 * total))]
-    assert seconds == pytest.approx(sorted(seconds), abs=1e-4)
+    seconds = [float(f"{way.speed.seconds:.3g}") for way in ranked(config, target_of(2 * total))]
+    assert seconds == sorted(seconds) and len(set(seconds)) > 2
 
 
 def test_more_is_given_up_only_where_less_is_not_enough(config, total):

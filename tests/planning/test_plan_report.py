@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 from plans import changed, make_config
 
+from llama_jax.planning import searching
 from llama_jax.planning.alternatives import estimate
 from llama_jax.planning.decoding_plan import Sampling, plan_decoding
 from llama_jax.planning.report import (
@@ -49,7 +50,9 @@ def test_an_estimate_tells_kinds_margin_bottleneck_and_largest_batch(config):
     assert "attention splash" in lines[2]
     for kind in ("parameters", "optimizer", "activations", "temporary", "together"):
         assert sum(line.startswith(kind) for line in lines) == 1
-    assert any(line.startswith("fits: 15.75 GiB left of 15.75 GiB usable of 16") for line in lines)
+    assert any(
+        line.startswith("fits: 15.75 GiB left (100%) of 15.75 GiB usable of 16") for line in lines
+    )
     assert any(line.startswith("predicted") and "bound by" in line for line in lines)
     assert any(line.startswith("largest microbatch that fits, by estimate") for line in lines)
 
@@ -79,6 +82,7 @@ def test_a_program_the_compiler_refused_does_not_fit_whatever_its_size(config):
 def test_a_verdict_names_margin_or_lack():
     assert "fits: 5.75 GiB left" in verdict(10 * GIB, TARGET, True)
     assert "(37%)" in verdict(10 * GIB, TARGET, True)
+    assert "75% that JAX takes" in verdict(GIB, parse_target("H200-1"), True)
     assert verdict(20 * GIB, TARGET, False).startswith("does not fit: 4.25 GiB more than")
 
 
@@ -112,6 +116,23 @@ def test_a_search_ranks_ways_with_their_flags(config):
     assert len(lines) == 2 + len(found) > 4
     assert all("estimated" in line for line in lines[2:])
     assert len({line.split("  ")[-1] for line in lines[2:]}) == len(found)
+
+
+def test_what_the_compiler_refuses_is_left_out_and_only_the_best_are_asked_about(
+    config, monkeypatch
+):
+    asked = []
+
+    def compile_training(config, target):
+        asked.append(config)
+        return Compiled(2 * GIB, len(asked) > 1, HLO, 1.0)
+
+    ways = [one.way for one in search(config, TARGET, compile_it=False)]
+    monkeypatch.setattr(searching, "compile_training", compile_training)
+    found = search(config, TARGET, compile_it=True)
+    assert [one.way for one in found][:-1] == ways[1:]
+    assert [one.compiled is not None for one in found[:4]] == [True, True, True, False]
+    assert len(asked) == 4 and "2.00 compiled" in search_report(config, TARGET, found)
 
 
 @pytest.mark.parametrize(

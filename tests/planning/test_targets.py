@@ -31,7 +31,7 @@ def test_a_name_tells_chip_number_and_shape(name, chip, devices, topology):
 def test_what_is_taken_for_a_name_is_said():
     assert parse_target("v5p-64").description == "v5p-64: 32 × TPU v5p, slice 2x4x4"
     assert parse_target("v3-8").description == "v3-8: 8 × TPU v3 halves, slice 2x2"
-    assert parse_target("H200-8").description == "H200-8: 8 × H200"
+    assert parse_target("H200-8").description == "H200-8: 8 × H200, which are only estimated"
 
 
 @pytest.mark.parametrize(
