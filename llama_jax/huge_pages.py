@@ -2,7 +2,8 @@
 
 A training step on CPU takes hundreds of megabytes from the C library and gives them back. In pages
 of 4 KiB that is 140,000 page faults a step for the 15M model, a tenth of its time, and a quarter
-for the 260K model; decoding, which reads every weight for every token, is 15 % faster. glibc (2.35 or later) asks for huge pages when told so before a program starts.
+for the 260K model; decoding, which reads every weight for every token, is 15 % faster. glibc (2.35
+or later) asks for huge pages when told so before a program starts.
 """
 
 import os
