@@ -8,16 +8,18 @@ import dataclasses
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from llama_jax.config import ModelConfig
 from llama_jax.loss import summed_nll
 from llama_jax.model import abstract
 from llama_jax.self_attention import BACKENDS
+from llama_jax.sharding import MESH_AXES, shardings
 
 LANES = 128  # numbers in a row of a TPU's memory tiles
 
@@ -32,7 +34,7 @@ class Pass:
     is_tpu: bool
     packed: bool  # with several documents a row
     stream_parts: int = 1  # parts that the stream between blocks is cut into along the sequence
-    is_cut: bool = False  # whether parameters are gathered anew for each block's backward pass
+    fsdp: int = 1  # devices that parameters are cut over
 
 
 def kept_bytes(model: ModelConfig, rows: int, forward: Pass) -> int:
@@ -66,86 +68,100 @@ def _residual_bytes(config: ModelConfig, rows: int, forward: Pass) -> int:
 
         return jax.tree.leaves(jax.vjp(loss, model)[1])
 
-    program = jax.make_jaxpr(residuals)(abstract(config), tokens_BT, weights_BT).jaxpr
+    program = _traced(residuals, config, forward.fsdp, tokens_BT, weights_BT)
     given = {id(variable) for variable in program.invars}
     new = {id(v): v.aval for v in program.outvars if id(v) not in given and hasattr(v, "aval")}
     kept = Counter(jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in new.values())
-    if forward.is_cut:
-        kept -= Counter(matrices(config))
     kept -= _repeated_inputs(config, rows, forward)
-    return sum(n * _bytes(array, config, rows, forward) for array, n in kept.items())
+    return sum(_bytes(array, n, config, rows, forward) for array, n in kept.items())
+
+
+def _traced(function: Callable[..., Any], config: ModelConfig, fsdp: int, *batch: Any) -> Any:
+    """The program of a function of a model and its batch, as one of `fsdp` devices runs it."""
+    model = abstract(config)
+    if fsdp == 1:
+        return jax.make_jaxpr(function)(model, *batch).jaxpr
+    sizes = (1, fsdp, 1)
+    mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    parts = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(place.shard_shape(leaf.shape), leaf.dtype),
+        model,
+        shardings(model, mesh),  # type: ignore[arg-type]
+    )
+    everywhere = PartitionSpec()  # what is given is already one device's part
+    on_one = jax.shard_map(
+        function, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False
+    )
+    (equation,) = jax.make_jaxpr(on_one)(parts, *batch).jaxpr.eqns
+    return equation.params["jaxpr"]
 
 
 def _repeated_inputs(config: ModelConfig, rows: int, forward: Pass) -> Counter[Any]:
     """What XLA keeps once and JAX names again: queries, keys and values read one input, so do gate
-    and up."""
-    if forward.remat != "none":
+    and up. Where parameters are cut, nothing that only has another shape is kept."""
+    if forward.remat != "none" or forward.fsdp > 1:
         return Counter()
     shape = (config.num_layers, rows * forward.length, config.dim)
     return Counter({jax.ShapeDtypeStruct(shape, jnp.dtype(config.compute_dtype)): 3})
 
 
-def matrices(config: ModelConfig) -> list[Any]:
-    """The matrices of all blocks as products take them, inputs first and in the compute dtype."""
-    D, F, H = config.dim, config.ffn_dim, config.head_dim
-    queries, keys = config.num_heads * H, config.num_kv_heads * H
-    shapes = [(D, queries), (D, keys), (D, keys), (queries, D), (D, F), (D, F), (F, D)]
-    dtype = jnp.dtype(config.compute_dtype)
-    return [jax.ShapeDtypeStruct((config.num_layers, *shape), dtype) for shape in shapes]
-
-
-def _bytes(array: Any, config: ModelConfig, rows: int, forward: Pass) -> int:
-    """Bytes that one device keeps of an array, given its description."""
+def _bytes(array: Any, copies: int, config: ModelConfig, rows: int, forward: Pass) -> int:
+    """Bytes that one device keeps of so many arrays of one description."""
+    T, L = forward.length, config.num_layers
     size = math.prod(array.shape) * (getattr(array.dtype, "itemsize", None) or 4)  # a key has 4
-    T = forward.length
     if array.ndim == 5 and array.shape[-2:] == (T, T):
         return 0  # [K, B, G, T, S] without a layer: a mask of all blocks, which XLA makes anew
-    # Rows merged with positions or with heads are what a matmul takes, on TPUs in bfloat16.
-    merged = {3: (config.num_layers, rows * T), 4: (config.num_layers, rows * config.num_kv_heads)}
-    is_operand = array.shape[:2] == merged.get(array.ndim)
-    if forward.is_tpu and is_operand and array.dtype == jnp.float32:
-        return size // 2
     if array.shape[-2:] == (T, config.dim):
-        return size // forward.stream_parts
-    return size
+        return copies * size // forward.stream_parts
+    if forward.is_tpu and array.dtype == jnp.float32:  # what only a matmul reads is in bfloat16:
+        # rows merged with positions or with heads; of scores, those that dropout has been over.
+        merged = {3: (L, rows * T), 4: (L, rows * config.num_kv_heads)}
+        if array.shape[:2] == merged.get(array.ndim):
+            return copies * size // 2
+        if array.ndim == 6 and array.shape[-2:] == (T, T):
+            return size + (copies - 1) * size // 2
+    return copies * size
 
 
 def _kernel(forward: Pass) -> Callable[..., jax.Array]:
     """The attention kernel, or what stands in for those that keep their scores to themselves."""
-    return BACKENDS["xla"] if forward.backend == "xla" else _Flash(forward.is_tpu)
+    return BACKENDS["xla"] if forward.backend == "xla" else _Flash(forward.is_tpu, forward.fsdp > 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Flash:
     """Keeps what every flash attention keeps (Dao 2023): inputs, output, log of denominators.
 
-    On TPU these have heads as wide as the vector unit, filled up.
+    On TPU these have heads as wide as the vector unit, filled up; where parameters are cut, only
+    the output has, since inputs are kept as they were before they were brought into that shape.
     """
 
     is_tpu: bool
+    is_cut: bool
 
     def __call__(
         self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, *_: Any
     ) -> jax.Array:
-        H = q_BTNH.shape[-1]
-        more = -H % LANES if self.is_tpu else 0
-        wide = (jnp.pad(x, [(0, 0)] * 3 + [(0, more)]) for x in (q_BTNH, k_BTKH, v_BTKH))
-        return _flash(*wide)[..., :H]
+        more = -q_BTNH.shape[-1] % LANES if self.is_tpu else 0
+        return _flash(q_BTNH, k_BTKH, v_BTKH, 0 if self.is_cut else more, more)
 
 
-@jax.custom_vjp
-def _flash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
-    return q_BTNH
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _flash(q: jax.Array, k: jax.Array, v: jax.Array, more_in: int, more_out: int) -> jax.Array:
+    return q
 
 
-def _flash_forward(q, k, v):  # type: ignore[no-untyped-def]
-    out = q + 0  # an array of its own
-    return out, (q, k, v, out, jnp.zeros(q.shape[:3], jnp.float32))
+def _flash_forward(q, k, v, more_in, more_out):  # type: ignore[no-untyped-def]
+    def wide(x: jax.Array, more: int) -> jax.Array:
+        return jnp.pad(x, [(0, 0)] * 3 + [(0, more)]) if more else x + 0
+
+    inputs = [wide(x, more_in) if more_in else x for x in (q, k, v)]
+    return q + 0, (*inputs, wide(q, more_out), jnp.zeros(q.shape[:3], jnp.float32))
 
 
-def _flash_backward(kept: Iterable[jax.Array], slope: jax.Array) -> tuple[jax.Array, ...]:
-    _, k, v, *_ = kept
-    return slope, k, v
+def _flash_backward(_in, _out, kept, slope):  # type: ignore[no-untyped-def]
+    H = slope.shape[-1]
+    return slope, kept[1][..., :H], kept[2][..., :H]
 
 
 _flash.defvjp(_flash_forward, _flash_backward)

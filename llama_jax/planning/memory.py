@@ -7,7 +7,6 @@ runs a step. Does not know what a device offers.
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from jax.sharding import AbstractMesh
 from llama_jax.chips import Chip
 from llama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
 from llama_jax.loss import CHUNK_TOKENS
-from llama_jax.planning.activations import Pass, kept_bytes, matrices
+from llama_jax.planning.activations import Pass, kept_bytes
 from llama_jax.planning.share import (
     attention_backend,
     bytes_on_one,
@@ -60,7 +59,7 @@ def training_memory(config: Config, mesh: AbstractMesh, chip: Chip) -> Memory:
         is_tpu=chip.is_tpu,
         packed=config.data.packing != "none",
         stream_parts=mesh.shape["tensor"] if config.mesh.sequence else 1,
-        is_cut=mesh.shape["fsdp"] > 1,
+        fsdp=mesh.shape["fsdp"],
     )
     backward = parameters + _block_bytes(share, rows, forward) + _gathered_bytes(share, forward)
     return Memory(
@@ -108,12 +107,18 @@ def _block_bytes(share: ModelConfig, rows: int, forward: Pass) -> float:
 
 def _gathered_bytes(share: ModelConfig, forward: Pass) -> float:
     """What fsdp puts together for a block: its matrices, their gradients, and the next one's."""
-    if not forward.is_cut:
+    if forward.fsdp == 1:
         return 0.0
-    all_blocks = sum(math.prod(x.shape) * x.dtype.itemsize for x in matrices(share))
-    return 3 * all_blocks / share.num_layers
+    D, heads = share.dim, share.num_heads + share.num_kv_heads
+    matrices = 2 * D * heads * share.head_dim + 3 * D * share.ffn_dim
+    return 3 * matrices * jnp.dtype(share.compute_dtype).itemsize
 
 
 def _loss_bytes(share: ModelConfig, rows: int, forward: Pass) -> float:
-    """What is alive within the loss, before there are gradients: the logits of one chunk."""
-    return min(CHUNK_TOKENS, rows * forward.length) * share.vocab_size * FLOAT32
+    """What is alive within the loss, before there are gradients.
+
+    The logits of one chunk; with fsdp, the output matrix and its gradient put together, too.
+    """
+    logits = min(CHUNK_TOKENS, rows * forward.length) * share.vocab_size * FLOAT32
+    table = share.vocab_size * share.dim if forward.fsdp > 1 else 0
+    return logits + table * (FLOAT32 + jnp.dtype(share.compute_dtype).itemsize)

