@@ -26,8 +26,8 @@ def main(argv: list[str]) -> None:
     flags = parser.parse_args(argv)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing here needs an accelerator's memory
 
-    from llama_jax.conversion import Conversion
-    from llama_jax.conversion_report import convert_and_tell
+    from llama_jax.conversion.report import convert_and_tell
+    from llama_jax.conversion.transfer import Conversion
     from llama_jax.formats.table import Options
 
     job = Conversion(

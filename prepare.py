@@ -18,7 +18,7 @@ from llama_jax.data.corpus import HELD_OUT, Corpus, corpus_from_files
 from llama_jax.data.new_folder import check_place
 from llama_jax.data.prepare import TokenOptions, prepare, summary
 from llama_jax.errors import UsageError, UserError, nearest
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import Tokenizer
 
 OPTION_NAMES = tuple(field.name for field in dataclasses.fields(TokenOptions))
 

@@ -62,8 +62,8 @@ def main(argv: list[str]) -> None:
     flags = flags_of(argv)
     begun = time.perf_counter()
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every file
-    from llama_jax import asking
     from llama_jax.compilation_cache import use_compilation_cache
+    from llama_jax.terminal import asking
 
     use_compilation_cache()
     asking.answer(flags, begun)

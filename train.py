@@ -60,9 +60,9 @@ def main(argv: list[str]) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every file
 
     from llama_jax.compilation_cache import use_compilation_cache
-    from llama_jax.distributed import joined
-    from llama_jax.profiling import parse_window
-    from llama_jax.training import fit
+    from llama_jax.processes.distributed import joined
+    from llama_jax.training.profiling import parse_window
+    from llama_jax.training.run import fit
 
     asked = options.profile
     profile = None if asked is None else parse_window(asked, config.optimizer.steps)

@@ -95,7 +95,7 @@ def work(job: str, output: str, **how: Any) -> dict[str, float]:
     if job == "make":
         make(Path(output))
         return {}
-    from llama_jax.conversion import Conversion, convert
+    from llama_jax.conversion.transfer import Conversion, convert
     from llama_jax.formats.table import Options
     from llama_jax.formats.weights import tensor_shapes
     from llama_jax.model import ModelConfig

@@ -29,14 +29,14 @@ MANY = 16  # rows of the batched run
 
 
 def ours(model: str, rows: int, new_tokens: int, dtype: str, bits: str = "") -> common.Work:
-    """The loop of `generation.generate`, with matrices in `bits` ("int8", "int4") if asked."""
+    """The loop of `engine.generate`, with matrices in `bits` ("int8", "int4") if asked."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
-    from llama_jax.generation import generate
+    from llama_jax.generation.engine import generate
     from llama_jax.model import Llama, unstack
-    from llama_jax.sampling import make_sampler
+    from llama_jax.sampling.sampler import make_sampler
 
     config, greedy = common.model_config(model, CONTEXT, dtype), make_sampler(temperature=0)
     weights = unstack(Llama(config, rngs=nnx.Rngs(0)))
@@ -142,10 +142,10 @@ def write_checkpoint(folder: str, tokenizer: str) -> None:
     import jax.numpy as jnp
     from flax import nnx
 
-    from llama_jax.checkpoint import CheckpointWriter
+    from llama_jax.checkpoints.checkpoint import CheckpointWriter
+    from llama_jax.checkpoints.run_folder import Run, describe
     from llama_jax.config import Config, DataConfig, OptimizerConfig
     from llama_jax.model import Llama
-    from llama_jax.run_folder import Run, describe
 
     config = Config(
         model=common.model_config("15m", CONTEXT, "float32"),

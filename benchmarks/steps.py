@@ -64,7 +64,7 @@ def compiled_step(config: Any, mesh: Any) -> Any:
     import jax
 
     from llama_jax.data.batches import Batch
-    from llama_jax.train_step import init_state, jit_train_step
+    from llama_jax.training.train_step import init_state, jit_train_step
 
     shape = (config.data.batch_size, config.data.sequence_length)
     kinds = {"inputs_BT": "int32", "targets_BT": "int32", "weights_BT": "float32"}
@@ -98,11 +98,11 @@ class Ours:
         """With `layers` = `AS_MANY_AS_FIT` the stack is as high as the device's memory allows."""
         import jax
 
+        from llama_jax.attention.self_attention import chosen_backend
         from llama_jax.config import MeshConfig
-        from llama_jax.flops import flops_per_token
-        from llama_jax.self_attention import chosen_backend
-        from llama_jax.sharding import make_mesh
-        from llama_jax.train_step import jit_init
+        from llama_jax.instruments.flops import flops_per_token
+        from llama_jax.parallel.sharding import make_mesh
+        from llama_jax.training.train_step import jit_init
 
         device = jax.local_devices()[0]
         self._mesh = make_mesh(MeshConfig(), [device])
@@ -125,7 +125,7 @@ class Ours:
 
     def _placed(self, job: Job) -> Any:
         from llama_jax.data.batches import Batch
-        from llama_jax.sharding import place_batch
+        from llama_jax.parallel.sharding import place_batch
 
         ids, weights_BT = job.ids(), np.ones((job.rows, job.length), np.float32)
         rows = Batch(inputs_BT=ids[:, :-1], targets_BT=ids[:, 1:], weights_BT=weights_BT)

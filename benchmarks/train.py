@@ -174,7 +174,7 @@ def main() -> None:
 
 def _peak(kind: str) -> float:
     """The peak FLOP/s of one device, or 0 when it is not known."""
-    from llama_jax.chips import chip_of
+    from llama_jax.instruments.chips import chip_of
 
     chip = chip_of(kind)
     return chip.flops if chip else 0.0

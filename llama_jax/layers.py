@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llama_jax.data_parallel import lookup, row_numbers
+from llama_jax.parallel.data_parallel import lookup, row_numbers
 from llama_jax.products import FLOAT32, times_transposed
 
 

@@ -14,18 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.appraisal import embed_texts, score_texts
 from llama_jax.arguments import whole_number
-from llama_jax.chat import find_template, fit, template_of
-from llama_jax.completions import gather, told, without_leading_space
+from llama_jax.checkpoints.deployment import deploy, tensor_mesh
 from llama_jax.config import require
-from llama_jax.deployment import deploy, tensor_mesh
-from llama_jax.generation import Engine
-from llama_jax.mesh_steps import on_mesh
-from llama_jax.messages import parse_messages
-from llama_jax.request import Request, Wishes, texts_of, wishes_of
-from llama_jax.text import Piece, stop_ids, stream
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.generation.appraisal import embed_texts, score_texts
+from llama_jax.generation.completions import gather, told, without_leading_space
+from llama_jax.generation.engine import Engine
+from llama_jax.generation.request import Request, Wishes, texts_of, wishes_of
+from llama_jax.generation.texts import Piece, stop_ids, stream
+from llama_jax.parallel.mesh_steps import on_mesh
+from llama_jax.text.chat import find_template, fit, template_of
+from llama_jax.text.messages import parse_messages
+from llama_jax.text.tokenizer import Tokenizer
 
 CACHE_DTYPES = ("", "int8")
 
@@ -103,7 +103,7 @@ class LLM:
           speculate: guess ahead where a text repeats itself; only for temperature 0.
           sampling: `temperature` (1.0; 0 is greedy), `top_k`, `top_p` (0.9), `min_p`,
             `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `logit_bias` and `rng`,
-            as `SamplingOptions` and `sampling.make_sampler` have them.
+            as `SamplingOptions` and `sampler.make_sampler` have them.
 
         Returns:
           A `Completion`; for a list of prompts, or `n` > 1, a list of them, prompt by prompt. With

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llama_jax.attention import Attention, Cache, Look, causal_mask, look_into_cache
+from llama_jax.attention.grouped_query import Attention, Cache, Look, causal_mask, look_into_cache
+from llama_jax.attention.self_attention import SelfAttention, self_attention
 from llama_jax.cache import KVCache
 from llama_jax.config import ModelConfig
-from llama_jax.data_parallel import whole
 from llama_jax.layers import (
     Linear,
     OutputsFirstLinear,
@@ -26,11 +26,11 @@ from llama_jax.layers import (
     rows_of,
     times_table,
 )
+from llama_jax.parallel.data_parallel import whole
+from llama_jax.parallel.sharding import constrain
 from llama_jax.platforms import platform
 from llama_jax.positions import positions_within, rotation
 from llama_jax.remat import rematerialised
-from llama_jax.self_attention import SelfAttention, self_attention
-from llama_jax.sharding import constrain
 
 
 class FeedForward(nnx.Module):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.errors import UserError
-from llama_jax.metrics import METRICS, read_metrics
+from llama_jax.instruments.metrics import METRICS, read_metrics
 
 PICTURE = "loss.png"
 INK, FAINT, TRAIN, VALIDATION = "#333333", "#bbbbbb", "#4c78a8", "#e4572e"

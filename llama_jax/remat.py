@@ -15,8 +15,8 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from llama_jax.data_parallel import are_cut
 from llama_jax.errors import UsageError
+from llama_jax.parallel.data_parallel import are_cut
 
 QKV = ("queries", "keys", "values")
 HOST = "pinned_host"  # the memory of the host that a device reads and writes by itself

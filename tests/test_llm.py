@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from tiny_weights import tiny_weights
 
-from llama_jax.completions import Completion, CompletionPiece
 from llama_jax.errors import UsageError, UserError
 from llama_jax.formats import checkpoint_folder
+from llama_jax.generation.completions import Completion, CompletionPiece
 from llama_jax.llm import LLM
-from llama_jax.tokenizer import train_tokenizer
+from llama_jax.text.tokenizer import train_tokenizer
 
 TEXTS = [f"Tim saw {n} red boats on the blue sea and Anna was glad." for n in range(60)]
 GREEDY = {"temperature": 0, "max_tokens": 12}

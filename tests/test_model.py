@@ -11,11 +11,12 @@ import reference
 from conftest import TINY, make_model, plain
 from flax import nnx
 
-from llama_jax import attention, layers, model, self_attention
+from llama_jax import layers, model
+from llama_jax.attention import grouped_query, self_attention
 from llama_jax.cache import KVCache
 from llama_jax.config import ModelConfig
-from llama_jax.loss import summed_nll
 from llama_jax.model import Llama, abstract, count_parameters, unstack
+from llama_jax.training.loss import summed_nll
 
 B, T, S, V, L = 5, 7, 12, 53, 3
 TOKENS_BT = np.random.default_rng(1).integers(0, V, (B, T))
@@ -203,7 +204,7 @@ def dropping():
             return jnp.where(active[site], layers.dropout(x, rate, key, **given), x)
 
         with pytest.MonkeyPatch.context() as patch:
-            for module in (model, attention):
+            for module in (model, grouped_query):
                 patch.setattr(module, "dropout", dropout)
             return small.hidden(TOKENS_BT, dropout_key=key)[0], jnp.stack(keys)
 

@@ -8,6 +8,7 @@ from test_packing import by_hand, quantized
 
 from llama_jax import products
 from llama_jax.config import MeshConfig
+from llama_jax.parallel.sharding import make_mesh
 from llama_jax.products import (
     by_blocks,
     convert,
@@ -16,7 +17,6 @@ from llama_jax.products import (
     sum_lanes,
     times_quantized,
 )
-from llama_jax.sharding import make_mesh
 
 FORMS = [sum_lanes, by_blocks, multiply_and_reduce, convert]
 INT8, INT4 = quantized(0), quantized(32)

@@ -10,16 +10,18 @@ from conftest import make_model
 from tiny_run import make_config, make_tokens, quick_runs
 from tiny_weights import built
 
+from llama_jax.checkpoints.loading import load
 from llama_jax.config import MeshConfig, ModelConfig
 from llama_jax.data.tokens import TokenFolder
 from llama_jax.errors import UsageError
 from llama_jax.formats import llama2c
-from llama_jax.generation import generate
+from llama_jax.generation.engine import generate
+from llama_jax.generation.scoring import token_logprobs
 from llama_jax.layers import Linear, OutputsFirstLinear
-from llama_jax.loading import load
 from llama_jax.model import count_parameters, unstack
 from llama_jax.names import named_leaves
 from llama_jax.packing import floats
+from llama_jax.parallel.sharding import make_mesh, shardings
 from llama_jax.quantization import (
     Quantization,
     abstract_quantized,
@@ -30,11 +32,9 @@ from llama_jax.quantization import (
 from llama_jax.quantization.allocation import groups_of
 from llama_jax.quantization.modules import QuantizedLinear, QuantizedMatrix
 from llama_jax.quantization.rounding import to_int4, to_int8
-from llama_jax.sampling import make_sampler
-from llama_jax.scoring import token_logprobs
-from llama_jax.sharding import make_mesh, shardings
-from llama_jax.tokenizer import Tokenizer
-from llama_jax.training import fit
+from llama_jax.sampling.sampler import make_sampler
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.training.run import fit
 
 FLOAT32 = jnp.dtype(jnp.float32)
 SIZES = {"dim": 128, "num_heads": 8, "num_kv_heads": 2, "hidden_dim": 192, "vocab_size": 56}

@@ -11,8 +11,9 @@ TREE = README.split("```\ntrain.py", 1)[1].split("```", 1)[0]
 
 
 def test_every_module_is_in_the_tree():
-    named = set(re.findall(r"[a-z_]+\.py", "train.py" + TREE))
-    standing = {path.name for path in (ROOT / "llama_jax").glob("*.py")} - {"__init__.py"}
+    named = set(re.findall(r"[a-z_]+\.py|[a-z_]+/(?=\s)", "train.py" + TREE))
+    standing = {f"{path.parent.name}/" for path in (ROOT / "llama_jax").glob("*/__init__.py")}
+    standing |= {path.name for path in (ROOT / "llama_jax").glob("*.py")} - {"__init__.py"}
     standing |= {path.name for path in ROOT.glob("*.py")} - {"setup.py"}
     assert standing <= named
 

@@ -10,8 +10,8 @@ import pytest
 from conftest import TINY, make_model
 
 from llama_jax import remat
+from llama_jax.attention.self_attention import BACKENDS
 from llama_jax.errors import UsageError
-from llama_jax.self_attention import BACKENDS
 
 AGAIN = ("block", "save-qkv", "offload")
 B, T = 4, 32

@@ -6,10 +6,10 @@ import pytest
 from tiny_weights import built
 
 from llama_jax.formats import llama2c
-from llama_jax.generation import generate
+from llama_jax.generation.engine import generate
 from llama_jax.model import unstack
-from llama_jax.sampling import make_sampler
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.sampling.sampler import make_sampler
+from llama_jax.text.tokenizer import Tokenizer
 
 LILY = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."

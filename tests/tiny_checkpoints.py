@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.checkpoint import CheckpointWriter, restore_newest
+from llama_jax.checkpoints.checkpoint import CheckpointWriter, restore_newest
 
 META = {"data": "fingerprint"}
 

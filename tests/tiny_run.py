@@ -10,10 +10,10 @@ from unittest import mock
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from llama_jax import training
 from llama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from llama_jax.data.corpus import corpus_from_files
 from llama_jax.data.prepare import TokenOptions, prepare
+from llama_jax.training import run
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOOR = [sys.executable, str(REPOSITORY / "train.py")]
@@ -85,12 +85,12 @@ def quick_runs(cache):
         "jax_persistent_cache_min_compile_time_secs": 0.1,
     }
     before = {name: getattr(jax.config, name) for name in settings}
-    one_device = partial(training.make_mesh, devices=jax.devices()[:1])
+    one_device = partial(run.make_mesh, devices=jax.devices()[:1])
     try:
         for name, value in settings.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
-        with mock.patch.object(training, "make_mesh", one_device):
+        with mock.patch.object(run, "make_mesh", one_device):
             yield
     finally:
         for name, value in before.items():

@@ -22,7 +22,7 @@ from llama_jax.data.progress import progress
 from llama_jax.data.text_files import Reading
 from llama_jax.data.token_writer import TokenWriter
 from llama_jax.data.tokens import TOKENIZER, TokenFolder
-from llama_jax.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.text.tokenizer import Tokenizer, train_tokenizer
 
 BATCH = 2**18  # characters that a worker tokenizes at a time
 SAMPLE = 64_000_000  # characters that a tokenizer is trained on, at most

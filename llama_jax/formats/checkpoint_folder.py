@@ -10,21 +10,21 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax import checkpoint_layout as layout
-from llama_jax.checksums import partial_checksum
-from llama_jax.description import Description, read_description, write_description
+from llama_jax.checkpoints import layout as layout
+from llama_jax.checkpoints.checksums import partial_checksum
+from llama_jax.checkpoints.description import Description, read_description, write_description
+from llama_jax.checkpoints.run_folder import TOKENIZER
+from llama_jax.checkpoints.steps import folder_and_step, newest_whole
+from llama_jax.checkpoints.stored_model import MODEL, stored_model
 from llama_jax.errors import UserError
 from llama_jax.formats.quantized_weights import float_tensors, quantized_arrays
 from llama_jax.formats.stored_array import LastStack, StoredArray
 from llama_jax.formats.weights import BLOCKS, DTYPES, Tensor, Weights, of_layer
-from llama_jax.metrics import warn
+from llama_jax.instruments.metrics import warn
 from llama_jax.model import Llama, abstract
 from llama_jax.names import named_leaves
 from llama_jax.quantization import Quantization
-from llama_jax.run_folder import TOKENIZER
-from llama_jax.steps import folder_and_step, newest_whole
-from llama_jax.stored_model import MODEL, stored_model
-from llama_jax.tokenizer_file import read_model
+from llama_jax.text.tokenizer_file import read_model
 
 STEP, META = "0", "meta"
 Report = Callable[[int], None]

@@ -21,7 +21,7 @@ from llama_jax.formats.hugging_face_tokenizer_writer import (
 from llama_jax.formats.json_fields import Fields
 from llama_jax.formats.json_object import read_object, shown
 from llama_jax.formats.vocabulary import Kind, Piece
-from llama_jax.token_decoder import SPACE
+from llama_jax.text.token_decoder import SPACE
 
 MOST_WORK = 10**8  # squares of pieces' lengths, summed; those of Llama 2 give 2 million
 BYTES = {f"<0x{byte:02X}>" for byte in range(256)}

@@ -12,7 +12,7 @@ from typing import Any
 from llama_jax.formats import bpe_merges
 from llama_jax.formats.json_object import write_object
 from llama_jax.formats.vocabulary import Kind, Piece, Vocabulary
-from llama_jax.token_decoder import SPACE
+from llama_jax.text.token_decoder import SPACE
 
 SPECIAL = (Kind.UNKNOWN, Kind.CONTROL)  # cut out of texts before anything else happens
 TO_SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}

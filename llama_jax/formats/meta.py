@@ -21,8 +21,8 @@ from llama_jax.formats.rules import (
     import_tensors,
 )
 from llama_jax.formats.weights import DTYPES, Tensor, Weights
-from llama_jax.tokenizer import Tokenizer
-from llama_jax.tokenizer_file import read_model
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tokenizer_file import read_model
 
 TOKENIZER = "tokenizer.model"
 LAYER = "layers.{layer}"

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.checkpoint_layout import damaged
-from llama_jax.checksums import partial_checksum
+from llama_jax.checkpoints.checksums import partial_checksum
+from llama_jax.checkpoints.layout import damaged
 
 
 class LastStack:

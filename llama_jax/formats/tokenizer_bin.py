@@ -13,7 +13,7 @@ from pathlib import Path
 from llama_jax.errors import UserError
 from llama_jax.formats.vocabulary import Kind, Piece, Vocabulary
 from llama_jax.stand_ins import stand_in
-from llama_jax.token_decoder import SPACE
+from llama_jax.text.token_decoder import SPACE
 
 LARGEST = 16 * 2**20  # bytes; Llama 2's has 0.4 MB
 CONTROLS = ("<unk>", "<s>", "</s>")  # their ids are their places

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llama_jax.errors import UserError
 from llama_jax.formats import tokenizer_bin
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import Tokenizer
 
 
 def tokenizer_model(path: Path, vocab_size: int) -> bytes:

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+from llama_jax.attention.self_attention import BACKENDS
 from llama_jax.config import ModelConfig
-from llama_jax.loss import summed_nll
 from llama_jax.model import abstract
-from llama_jax.self_attention import BACKENDS
-from llama_jax.sharding import MESH_AXES, shardings
+from llama_jax.parallel.sharding import MESH_AXES, shardings
+from llama_jax.training.loss import summed_nll
 
 LANES = 128  # numbers in a row of a TPU's memory tiles
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from llama_jax.config import Config, MeshConfig
 from llama_jax.errors import UsageError
-from llama_jax.fitting import require_fitting
+from llama_jax.parallel.fitting import require_fitting
 from llama_jax.planning.memory import Memory, training_memory
 from llama_jax.planning.share import planned_mesh
 from llama_jax.planning.speed import Speed, training_speed

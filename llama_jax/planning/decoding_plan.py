@@ -14,17 +14,17 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.cache import KVCache
 from llama_jax.config import COMPUTE_DTYPES, MeshConfig, ModelConfig, require
-from llama_jax.decoding import NOTHING, GenerationState, decode
+from llama_jax.generation.decoding import NOTHING, GenerationState, decode
+from llama_jax.generation.prefill import slots_for
 from llama_jax.model import Llama, abstract, unstack
+from llama_jax.parallel.sharding import partition_spec, shardings
 from llama_jax.planning.activations import LANES
 from llama_jax.planning.share import bytes_on_one, planned_mesh
 from llama_jax.planning.speed import Speed
 from llama_jax.planning.targets import Target
 from llama_jax.planning.tpu_compiler import Compiled, compiled, target_mesh
-from llama_jax.prefill import slots_for
 from llama_jax.quantization import abstract_quantized, require_kind
-from llama_jax.sampling import make_sampler
-from llama_jax.sharding import partition_spec, shardings
+from llama_jax.sampling.sampler import make_sampler
 
 FLOAT32 = 4
 LOGITS = 4  # arrays like the float32 logits that choosing a token has at once

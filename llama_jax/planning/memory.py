@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from llama_jax.chips import Chip
 from llama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
-from llama_jax.loss import CHUNK_TOKENS
+from llama_jax.instruments.chips import Chip
 from llama_jax.planning.activations import Pass, kept_bytes
 from llama_jax.planning.share import (
     attention_backend,
@@ -22,7 +21,8 @@ from llama_jax.planning.share import (
     model_share,
     require_rows,
 )
-from llama_jax.train_step import init_state, state_shardings
+from llama_jax.training.loss import CHUNK_TOKENS
+from llama_jax.training.train_step import init_state, state_shardings
 
 FLOAT32 = 4
 

@@ -2,9 +2,9 @@
 
 from collections import Counter
 
-from llama_jax.chips import GPU_SHARE
-from llama_jax.collectives import collectives
 from llama_jax.config import Config
+from llama_jax.instruments.chips import GPU_SHARE
+from llama_jax.instruments.collectives import collectives
 from llama_jax.planning.alternatives import Estimate
 from llama_jax.planning.decoding_plan import DecodingPlan
 from llama_jax.planning.share import attention_backend, planned_mesh, require_rows

@@ -10,11 +10,11 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from llama_jax.chips import Chip
+from llama_jax.attention.self_attention import chosen_backend
 from llama_jax.config import Config, MeshConfig, ModelConfig
-from llama_jax.fitting import require_fitting
-from llama_jax.self_attention import chosen_backend
-from llama_jax.sharding import MESH_AXES, batch_parts, mesh_shape
+from llama_jax.instruments.chips import Chip
+from llama_jax.parallel.fitting import require_fitting
+from llama_jax.parallel.sharding import MESH_AXES, batch_parts, mesh_shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

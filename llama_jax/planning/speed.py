@@ -11,12 +11,12 @@ import math
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from llama_jax.chips import Chip
 from llama_jax.config import Config
-from llama_jax.flops import flops_per_token
+from llama_jax.instruments.chips import Chip
+from llama_jax.instruments.flops import flops_per_token
 from llama_jax.model import count_parameters
+from llama_jax.parallel.sharding import batch_parts
 from llama_jax.planning.memory import FLOAT32, Memory
-from llama_jax.sharding import batch_parts
 
 
 @dataclasses.dataclass(frozen=True)

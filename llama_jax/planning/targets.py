@@ -8,8 +8,8 @@ import dataclasses
 import math
 import re
 
-from llama_jax.chips import CHIPS, Chip
 from llama_jax.errors import UsageError, nearest
+from llama_jax.instruments.chips import CHIPS, Chip
 
 # Chips of a slice → its topology, for two-dimensional and three-dimensional networks.
 FLAT = {

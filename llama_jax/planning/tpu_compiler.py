@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 
 from llama_jax.config import MeshConfig
 from llama_jax.errors import UserError
+from llama_jax.parallel.sharding import make_mesh
 from llama_jax.planning.targets import Target
-from llama_jax.sharding import make_mesh
 
 # libtpu looks for a TPU's neighbours and its metadata server unless told that there are none, and
 # keeps others from loading it: needless, since nothing here touches a device.

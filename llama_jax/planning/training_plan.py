@@ -4,15 +4,15 @@ import dataclasses
 
 import jax
 
-from llama_jax.collectives import Collective, collectives
 from llama_jax.config import Config
 from llama_jax.data.batches import abstract_batch
+from llama_jax.instruments.collectives import Collective, collectives
 from llama_jax.planning.alternatives import Estimate, cheapest_that_fits, estimate, largest_batch
 from llama_jax.planning.memory import Memory
 from llama_jax.planning.speed import Speed
 from llama_jax.planning.targets import Target
 from llama_jax.planning.tpu_compiler import Compiled, compiled, target_mesh
-from llama_jax.train_step import init_state, jit_train_step
+from llama_jax.training.train_step import init_state, jit_train_step
 
 
 @dataclasses.dataclass(frozen=True)

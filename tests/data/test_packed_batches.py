@@ -18,8 +18,8 @@ from llama_jax.data.batches import (
 )
 from llama_jax.data.document_starts import document_starts
 from llama_jax.data.rows import fill_row
-from llama_jax.sharding import make_mesh, place_batch
-from llama_jax.train_step import evaluation_step, init_state, train_step
+from llama_jax.parallel.sharding import make_mesh, place_batch
+from llama_jax.training.train_step import evaluation_step, init_state, train_step
 
 T, VOCAB = 16, 320
 LENGTHS = [5, 1, 9, 40, 3, 17, 18, 2, 33, 7, 12, 4, 6, 29, 8, 13, 11, 3, 10, 16]

@@ -14,7 +14,7 @@ from llama_jax.data.documents import Passage, passages
 from llama_jax.data.new_folder import new_folder
 from llama_jax.data.prepare import TokenOptions, summary
 from llama_jax.errors import UserError
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("LLAMA_JAX_TEST_DATA", REPOSITORY.parent / "shared" / "data"))

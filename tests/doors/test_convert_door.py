@@ -12,12 +12,13 @@ import pytest
 from tiny_run import make_config, make_tokens
 from tiny_weights import same, tiny_weights
 
-from llama_jax import cli, verification
-from llama_jax.description import read_description
+from llama_jax import cli
+from llama_jax.checkpoints.description import read_description
+from llama_jax.checkpoints.run_folder import claimed
+from llama_jax.conversion import verification
 from llama_jax.formats.table import FORMATS, Options
 from llama_jax.formats.weights import Tensor
 from llama_jax.quantization import Quantization
-from llama_jax.run_folder import claimed
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WRITTEN = re.compile(r"(\S+): 2[0-9],[0-9]{3} parameters, 0\.[0-9]{3} GB in [0-9.]+ s")
@@ -128,7 +129,7 @@ def test_numbers_that_are_none_are_told_or_refused(run):
 
 
 def test_a_large_model_is_verified_only_when_asked(run, monkeypatch):
-    monkeypatch.setattr("llama_jax.conversion_report.is_cheap", lambda source: False)
+    monkeypatch.setattr("llama_jax.conversion.report.is_cheap", lambda source: False)
     _, told, _ = run("--input in.ckpt --output large")
     assert "not verified: that takes 0 GB of memory and a while; --verify does it" in told
     _, told, _ = run("--input in.ckpt --output large2 --verify")

@@ -18,11 +18,11 @@ import pytest
 from flax import nnx
 
 from llama_jax import cli
-from llama_jax.checkpoint import CheckpointWriter
+from llama_jax.checkpoints.checkpoint import CheckpointWriter
+from llama_jax.checkpoints.run_folder import Run, describe
 from llama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
 from llama_jax.model import Llama
-from llama_jax.run_folder import Run, describe
-from llama_jax.tokenizer import train_tokenizer
+from llama_jax.text.tokenizer import train_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOOR = [sys.executable, str(REPOSITORY / "sample.py")]

@@ -15,8 +15,8 @@ from tiny_run import DOOR, REPOSITORY, make_config, make_tokens, write_config
 
 import train
 from llama_jax import cli, compilation_cache
-from llama_jax.metrics import read_metrics
-from llama_jax.steps import finished_steps
+from llama_jax.checkpoints.steps import finished_steps
+from llama_jax.instruments.metrics import read_metrics
 
 STEPS = 40
 SLOW_DISK = """

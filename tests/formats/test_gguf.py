@@ -249,7 +249,7 @@ def test_each_tensor_is_read_once_and_dropped(path):
 
 
 def test_the_vocabulary_of_a_file_without_tensors(shared_data, tmp_path):
-    from llama_jax.tokenizer import Tokenizer
+    from llama_jax.text.tokenizer import Tokenizer
 
     source = shared_data / "llama-spm.gguf"
     vocabulary = gguf.read_vocabulary(source)

@@ -12,7 +12,7 @@ from llama_jax.errors import UserError
 from llama_jax.formats.hugging_face_tokenizer import read_tokenizer
 from llama_jax.formats.hugging_face_tokenizer_writer import to_tokenizer_json, write_tokenizer
 from llama_jax.formats.vocabulary import Kind, Piece, Vocabulary
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import Tokenizer
 
 TINY = tiny_vocabulary()
 ROWS = len(TINY.pieces)

@@ -1,5 +1,6 @@
 """Checkpoints of integers: stored is what is made on load, floats come back, wrong use is told."""
 
+import gc
 import json
 import math
 import time
@@ -11,18 +12,18 @@ import pytest
 import tensorstore
 from tiny_weights import tiny_weights
 
+from llama_jax.checkpoints.loading import load
+from llama_jax.checkpoints.run_folder import claimed
 from llama_jax.config import ModelConfig
-from llama_jax.conversion import Conversion, convert
+from llama_jax.conversion.transfer import Conversion, convert
 from llama_jax.errors import UsageError, UserError
 from llama_jax.formats import checkpoint_folder
 from llama_jax.formats.quantized_weights import quantized_arrays
 from llama_jax.formats.table import Options
 from llama_jax.formats.weights import Tensor
 from llama_jax.llm import LLM
-from llama_jax.loading import load
 from llama_jax.names import named_leaves
 from llama_jax.quantization import Quantization, held_bytes, quantize
-from llama_jax.run_folder import claimed
 
 SIZES = {"dim": 128, "num_heads": 8, "hidden_dim": 192, "num_layers": 2, "context_length": 64}
 KINDS = {
@@ -103,6 +104,7 @@ def test_one_float_matrix_is_held_at_a_time():
     def watched(name, tensor):
         def look():
             for _ in range(200):  # a computation still under way may hold the last one a moment
+                gc.collect()
                 if not any(array() is not None for array in alive):
                     break
                 time.sleep(0.05)

@@ -13,7 +13,7 @@ from tiny_weights import SIZES, built, same, tiny_vocabulary, tiny_weights
 
 from llama_jax.config import RopeScaling
 from llama_jax.formats import hugging_face
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import Tokenizer
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -14,11 +14,11 @@ from llama_jax.config import RopeScaling
 from llama_jax.formats import gguf, llama2c
 from llama_jax.formats.gguf_header import scan
 from llama_jax.formats.weights import of_layer
-from llama_jax.generation import generate
+from llama_jax.generation.engine import generate
 from llama_jax.model import abstract, unstack
 from llama_jax.names import named_leaves
-from llama_jax.sampling import make_sampler
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.sampling.sampler import make_sampler
+from llama_jax.text.tokenizer import Tokenizer
 
 llama_cpp = pytest.importorskip("llama_cpp")
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]

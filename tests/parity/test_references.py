@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from tiny_weights import tiny_weights
 
-from llama_jax import verification
 from llama_jax.config import RopeScaling
-from llama_jax.conversion import Conversion, convert
+from llama_jax.conversion import verification
+from llama_jax.conversion.transfer import Conversion, convert
+from llama_jax.conversion.verification import verify
 from llama_jax.errors import UserError
 from llama_jax.formats import hugging_face, meta
 from llama_jax.formats.rules import INTERLEAVED, MATRIX
 from llama_jax.formats.table import FORMATS, Options
-from llama_jax.verification import verify
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 

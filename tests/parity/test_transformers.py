@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import make_model, plain
 
-from llama_jax.loss import summed_nll
+from llama_jax.training.loss import summed_nll
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 

@@ -4,8 +4,8 @@ import jax
 import pytest
 from plans import changed, make_config
 
-from llama_jax.chips import CHIPS
 from llama_jax.config import MeshConfig
+from llama_jax.instruments.chips import CHIPS
 from llama_jax.planning.activations import Pass, kept_bytes
 from llama_jax.planning.memory import state_bytes, training_memory
 from llama_jax.planning.share import model_share, planned_mesh

@@ -3,8 +3,8 @@
 import pytest
 from plans import make_config
 
-from llama_jax.chips import CHIPS
-from llama_jax.flops import flops_per_token
+from llama_jax.instruments.chips import CHIPS
+from llama_jax.instruments.flops import flops_per_token
 from llama_jax.planning.memory import training_memory
 from llama_jax.planning.share import planned_mesh
 from llama_jax.planning.speed import Speed, training_speed

@@ -6,9 +6,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from plans import make_config
 
-from llama_jax.chips import CHIPS
 from llama_jax.config import MeshConfig
 from llama_jax.errors import UsageError
+from llama_jax.instruments.chips import CHIPS
 from llama_jax.planning.share import (
     attention_backend,
     bytes_on_one,

@@ -1,0 +1,53 @@
+"""A checkpoint made ready to write: arranged for decoding, and on the devices it is to use."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from llama_jax.arguments import whole_number
+from llama_jax.checkpoints.loading import Loaded, load
+from llama_jax.config import MeshConfig, require
+from llama_jax.model import unstack
+from llama_jax.parallel.sharding import make_mesh, shardings
+
+
+def tensor_mesh(tensor: int) -> Mesh | None:
+    """The first devices as a mesh that matrices are cut over; none for one device.
+
+    Raises:
+      UsageError: when there are not so many.
+    """
+    devices = jax.device_count()
+    whole_number("tensor", tensor, lambda n: 1 <= n <= devices, f"1 to {devices}, the devices")
+    if tensor == 1:
+        return None
+    return make_mesh(MeshConfig(data=1, tensor=tensor), jax.devices()[:tensor])
+
+
+def deploy(
+    checkpoint: str | Path,
+    dtype: str = "",
+    *,
+    quantize: str | None = None,
+    max_context: int = 0,
+    mesh: Mesh | None = None,
+) -> Loaded:
+    """What a folder holds, its model's blocks a list as decoding wants them; see `llm.LLM`.
+
+    On a mesh each device reads its own parts, and keeps no others.
+    """
+    loaded = load(checkpoint, dtype, quantize=quantize, mesh=mesh)
+    context = loaded.config.context_length
+    if max_context:
+        require(
+            2 <= max_context <= context,
+            f"max_context={max_context} is out of range; expected 2 to {context}, the model's"
+            " context",
+        )
+    model = unstack(loaded.model)
+    if mesh is not None:
+        model = jax.device_put(model, shardings(model, mesh))
+    model.config = dataclasses.replace(model.config, context_length=max_context or context)
+    return dataclasses.replace(loaded, model=model)

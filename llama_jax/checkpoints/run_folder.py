@@ -1,0 +1,161 @@
+"""A run's folder: what it is a run of, and whose it is while it runs.
+
+    config.json        what `description` writes
+    tokenizer.model    so that sampling needs nothing else
+    metrics.jsonl      what `metrics` writes
+    profile/           what `profiling` writes, when asked
+    <step>/            what `checkpoint` writes
+
+A converted model has such a folder too, with step 0 alone. A folder that holds one, another run or
+anything else is refused: nothing in it is ever overwritten.
+"""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llama_jax.checkpoints.description import CONFIG, Run, read_run, write_atomically, write_run
+from llama_jax.config import Config
+from llama_jax.errors import UsageError, UserError
+from llama_jax.instruments.metrics import METRICS
+
+TOKENIZER, LOCK = "tokenizer.model", ".lock"
+MARK = LOCK + "-"  # begins the name of what is written for a moment to see who else sees it
+
+# What may differ between two sittings of the same run; everything else makes it another run.
+FREE_SECTIONS = ("mesh", "run")
+FREE_KEYS = ("data.path", "data.allow_change", "optimizer.accumulation_steps", "optimizer.steps")
+BOUND_KEYS = ("run.seed",)
+
+
+def require_same_run(folder: Path, run: Run, tokenizer: Path) -> None:
+    """Refuse to go on in a folder that holds another run, or one with another tokenizer.
+
+    Raises:
+      UserError: naming what differs.
+    """
+    if not (folder / CONFIG).exists() or not _has_begun(folder):
+        return
+    _require_same(folder, read_run(folder).config, run.config)
+    ours = folder / TOKENIZER
+    if ours.exists() and ours.read_bytes() != tokenizer.read_bytes():
+        raise UserError(
+            f"the data's tokenizer is not the one that {folder} was trained with; prepare the data"
+            f" with --tokenizer {ours}, or choose another folder with --config.run.checkpoint_dir=…"
+        )
+
+
+def describe(folder: Path, run: Run, tokenizer: Path) -> None:
+    """Make a folder the run's own, once nothing stands against it; call it inside `claimed`."""
+    write_run(folder, run)
+    write_atomically(folder / TOKENIZER, tokenizer.read_bytes())
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether a run has left more than its description: a start that was refused binds nobody."""
+    metrics = folder / METRICS
+    has_metrics = metrics.is_file() and metrics.stat().st_size > 0
+    return has_metrics or any(path.name[0].isdigit() for path in folder.iterdir())
+
+
+def _require_same(folder: Path, old: Config, new: Config) -> None:
+    """Refuse a config whose run would not continue the old one."""
+    was, now = settings(old), settings(new)
+    for key, value in now.items():
+        is_free = key in FREE_KEYS or key.split(".")[0] in FREE_SECTIONS
+        if was[key] != value and (key in BOUND_KEYS or not is_free):
+            raise UserError(
+                f"{folder} holds another run: {key} is {was[key]!r} there and {value!r} here;"
+                " choose another folder with --config.run.checkpoint_dir=…, or the same settings"
+            )
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """A config's values by dotted name."""
+    return _leaves(dataclasses.asdict(config))
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted name."""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        leaves |= (
+            _leaves(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else {prefix + name: value}
+        )
+    return leaves
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold a folder, made if missing, for this process alone.
+
+    Raises:
+      UsageError: when it is a file or cannot be written.
+      UserError: when another process trains in it, or it holds anything but a run.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; expected a folder to write checkpoints in")
+    if folder.exists() and not (folder / CONFIG).exists():
+        _require_empty(folder)
+    if (folder / CONFIG).exists():
+        read_run(folder)  # a converted model is refused before anything is touched
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("a+")
+    except OSError as error:
+        raise UsageError(
+            f"{folder} cannot be written ({error.strerror}); choose another folder with"
+            " --config.run.checkpoint_dir=…"
+        ) from error
+    with lock:
+        _lock(lock, folder)
+        yield
+
+
+def _require_empty(folder: Path) -> None:
+    """Refuse a folder with anything but what we leave in it before it is a run's."""
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(MARK)}
+    others = names - {LOCK, CONFIG + ".partial"}
+    if others:
+        raise UserError(
+            f"{folder} is not empty and holds no run (it has {min(others)!r}); choose another"
+            " folder with --config.run.checkpoint_dir=…"
+        )
+
+
+def _lock(lock: Any, folder: Path) -> None:
+    """Take a lock that the operating system frees when this process ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # a system without such locks
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        owner = lock.read().strip() or "another process"
+        raise UserError(f"{folder} is in use by {owner}; wait for it, or stop it") from None
+    lock.seek(0)
+    lock.truncate()
+    lock.write(f"process {os.getpid()}\n")
+    lock.flush()
+
+
+def require_space(folder: Path, needed: int, what: str = "a checkpoint") -> None:
+    """Refuse to begin a write that the disk has no room for.
+
+    Raises:
+      UserError: with both numbers.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder} has {free / 1e9:.2f} GB free, and {what} takes {needed / 1e9:.2f} GB;"
+            " make room and run the same command again"
+        )

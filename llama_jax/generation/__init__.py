@@ -1,0 +1,1 @@
+"""Prompts in, tokens and texts out: the engine, and what is asked of it."""

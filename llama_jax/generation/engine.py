@@ -1,0 +1,259 @@
+"""Token ids from a model: prompts are read into a cache, then a loop on the device goes on.
+
+The host sees tokens a chunk at a time, for streaming. Prompts of different lengths share a batch:
+each row has its own cache length, key and end. Text is not known here.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from llama_jax.cache import KVCache
+from llama_jax.errors import UserError
+from llama_jax.generation.decoding import CHUNK, NOTHING, Chosen, GenerationState, begin, decode
+from llama_jax.generation.prefill import padded, read_prompts, slots_for, stretches
+from llama_jax.generation.speculation import GUESSES, decode_guessing
+from llama_jax.model import Llama
+from llama_jax.parallel.mesh_steps import steps_on_mesh
+from llama_jax.parallel.sharding import partition_spec
+from llama_jax.sampling.penalties import TokenCounts
+from llama_jax.sampling.sampler import Sampler
+
+
+@dataclasses.dataclass(frozen=True)
+class Logprob:
+    """What the model thought of a token: its log-probability, and the likeliest ids with theirs."""
+
+    logprob: float  # nats
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """What a stretch of the loop added: ids of each row, without the stop token."""
+
+    rows: list[list[int]]
+    finished: list[str]  # "" while a row goes on; "stop" at a stop token; "length" at its limit
+    logprobs: list[list[Logprob]]  # as many as ids where they were asked for; else empty
+
+
+class Engine:
+    """A model that generates, and remembers its last single conversation.
+
+    A lone prompt that begins like the one before, as a chat's next turn does, is read only from
+    where it differs: the cache of the earlier call is taken up again.
+    """
+
+    def __init__(self, model: Llama, cache_dtype: str = "", mesh: Mesh | None = None):
+        """An engine around an unstacked model.
+
+        Args:
+          cache_dtype: "int8" keeps a cache a fourth the size of float32's, "" one in the model's
+            compute dtype.
+          mesh: what the model's arrays are cut over, if they are.
+        """
+        self.model, self.cache_dtype, self.mesh = model, cache_dtype, mesh
+        self._kept: tuple[list[int], KVCache] | None = None
+
+    @steps_on_mesh
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampler: Sampler,
+        *,
+        max_tokens: int,
+        seeds: Sequence[int],
+        stop_ids: Sequence[int] = (),
+        logprobs: int | None = None,
+        speculate: bool = False,
+    ) -> Iterator[Chunk]:
+        """Continuations of prompts of token ids, chunk by chunk as the loop makes them.
+
+        A row depends on its prompt and seed only, never on its neighbours. A row ends after
+        `max_tokens`, or earlier at a stop id or where the model's context is full.
+
+        Args:
+          prompts: at least one id each.
+          max_tokens: new tokens a row, at least 1.
+          seeds: one a row.
+          stop_ids: ids that end a row; they are not returned.
+          logprobs: how many of the likeliest tokens to tell of beside each; None: tell nothing.
+          speculate: guess ahead (see `speculation`); only for a plain greedy sampler.
+
+        Raises:
+          UserError: when a prompt is empty or leaves no room for one token in the context, or a
+            speculating sampler is not plainly greedy.
+        """
+        self._check(prompts, sampler, logprobs, speculate)
+        context = self.model.config.context_length
+        length_B = np.asarray([len(prompt) for prompt in prompts], np.int32)
+        limit_B = np.minimum(length_B + min(max_tokens, context), context)
+        cache, logits_BV = self._read(prompts, int(limit_B.max()) + (GUESSES + 1) * speculate)
+        stops_S = np.asarray([*stop_ids, NOTHING], np.int32)
+        keys_B = jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
+        counts = _counts(prompts, self.model.config.vocab_size) if sampler.needs_counts else None
+        state = GenerationState(
+            cache,
+            jnp.asarray(length_B),
+            jnp.zeros(len(prompts), bool),
+            jnp.asarray(limit_B),
+            keys_B,
+            counts,
+        )
+        state, chosen = _begin(state, logits_BV, sampler, stops_S, logprobs)
+        new: list[list[int]] = [[] for _ in prompts]
+        history = _history(prompts, chosen, cache.slots) if speculate else None
+        try:
+            while True:
+                chunk = _chunk(chosen, state)
+                for row, ids in zip(new, chunk.rows):
+                    row += ids
+                yield chunk
+                if all(chunk.finished):
+                    return
+                if history is None:
+                    state, chosen = decode(self.model, state, sampler, stops_S, logprobs)
+                else:
+                    state, history, ids_BW = decode_guessing(self.model, state, history, stops_S)
+                    chosen = Chosen(ids_BW, None)
+        finally:
+            # An interrupt may have come after the state was donated and before the next was here.
+            if len(prompts) == 1 and not state.cache.length_B.is_deleted():
+                whole = [*prompts[0], *new[0]][: int(state.cache.length_B[0])]
+                self._kept = whole, state.cache
+
+    @steps_on_mesh
+    def generate_on_host(
+        self,
+        prompt: Sequence[int],
+        choose: Callable[[np.ndarray], int],
+        *,
+        max_tokens: int,
+        stop_ids: Sequence[int] = (),
+    ) -> Iterator[Chunk]:
+        """One continuation whose tokens the host chooses from float32 logits [V], one at a time.
+
+        Slow, and therefore only for choosers that cannot be told as a `Sampler`.
+
+        Raises:
+          UserError: when the prompt is empty or leaves no room for one token in the context.
+        """
+        self._check_lengths([prompt])
+        limit = min(len(prompt) + max_tokens, self.model.config.context_length)
+        cache, logits_BV = self._read([prompt], limit)
+        for length in range(len(prompt) + 1, limit + 1):
+            token = choose(np.asarray(logits_BV)[0])
+            if token in stop_ids:
+                yield Chunk([[]], ["stop"], [[]])
+                return
+            yield Chunk([[token]], ["length" if length == limit else ""], [[]])
+            logits_BV, cache = _one(self.model, jnp.full((1, 1), token, jnp.int32), cache)
+
+    def _check_lengths(self, prompts: Sequence[Sequence[int]]) -> None:
+        context = self.model.config.context_length
+        for prompt in prompts:
+            if not 0 < len(prompt) < context:
+                raise UserError(
+                    f"the prompt has {len(prompt)} tokens; expected 1 to {context - 1}, since the"
+                    f" model's context holds {context}"
+                )
+
+    def _check(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampler: Sampler,
+        logprobs: int | None,
+        speculate: bool,
+    ) -> None:
+        self._check_lengths(prompts)
+        sampler.require_ids_below(self.model.config.vocab_size)
+        is_plain = sampler.greedy and not sampler.needs_counts and not sampler.bias_ids_I.size
+        if speculate and not (is_plain and logprobs is None):
+            raise UserError(
+                "speculation guesses what the likeliest token is; it goes with temperature 0,"
+                " without penalties, biases or log-probabilities"
+            )
+
+    def _read(self, prompts: Sequence[Sequence[int]], tokens: int) -> tuple[KVCache, jax.Array]:
+        """A cache with the prompts in it and room for `tokens`, and the logits after them."""
+        start, cache = 0, None
+        if len(prompts) == 1 and self._kept is not None:
+            ids, cache = self._kept
+            start = _common(ids, prompts[0])
+        self._kept = None  # its memory goes to the new call
+        room = max(tokens, start + sum(stretches(max(map(len, prompts)) - start)))
+        slots = slots_for(room)
+        if cache is None or start == 0:
+            cache = KVCache.empty(self.model.config, len(prompts), slots, self.cache_dtype)
+            cache = _cut(cache, self.mesh)
+        else:
+            cache = cache.with_slots(max(slots, cache.slots))
+        return read_prompts(self.model, cache, prompts, start)
+
+
+def generate(model: Llama, *arguments: object, **options: object) -> Iterator[Chunk]:
+    """What `Engine.generate` makes, with an engine of its own."""
+    return Engine(model).generate(*arguments, **options)  # type: ignore[arg-type]
+
+
+_begin = partial(jax.jit, donate_argnames="state", static_argnames="logprobs")(begin)
+
+
+@partial(jax.jit, donate_argnames="cache")
+def _one(model: Llama, token_B1: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    """The logits [B, V] after one more token, and the cache with it."""
+    logits_B1V, filled = model(token_B1, cache)
+    assert filled is not None
+    return logits_B1V[:, 0], filled
+
+
+def _cut(cache: KVCache, mesh: Mesh | None) -> KVCache:
+    """A cache of which each device has its own kv heads."""
+    if mesh is None:
+        return cache
+
+    def cut(array: jax.Array) -> jax.Array:  # R is kv heads times rows
+        spec = partition_spec(("kv_heads", "length", "head_dim"), array.shape, mesh)
+        return jax.device_put(array, NamedSharding(mesh, spec))
+
+    return dataclasses.replace(cache, layers=jax.tree.map(cut, cache.layers))
+
+
+def _common(kept: Sequence[int], prompt: Sequence[int]) -> int:
+    """Ids that two sequences begin with alike, at most all but the last of the prompt."""
+    most = min(len(kept), len(prompt) - 1)
+    return next((i for i in range(most) if kept[i] != prompt[i]), most)
+
+
+def _counts(prompts: Sequence[Sequence[int]], vocab_size: int) -> TokenCounts:
+    """How often each token occurs in each prompt."""
+    counts_BV = np.stack([np.bincount(prompt, minlength=vocab_size) for prompt in prompts])
+    return TokenCounts(jnp.asarray(counts_BV, jnp.int32), jnp.zeros(counts_BV.shape, jnp.int32))
+
+
+def _history(prompts: Sequence[Sequence[int]], chosen: Chosen, slots: int) -> jax.Array:
+    """The ids so far of each row, the first chosen one included."""
+    rows = [[*ids, max(int(first), 0)] for ids, first in zip(prompts, np.asarray(chosen.token))]
+    return jnp.asarray(padded(rows, slots + CHUNK + GUESSES + 1))
+
+
+def _chunk(chosen: Chosen, state: GenerationState) -> Chunk:
+    """The host's view of new tokens."""
+    stopped_B, done_B = np.asarray(state.stopped_B), np.asarray(state.done_B)
+    reasons = np.where(stopped_B, "stop", np.where(done_B, "length", ""))
+    ids_BC = np.asarray(chosen.token).reshape(len(done_B), -1)
+    rows = [[int(token) for token in row if token != NOTHING] for row in ids_BC]
+    told: list[list[Logprob]] = [[] for _ in rows]
+    if chosen.logprobs is not None:
+        shape = ids_BC.shape
+        own, top_ids, top = (np.asarray(array) for array in jax.tree.leaves(chosen.logprobs))
+        own, top_ids, top = own.reshape(shape), top_ids.reshape(*shape, -1), top.reshape(*shape, -1)
+        for b, c in zip(*np.nonzero(ids_BC != NOTHING)):
+            pairs = tuple(zip(top_ids[b, c].tolist(), top[b, c].tolist()))
+            told[b].append(Logprob(float(own[b, c]), pairs))
+    return Chunk(rows, [str(reason) for reason in reasons], told)

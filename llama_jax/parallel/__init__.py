@@ -1,0 +1,1 @@
+"""Arrays over a mesh of devices: where they lie, and what is sent when."""

@@ -1,0 +1,65 @@
+"""A polite stop of several processes: all stop at the same step, whichever of them was signalled.
+
+JAX's preemption service listens for SIGTERM, tells the other processes in the background, and
+agrees with them on the next moment that all can reach; asking it sends nothing over the network.
+"""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import jax
+
+from llama_jax.processes.stop_signal import StopSignal, stop_signal
+
+
+class SharedStop(StopSignal):
+    """Whether all processes are to stop now."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._asked, self._is_agreed = 0, False
+
+    @property
+    def requested(self) -> bool:
+        """Whether all stop now. Every process must ask equally often: answers are counted."""
+        if not self._is_agreed:
+            from jax.experimental.multihost_utils import reached_preemption_sync_point
+
+            self._asked += 1
+            self._is_agreed = reached_preemption_sync_point(self._asked)
+            if self._is_agreed:
+                signal.signal(signal.SIGTERM, _end)
+        return self._is_agreed
+
+    @property
+    def exit_code(self) -> int:
+        """130 where Ctrl-C was pressed, else 143."""
+        return 128 + (self.number or signal.SIGTERM)
+
+    def remember(self, number: int, frame: FrameType | None) -> None:
+        """The handler of Ctrl-C: the first goes the way of SIGTERM, the second ends at once."""
+        super().remember(number, frame)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _end(number: int, _frame: Any) -> None:
+    os._exit(128 + number)
+
+
+@contextlib.contextmanager
+def stop_of_all() -> Iterator[StopSignal]:
+    """Inside the block, one signal to any process stops them all; a second ends the process."""
+    if jax.process_count() == 1:
+        with stop_signal() as stop:
+            yield stop
+        return
+    shared = SharedStop()
+    previous = signal.signal(signal.SIGINT, shared.remember)
+    try:
+        yield shared
+    finally:
+        signal.signal(signal.SIGINT, previous)

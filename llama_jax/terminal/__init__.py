@@ -1,0 +1,1 @@
+"""What sample.py asks and shows on a terminal."""

@@ -1,0 +1,178 @@
+"""One step of training, (state, batch) → (state, metrics), and the state it turns.
+
+Jitted once, with the state donated and its shardings stated both ways. Dropout's key is a function
+of the seed and the step, so a resumed run draws what an uninterrupted one would have drawn.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llama_jax.attention.self_attention import SelfAttention, self_attention
+from llama_jax.config import Config
+from llama_jax.data.batches import Batch
+from llama_jax.model import Llama
+from llama_jax.parallel.data_parallel import gradients_over_rows, sums_over_rows
+from llama_jax.parallel.sharding import batch_sharding, rules_of, shardings
+from llama_jax.training.loss import summed_loss, summed_nll
+from llama_jax.training.optimizer import learning_rate_schedule, make_optimizer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes."""
+
+    step: jax.Array  # updates made so far
+    healthy: jax.Array  # False once a loss or gradient was not finite: then nothing changes
+    model: Llama
+    optimizer: optax.OptState
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepMetrics:
+    """What a step tells, as float32 scalars on the device."""
+
+    loss: jax.Array  # mean nats per unmasked token, before the update
+    gradient_norm: jax.Array  # before clipping
+    learning_rate: jax.Array
+    healthy: jax.Array  # whether the update was made
+
+
+def init_state(config: Config) -> TrainState:
+    """The state before the first step, a pure function of `config.run.seed`."""
+    model = Llama(config.model, rngs=nnx.Rngs(config.run.seed))
+    optimizer = make_optimizer(config.optimizer).init(model)
+    return TrainState(jnp.int32(0), jnp.bool(True), model, optimizer)
+
+
+def state_shardings(config: Config, mesh: Mesh) -> TrainState:
+    """Where each array of the state lies."""
+    return shardings(jax.eval_shape(lambda: init_state(config)), mesh)
+
+
+def train_step(
+    state: TrainState, batch: Batch, config: Config, device: jax.Device | None = None
+) -> tuple[TrainState, StepMetrics]:
+    """One update from a whole batch, microbatch by microbatch.
+
+    Losses and gradients are summed over microbatches, then over devices, and divided once by the
+    number of unmasked tokens, so cutting the batch differently changes nothing but rounding.
+    `device` is one of those the step is for, by default one of this process; attention's kernel is
+    chosen for it.
+    """
+    key = jax.random.fold_in(jax.random.key(config.run.seed), state.step)
+    (nll, tokens), gradients = summed_gradients(state.model, batch, key, config, device)
+    tokens = jnp.maximum(tokens, 1.0)
+    gradients = jax.tree.map(lambda gradient: gradient / tokens, gradients)
+    return _update(state, nll / tokens, gradients, config)
+
+
+def summed_gradients(
+    model: Llama, batch: Batch, key: jax.Array, config: Config, device: jax.Device | None = None
+) -> tuple[tuple[jax.Array, jax.Array], Llama]:
+    """((nll, number of unmasked tokens), gradients of the loss), summed over the whole batch.
+
+    `key` decides dropout; `device` as in `train_step`.
+    """
+    accumulated = partial(_accumulated, key=key, config=config, device=device)
+    with rules_of(config.mesh):
+        return gradients_over_rows(accumulated, model, batch)
+
+
+def _accumulated(
+    model: Llama, batch: Batch, *, key: jax.Array, config: Config, device: jax.Device | None
+) -> tuple[tuple[jax.Array, jax.Array], Llama]:
+    """The nll and number of tokens of some rows, and the gradients of their loss, all summed."""
+    attention = self_attention(config.run.attention, config.model, config.model.dropout, device)
+
+    def summed(model: Llama, batch: Batch, row_B: jax.Array) -> tuple[jax.Array, Any]:
+        hidden_BTD, _ = model.hidden(
+            batch.inputs_BT,
+            segments_BT=batch.segments_BT,
+            dropout_key=jax.random.fold_in(key, row_B[0]) if config.model.dropout else None,
+            remat=config.run.remat,
+            attention=attention,
+        )
+        targets = (batch.targets_BT, batch.weights_BT)
+        loss, nll = summed_loss(hidden_BTD, model.output_VD, *targets, config.optimizer.z_loss)
+        return loss, (nll, jnp.sum(batch.weights_BT))
+
+    rows = batch.inputs_BT.shape[0]
+    microbatches = config.optimizer.accumulation_steps
+    accumulated = optax.microbatch(
+        jax.value_and_grad(summed, has_aux=True),
+        argnums=(1, 2),
+        microbatch_size=rows // microbatches if microbatches > 1 else None,
+    )
+    (_, sums), gradients = accumulated(model, batch, jnp.arange(rows))
+    return sums, gradients
+
+
+def _update(
+    state: TrainState, loss: jax.Array, gradients: Llama, config: Config
+) -> tuple[TrainState, StepMetrics]:
+    """The state after the optimizer's update, or unchanged if it would be spoilt."""
+    norm = optax.tree.norm(gradients)
+    healthy = state.healthy & jnp.isfinite(loss) & jnp.isfinite(norm)
+    updates, optimizer = make_optimizer(config.optimizer).update(
+        gradients, state.optimizer, state.model
+    )
+    model = optax.apply_updates(state.model, updates)
+    moved = TrainState(state.step + 1, healthy, model, optimizer)
+    stayed = dataclasses.replace(state, healthy=healthy)
+    rate = learning_rate_schedule(config.optimizer)(state.step)
+    metrics = StepMetrics(loss, norm, jnp.float32(rate), healthy)
+    return jax.tree.map(partial(jnp.where, healthy), moved, stayed), metrics
+
+
+def evaluation_step(
+    model: Llama, batch: Batch, attention: SelfAttention | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The summed negative log-likelihood of a batch and its number of unmasked tokens."""
+
+    def sums(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        hidden_BTD, _ = model.hidden(
+            batch.inputs_BT, segments_BT=batch.segments_BT, attention=attention
+        )
+        nll = summed_nll(hidden_BTD, model.output_VD, batch.targets_BT, batch.weights_BT)
+        return nll, jnp.sum(batch.weights_BT)
+
+    return sums_over_rows(sums, model, batch)
+
+
+def jit_train_step(config: Config, mesh: Mesh) -> Any:
+    """`train_step` compiled for a mesh; it takes the state's memory over."""
+    places, replicated = state_shardings(config, mesh), NamedSharding(mesh, PartitionSpec())
+    return jax.jit(
+        partial(train_step, config=config, device=mesh.devices.flat[0]),
+        in_shardings=(places, batch_sharding(mesh)),
+        out_shardings=(places, replicated),
+        donate_argnums=0,
+    )
+
+
+def jit_init(config: Config, mesh: Mesh) -> Callable[[], TrainState]:
+    """`init_state` compiled for a mesh: each device makes its own part."""
+    return jax.jit(partial(init_state, config), out_shardings=state_shardings(config, mesh))
+
+
+def jit_evaluation_step(
+    config: Config, mesh: Mesh
+) -> Callable[[Llama, Batch], tuple[jax.Array, jax.Array]]:
+    """`evaluation_step` compiled for a mesh."""
+    places, replicated = state_shardings(config, mesh).model, NamedSharding(mesh, PartitionSpec())
+    attention = self_attention(config.run.attention, config.model, device=mesh.devices.flat[0])
+    return jax.jit(
+        partial(evaluation_step, attention=attention),
+        in_shardings=(places, batch_sharding(mesh)),
+        out_shardings=(replicated, replicated),
+    )

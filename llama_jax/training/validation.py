@@ -1,0 +1,86 @@
+"""How good the model is now: its loss on text held back, and a sample of what it writes."""
+
+import math
+import textwrap
+from functools import partial
+
+import jax
+from jax.sharding import Mesh
+
+from llama_jax.config import Config
+from llama_jax.data.batches import validation_batches
+from llama_jax.data.tokens import TokenFolder
+from llama_jax.generation.engine import Engine
+from llama_jax.generation.texts import stop_ids, stream
+from llama_jax.instruments.metrics import Console, MetricsFile
+from llama_jax.model import Llama, unstack
+from llama_jax.processes.process_rows import GlobalBatches
+from llama_jax.processes.stop_signal import StopSignal
+from llama_jax.sampling.sampler import make_sampler
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.training.train_step import jit_evaluation_step
+
+
+class Validation:
+    """Validates and samples a run's model."""
+
+    def __init__(self, config: Config, data: TokenFolder, mesh: Mesh, stop: StopSignal):
+        """Find out now, not hours later, whether the text is too short to validate on.
+
+        Raises:
+          UserError: when it is.
+        """
+        self._config, self._data, self._mesh, self._stop = config, data, mesh, stop
+        self._evaluation_step = jit_evaluation_step(config, mesh)
+        self._tokenizer = Tokenizer(data.tokenizer_path)
+        self._batches()
+
+    def __call__(
+        self, model: Llama, step: int, best_loss: float, console: Console, metrics: MetricsFile
+    ) -> float:
+        """The mean validation loss in nats a token, said and written; inf if stopped meanwhile."""
+        sums = []
+        for batch in self._batches():
+            sums.append(self._evaluation_step(model, batch))
+            jax.block_until_ready(sums[-2:][0])
+            if self._stop.requested:
+                return math.inf
+        nll, tokens = (sum(float(value) for value in values) for values in zip(*sums))
+        loss = nll / tokens
+        perplexity = math.exp(min(loss, 700))
+        metrics.write({"step": step, "validation_loss": loss, "perplexity": perplexity})
+        best = "  best so far" if loss < best_loss else ""
+        console.line(f"step {step}  validation loss {loss:.4f}  perplexity {perplexity:.2f}{best}")
+        if self._config.run.sample_tokens and jax.process_count() == 1:
+            console.line(self._sample(model, seed=step))
+        return loss
+
+    def _batches(self) -> GlobalBatches:
+        """The same batches at each validation, on their devices."""
+        read = partial(
+            validation_batches,
+            self._data,
+            batch_size=self._config.microbatch_size,
+            sequence_length=self._config.data.sequence_length,
+            packing=self._config.data.packing,
+            limit=self._config.run.eval_batches,
+        )
+        return GlobalBatches(read, self._config.microbatch_size, self._mesh)
+
+    def _sample(self, model: Llama, seed: int) -> str:
+        """What the model writes now, as lines to show."""
+        prompt = self._config.run.sample_prompt
+        pieces = stream(
+            Engine(_unstack(model)),
+            self._tokenizer,
+            [self._tokenizer.encode(prompt, bos=True, eos=False)],
+            make_sampler(temperature=0.8, top_p=0.9),
+            max_tokens=self._config.run.sample_tokens,
+            seeds=[seed],
+            stop_ids=stop_ids(self._tokenizer, self._data.bos),
+        )
+        text = prompt + "".join(piece.text for piece in pieces)
+        return textwrap.indent(textwrap.fill(text, 96), "  | ")
+
+
+_unstack = jax.jit(unstack)

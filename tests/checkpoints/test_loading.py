@@ -1,0 +1,192 @@
+"""A trained model from its folder, however that is named and whatever is broken in it."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import make_config, make_tokens, quick_runs
+from tiny_weights import tiny_weights
+
+from llama_jax.checkpoints import loading
+from llama_jax.checkpoints.loading import load
+from llama_jax.checkpoints.steps import finished_steps
+from llama_jax.errors import UsageError, UserError
+from llama_jax.formats import checkpoint_folder
+from llama_jax.names import named_leaves
+from llama_jax.training.run import fit
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with the steps 4 and 8 of a run."""
+    place = tmp_path_factory.mktemp("trained")
+    tokens = make_tokens(place / "tokens").path
+    config = make_config(tokens, place / "ckpt", optimizer__steps=8, run__save_every=4)
+    with quick_runs(place / "cache"):
+        assert fit(config) == 0
+    return place / "ckpt"
+
+
+@pytest.fixture
+def folder(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "ckpt")
+
+
+def cut(step):
+    files = sorted(path for path in (step / "model").rglob("*") if path.parent.name == "d")
+    for path in files:
+        path.write_bytes(path.read_bytes()[:100])
+
+
+def test_the_newest_step_comes_with_all_that_it_needs(trained):
+    loaded = load(trained)
+    assert (loaded.step, loaded.bos, loaded.config.dim) == (8, True, 24)
+    assert loaded.tokenizer.vocab_size == loaded.config.vocab_size == 320
+    logits = loaded.model(np.array([[1, 5, 7]]))[0]
+    assert logits.shape == (1, 3, 320) and np.isfinite(logits).all()
+    assert all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(loaded.model))
+
+
+def test_one_step_can_be_named(trained, monkeypatch):
+    assert load(trained / "4").step == 4
+    monkeypatch.chdir(trained.parent)
+    assert load("ckpt/").step == 8
+    assert load("ckpt/8/").step == 8
+    monkeypatch.setenv("HOME", str(trained.parent))
+    assert load("~/ckpt").step == 8
+    first, last = (jax.tree.leaves(load(trained / step).model)[0] for step in ("4", "8"))
+    assert (np.asarray(first) != np.asarray(last)).any()
+
+
+def test_nothing_is_written(folder):
+    before = {path: path.stat().st_mtime_ns for path in (folder, *folder.rglob("*"))}
+    load(folder)
+    assert {path: path.stat().st_mtime_ns for path in (folder, *folder.rglob("*"))} == before
+
+
+def test_a_damaged_step_is_passed_over_with_a_warning(folder, capsys):
+    cut(folder / "8")
+    assert load(folder).step == 4
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("warning: ") and stderr.count("\n") == 1
+    assert f"{folder}/8 is damaged" in stderr
+    assert finished_steps(folder) == [4, 8]
+    with pytest.raises(UserError, match="8 is damaged"):
+        load(folder / "8")
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """Folders of converted models by the dtype they are stored in."""
+    folders = {}
+    for dtype, compute_dtype in COMPUTE.items():
+        folders[dtype] = tmp_path_factory.mktemp("converted") / dtype
+        weights = tiny_weights(dtype, compute_dtype=compute_dtype)
+        checkpoint_folder.write(weights, folders[dtype])
+    return folders
+
+
+COMPUTE = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
+LOADED = {  # stored, backend, asked: parameters, arithmetic
+    ("bfloat16", "cpu", ""): ("float32", "float32"),  # bfloat16 is slow on CPU
+    ("float16", "cpu", ""): ("float32", "float32"),
+    ("bfloat16", "gpu", ""): ("bfloat16", "bfloat16"),
+    ("float16", "tpu", ""): ("bfloat16", "bfloat16"),
+    ("float32", "gpu", ""): ("float32", "float32"),
+    ("float32", "gpu", "bfloat16"): ("bfloat16", "bfloat16"),
+    ("bfloat16", "cpu", "bfloat16"): ("bfloat16", "bfloat16"),
+    ("bfloat16", "gpu", "float32"): ("float32", "float32"),
+}
+
+
+@pytest.mark.parametrize("case", LOADED, ids=str)
+def test_parameters_are_as_stored_unless_that_is_slow(converted, monkeypatch, case):
+    stored, backend, asked = case
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    loaded = load(converted[stored], dtype=asked)
+    leaves = named_leaves(loaded.model)
+    assert ({leaf.dtype.name for leaf in leaves.values()}, loaded.config.compute_dtype) == (
+        {LOADED[case][0]},
+        LOADED[case][1],
+    )
+    assert loaded.model.config == loaded.config
+    expected = tiny_weights(stored).tensors["embedding"].read().astype(LOADED[case][0])
+    np.testing.assert_array_equal(leaves["embedding"], expected)
+    assert loaded.model(np.array([[1, 5]]))[0].dtype == np.float32
+
+
+def test_a_trained_model_keeps_its_parameters_and_computes_as_asked(trained, monkeypatch):
+    assert load(trained).model.embedding.dtype == np.float32
+    path = trained / "config.json"
+    before = path.read_text()
+    try:
+        path.write_text(before.replace('"compute_dtype": "float32"', '"compute_dtype": "bfloat16"'))
+        assert load(trained).config.compute_dtype == "float32"
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        loaded = load(trained)
+        assert (loaded.config.compute_dtype, loaded.model.embedding.dtype) == (
+            "bfloat16",
+            np.float32,
+        )
+    finally:
+        path.write_text(before)
+
+
+def test_an_unknown_dtype_is_refused(converted):
+    with pytest.raises(UsageError, match="dtype='float16' is unknown"):
+        load(converted["float32"], dtype="float16")
+
+
+def remove_steps(folder):
+    for step in finished_steps(folder):
+        (folder / str(step)).rename(folder / f"{step}.orbax-checkpoint-tmp")
+
+
+def damage_all(folder):
+    for step in finished_steps(folder):
+        cut(folder / str(step))
+
+
+def other_tokenizer(folder):
+    make_tokens(folder / "other", vocab_size=330)
+    shutil.copy(folder / "other" / "tokenizer.model", folder)
+
+
+MISTAKES = {
+    "has no finished checkpoint": remove_steps,
+    "none of the checkpoints": damage_all,
+    "does not exist": shutil.rmtree,
+    "holds no run": lambda folder: (folder / "config.json").unlink(),
+    "config.json is damaged": lambda folder: (folder / "config.json").write_text("{"),
+    "has 330 pieces and the model 320": other_tokenizer,
+}
+
+
+@pytest.mark.parametrize("says", MISTAKES)
+def test_what_is_missing_is_named_in_one_line(folder, says):
+    MISTAKES[says](folder)
+    with pytest.raises(UserError, match=says) as error:
+        load(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"vocab_size": 10**10}, {"num_layers": 10**12}, {"dim": 24 * 10**6}], ids=str
+)
+@pytest.mark.parametrize("kind", ["run", "model"])
+def test_sizes_that_the_files_cannot_hold_are_refused_before_room_is_made(
+    folder, converted, tmp_path, monkeypatch, kind, changes
+):
+    if kind == "model":
+        folder = shutil.copytree(converted["float32"], tmp_path / "model")
+    tree = json.loads((folder / "config.json").read_text())
+    model = tree["config"]["model"] if kind == "run" else tree["model"]
+    model.update(changes)
+    (folder / "config.json").write_text(json.dumps(tree))
+    monkeypatch.setattr(loading, "restore", None)
+    step = folder / str(finished_steps(folder)[-1])
+    with pytest.raises(UserError, match=r"cannot hold the .* numbers of its config") as error:
+        load(step)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,37 @@
+"""A folder that all processes see, or one line. Real processes: test_distributed."""
+
+import pytest
+
+from llama_jax.checkpoints import shared_folder
+from llama_jax.checkpoints.shared_folder import claimed_by_all
+from llama_jax.errors import UserError
+
+
+@pytest.fixture
+def as_process(monkeypatch):
+    """Makes this process number so-and-so of two, with nobody to talk to."""
+
+    def become(number):
+        monkeypatch.setattr(shared_folder.jax, "process_index", lambda: number)
+        monkeypatch.setattr(shared_folder, "gathered", lambda text: [text])
+        monkeypatch.setattr(shared_folder.jax, "process_count", lambda: 2)
+        monkeypatch.setattr(shared_folder, "PATIENCE", 0.3)
+        monkeypatch.setattr("llama_jax.processes.agreement.gathered", lambda text: [""])
+
+    return become
+
+
+def test_process_0_holds_it_and_leaves_no_mark(as_process, tmp_path):
+    as_process(0)
+    with claimed_by_all(tmp_path / "ckpt"):
+        assert [path.name for path in (tmp_path / "ckpt").iterdir()] == [".lock"]
+
+
+def test_a_folder_of_its_own_is_refused(as_process, tmp_path):
+    as_process(1)
+    with (
+        pytest.raises(UserError, match=r"ckpt is not the folder that process 0 writes to; put"),
+        claimed_by_all(tmp_path / "ckpt"),
+    ):
+        raise AssertionError("claimed")
+    assert not (tmp_path / "ckpt").exists()

@@ -1,0 +1,320 @@
+"""Chat formats id for id, against recorded vectors and the rules of those who made them."""
+
+import json
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import example, given, settings
+
+from llama_jax.errors import UsageError, UserError
+from llama_jax.text.chat import TEMPLATES, AlpacaTemplate, Llama2Template, Stops, find_template, fit
+from llama_jax.text.messages import Message
+from llama_jax.text.tokenizer import Tokenizer, train_tokenizer
+
+LLAMA2, ALPACA = Llama2Template(), AlpacaTemplate()
+TEXTS = ["A system said: [INST] a user's task ### Response: an input, a context.\nThe end."] * 9
+CONTENT = st.text(st.sampled_from(" \n\tab:-*/[]<>s")) | st.text(max_size=12)
+CONTENT = CONTENT.filter(lambda text: not any(tag in text for tag in LLAMA2.tags + ALPACA.tags))
+ROWS = st.tuples(st.none() | CONTENT, st.lists(CONTENT, min_size=1, max_size=7))
+BEGIN, END = [518, 25580, 29962], [518, 29914, 25580, 29962]  # [INST] and [/INST]
+
+
+def dialogue(system, turns):
+    """Messages in order, from the texts of them."""
+    roles = ("user", "assistant")
+    turns = turns[: len(turns) - (len(turns) % 2 == 0)]
+    messages = [Message(roles[index % 2], turn) for index, turn in enumerate(turns)]
+    return messages if system is None else [Message("system", system), *messages]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return train_tokenizer(TEXTS, 300, tmp_path_factory.mktemp("trained") / "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def llama2(shared_data):
+    return Tokenizer(shared_data / "tokenizer.model")
+
+
+@pytest.fixture(scope="module", params=["trained", "llama2"])
+def tokenizer(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def processor(shared_data):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    return sentencepiece.SentencePieceProcessor(model_file=str(shared_data / "tokenizer.model"))
+
+
+HELLO = [1, *BEGIN, 15043, *END]
+ANSWERED = [*HELLO, 6324, 727, 29871, 2]
+NEXT = [1, *BEGIN, 1128, 526, 366, 29973, *END]
+HELPFUL = [3532, 14816, 29903, 6778, 13, 3492, 526, 8444, 29889, 13]
+HELPFUL += [29966, 829, 14816, 29903, 6778, 13, 13]
+WITH_SYSTEM = [1, *BEGIN, *HELPFUL, 10994, *END]
+
+
+@pytest.mark.parametrize(
+    ("system", "turns", "ids"),
+    [
+        (None, ["Hello"], HELLO),
+        (None, ["How are you?"], NEXT),
+        (None, ["Hello", "Hi there", "How are you?"], ANSWERED + NEXT),
+        ("You are helpful.", ["Hello"], WITH_SYSTEM),
+        (
+            "You are helpful.",
+            ["Hello", "Hi there", "How are you?"],
+            [*WITH_SYSTEM, 6324, 727, 29871, 2, *NEXT],
+        ),
+        (None, [" Hello\n", "\tHi there ", "\n\nHow are you? "], ANSWERED + NEXT),
+    ],
+)
+def test_llama2_gives_the_recorded_ids(llama2, system, turns, ids):
+    assert LLAMA2.encode(dialogue(system, turns), llama2) == ids
+
+
+def as_meta_says(messages, processor):
+    """The rules of Meta's reference, spelled out over SentencePiece."""
+    contents = [message.content for message in messages]
+    if messages[0].role == "system":
+        contents[:2] = ["<<SYS>>\n" + contents[0] + "\n<</SYS>>\n\n" + contents[1]]
+    ids = []
+    while len(contents) > 1:
+        user, answer, *contents = contents
+        text = "[INST] " + user.strip() + " [/INST] " + answer.strip() + " "
+        ids += [1, *processor.encode(text), 2]
+    return [*ids, 1, *processor.encode("[INST] " + contents[0].strip() + " [/INST]")]
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows=ROWS)
+@example(rows=("", ["", "", ""]))
+@example(rows=(" Be kind.\n", [" \n", "- a\n- b", "x"]))
+def test_llama2_follows_the_rules_of_meta(llama2, processor, rows):
+    messages = dialogue(*rows)
+    assert LLAMA2.encode(messages, llama2) == as_meta_says(messages, processor)
+
+
+def test_a_system_message_keeps_its_blanks(llama2):
+    text = "[INST] <<SYS>>\n Be kind. \n\n<</SYS>>\n\n Hello [/INST]"
+    ids = LLAMA2.encode(dialogue(" Be kind. \n", [" Hello "]), llama2)
+    assert ids == llama2.encode(text, bos=True, eos=False)
+    blank = LLAMA2.encode(dialogue("", [" "]), llama2)
+    assert llama2.decode(blank) == "[INST] <<SYS>>\n\n<</SYS>> [/INST]"
+
+
+WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further"
+    " context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{}\n\n### Input:\n{}\n\n### Response:"
+)
+WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes"
+    " the request.\n\n### Instruction:\n{}\n\n### Response:"
+)
+
+
+def test_alpaca_gives_the_ids_it_was_trained_on(llama2, shared_data):
+    rows = json.loads((shared_data / "alpaca_en_demo.json").read_bytes())[:200]
+    assert {bool(row["input"]) for row in rows} == {True, False}
+    seen = []
+    for row in rows:
+        instruction, given = row["instruction"], row["input"]
+        text = WITH_INPUT.format(instruction, given) if given else WITHOUT_INPUT.format(instruction)
+        messages = dialogue(instruction, [given]) if given else dialogue(None, [instruction])
+        assert ALPACA.encode(messages, llama2) == llama2.encode(text, bos=True, eos=False)
+        example_ids = ALPACA.answered(text, row["output"], llama2)
+        seen.append(example_ids == llama2.encode(text + row["output"], bos=True, eos=True))
+    assert sum(seen) == 187, "the others begin with a quotation mark or such after the colon"
+
+
+@pytest.mark.parametrize("system", [None, ""])
+def test_alpaca_takes_what_the_user_says_for_an_instruction(trained, system):
+    ids = ALPACA.encode(dialogue(system, ["Add 1\nand 2 "]), trained)
+    assert trained.decode(ids) == WITHOUT_INPUT.format("Add 1\nand 2 ")
+
+
+def test_alpaca_takes_it_for_input_when_the_system_instructs(trained):
+    ids = ALPACA.encode(dialogue("Translate.", ["Hello"]), trained)
+    assert trained.decode(ids) == WITH_INPUT.format("Translate.", "Hello")
+    ids = ALPACA.encode(dialogue("Tell a story.", [""]), trained)
+    assert trained.decode(ids) == WITHOUT_INPUT.format("Tell a story.")
+
+
+def test_alpaca_puts_earlier_exchanges_first_as_whole_examples(trained):
+    first = trained.encode(WITH_INPUT.format("Translate.", "red") + "rot", bos=True, eos=True)
+    last = trained.encode(WITH_INPUT.format("Translate.", "sea"), bos=True, eos=False)
+    assert ALPACA.encode(dialogue("Translate.", ["red", "rot", "sea"]), trained) == first + last
+
+
+ANSWERS = ["Sure.", "- one\n- two", '"A red sail," he said.', "://", ")", " spaced", "\n\nx", ""]
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_an_alpaca_answer_leaves_the_ids_of_its_prompt_as_they_were(llama2, answer):
+    prompt = WITHOUT_INPUT.format("Go")
+    asked = ALPACA.asked(prompt, llama2)
+    ids = ALPACA.answered(prompt, answer, llama2)
+    assert ids[: len(asked)] == asked
+    assert ids[-1] == llama2.eos_id
+    assert llama2.decode(ids) == prompt + answer
+
+
+class Pairs:
+    """A tokenizer whose pieces are two characters, line breaks among them."""
+
+    bos_id, eos_id = "<", ">"
+
+    def encode(self, text, *, bos, eos):
+        pairs = [text[start : start + 2] for start in range(0, len(text), 2)]
+        return ["<"] * bos + pairs + [">"] * eos
+
+
+@pytest.mark.parametrize("instruction", ["Go", "Go!"])
+def test_an_alpaca_answer_is_whole_however_the_tokenizer_cuts(instruction):
+    prompt = WITHOUT_INPUT.format(instruction)
+    ids = ALPACA.answered(prompt, "Sure.", Pairs())
+    assert "".join(ids) == f"<{prompt}Sure.>"
+    assert ids[: len(ALPACA.asked(prompt, Pairs()))] == ALPACA.asked(prompt, Pairs())
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows=ROWS, name=st.sampled_from(sorted(TEMPLATES)))
+@example(rows=(None, ["x", "- y", "z"]), name="alpaca")
+def test_a_dialogue_begins_with_the_ids_of_the_shorter_one(tokenizer, rows, name):
+    whole = dialogue(*rows)
+    ids = TEMPLATES[name].encode(whole, tokenizer)
+    for end in range(len(whole) - 2, 0, -2):
+        if whole[end - 1].role == "user":
+            part = TEMPLATES[name].encode(whole[:end], tokenizer)
+            assert ids[: len(part)] == part
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_exchanges_are_the_only_source_of_control_ids(trained, name):
+    turns = ["<s>x</s>", "</s><s>", "<unk>\0"]
+    ids = TEMPLATES[name].encode(dialogue("<s>", turns), trained)
+    control = [token for token in ids if token in (0, trained.bos_id, trained.eos_id)]
+    assert control == [trained.bos_id, trained.eos_id, trained.bos_id]
+    assert ids[0] == trained.bos_id
+    assert all(turn in trained.decode(ids) for turn in turns)
+
+
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize(("name", "tag"), [(n, t) for n in TEMPLATES for t in TEMPLATES[n].tags])
+def test_a_message_with_a_tag_of_the_format_is_refused(trained, name, tag, place):
+    contents = ["a", "b", "c", "d"]
+    contents[place] += f"x{tag}y"
+    messages = dialogue(contents[0], contents[1:])
+    with pytest.raises(UserError) as caught:
+        TEMPLATES[name].encode(messages, trained)
+    assert str(caught.value).startswith(f"messages[{place}].content holds {tag!r}")
+    assert "\n" not in str(caught.value)
+    other = next(template for key, template in TEMPLATES.items() if key != name)
+    assert other.encode(messages, trained)
+
+
+def test_the_tags_of_a_format_are_those_it_writes():
+    assert LLAMA2.tags == ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+    assert ALPACA.tags == ("### Instruction:", "### Input:", "### Response:")
+    for template in TEMPLATES.values():
+        text = "".join(template.prompts("s", ["u"]))
+        assert all(text.count(tag) == 1 for tag in template.tags)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_answer_ends_at_eos_alone_or_where_it_could_not_be_sent_back(trained, name):
+    tags = TEMPLATES[name].tags
+    assert TEMPLATES[name].stops(trained) == Stops(ids=(trained.eos_id,), strings=tags)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "no message"),
+        ([Message("system", "x")], "only a system message"),
+        ([Message("user", "x"), Message("user", "y")], r"messages\[1\].role='user' is out of"),
+        ([Message("user", "x"), Message("assistant", "y")], "is the assistant's"),
+    ],
+)
+def test_a_dialogue_that_cannot_be_answered_is_refused(trained, name, messages, message):
+    with pytest.raises(UserError, match=message):
+        TEMPLATES[name].encode(messages, trained)
+
+
+def test_templates_are_found_by_name():
+    assert isinstance(find_template("llama2"), Llama2Template)
+    assert isinstance(find_template("alpaca"), AlpacaTemplate)
+    assert [template.name for template in TEMPLATES.values()] == list(TEMPLATES)
+    with pytest.raises(UsageError, match=r"='lama' is unknown; .* of llama2, alpaca; .* 'llama2'"):
+        find_template("lama")
+    with pytest.raises(UsageError, match=r"template='xyz' is unknown; expected .* alpaca$"):
+        find_template("xyz")
+
+
+LONG = ["one", "uno " * 5, "two", "dos " * 9, "three", "tres", "four"]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("system", [None, "Be kind."])
+def test_the_fewest_oldest_exchanges_are_left_out(trained, name, system):
+    template, messages = TEMPLATES[name], dialogue(system, LONG)
+    kept = [dialogue(system, LONG[2 * dropped :]) for dropped in range(4)]
+    sizes = [len(template.encode(part, trained)) for part in kept]
+    assert sorted(sizes, reverse=True) == sizes
+    for room in range(sizes[-1], sizes[0] + 2):
+        fitted = fit(messages, template, trained, room, truncate=True)
+        dropped = next(index for index, size in enumerate(sizes) if size <= room)
+        assert fitted.dropped == dropped
+        assert list(fitted.messages) == kept[dropped]
+        assert fitted.ids == template.encode(kept[dropped], trained)
+        told = f"the dialogue has {sizes[0]} tokens, but the context has room for {room}; its"
+        assert fitted.statement.startswith(told) is (dropped > 0)
+        exchanges = ["", "oldest exchange was", "oldest 2 exchanges", "oldest 3 exchanges"]
+        assert exchanges[dropped] in fitted.statement
+        assert fitted.statement.endswith(" left out") or fitted.statement == ""
+
+
+def test_without_truncation_a_dialogue_too_long_is_refused_with_both_numbers(trained):
+    messages = dialogue("Be kind.", LONG)
+    size = len(LLAMA2.encode(messages, trained))
+    assert fit(messages, LLAMA2, trained, size, truncate=False).messages == tuple(messages)
+    with pytest.raises(UserError, match=rf"has {size} tokens, .* room for {size - 1}; shorten it"):
+        fit(messages, LLAMA2, trained, size - 1, truncate=False)
+
+
+@pytest.mark.parametrize("turns", [LONG, LONG[-1:]])
+def test_a_last_message_too_long_is_refused_even_so(trained, turns):
+    messages = dialogue("Be kind.", turns)
+    least = len(LLAMA2.encode(dialogue("Be kind.", turns[-1:]), trained))
+    message = rf"cannot be left out of the dialogue has {least} tokens, .* room for {least - 1};"
+    with pytest.raises(UserError, match=message):
+        fit(messages, LLAMA2, trained, least - 1, truncate=True)
+
+
+def test_what_is_left_out_is_checked_all_the_same(trained):
+    messages = dialogue(None, ["[INST]", *LONG[1:]])
+    with pytest.raises(UserError, match=r"messages\[0\].content holds '\[INST\]'"):
+        fit(messages, LLAMA2, trained, 50, truncate=True)
+
+
+class Counting:
+    """A tokenizer that gives a character an id, and counts the characters."""
+
+    def __init__(self):
+        self.bos_id, self.eos_id, self.characters = 1, 2, 0
+
+    def encode(self, text, *, bos, eos):
+        self.characters += len(text)
+        return [1] * bos + [ord(character) for character in text] + [2] * eos
+
+
+def test_a_long_history_is_fitted_in_a_few_passes():
+    messages = dialogue(None, ["word " * 3] * 4001)
+    once, fitting = Counting(), Counting()
+    LLAMA2.encode(messages, once)
+    fit(messages, LLAMA2, fitting, 300, truncate=True)
+    assert fitting.characters < 4 * once.characters

@@ -1,0 +1,120 @@
+"""Stop strings against their definition, for every text, split and list of stops."""
+
+import itertools
+import time
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import example, given, settings
+
+from llama_jax.errors import UsageError
+from llama_jax.text.stop_strings import MOST_STOPS, StopStrings
+
+FEW_LETTERS = st.text("ab", max_size=30) | st.text("ab\né🙂", max_size=20)
+STOPS = st.lists(st.text("ab", min_size=1, max_size=6) | st.text("ab\né🙂", min_size=1), max_size=5)
+
+
+def cut(text, stops):
+    """The definition: the text before the stop string, the longest, that is complete first."""
+    for end in range(len(text) + 1):
+        sizes = [len(stop) for stop in stops if text[:end].endswith(stop)]
+        if sizes:
+            return text[: end - max(sizes)], True
+    return text, False
+
+
+def unsure(text, stops):
+    """How many characters at the end of a text without a stop may be the start of one."""
+    sizes = [n for stop in stops for n in range(len(stop)) if text.endswith(stop[:n])]
+    return max(sizes, default=0)
+
+
+@settings(max_examples=400, deadline=None)
+@given(text=FEW_LETTERS, stops=STOPS, cuts=st.lists(st.integers(0, 30), max_size=8))
+@example(text="aab", stops=["ab"], cuts=[1, 2])
+@example(text="ababac", stops=["abac"], cuts=[3, 5])
+@example(text="aabaaabaaac", stops=["aabaaac"], cuts=[4])
+@example(text="xabcd", stops=["bc", "abcd"], cuts=[])
+@example(text="xabc", stops=["c", "abc", "bc"], cuts=[2])
+def test_any_split_gives_the_text_before_the_stop_that_is_complete_first(text, stops, cuts):
+    expected, ends = cut(text, stops)
+    places = [0, *sorted(min(place, len(text)) for place in cuts), len(text)]
+    found, shown, finished = StopStrings(stops), "", False
+    for start, end in itertools.pairwise(places):
+        piece, finished = found.push(text[start:end])
+        shown += piece
+        assert expected.startswith(shown), "nothing of a stop string is ever shown"
+        assert finished is cut(text[:end], stops)[1], "the end is seen as soon as it is there"
+        if not finished:
+            held = unsure(text[:end], stops)
+            assert shown == text[: end - held], "and no more is held back than must be"
+    assert finished is ends
+    assert shown + found.flush() == expected
+
+
+def test_an_ended_text_stays_as_it_is():
+    found = StopStrings(["END"])
+    assert found.push("one EN") == ("one ", False)
+    assert found.push("D two") == ("", True)
+    assert found.push("three") == ("", True)
+    assert found.flush() == ""
+    assert found.push("four") == ("", True)
+
+
+def test_what_was_held_back_comes_out_once():
+    found = StopStrings(["\n\nUser:"])
+    assert found.push("yes\n\nUs") == ("yes", False)
+    assert found.flush() == "\n\nUs"
+    assert found.flush() == ""
+    assert found.push("er: no") == ("er: no", False)
+
+
+@pytest.mark.parametrize("stops", [[], ()])
+def test_without_stops_all_text_passes(stops):
+    found = StopStrings(stops)
+    assert found.push("any \n text") == ("any \n text", False)
+    assert found.flush() == ""
+
+
+@pytest.mark.parametrize("stops", ["ab", ["ab"], ("ab",), ["ab", "ab"]])
+def test_a_text_alone_is_one_stop_string(stops):
+    assert StopStrings(stops).push("b a ab") == ("b a ", True)
+
+
+def test_upper_case_is_another_text():
+    assert StopStrings("end").push("the END.") == ("the END.", False)
+
+
+@pytest.mark.parametrize(
+    ("stops", "message"),
+    [
+        (None, r"stop=None is not text; expected a text or a list of them"),
+        (7, r"stop=7 is not text"),
+        (b"end", r"stop=b'end' is not text"),
+        ({"a": 1}, r"stop=\{'a': 1\} is not text"),
+        (["a", 3], r"stop\[1\]=3 is not text; expected a text"),
+        (["a", "b", None], r"stop\[2\]=None is not text"),
+        ([["a"]], r"stop\[0\]=\['a'\] is not text"),
+        ("", r"stop\[0\] is empty; expected at least one character"),
+        (["a", ""], r"stop\[1\] is empty"),
+        (["a"] * (MOST_STOPS + 1), rf"stop has {MOST_STOPS + 1} texts; expected at most"),
+    ],
+)
+def test_stops_that_are_not_texts_are_refused(stops, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        StopStrings(stops)
+    assert "\n" not in str(caught.value)
+
+
+def test_as_many_as_allowed_are_taken():
+    assert StopStrings([str(n) + "." for n in range(MOST_STOPS)]).push("a 31.") == ("a ", True)
+
+
+def test_stops_that_almost_match_cost_no_more_than_others():
+    def seconds(stop):
+        begun = time.perf_counter()
+        StopStrings([stop]).push("a" * 40_000)
+        return time.perf_counter() - begun
+
+    almost, other = ("a" * 20_000 + "b"), ("c" * 20_001)
+    assert min(seconds(almost) for _ in range(3)) < 20 * min(seconds(other) for _ in range(3))

@@ -1,0 +1,271 @@
+"""One step of training: cut, sharded, recomputed or spoilt, it is the same step or none."""
+
+import dataclasses
+import functools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY
+
+from llama_jax import model as model_module
+from llama_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
+from llama_jax.data.batches import Batch
+from llama_jax.instruments.collectives import collectives
+from llama_jax.parallel.sharding import make_mesh, place_batch
+from llama_jax.training.train_step import (
+    init_state,
+    jit_evaluation_step,
+    jit_init,
+    jit_train_step,
+    state_shardings,
+)
+
+B, T = 16, 11
+
+
+def make_config(accumulation=1, dropout=0.0, remat="none", z_loss=0.0, **model):
+    return Config(
+        model=ModelConfig(**TINY | {"dropout": dropout} | model),
+        data=DataConfig(path="nowhere", batch_size=B, sequence_length=T),
+        optimizer=OptimizerConfig(
+            steps=100,
+            learning_rate=1e-2,
+            warmup_steps=2,
+            accumulation_steps=accumulation,
+            z_loss=z_loss,
+        ),
+        run=RunConfig(seed=3, remat=remat),
+    )
+
+
+def make_batch(step=0, ragged=True):
+    """A batch whose rows have very different numbers of tokens, as padding makes them."""
+    random = np.random.default_rng(step)
+    tokens = random.integers(0, 53, (B, T + 1), np.int32)
+    lengths = np.linspace(1, T, B).astype(int) if ragged else np.full(B, T)
+    weights = (np.arange(T) < lengths[:, None]).astype(np.float32)
+    return Batch(inputs_BT=tokens[:, :-1], targets_BT=tokens[:, 1:], weights_BT=weights)
+
+
+one_device = partial(make_mesh, MeshConfig(data=1), jax.devices()[:1])
+step_function = functools.cache(jit_train_step)  # compiled once for all tests that can share it
+
+
+@functools.cache
+def first_state(config):
+    """The state before the first step, on the host."""
+    return jax.device_get(init_state(config))
+
+
+def begin(config, mesh):
+    return jax.device_put(first_state(config), state_shardings(config, mesh))
+
+
+def run(config, mesh=None, steps=3):
+    """The state and the losses after some steps from the start."""
+    mesh = mesh or one_device()
+    with jax.set_mesh(mesh):
+        state, step = begin(config, mesh), jit_train_step(config, mesh)
+        told = []
+        for number in range(steps):
+            state, metrics = step(state, place_batch(make_batch(number), mesh))
+            told.append(jax.device_get(metrics))
+    assert step._cache_size() == 1
+    return jax.device_get(state), told
+
+
+def arrays(tree):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def assert_close(states, tolerance=1e-5):
+    for first, second in zip(*map(arrays, states)):
+        np.testing.assert_allclose(first, second, rtol=tolerance, atol=tolerance)
+
+
+def assert_same(states):
+    for first, second in zip(*map(arrays, states)):
+        np.testing.assert_array_equal(first, second)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """Three steps with whole batches on one device."""
+    return run(make_config())
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_a_batch_cut_into_microbatches_gives_the_same_update(whole, accumulation):
+    state, told = run(make_config(accumulation))
+    assert_close([state.model, whole[0].model])
+    for metrics, expected in zip(told, whole[1]):
+        assert metrics.loss == pytest.approx(expected.loss, rel=1e-5)
+        assert metrics.gradient_norm == pytest.approx(expected.gradient_norm, rel=1e-4)
+
+
+def test_the_loss_is_a_mean_over_tokens_not_over_microbatches(whole):
+    """The batch above could tell: the mean of its microbatches' means is another number."""
+    config = make_config()
+    mesh = one_device()
+    model, evaluate, batch = (
+        init_state(config).model,
+        jit_evaluation_step(config, mesh),
+        make_batch(),
+    )
+    nll, tokens = evaluate(model, batch)
+    assert whole[1][0].loss == pytest.approx(float(nll / tokens), rel=1e-5)
+    parts = [
+        evaluate(model, jax.tree.map(lambda x, i=i: x[i : i + 4], batch)) for i in (0, 4, 8, 12)
+    ]
+    of_means = np.mean([nll / tokens for nll, tokens in parts])
+    assert abs(of_means / whole[1][0].loss - 1) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("sizes", "accumulation"),
+    [((1, 4, 2), 1), ((2, 2, 2), 2)],  # their gradients on all meshes: test_sharding
+    ids=str,
+)
+def test_on_every_mesh_training_goes_as_on_one_device(whole, sizes, accumulation):
+    mesh = make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes))))
+    state, told = run(make_config(accumulation), mesh)
+    losses = [metrics.loss for metrics in told]
+    np.testing.assert_allclose(losses, [metrics.loss for metrics in whole[1]], rtol=1e-5)
+    assert_close([state.model, whole[0].model], 2e-5)
+
+
+def test_recomputing_activations_changes_nothing(whole):
+    state, told = run(make_config(remat="block"))
+    assert told[2].loss == pytest.approx(whole[1][2].loss, rel=1e-5)
+    assert_close([state.model, whole[0].model])
+
+
+def test_the_z_loss_is_learned_from_and_not_reported(whole):
+    _, told = run(make_config(z_loss=0.1), steps=1)
+    assert told[0].loss == pytest.approx(whole[1][0].loss, rel=1e-5)
+    assert abs(told[0].gradient_norm / whole[1][0].gradient_norm - 1) > 1e-3
+
+
+# What crosses the network, read from the compiled program.
+
+
+def sent_by(config, sizes, monkeypatch):
+    """The collectives of a step on eight devices."""
+    mesh = make_mesh(MeshConfig(**sizes))
+    state = jax.eval_shape(lambda: init_state(config))
+    with jax.set_mesh(mesh):
+        # Blocks are rolled up, as on other devices than CPUs.
+        monkeypatch.setattr(model_module, "_unrolled_layers", lambda remat: 1)
+        return collectives(
+            jit_train_step(config, mesh).lower(state, make_batch()).compile().as_text()
+        )
+
+
+def parameter_bytes(config):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(first_state(config).model))
+
+
+@pytest.mark.slow
+def test_gradients_cross_the_network_once_however_many_microbatches(monkeypatch):
+    config, sizes = make_config(), {"data": 4, "fsdp": 2, "tensor": 1}
+    once, twice = (
+        [
+            (one.kind, one.bytes, one.times)
+            for one in sent_by(make_config(accumulation), sizes, monkeypatch)
+            if "data" in one.axes(sizes) and one.bytes > 100  # but for sums of scalars
+        ]
+        for accumulation in (1, 2)
+    )
+    assert sorted(once) == sorted(twice)
+    assert {(kind, times) for kind, _, times in twice} == {("all-reduce", 1)}
+    assert sum(size for _, size, _ in twice) == pytest.approx(parameter_bytes(config) / 2, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "block"])
+def test_fsdp_sends_no_more_than_the_textbook(monkeypatch, remat):
+    """Parameters gathered for the forward and for the backward pass, gradients scattered once."""
+    config = make_config(remat=remat)
+    found = sent_by(config, {"data": 1, "fsdp": 8}, monkeypatch)
+    sent = sum(one.sent(8) * one.times for one in found)
+    textbook = 3 * parameter_bytes(config) * 7 / 8
+    assert 0.9 * textbook < sent <= 1.1 * textbook
+    kinds = {one.kind: one for one in sorted(found, key=lambda one: one.bytes)}
+    assert kinds["all-reduce"].bytes < 200  # scalars alone
+    table = config.model.vocab_size * config.model.dim * 4
+    assert kinds["all-gather"].bytes <= table  # a layer's parameters, never those of all layers
+
+
+def test_optimizer_state_lies_where_its_parameter_does():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    state = jit_init(make_config(), mesh)()
+    places = {leaf.shape: leaf.sharding.spec for leaf in jax.tree.leaves(state.model)}
+    moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
+    assert len(moments) == 2 * len(jax.tree.leaves(state.model))
+    for moment in moments:
+        assert moment.sharding.spec == places[moment.shape]
+    cut = [leaf for leaf in moments if leaf.addressable_shards[0].data.size < leaf.size]
+    assert len(cut) >= 14  # both moments of the seven matrices of a block
+
+
+def test_the_state_is_donated():
+    config, mesh = make_config(), one_device()
+    with jax.set_mesh(mesh):
+        state, batch = begin(config, mesh), place_batch(make_batch(), mesh)
+        compiled = jit_train_step(config, mesh).lower(state, batch).compile()
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        assert compiled.memory_analysis().alias_size_in_bytes >= size
+        compiled(state, batch)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.model))
+
+
+@pytest.mark.parametrize("spoilt", ["batch", "parameter"])
+def test_a_spoilt_step_changes_nothing_and_neither_does_any_after_it(spoilt):
+    config, mesh = make_config(), one_device()
+    with jax.set_mesh(mesh):
+        state, step = begin(config, mesh), step_function(config, mesh)
+        state, metrics = step(state, place_batch(make_batch(), mesh))
+        assert metrics.healthy and state.healthy
+        bad = make_batch(1)
+        if spoilt == "batch":
+            bad.weights_BT[0, 0] = np.nan
+        else:
+            state.model.norm.scale[...] = state.model.norm.scale[...].at[5].set(jnp.inf)
+        before = jax.device_get(state)
+        state, metrics = step(state, place_batch(bad, mesh))
+        assert not metrics.healthy
+        assert not (np.isfinite(metrics.loss) and np.isfinite(metrics.gradient_norm))
+        if spoilt == "batch":
+            for number in (2, 3):
+                state, metrics = step(state, place_batch(make_batch(number), mesh))
+                assert np.isfinite(metrics.loss) and not metrics.healthy
+        after = jax.device_get(state)
+    assert not after.healthy
+    assert_same([dataclasses.replace(before, healthy=after.healthy), after])
+
+
+def test_dropout_depends_on_the_step_and_the_seed_alone():
+    config, mesh = make_config(dropout=0.3), one_device()
+    with jax.set_mesh(mesh):
+        step, batch = step_function(config, mesh), place_batch(make_batch(), mesh)
+
+        def loss(number):
+            state = begin(config, mesh)
+            state = dataclasses.replace(state, step=jnp.int32(number))
+            return float(step(state, batch)[1].loss)
+
+        losses = [loss(number) for number in (0, 1, 2, 0)]
+    assert losses[0] == losses[3]
+    assert len(set(losses)) == 3
+
+
+def test_a_batch_without_any_token_is_no_division_by_zero():
+    config, mesh = make_config(), one_device()
+    batch = make_batch()
+    batch.weights_BT[...] = 0
+    with jax.set_mesh(mesh):
+        _, metrics = step_function(config, mesh)(begin(config, mesh), batch)
+    assert (metrics.loss, metrics.gradient_norm, metrics.healthy) == (0, 0, True)
