@@ -4,13 +4,15 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip install --quiet --disable-pip-version-check
+AS_USED = JAX_DISABLE_MOST_OPTIMIZATIONS=0
 CODE = llama_jax configs tests benchmarks $(wildcard *.py)
 
-.PHONY: help demo test test-parity lint types clean
+.PHONY: help demo test test-slow test-parity lint types clean
 
 help:
 	@echo "make demo         train a small model on stories and let it write (5 minutes)"
 	@echo "make test         lint, types and tests, as CI runs them"
+	@echo "make test-slow    what takes longer; all programs compiled as users compile them"
 	@echo "make test-parity  comparisons with PyTorch and transformers"
 	@echo "make clean        remove the virtual environment"
 
@@ -44,10 +46,13 @@ types: $(VENV)/.installed-test
 	$(RUN) -m mypy
 
 test: lint types
-	$(RUN) -m pytest -n 2 --dist loadfile -m "not parity"
+	$(RUN) -m pytest -n 2 --dist loadfile -m "not parity and not slow"
+
+test-slow: $(VENV)/.installed-test
+	$(AS_USED) $(RUN) -m pytest -n 2 --dist loadfile -m slow
 
 test-parity: $(VENV)/.installed-parity
-	$(RUN) -m pytest -m parity
+	$(AS_USED) $(RUN) -m pytest -m parity
 
 clean:
 	rm -rf $(VENV)

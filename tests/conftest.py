@@ -6,6 +6,9 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # "cuda,cpu" also runs what needs a GPU
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Most of a test's time goes into compiling: here and in children that is done quickly, but for
+# files marked `optimized`. "0" compiles everything as users do.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +22,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # A shell ignores Ctrl-C for what runs in its background, and children would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+FLAG = "jax_disable_most_optimizations"
+QUICK = jax.config.read(FLAG)
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY = {"vocab_size": 53, "dim": 24, "num_heads": 6, "num_kv_heads": 2, "hidden_dim": 40}
 TINY |= {"num_layers": 3, "context_length": 32}
@@ -47,6 +52,15 @@ def make_model(weights=None, **changes):
         noise = 0.15 * random.standard_normal(param.shape, np.float32)
         param.set_value(jnp.asarray(weights[name] if weights else noise + ("norm" in name)))
     return model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler(request):
+    """Compiles a file's programs as it wants; none is left from a file that wanted otherwise."""
+    quick = QUICK and request.node.get_closest_marker("optimized") is None
+    if quick != jax.config.read(FLAG):
+        jax.clear_caches()
+        jax.config.update(FLAG, quick)
 
 
 @pytest.fixture(scope="session")

@@ -197,6 +197,7 @@ def test_a_checkpoint_chooses_its_chat_format(folder, tmp_path):
         asked("chatml").chat(DIALOGUE)
 
 
+@pytest.mark.slow
 def test_eight_devices_say_what_one_says(folder, tmp_path):
     tokenizer = (folder / "tokenizer.model").read_bytes()
     sizes = {"vocab_size": 320, "dim": 48, "num_heads": 8, "num_kv_heads": 8, "hidden_dim": 64}

@@ -18,6 +18,8 @@ from llama_jax.products import (
     times_quantized,
 )
 
+pytestmark = pytest.mark.optimized
+
 FORMS = [sum_lanes, by_blocks, multiply_and_reduce, convert]
 INT8, INT4 = quantized(0), quantized(32)
 QUICK = {"xla_backend_optimization_level": 0}  # of the compiler

@@ -36,6 +36,8 @@ from llama_jax.sampling.sampler import make_sampler
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.training.run import fit
 
+pytestmark = pytest.mark.optimized
+
 FLOAT32 = jnp.dtype(jnp.float32)
 SIZES = {"dim": 128, "num_heads": 8, "num_kv_heads": 2, "hidden_dim": 192, "vocab_size": 56}
 WAYS = [("int8", 32), ("int4", 32), ("int4", 64)]

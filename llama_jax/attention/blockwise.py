@@ -1,8 +1,8 @@
 """Causal self-attention a block of queries at a time (Dao 2023, FlashAttention-2).
 
-Equal to `grouped_query.attend` under a causal mask, but scores exist only for one row and one block of
-queries, and those above the diagonal are never made. On CPU this is several times faster than the
-whole [T, S] matrix, because a block stays in cache: 8 times at B=32, T=256, eight heads of 8.
+Equal to `grouped_query.attend` under a causal mask, but scores exist only for one row and one block
+of queries, and those above the diagonal are never made. On CPU this is several times faster than
+the whole [T, S] matrix, because a block stays in cache: 8 times at B=32, T=256, eight heads of 8.
 """
 
 import math

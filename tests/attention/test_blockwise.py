@@ -10,6 +10,8 @@ from llama_jax.attention.blockwise import causal_attention
 from llama_jax.attention.grouped_query import attend, causal_mask
 from llama_jax.cache import merged_rows
 
+pytestmark = pytest.mark.optimized
+
 B, N, H = 3, 6, 4
 LENGTHS = [5, 8, 16, 19]  # below, equal to, twice, and no multiple of a block of 8
 

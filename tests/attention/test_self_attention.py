@@ -21,6 +21,8 @@ from llama_jax.errors import UsageError
 from llama_jax.parallel.sharding import make_mesh, shard_heads
 from llama_jax.training.loss import summed_nll
 
+pytestmark = pytest.mark.optimized
+
 B, T, N, H = 3, 150, 6, 4  # T is no multiple of any kernel's block
 LENGTHS = [
     [40, 61, 20],

@@ -184,6 +184,7 @@ def test_a_second_signal_ends_at_once_and_a_second_process_is_refused(place):
     assert finished_steps(place / "busy")[-1] >= steps[-1]
 
 
+@pytest.mark.slow
 def test_a_second_signal_while_saving_ends_at_once_and_older_checkpoints_are_whole(place, straight):
     process = started(place, at("saving"), script=SLOW_DISK)
     wait_for(process, "saving")

@@ -104,9 +104,9 @@ def test_one_float_matrix_is_held_at_a_time():
     def watched(name, tensor):
         def look():
             for _ in range(200):  # a computation still under way may hold the last one a moment
-                gc.collect()
                 if not any(array() is not None for array in alive):
                     break
+                gc.collect()
                 time.sleep(0.05)
             assert not [array for array in alive if array() is not None], name
             read.append(name)

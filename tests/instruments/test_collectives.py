@@ -10,6 +10,8 @@ from llama_jax.instruments.collectives import collectives, device_groups
 from llama_jax.instruments.hlo import Program, arrays_of, bytes_of
 from llama_jax.parallel.sharding import make_mesh
 
+pytestmark = pytest.mark.optimized
+
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
 
 
@@ -243,7 +245,6 @@ def test_instructions_of_a_program():
     assert (root.opcode, root.operands, root.is_root) == ("negate", ("p",), True)
 
 
-@pytest.mark.slow
 def test_a_program_that_was_really_compiled():
     """Weights cut four ways and gathered in a loop of five turns; a sum over all eight devices."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))

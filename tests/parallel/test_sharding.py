@@ -31,10 +31,16 @@ from llama_jax.training.train_step import summed_gradients
 
 AXES = ("data", "fsdp", "tensor")
 SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(shape) == 8]
+QUICKEST = [(1, 1, 8), (1, 4, 2), (2, 2, 2), (4, 2, 1)]  # every axis is cut, and with every other
+SEQUENCES = [(1, 1, 8), (2, 1, 4), (2, 2, 2)]
 # Two kv heads: fewer than a tensor axis of 4 or 8 has devices.
 SIZES = {"vocab_size": 56, "dim": 32, "num_heads": 8, "hidden_dim": 40, "num_layers": 3}
 B, T, D, V, L = 16, 24, 32, 56, 3
-QUICK = {"xla_backend_optimization_level": 0}  # of the compiler: halves the time of these tests
+
+
+def slow_but(quick, shapes):
+    marks = [[] if shape in quick else pytest.mark.slow for shape in shapes]
+    return [pytest.param(shape, marks=mark) for shape, mark in zip(shapes, marks)]
 
 
 def mesh_of(shape):
@@ -79,7 +85,6 @@ def compiled(shape, config):
         step = jax.jit(
             lambda *given: summed_gradients(*given, key, config),
             out_shardings=(None, places),
-            compiler_options=QUICK,
         )
         program = step.lower(*given).compile()
         return program.as_text(), jax.device_get(program(*given))
@@ -93,8 +98,7 @@ def assert_equal_to_one_device(shape, config, alone):
         np.testing.assert_allclose(result / tokens, right / tokens, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", slow_but(QUICKEST, SHAPES), ids=str)
 def test_on_every_mesh_loss_and_gradients_are_those_of_one_device(shape):
     """Tied and untied in turns; accumulated, while the one device takes the whole batch."""
     tied = SHAPES.index(shape) % 2 == 0
@@ -102,15 +106,13 @@ def test_on_every_mesh_loss_and_gradients_are_those_of_one_device(shape):
     assert_equal_to_one_device(shape, config, make_config(tied_embeddings=tied))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", [(1, 1, 8), (2, 1, 4), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", slow_but([(2, 2, 2)], SEQUENCES), ids=str)
 def test_with_sequences_cut_too(shape):
     tied = shape == (2, 1, 4)
     config = make_config(sequence=True, tied_embeddings=tied)
     assert_equal_to_one_device(shape, config, make_config(tied_embeddings=tied))
 
 
-@pytest.mark.slow
 def test_dropout_draws_for_a_row_the_same_wherever_it_is():
     """Also the one test here of the `xla` attention, which alone can drop."""
     config = make_config(dropout=0.3)
@@ -119,7 +121,6 @@ def test_dropout_draws_for_a_row_the_same_wherever_it_is():
     assert abs(compiled((1, 1, 1), config)[1][0][0] / without - 1) > 1e-4
 
 
-@pytest.mark.slow
 def test_left_to_the_compiler_it_is_the_same():
     """Evaluation code of others, such as scores, runs the model without `data_parallel`."""
     model, batch = make_model(**SIZES), make_batch()
@@ -131,7 +132,7 @@ def test_left_to_the_compiler_it_is_the_same():
     mesh = mesh_of((2, 2, 2))
     with jax.set_mesh(mesh):
         placed = jax.device_put(model, shardings(model, mesh))
-        got = jax.jit(nll, compiler_options=QUICK)(placed, place_batch(batch, mesh))
+        got = jax.jit(nll)(placed, place_batch(batch, mesh))
     np.testing.assert_allclose(got, compiled((1, 1, 1), make_config())[1][0][0], rtol=1e-5)
 
 
@@ -141,7 +142,6 @@ def arrays_in(text):
     return {tuple(map(int, shape.split(","))) for shape in found}
 
 
-@pytest.mark.slow
 def test_with_sequences_cut_no_device_keeps_a_whole_one_between_blocks():
     """What a block's backward pass needs of the block before is kept for all layers."""
     whole, part = (L, B, T, D), (L, B, T // 8, D)
@@ -151,7 +151,6 @@ def test_with_sequences_cut_no_device_keeps_a_whole_one_between_blocks():
         assert kept == {seen}
 
 
-@pytest.mark.slow
 def test_no_device_makes_logits_of_the_whole_vocabulary():
     shapes = arrays_in(compiled((1, 1, 8), make_config(sequence=True, tied_embeddings=False))[0])
     assert (B * T, V // 8) in shapes

@@ -183,30 +183,40 @@ def test_two_processes_are_one_run(place, runs):
     assert (two.complained(0), two.complained(1)) == ("", "")
 
 
-def test_what_two_began_one_goes_on_with_and_the_other_way_round(place, runs):
-    as_killed_after(10, place / "two", place / "two-then-one")
-    as_killed_after(10, place / "one", place / "one-then-two")
-    for name in ("two-then-one", "one-then-two"):  # only what is computed anew can be compared
-        metrics = place / name / "metrics.jsonl"
-        metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:10]))
-    one = Processes(place, folder("two-then-one"), count=1)
-    two = Processes(
+def go_on_from_step_10(place, run, name, **how):
+    """Processes that resume what another run, killed after ten steps, has left."""
+    as_killed_after(10, place / run, place / name)
+    metrics = place / name / "metrics.jsonl"  # only what is computed anew can be compared
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:10]))
+    processes = Processes(place, folder(name), *how.pop("words", ()), **how)
+    processes.wait_for(STEPS)
+    return processes
+
+
+def assert_gone_on(place, processes, name):
+    assert "resuming from step 10" in " ".join(processes.said())
+    assert losses(place / name) == pytest.approx(losses(place / "one"), abs=1e-6)
+
+
+def test_what_two_began_one_goes_on_with(place, runs):
+    one = go_on_from_step_10(place, "two", "two-then-one", count=1)
+    one.kill()
+    assert_gone_on(place, one, "two-then-one")
+
+
+@pytest.mark.slow
+def test_what_one_began_two_go_on_with(place, runs):
+    two = go_on_from_step_10(
         place,
-        folder("one-then-two"),
-        "--config.mesh.data=1",
-        "--config.mesh.fsdp=1",
-        "--config.mesh.tensor=2",
+        "one",
+        "one-then-two",
+        words=("--config.mesh.data=1", "--config.mesh.fsdp=1", "--config.mesh.tensor=2"),
         own=by_hand(),
         devices=2,  # the tensor axis spans the processes: both read all rows
     )
-    one.wait_for(STEPS)
-    two.wait_for(STEPS)
-    one.kill()
     two.all[1].send_signal(signal.SIGTERM)
     assert two.codes() == [143, 143]
-    for processes, name in ((one, "two-then-one"), (two, "one-then-two")):
-        assert "resuming from step 10" in " ".join(processes.said())
-        assert losses(place / name) == pytest.approx(losses(place / "one"), abs=1e-6)
+    assert_gone_on(place, two, "one-then-two")
     stopped = re.match(r"stopped at step ([\d,]+), saved in", two.said()[-1])
     assert finished_steps(place / "one-then-two")[-1] == int(stopped[1].replace(",", ""))
     assert two.said(1) == []

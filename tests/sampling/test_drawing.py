@@ -8,6 +8,8 @@ from scipy.stats import chisquare
 
 from llama_jax.sampling.drawing import TOTAL, draw, invert, likeliest, masses
 
+pytestmark = pytest.mark.optimized
+
 draw_by_weight = jax.jit(lambda weights_BV, keys_B: draw(masses(weights_BV), keys_B))
 
 

@@ -6,6 +6,8 @@ import pytest
 
 from llama_jax.sampling.exponential import exponential
 
+pytestmark = pytest.mark.optimized
+
 below_the_largest = jax.jit(lambda x: exponential((x - x.max(axis=-1, keepdims=True)) / 0.8))
 
 

@@ -12,6 +12,8 @@ from llama_jax.parallel.sharding import make_mesh
 from llama_jax.sampling.penalties import TokenCounts
 from llama_jax.sampling.sampler import make_sampler
 
+pytestmark = pytest.mark.optimized
+
 HAND = np.log(np.maximum([0.0, 0.5, 0.4, 0.1], 1e-300)).astype(np.float32)
 HAND[0] = -np.inf
 EVERYTHING = {

@@ -13,6 +13,8 @@ from llama_jax.parallel.sharding import make_mesh
 from llama_jax.training.loss import CHUNK_TOKENS
 from llama_jax.training.train_step import init_state, jit_train_step
 
+pytestmark = pytest.mark.optimized
+
 MICROBATCH, T = 8, 24
 
 

@@ -168,7 +168,6 @@ def parameter_bytes(config):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(first_state(config).model))
 
 
-@pytest.mark.slow
 def test_gradients_cross_the_network_once_however_many_microbatches(monkeypatch):
     config, sizes = make_config(), {"data": 4, "fsdp": 2, "tensor": 1}
     once, twice = (
@@ -184,7 +183,6 @@ def test_gradients_cross_the_network_once_however_many_microbatches(monkeypatch)
     assert sum(size for _, size, _ in twice) == pytest.approx(parameter_bytes(config) / 2, rel=0.01)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "block"])
 def test_fsdp_sends_no_more_than_the_textbook(monkeypatch, remat):
     """Parameters gathered for the forward and for the backward pass, gradients scattered once."""
