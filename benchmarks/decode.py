@@ -34,8 +34,9 @@ def ours(model: str, rows: int, new_tokens: int, dtype: str, bits: str = "") -> 
     import jax.numpy as jnp
     from flax import nnx
 
+    from llama_jax.arrangement import unstack
     from llama_jax.generation.engine import generate
-    from llama_jax.model import Llama, unstack
+    from llama_jax.model import Llama
     from llama_jax.sampling.sampler import make_sampler
 
     config, greedy = common.model_config(model, CONTEXT, dtype), make_sampler(temperature=0)

@@ -17,7 +17,7 @@ _HOMES = {
     "load": "checkpoints.loading",
     "make_sampler": "sampling.sampler",
     "stream": "generation.texts",
-    "unstack": "model",
+    "unstack": "arrangement",
 }
 __all__ = sorted(_HOMES)
 

@@ -51,27 +51,6 @@ class Linear(nnx.Module):
         return (x.reshape(-1, kernel.shape[0]) @ kernel).reshape(rows + self.outputs)
 
 
-class OutputsFirstLinear(nnx.Module):
-    """The same product with its kernel stored outputs first, as decoding on CPU wants it.
-
-    A row times such a matrix is a dot product an output, each over adjacent numbers.
-    """
-
-    def __init__(self, linear: Linear):
-        self.inputs, self.outputs = linear.inputs, linear.outputs
-        split, axes = len(self.inputs), linear.kernel.axes
-        kernel = linear.kernel[...].reshape(math.prod(self.inputs), -1).T
-        self.kernel = nnx.Param(
-            kernel.reshape(self.outputs + self.inputs), axes=axes[split:] + axes[:split]
-        )
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.kernel[...].astype(x.dtype).reshape(-1, math.prod(self.inputs))
-        rows = x.shape[: x.ndim - len(self.inputs)]
-        x_RI = x.reshape(-1, kernel.shape[1])
-        return times_transposed(x_RI, kernel, x.dtype).reshape(rows + self.outputs)
-
-
 class Table(Protocol):
     """A table [V, D] that is no plain parameter, such as a quantised one."""
 

@@ -2,12 +2,10 @@
 
 One model, two arrangements of its blocks. Trained and stored, they are one `Block` whose arrays
 have a leading layer dim, run by `lax.scan`: constant compile time. Decoding, they are a list made
-once by `unstack`, each layer with its own cache: the cache never goes through a scan.
+once by `arrangement.unstack`, each layer with its own cache: the cache never goes through a scan.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +15,7 @@ from llama_jax.attention.grouped_query import Attention, Cache, Look, causal_mas
 from llama_jax.attention.self_attention import SelfAttention, self_attention
 from llama_jax.cache import KVCache
 from llama_jax.config import ModelConfig
-from llama_jax.layers import (
-    Linear,
-    OutputsFirstLinear,
-    RMSNorm,
-    dropout,
-    parameter,
-    rows_of,
-    times_table,
-)
+from llama_jax.layers import Linear, RMSNorm, dropout, parameter, rows_of, times_table
 from llama_jax.parallel.data_parallel import whole
 from llama_jax.parallel.sharding import constrain
 from llama_jax.platforms import platform
@@ -134,7 +124,7 @@ class Llama(nnx.Module):
         x_BTD = dropout(x_BTD, config.dropout, keys[0])
         x_BTD = constrain(x_BTD, "batch", "length", "residual")
         if isinstance(self.blocks, Block):
-            assert cache is None, "a cache needs an unstacked model; see `unstack`"
+            assert cache is None, "a cache needs an unstacked model; see `arrangement.unstack`"
             x_BTD = _scan(self.blocks, x_BTD, turn, look, keys[1], remat)
         else:
             layers = []
@@ -207,35 +197,6 @@ def _unrolled_layers(remat: str) -> int:
     Blocks that are computed again stay rolled up: unrolled, all of them are in memory together.
     """
     return 16 if platform() == "cpu" and remat == "none" else 1
-
-
-def unstack(model: Llama) -> Llama:
-    """The same model with its blocks as a list, the arrangement that decodes fast."""
-    if not isinstance(model.blocks, Block):
-        return model
-    layers = [
-        _arranged(jax.tree.map(lambda array, i=i: array[i], model.blocks))
-        for i in range(model.config.num_layers)
-    ]
-    unstacked = jax.tree.map(lambda leaf: leaf, model)  # a shallow copy: arrays are shared
-    unstacked.blocks = nnx.List(layers)
-    return unstacked
-
-
-def _arranged(block: Block) -> Block:
-    """A block whose matrices lie as this backend multiplies few rows fastest."""
-    if platform() != "cpu":
-        return block
-    replace_linears(block, lambda _, layer: OutputsFirstLinear(layer))
-    return block
-
-
-def replace_linears(block: Block, make: Callable[[str, Any], nnx.Module]) -> None:
-    """Put what `make` returns, of its name and itself, in the place of each linear layer."""
-    for part in (block.attention, block.ffn):
-        for name, layer in vars(part).items():
-            if isinstance(layer, Linear | OutputsFirstLinear):
-                setattr(part, name, make(name, layer))
 
 
 def abstract(config: ModelConfig) -> Llama:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [  # low to high
     "errors out_of_memory config config_parsing arguments stand_ins text",
     "platforms names packing products positions cache layers attention remat parallel",
-    "model",
+    "model arrangement",
     "stories data processes instruments plot quantization checkpoints formats sampling"
     " compilation_cache huge_pages",
     "training generation conversion planning llm terminal",

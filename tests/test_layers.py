@@ -7,7 +7,7 @@ import pytest
 import reference
 from flax import nnx
 
-from llama_jax.layers import Linear, OutputsFirstLinear, RMSNorm, dropout, parameter
+from llama_jax.layers import Linear, RMSNorm, dropout, parameter
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
@@ -52,21 +52,6 @@ def test_linear_contracts_one_group_of_dims(inputs, outputs, equation, dtype):
     expected = np.einsum(equation, np.asarray(x, np.float64), kernel)
     tolerance = TOLERANCE[dtype]
     np.testing.assert_allclose(out.astype("float32"), expected, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("rows", [(1, 1), (5, 7)])
-@pytest.mark.parametrize(("inputs", "outputs"), [((24,), (6, 4)), ((6, 4), (20,))])
-def test_outputs_first_is_the_same_product(inputs, outputs, rows, dtype):
-    axes = ("embed", "heads", "head_dim")
-    linear = Linear(inputs, outputs, axes, std=0.2, rngs=nnx.Rngs(0))
-    turned = OutputsFirstLinear(linear)
-    x = jnp.asarray(normal(*rows, *inputs), dtype)
-    assert turned.kernel.shape == outputs + inputs
-    assert turned.kernel.axes == axes[len(inputs) :] + axes[: len(inputs)]
-    assert turned(x).dtype == dtype
-    out, expected = (np.asarray(f(x), np.float32) for f in (turned, linear))
-    np.testing.assert_allclose(out, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 def test_a_parameter_has_its_axes_and_its_deviation():

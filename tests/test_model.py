@@ -12,10 +12,11 @@ from conftest import TINY, make_model, plain
 from flax import nnx
 
 from llama_jax import layers, model
+from llama_jax.arrangement import unstack
 from llama_jax.attention import grouped_query, self_attention
 from llama_jax.cache import KVCache
 from llama_jax.config import ModelConfig
-from llama_jax.model import Llama, abstract, count_parameters, unstack
+from llama_jax.model import Llama, abstract, count_parameters
 from llama_jax.training.loss import summed_nll
 
 B, T, S, V, L = 5, 7, 12, 53, 3
@@ -146,14 +147,6 @@ def test_scanned_equals_listed(tiny_model, listed):
     # otherwise: the ladder's 1e-5.
     close(run(listed, TOKENS_BT)[0], run(tiny_model, TOKENS_BT)[0])
     assert len(listed.blocks) == L
-    assert unstack(listed) is listed
-
-
-def test_unstacking_leaves_the_model_as_it_was(tiny_model):
-    before = jax.tree.structure(tiny_model)
-    unstacked = unstack(tiny_model)
-    assert jax.tree.structure(tiny_model) == before
-    assert unstacked.embedding[...] is tiny_model.embedding[...]
 
 
 def test_remat_changes_neither_loss_nor_gradients():

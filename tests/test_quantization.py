@@ -10,6 +10,7 @@ from conftest import make_model
 from tiny_run import make_config, make_tokens, quick_runs
 from tiny_weights import built
 
+from llama_jax.arrangement import OutputsFirstLinear, unstack
 from llama_jax.checkpoints.loading import load
 from llama_jax.config import MeshConfig, ModelConfig
 from llama_jax.data.tokens import TokenFolder
@@ -17,8 +18,8 @@ from llama_jax.errors import UsageError
 from llama_jax.formats import llama2c
 from llama_jax.generation.engine import generate
 from llama_jax.generation.scoring import token_logprobs
-from llama_jax.layers import Linear, OutputsFirstLinear
-from llama_jax.model import count_parameters, unstack
+from llama_jax.layers import Linear
+from llama_jax.model import count_parameters
 from llama_jax.names import named_leaves
 from llama_jax.packing import floats
 from llama_jax.parallel.sharding import make_mesh, shardings

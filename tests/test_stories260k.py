@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from tiny_weights import built
 
+from llama_jax.arrangement import unstack
 from llama_jax.formats import llama2c
 from llama_jax.generation.engine import generate
-from llama_jax.model import unstack
 from llama_jax.sampling.sampler import make_sampler
 from llama_jax.text.tokenizer import Tokenizer
 

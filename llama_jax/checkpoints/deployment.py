@@ -7,9 +7,9 @@ import jax
 from jax.sharding import Mesh
 
 from llama_jax.arguments import whole_number
+from llama_jax.arrangement import unstack
 from llama_jax.checkpoints.loading import Loaded, load
 from llama_jax.config import MeshConfig, require
-from llama_jax.model import unstack
 from llama_jax.parallel.sharding import make_mesh, shardings
 
 

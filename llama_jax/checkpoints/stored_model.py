@@ -6,7 +6,7 @@ Does not know how arrays are read.
 
 from pathlib import Path
 
-from llama_jax.checkpoints import layout as layout
+from llama_jax.checkpoints import layout
 from llama_jax.checkpoints.description import Description
 from llama_jax.errors import UserError
 from llama_jax.model import Llama, abstract, count_parameters

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.checkpoints import layout as layout
+from llama_jax.checkpoints import layout
 from llama_jax.checkpoints.checksums import partial_checksum
 from llama_jax.checkpoints.description import Description, read_description, write_description
 from llama_jax.checkpoints.run_folder import TOKENIZER

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from llama_jax.arrangement import unstack
 from llama_jax.cache import KVCache
 from llama_jax.config import COMPUTE_DTYPES, MeshConfig, ModelConfig, require
 from llama_jax.generation.decoding import NOTHING, GenerationState, decode
 from llama_jax.generation.prefill import slots_for
-from llama_jax.model import Llama, abstract, unstack
+from llama_jax.model import Llama, abstract
 from llama_jax.parallel.sharding import partition_spec, shardings
 from llama_jax.planning.activations import LANES
 from llama_jax.planning.share import bytes_on_one, planned_mesh

@@ -9,9 +9,10 @@ from typing import Any
 import jax
 from flax import nnx
 
+from llama_jax.arrangement import OutputsFirstLinear, replace_linears
 from llama_jax.config import ModelConfig, require
-from llama_jax.layers import Linear, OutputsFirstLinear
-from llama_jax.model import Block, Llama, replace_linears
+from llama_jax.layers import Linear
+from llama_jax.model import Block, Llama
 from llama_jax.quantization.allocation import Groups, groups_of
 from llama_jax.quantization.modules import QuantizedLinear, QuantizedTable
 from llama_jax.quantization.scheme import Quantization

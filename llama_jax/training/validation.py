@@ -13,7 +13,8 @@ from llama_jax.data.tokens import TokenFolder
 from llama_jax.generation.engine import Engine
 from llama_jax.generation.texts import stop_ids, stream
 from llama_jax.instruments.metrics import Console, MetricsFile
-from llama_jax.model import Llama, unstack
+from llama_jax.arrangement import unstack
+from llama_jax.model import Llama
 from llama_jax.processes.process_rows import GlobalBatches
 from llama_jax.processes.stop_signal import StopSignal
 from llama_jax.sampling.sampler import make_sampler

@@ -129,7 +129,10 @@ def test_tinystories_are_unpacked_and_read(server, monkeypatch, cache):
     assert (cache / "tinystories" / "data00.json").is_file()
 
 
-@pytest.mark.parametrize("content", [b"<html>", archive(["x"] * 999)[:90], b""])
+DAMAGED = {"a page": b"<html>", "cut off": archive(["x"] * 999)[:90], "empty": b""}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_archive_is_told_and_leaves_no_folder(cache, content):
     cache.mkdir()
     (cache / "a.tar.gz").write_bytes(content)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import TINY, make_model
 
+from llama_jax.arrangement import unstack
 from llama_jax.cache import KVCache
 from llama_jax.config import MeshConfig
 from llama_jax.errors import UserError
@@ -17,7 +18,6 @@ from llama_jax.generation.decoding import NOTHING, GenerationState, decode
 from llama_jax.generation.engine import Engine, generate
 from llama_jax.generation.prefill import _read, read_prompts, stretches
 from llama_jax.generation.speculation import guess
-from llama_jax.model import unstack
 from llama_jax.parallel.sharding import make_mesh, shardings
 from llama_jax.sampling.sampler import make_sampler
 

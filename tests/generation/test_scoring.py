@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from conftest import make_model
 
+from llama_jax.arrangement import unstack
 from llama_jax.generation import scoring
-from llama_jax.model import unstack
 
 B, T = 5, 23
 

@@ -3,9 +3,9 @@
 import pytest
 from conftest import make_model
 
+from llama_jax.arrangement import unstack
 from llama_jax.generation.engine import Chunk, Engine, generate
 from llama_jax.generation.texts import stop_ids, stream
-from llama_jax.model import unstack
 from llama_jax.sampling.sampler import make_sampler
 from llama_jax.text.tokenizer import train_tokenizer
 

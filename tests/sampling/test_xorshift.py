@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama_jax.arrangement import unstack
 from llama_jax.cache import KVCache
 from llama_jax.errors import UsageError
 from llama_jax.formats import llama2c
 from llama_jax.formats.weights import BLOCKS, of_layer
-from llama_jax.model import abstract, unstack
+from llama_jax.model import abstract
 from llama_jax.names import named_leaves
 from llama_jax.sampling.xorshift import (
     XorshiftSampler,
