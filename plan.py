@@ -13,6 +13,7 @@ from llama_jax import cli
 from llama_jax.errors import UsageError
 
 CONFIGS = Path(__file__).parent / "configs"
+SAMPLING = ("batch", "context", "quantize", "cache_dtype", "dtype")  # flags of --mode decode
 
 
 def flags_of(argv: list[str]) -> tuple[Any, list[str]]:
@@ -31,6 +32,11 @@ def flags_of(argv: list[str]) -> tuple[Any, list[str]]:
     decode.add_argument("--cache_dtype", default="", help="int8: a cache of half the size")
     decode.add_argument("--dtype", default="", help="float32 or bfloat16; empty: as it computes")
     flags, words = parser.parse_known_args(argv)
+    idle = [name for name in SAMPLING if getattr(flags, name) != parser.get_default(name)]
+    if idle and flags.mode != "decode":
+        raise UsageError(f"--{idle[0]} is about sampling; add --mode decode or leave it out")
+    if flags.search and flags.mode == "decode":
+        raise UsageError("--search ranks ways to train; leave out --search or --mode decode")
     return flags, words if flags.config is None else ["--config", flags.config, *words]
 
 
@@ -61,8 +67,7 @@ def report(config: Any, target: Any, flags: Any) -> str:
         from llama_jax.planning.decoding_plan import Sampling, plan_decoding
         from llama_jax.planning.report import decoding_report
 
-        names = ("batch", "context", "quantize", "cache_dtype", "dtype")
-        sampling = Sampling(**{name: getattr(flags, name) for name in names})
+        sampling = Sampling(**{name: getattr(flags, name) for name in SAMPLING})
         plan = plan_decoding(config.model, sampling, target, compile_it=compile_it)
         return decoding_report(plan)
     if flags.search:

@@ -6,6 +6,7 @@ to the host. Does not know which steps are worth measuring, nor how results are 
 
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,8 @@ def compiled_step(config: Any, mesh: Any) -> Any:
     import jax
 
     from llama_jax.data.batches import Batch
-    from llama_jax.training.train_step import init_state, jit_train_step
+    from llama_jax.training.programs import jit_train_step
+    from llama_jax.training.train_step import init_state
 
     shape = (config.data.batch_size, config.data.sequence_length)
     kinds = {"inputs_BT": "int32", "targets_BT": "int32", "weights_BT": "float32"}
@@ -91,8 +93,18 @@ def layers_that_fit(job: Job, mesh: Any, limit: float, least: int = 2) -> int:
     return max(0, min(job.shape["num_layers"], int(least + (ROOM * limit - few) / each)))
 
 
+def seconds_a_step(step: Callable[[], Any]) -> float:
+    """Of a few in a row. One before them is not counted: its memory lay idle for others' turns."""
+    assert float(step()) > 0
+    begun = time.perf_counter()
+    for _ in range(STEPS):
+        loss = step()
+    assert float(loss) > 0
+    return (time.perf_counter() - begun) / STEPS
+
+
 class Ours:
-    """The step of `train_step.jit_train_step`, on one device."""
+    """The step of `programs.jit_train_step`, on one device."""
 
     def __init__(self, job: Job, layers: int = -1):
         """With `layers` = `AS_MANY_AS_FIT` the stack is as high as the device's memory allows."""
@@ -102,7 +114,7 @@ class Ours:
         from llama_jax.config import MeshConfig
         from llama_jax.instruments.flops import flops_per_token
         from llama_jax.parallel.sharding import make_mesh
-        from llama_jax.training.train_step import jit_init
+        from llama_jax.training.programs import jit_init
 
         device = jax.local_devices()[0]
         self._mesh = make_mesh(MeshConfig(), [device])
@@ -124,20 +136,23 @@ class Ours:
         }
 
     def _placed(self, job: Job) -> Any:
+        import jax
+
         from llama_jax.data.batches import Batch
-        from llama_jax.parallel.sharding import place_batch
+        from llama_jax.parallel.sharding import batch_sharding
 
         ids, weights_BT = job.ids(), np.ones((job.rows, job.length), np.float32)
         rows = Batch(inputs_BT=ids[:, :-1], targets_BT=ids[:, 1:], weights_BT=weights_BT)
-        return place_batch(rows, self._mesh)
+        return jax.device_put(rows, batch_sharding(self._mesh))
 
     def __call__(self) -> float:
         """Seconds a step."""
-        begun = time.perf_counter()
-        for _ in range(STEPS):
+
+        def step() -> Any:
             self._state, metrics = self._step(self._state, self._batch)
-        assert float(metrics.loss) > 0
-        return (time.perf_counter() - begun) / STEPS
+            return metrics.loss
+
+        return seconds_a_step(step)
 
 
 def _custom_calls(program: str, backend: str) -> str:
@@ -157,8 +172,4 @@ class Theirs:
 
     def __call__(self) -> float:
         """Seconds a step."""
-        begun = time.perf_counter()
-        for _ in range(STEPS):
-            loss = self._step()
-        assert float(loss) > 0
-        return (time.perf_counter() - begun) / STEPS
+        return seconds_a_step(self._step)

@@ -209,7 +209,7 @@ def continued(model, prompts):
     return rows
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
 def test_eight_devices_say_what_one_says(kind):
     model = model_of(num_layers=1)
     model.embedding[...] *= 0.1  # or it would just repeat its last token

@@ -11,7 +11,13 @@ from conftest import TINY, make_model
 
 from llama_jax import remat
 from llama_jax.attention.self_attention import BACKENDS
+from llama_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
+from llama_jax.data.batches import abstract_batch
 from llama_jax.errors import UsageError
+from llama_jax.planning.targets import parse_target
+from llama_jax.planning.tpu_compiler import target_mesh
+from llama_jax.training.programs import jit_train_step
+from llama_jax.training.train_step import init_state
 
 AGAIN = ("block", "save-qkv", "offload")
 B, T = 4, 32
@@ -87,3 +93,21 @@ def test_devices_that_cannot_reach_the_host_are_told_in_one_line(monkeypatch):
         "run.remat='offload' needs memory of kind pinned_host and Abacus has only device;"
         " use run.remat='save-qkv', or 'block' for the least memory"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("policy", "is_on_host"), [("offload", True), ("save-qkv", False)])
+def test_the_tpu_compiler_makes_the_step_of_a_cut_model(policy, is_on_host):
+    pytest.importorskip("libtpu")
+    config = Config(
+        model=ModelConfig(**TINY | {"vocab_size": 54}),
+        data=DataConfig(path="nowhere", batch_size=8, sequence_length=T),
+        optimizer=OptimizerConfig(steps=2, learning_rate=1e-3, warmup_steps=1),
+        mesh=MeshConfig(data=1, fsdp=4),
+        run=RunConfig(remat=policy),
+    )
+    mesh = target_mesh(config.mesh, parse_target("v5e-4"))
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(lambda: init_state(config))
+        step = jit_train_step(config, mesh).lower(state, abstract_batch(config)).compile()
+    assert ("S(5)" in step.as_text()) == is_on_host  # the memory space of the host

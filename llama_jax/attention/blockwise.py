@@ -11,7 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from llama_jax.parallel.sharding import shard_heads
+from llama_jax.attention.sharded_heads import shard_heads
 
 SMALLEST_BLOCK = 64  # queries; the fastest of 32, 64, 128 and 256 on CPU
 MOST_BLOCKS = 16  # blocks are unrolled, so their number is bounded to keep compiling short

@@ -8,9 +8,9 @@ documents begin. Knows what the kernel demands of a config and a device.
 import jax
 import jax.numpy as jnp
 
+from llama_jax.attention.sharded_heads import shard_heads
 from llama_jax.config import ModelConfig
 from llama_jax.errors import UsageError
-from llama_jax.parallel.sharding import shard_heads
 
 OLDEST_GPU = 8.0  # compute capability: Ampere; before it, cuDNN has no flash attention
 WIDE_HEADS_GPU = 9.0  # Hopper; before it heads are at most half as wide

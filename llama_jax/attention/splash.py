@@ -9,7 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from llama_jax.parallel.sharding import shard_heads
+from llama_jax.attention.sharded_heads import shard_heads
 
 LANES = 128  # of the vector unit: what a block of the kernel is a multiple of
 LARGEST_BLOCK = 512  # positions; two blocks of scores in float32 then fit beside their operands

@@ -19,9 +19,8 @@ from llama_jax.attention.self_attention import BACKENDS
 from llama_jax.config import ModelConfig
 from llama_jax.model import abstract
 from llama_jax.parallel.sharding import MESH_AXES, shardings
+from llama_jax.planning.tiles import LANES
 from llama_jax.training.loss import summed_nll
-
-LANES = 128  # numbers in a row of a TPU's memory tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +41,20 @@ def kept_bytes(model: ModelConfig, rows: int, forward: Pass) -> int:
 
     `model` is one device's share, and `rows` are the sequences on that device.
     """
+    whole = dataclasses.replace(forward, stream_parts=1)  # the same program however it is cut
+
+    def of(rows: int) -> int:
+        arrays = _kept_arrays(model, rows, whole)
+        return sum(_bytes(array, n, model, rows, forward) for array, n in arrays.items())
+
     few = min(rows, 2)
-    first, last = (_residual_bytes(model, n, forward) for n in (max(1, few - 1), few))
+    first, last = of(max(1, few - 1)), of(few)
     return last + (rows - few) * (last - first)  # each further row adds as much as the second
 
 
 @functools.cache
-def _residual_bytes(config: ModelConfig, rows: int, forward: Pass) -> int:
-    """Bytes of what differentiating the loss keeps, the parameters themselves aside."""
+def _kept_arrays(config: ModelConfig, rows: int, forward: Pass) -> Counter[jax.ShapeDtypeStruct]:
+    """What differentiating the loss keeps, the parameters themselves aside: how many of each."""
     tokens_BT = jax.ShapeDtypeStruct((rows, forward.length), jnp.int32)
     weights_BT = jax.ShapeDtypeStruct((rows, forward.length), jnp.float32)
     # What is offloaded lies on the host: the device keeps as much as without it.
@@ -72,13 +77,15 @@ def _residual_bytes(config: ModelConfig, rows: int, forward: Pass) -> int:
     given = {id(variable) for variable in program.invars}
     new = {id(v): v.aval for v in program.outvars if id(v) not in given and hasattr(v, "aval")}
     kept = Counter(jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in new.values())
-    kept -= _repeated_inputs(config, rows, forward)
-    return sum(_bytes(array, n, config, rows, forward) for array, n in kept.items())
+    return kept - _repeated_inputs(config, rows, forward)
+
+
+_model = functools.cache(abstract)
 
 
 def _traced(function: Callable[..., Any], config: ModelConfig, fsdp: int, *batch: Any) -> Any:
     """The program of a function of a model and its batch, as one of `fsdp` devices runs it."""
-    model = abstract(config)
+    model = _model(config)
     if fsdp == 1:
         return jax.make_jaxpr(function)(model, *batch).jaxpr
     sizes = (1, fsdp, 1)
@@ -132,8 +139,8 @@ def _kernel(forward: Pass) -> Callable[..., jax.Array]:
 class _Flash:
     """Keeps what every flash attention keeps (Dao 2023): inputs, output, log of denominators.
 
-    On TPU these have heads as wide as the vector unit, filled up; where parameters are cut, only
-    the output has, since inputs are kept as they were before they were brought into that shape.
+    On TPU these have heads as wide as the vector unit, filled up; where parameters are cut, queries
+    and keys have not, since these are kept as they were before positions were rotated in.
     """
 
     is_tpu: bool
@@ -147,19 +154,19 @@ class _Flash:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _flash(q: jax.Array, k: jax.Array, v: jax.Array, more_in: int, more_out: int) -> jax.Array:
+def _flash(q: jax.Array, k: jax.Array, v: jax.Array, more_qk: int, more_v: int) -> jax.Array:
     return q
 
 
-def _flash_forward(q, k, v, more_in, more_out):  # type: ignore[no-untyped-def]
+def _flash_forward(q, k, v, more_qk, more_v):  # type: ignore[no-untyped-def]
     def wide(x: jax.Array, more: int) -> jax.Array:
-        return jnp.pad(x, [(0, 0)] * 3 + [(0, more)]) if more else x + 0
+        return jnp.pad(x, [(0, 0)] * 3 + [(0, more)]) if more else x
 
-    inputs = [wide(x, more_in) if more_in else x for x in (q, k, v)]
-    return q + 0, (*inputs, wide(q, more_out), jnp.zeros(q.shape[:3], jnp.float32))
+    inputs = (wide(q, more_qk), wide(k, more_qk), wide(v, more_v))
+    return q + 0, (*inputs, wide(q + 0, more_v), jnp.zeros(q.shape[:3], jnp.float32))
 
 
-def _flash_backward(_in, _out, kept, slope):  # type: ignore[no-untyped-def]
+def _flash_backward(_qk, _v, kept, slope):  # type: ignore[no-untyped-def]
     H = slope.shape[-1]
     return slope, kept[1][..., :H], kept[2][..., :H]
 

@@ -16,7 +16,7 @@ from llama_jax.planning.share import planned_mesh
 from llama_jax.planning.speed import Speed, training_speed
 from llama_jax.planning.targets import Target
 
-MARGIN = 0.05  # of the memory, left free by what is proposed: the estimate may be as far off
+MARGIN = 0.15  # of the memory, left free by what is proposed: the estimate may be as far off
 MOST_TENSOR = 8  # the devices of one machine; beyond, each block's exchanges cost too much
 # "offload" is not proposed: its speed hangs on the host's link, which no data sheet names.
 POLICIES = ("none", "block", "save-qkv")

@@ -1,7 +1,7 @@
 """The plan of a sampler: what weights and cache take, and what the compiled decoding loop does.
 
-Weights are as the engine holds them, cut over all devices by the tensor axis. Does not plan the
-reading of prompts, which goes a stretch at a time and needs little more.
+Weights lie as in the engine, cut over all devices by the tensor axis. Does not plan the reading of
+prompts, which goes a stretch at a time and needs little more.
 """
 
 import dataclasses
@@ -19,15 +19,15 @@ from llama_jax.generation.decoding import NOTHING, GenerationState, decode
 from llama_jax.generation.prefill import slots_for
 from llama_jax.model import Llama, abstract
 from llama_jax.parallel.sharding import partition_spec, shardings
-from llama_jax.planning.activations import LANES
+from llama_jax.planning.memory import FLOAT32
 from llama_jax.planning.share import bytes_on_one, planned_mesh
 from llama_jax.planning.speed import Speed
 from llama_jax.planning.targets import Target
+from llama_jax.planning.tiles import LANES
 from llama_jax.planning.tpu_compiler import Compiled, compiled, target_mesh
 from llama_jax.quantization import abstract_quantized, require_kind
 from llama_jax.sampling.sampler import make_sampler
 
-FLOAT32 = 4
 LOGITS = 4  # arrays like the float32 logits that choosing a token has at once
 
 
@@ -52,7 +52,7 @@ class DecodingPlan:
     weights: float
     cache: float
     temporary: float  # estimated
-    compiled: Compiled | None  # None: only estimated
+    compiled: Compiled | None = None  # None: only estimated
 
     @property
     def estimated(self) -> float:
@@ -76,9 +76,8 @@ class DecodingPlan:
         matrices = config.vocab_size * config.dim + config.num_layers * config.dim * (
             2 * (config.num_heads + config.num_kv_heads) * config.head_dim + 3 * config.ffn_dim
         )
-        looked_at = (
-            2 * config.num_layers * config.num_heads * config.head_dim * config.context_length
-        )
+        heads = config.num_layers * config.num_heads
+        looked_at = 2 * heads * config.head_dim * config.context_length
         flops = 2 * self.sampling.batch * (matrices + looked_at)
         stream = self.sampling.batch * config.dim * jnp.dtype(config.compute_dtype).itemsize
         sent = 2 * config.num_layers * 2 * (devices - 1) / devices * stream
@@ -102,15 +101,16 @@ def plan_decoding(
     mesh = planned_mesh(MeshConfig(data=1, tensor=-1), target.devices)
     model, state = abstract_engine(config, sampling, mesh)
     cache, logits = _bytes(state.cache), sampling.batch * config.vocab_size * FLOAT32
-    return DecodingPlan(
+    plan = DecodingPlan(
         model=config,
         sampling=sampling,
         target=target,
         weights=_bytes(model),
         cache=cache,
         temporary=LOGITS * logits + (_padded_copy(cache, config) if target.chip.is_tpu else 0),
-        compiled=_compiled(config, sampling, target) if compile_it and target.topology else None,
     )
+    made = _compiled(plan) if compile_it and target.chip.is_tpu else None
+    return dataclasses.replace(plan, compiled=made)
 
 
 def _padded_copy(cache: float, config: ModelConfig) -> float:
@@ -136,8 +136,8 @@ def _served(config: ModelConfig, sampling: Sampling) -> ModelConfig:
     require(sampling.cache_dtype in ("", "int8"), message)
     if sampling.quantize:
         require_kind(sampling.quantize)
-    compute_dtype = dtype or config.compute_dtype
-    return dataclasses.replace(config, context_length=context, compute_dtype=compute_dtype)
+    dtype = dtype or config.compute_dtype
+    return dataclasses.replace(config, context_length=context, compute_dtype=dtype)
 
 
 def abstract_engine(
@@ -180,22 +180,21 @@ def _state_places(state: GenerationState, mesh: Mesh | AbstractMesh) -> Generati
 
 
 def _placed(tree: Any, places: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        tree,
-        places,
-    )
+    def placed(leaf: Any, place: NamedSharding) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    return jax.tree.map(placed, tree, places)
 
 
 def _bytes(tree: Any) -> int:
     """Bytes of placed shapes on one device."""
-    return bytes_on_one(tree, jax.tree.map(lambda leaf: leaf.sharding, tree))
+    return bytes_on_one(tree, jax.tree.map(lambda leaf: leaf.sharding, tree), is_tpu=False)
 
 
-def _compiled(config: ModelConfig, sampling: Sampling, target: Target) -> Compiled:
+def _compiled(plan: DecodingPlan) -> Compiled:
     """What the TPU compiler makes of the decoding loop."""
-    mesh = target_mesh(MeshConfig(data=1, tensor=-1), target)
+    mesh = target_mesh(MeshConfig(data=1, tensor=-1), plan.target)
     with jax.set_mesh(mesh):
-        model, state = abstract_engine(config, sampling, mesh)
+        model, state = abstract_engine(plan.model, plan.sampling, mesh)
         sampler, stops_S = make_sampler(temperature=1.0, top_p=0.9), np.asarray([NOTHING], np.int32)
-        return compiled(lambda: decode.lower(model, state, sampler, stops_S))
+        return compiled(lambda: decode.lower(model, state, sampler, stops_S), plan.estimated)

@@ -21,8 +21,10 @@ from llama_jax.planning.share import (
     model_share,
     require_rows,
 )
+from llama_jax.planning.tiles import filled_rows, filled_up
 from llama_jax.training.loss import CHUNK_TOKENS
-from llama_jax.training.train_step import init_state, state_shardings
+from llama_jax.training.programs import state_shardings
+from llama_jax.training.train_step import init_state
 
 FLOAT32 = 4
 
@@ -50,7 +52,7 @@ def training_memory(config: Config, mesh: AbstractMesh, chip: Chip) -> Memory:
     """
     rows = require_rows(config, mesh)
     optimizer = dataclasses.replace(config.optimizer, accumulation_steps=1)  # makes no difference
-    parameters, moments = state_bytes(config.model, optimizer, mesh)
+    parameters, moments = state_bytes(config.model, optimizer, mesh, is_tpu=chip.is_tpu)
     share = model_share(config.model, mesh.shape["tensor"])
     forward = Pass(
         length=config.data.sequence_length,
@@ -61,18 +63,20 @@ def training_memory(config: Config, mesh: AbstractMesh, chip: Chip) -> Memory:
         stream_parts=mesh.shape["tensor"] if config.mesh.sequence else 1,
         fsdp=mesh.shape["fsdp"],
     )
+    has_sums = config.optimizer.accumulation_steps > 1
     backward = parameters + _block_bytes(share, rows, forward) + _gathered_bytes(share, forward)
+    loss = _loss_bytes(share, rows, forward)
     return Memory(
         parameters=parameters,
         optimizer=moments,
         activations=kept_bytes(share, rows, forward),
-        temporary=_lasting(config, parameters) + max(backward, _loss_bytes(share, rows, forward)),
+        temporary=_lasting_bytes(share, parameters, forward, has_sums) + max(backward, loss),
     )
 
 
 @functools.cache
 def state_bytes(
-    model: ModelConfig, optimizer: OptimizerConfig, mesh: AbstractMesh
+    model: ModelConfig, optimizer: OptimizerConfig, mesh: AbstractMesh, *, is_tpu: bool
 ) -> tuple[int, int]:
     """What the parameters and the optimizer's state take on one device."""
     # Both depend on nothing else; data just has to be something.
@@ -80,18 +84,23 @@ def state_bytes(
     config = Config(model=model, data=data, optimizer=optimizer)
     state = jax.eval_shape(lambda: init_state(config))
     places = state_shardings(config, mesh)  # type: ignore[arg-type]
-    of_model = bytes_on_one(state.model, places.model)
-    return of_model, bytes_on_one(state.optimizer, places.optimizer)
+    of_model = bytes_on_one(state.model, places.model, is_tpu=is_tpu)
+    return of_model, bytes_on_one(state.optimizer, places.optimizer, is_tpu=is_tpu)
 
 
-def _lasting(config: Config, parameters: float) -> float:
+def _lasting_bytes(share: ModelConfig, parameters: float, forward: Pass, has_sums: bool) -> float:
     """What stays for the whole step: sums of gradients, and parameters in the compute dtype.
 
-    XLA converts the parameters once, before the loop over microbatches.
+    XLA converts the parameters once, before the loop over microbatches. Of the embedding it wants
+    whole rows in both, since tokens look them up: few columns a device fill a TPU's tiles badly.
     """
-    sums = parameters if config.optimizer.accumulation_steps > 1 else 0.0
-    width = jnp.dtype(config.model.compute_dtype).itemsize
-    return sums + (parameters * width / FLOAT32 if width < FLOAT32 else 0.0)
+    width = jnp.dtype(share.compute_dtype).itemsize
+    each = FLOAT32 * has_sums + width * (width < FLOAT32)  # bytes a parameter
+    lasting = parameters / FLOAT32 * each
+    if forward.is_tpu:
+        table = share.vocab_size, share.dim // forward.fsdp
+        lasting += each * (filled_rows(table) - filled_up(table))
+    return lasting
 
 
 def _block_bytes(share: ModelConfig, rows: int, forward: Pass) -> float:
@@ -117,8 +126,10 @@ def _gathered_bytes(share: ModelConfig, forward: Pass) -> float:
 def _loss_bytes(share: ModelConfig, rows: int, forward: Pass) -> float:
     """What is alive within the loss, before there are gradients.
 
-    The logits of one chunk; with fsdp, the output matrix and its gradient put together, too.
+    The logits of one chunk and their gradient; with fsdp, the output matrix put together, too, and
+    over several chunks its gradient.
     """
-    logits = min(CHUNK_TOKENS, rows * forward.length) * share.vocab_size * FLOAT32
+    tokens, width = rows * forward.length, jnp.dtype(share.compute_dtype).itemsize
+    logits = min(CHUNK_TOKENS, tokens) * share.vocab_size * (FLOAT32 + width)
     table = share.vocab_size * share.dim if forward.fsdp > 1 else 0
-    return logits + table * (FLOAT32 + jnp.dtype(share.compute_dtype).itemsize)
+    return logits + table * (width + FLOAT32 * (tokens > CHUNK_TOKENS))

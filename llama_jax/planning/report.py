@@ -5,7 +5,6 @@ from collections import Counter
 from llama_jax.config import Config
 from llama_jax.instruments.chips import GPU_SHARE
 from llama_jax.instruments.collectives import collectives
-from llama_jax.planning.alternatives import Estimate
 from llama_jax.planning.decoding_plan import DecodingPlan
 from llama_jax.planning.share import attention_backend, planned_mesh, require_rows
 from llama_jax.planning.speed import Speed
@@ -39,7 +38,7 @@ def _step_lines(config: Config, target: Target) -> list[str]:
     rows, length = require_rows(config, mesh), config.data.sequence_length
     return [
         f"step: {config.data.batch_size} sequences × {length} tokens,"
-        f" {config.optimizer.accumulation_steps} microbatches of {rows} a chip;"
+        f" {counted(config.optimizer.accumulation_steps, 'microbatch', 'es')} of {rows} a chip;"
         f" {way_line(config, target)}",
         f"attention {attention_backend(config, target.chip)},"
         f" parameters float32, moments {config.optimizer.moments_dtype},"
@@ -56,23 +55,28 @@ def way_line(config: Config, target: Target) -> str:
 
 
 def _memory_lines(plan: TrainingPlan) -> list[str]:
-    guess, memory = plan.estimate.memory, plan.memory
-    if plan.compiled is None:
-        lines = [f"{'GiB a chip':<14}{'estimated':>10}"]
-        lines += [f"{kind:<14}{getattr(guess, kind) / GIB:>10.2f}" for kind in KINDS]
-        return [*lines, f"{'together':<14}{guess.total / GIB:>10.2f}"]
-    lines = [f"{'GiB a chip':<14}{'compiled':>10}{'estimated':>11}"]
-    for kind in KINDS:
-        one, other = getattr(memory, kind) / GIB, getattr(guess, kind) / GIB
-        lines.append(f"{kind:<14}{one:>10.2f}{other:>11.2f}")
-    return [*lines, f"{'together':<14}{plan.total / GIB:>10.2f}{guess.total / GIB:>11.2f}"]
+    columns = {"estimated": plan.estimate.memory}
+    if plan.compiled:
+        columns = {"compiled": plan.memory, **columns}
+    rows = {kind: [getattr(memory, kind) for memory in columns.values()] for kind in KINDS}
+    return _table(list(columns), rows)
+
+
+def _table(columns: list[str], rows: dict[str, list[float]]) -> list[str]:
+    """Bytes by kind, in columns of GiB that end with their sums."""
+    sums = [sum(column) for column in zip(*rows.values(), strict=True)]
+    figures = 2 if max(sums) >= GIB else 4
+    lines = [f"{'GiB a chip':<14}" + "".join(f"{name:>11}" for name in columns)]
+    for kind, sizes in {**rows, "together": sums}.items():
+        lines.append(f"{kind:<14}" + "".join(f"{size / GIB:>11.{figures}f}" for size in sizes))
+    return lines
 
 
 def verdict(total: float, target: Target, fits: bool) -> str:
     """Whether so many bytes fit, and by how much."""
     chip = target.chip
     by_default = "" if chip.is_tpu else f", which is the {GPU_SHARE:.0%} that JAX takes by default"
-    share = f"{chip.usable / GIB:.2f} GiB usable of {chip.memory / GIB:g}{by_default}"
+    share = f"{chip.usable / GIB:.2f} GiB usable of {chip.memory / GIB:g} GiB{by_default}"
     left = (chip.usable - total) / GIB
     if fits:
         return f"fits: {left:.2f} GiB left ({left * GIB / chip.usable:.0%}) of {share}"
@@ -109,32 +113,32 @@ def spelled(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} µs"
 
 
+def counted(number: int, noun: str, ending: str = "s") -> str:
+    """A number of things, such as "1 microbatch" or "1,024 sequences"."""
+    return f"{number:,} {noun}{'' if number == 1 else ending}"
+
+
 def _advice_lines(plan: TrainingPlan) -> list[str]:
-    rows = plan.largest_microbatch
-    largest = (
-        f"largest microbatch that fits, by estimate: {rows} sequences; a batch may be any number"
-        " of them"
-        if rows
+    most = plan.largest_microbatch
+    lines = [
+        f"largest microbatch that fits, by estimate: {counted(most, 'sequence')} on all chips"
+        " together; a batch may be any multiple of it"
+        if most
         else "this way not one sequence a chip fits, by estimate"
-    )
-    if plan.fits:
-        return [largest]
-    if plan.cheapest is None:
-        return [
-            largest,
-            "no mesh, microbatch, remat policy or batch fits; use more or larger chips",
-        ]
-    return [
-        largest,
-        f"cheapest that fits, by estimate: {summary(plan.cheapest)}",
-        f"  {flags_of(plan.cheapest.config, plan.config, plan.target)}",
     ]
-
-
-def summary(way: Estimate) -> str:
-    """What a way to run a step is expected to take."""
-    seconds = spelled(way.speed.seconds)
-    return f"{way.memory.total / GIB:.2f} GiB, {seconds} a step predicted"
+    if plan.fits:
+        return lines
+    if plan.cheapest is None:
+        return [*lines, "no mesh, microbatch, remat policy or batch fits; use more or larger chips"]
+    way = plan.cheapest
+    batch, seconds = way.config.data.batch_size, spelled(way.speed.seconds)
+    of = "" if batch == plan.config.data.batch_size else f" of only {counted(batch, 'sequence')}"
+    return [
+        *lines,
+        f"cheapest that fits, by estimate: {way.memory.total / GIB:.2f} GiB,"
+        f" {seconds} a step{of} predicted",
+        f"  {flags_of(way.config, plan.config, plan.target)}",
+    ]
 
 
 def flags_of(new: Config, old: Config, target: Target) -> str:
@@ -158,27 +162,20 @@ def decoding_report(plan: DecodingPlan) -> str:
     """The whole report of a sampling plan, several lines."""
     sampling, model, speed = plan.sampling, plan.model, plan.speed
     kinds = {"weights": plan.weights, "cache": plan.cache, "temporary": plan.temporary}
-    lines = [
+    compiled = [f"compiled: {plan.total / GIB:.2f} GiB a chip together"] if plan.compiled else []
+    parts = [
         plan.target.description,
-        f"sampling: {sampling.batch} texts × {model.context_length} tokens;"
+        f"sampling: {counted(sampling.batch, 'text')} × {model.context_length} tokens;"
         f" weights {sampling.quantize or model.compute_dtype} over tensor {plan.target.devices},"
         f" cache {sampling.cache_dtype or model.compute_dtype}",
         "",
-        f"{'GiB a chip':<14}{'estimated':>10}",
-        *(f"{kind:<14}{size / GIB:>10.2f}" for kind, size in kinds.items()),
-        f"{'together':<14}{plan.estimated / GIB:>10.2f}",
+        *_table(["estimated"], {kind: [size] for kind, size in kinds.items()}),
+        *compiled,
+        verdict(plan.total, plan.target, plan.fits),
+        "",
+        *exchange_lines(plan.compiled, plan.target.devices),
+        f"predicted, at the data sheet's peaks: bound by {speed.bottleneck},"
+        f" {spelled(speed.seconds)} a token of each text or more,"
+        f" {sampling.batch / speed.seconds:,.0f} tokens/s in all at most",
     ]
-    if plan.compiled:
-        lines.append(f"{'compiled':<14}{plan.compiled.total / GIB:>10.2f}")
-    rate = sampling.batch / speed.seconds
-    return "\n".join(
-        [
-            *lines,
-            verdict(plan.total, plan.target, plan.fits),
-            "",
-            *exchange_lines(plan.compiled, plan.target.devices),
-            f"predicted, at the data sheet's peaks: bound by {speed.bottleneck},"
-            f" {spelled(speed.seconds)} a token of each text or more,"
-            f" {rate:,.0f} tokens/s in all at most",
-        ]
-    )
+    return "\n".join(parts)

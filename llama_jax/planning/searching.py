@@ -37,7 +37,7 @@ def search(config: Config, target: Target, *, compile_it: bool) -> list[Found]:
         if len(found) == SHOWN:
             break
         is_asked = compile_it and target.chip.is_tpu and len(found) < COMPILED
-        compiled = compile_training(way.config, target) if is_asked else None
+        compiled = compile_training(way, target) if is_asked else None
         if compiled is None or compiled.fits:
             found.append(Found(way, compiled))
     return found
@@ -46,7 +46,11 @@ def search(config: Config, target: Target, *, compile_it: bool) -> list[Found]:
 def search_report(config: Config, target: Target, found: list[Found]) -> str:
     """The ways as a table, with the flags that choose each."""
     if not found:
-        return f"{target.description}\nno mesh, microbatch or remat policy fits this batch"
+        return (
+            f"{target.description}\n"
+            "no mesh, microbatch or remat policy fits this batch, by estimate; without --search the"
+            " plan says whether another batch or bfloat16 moments would"
+        )
     lines = [target.description, f"{'GiB a chip':<16}{'a step, predicted':<20}flags"]
     for one in found:
         source = "compiled" if one.compiled else "estimated"

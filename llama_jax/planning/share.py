@@ -15,6 +15,7 @@ from llama_jax.config import Config, MeshConfig, ModelConfig
 from llama_jax.instruments.chips import Chip
 from llama_jax.parallel.fitting import require_fitting
 from llama_jax.parallel.sharding import MESH_AXES, batch_parts, mesh_shape
+from llama_jax.planning.tiles import filled_up
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,10 +86,11 @@ def attention_backend(config: Config, chip: Chip) -> str:
     return chosen_backend(config.run.attention, config.model, device, dropout)  # type: ignore[arg-type]
 
 
-def bytes_on_one(tree: Any, places: Any) -> int:
-    """Bytes that one device holds of a tree of shaped leaves with a sharding each."""
+def bytes_on_one(tree: Any, places: Any, *, is_tpu: bool) -> int:
+    """Bytes that one device takes for a tree of shaped leaves with a sharding each."""
+    numbers = filled_up if is_tpu else math.prod
     sizes = jax.tree.map(
-        lambda leaf, place: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
+        lambda leaf, place: numbers(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
         tree,
         places,
     )

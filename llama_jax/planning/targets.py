@@ -12,6 +12,7 @@ from llama_jax.errors import UsageError, nearest
 from llama_jax.instruments.chips import CHIPS, Chip
 
 # Chips of a slice → its topology, for two-dimensional and three-dimensional networks.
+HAVE_FLAT_SLICES = ("v2", "v3", "v5e", "v6e")
 FLAT = {
     1: "1x1",
     4: "2x2",
@@ -65,7 +66,7 @@ def parse_target(name: str) -> Target:
     Raises:
       UsageError: for a chip that is not known or a number of chips that is not sold.
     """
-    by_shape = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
+    by_shape = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*){1,2})", name)
     if by_shape:
         return _slice(name, _chip(by_shape[1], name), by_shape[2])
     by_count = re.fullmatch(r"([\w-]+?)-(\d+)", name)
@@ -99,7 +100,7 @@ def _chip(asked: str, target: str) -> Chip:
 
 def _shape(chip: Chip, count: int, target: str) -> str:
     """The shape of a slice of so many chips, or cores where its kind is named by cores."""
-    shapes = FLAT if chip.name in ("v2", "v3", "v5e", "v6e") else SOLID
+    shapes = FLAT if chip.name in HAVE_FLAT_SLICES else SOLID
     per_chip = 2 if chip.name in NAMED_BY_CORES else 1
     counts = {chips * per_chip: shape for chips, shape in shapes.items()}
     if count not in counts:
@@ -114,6 +115,12 @@ def _shape(chip: Chip, count: int, target: str) -> str:
 def _slice(name: str, chip: Chip, shape: str) -> Target:
     if not chip.is_tpu:
         raise UsageError(f"target {name!r}: only TPUs come in shapes; expected {chip.name}-8")
+    example = (FLAT if chip.name in HAVE_FLAT_SLICES else SOLID)[8]
+    if shape.count("x") != example.count("x"):
+        raise UsageError(
+            f"target {name!r}: a {chip.name} slice has {example.count('x') + 1} axes, not"
+            f" {shape.count('x') + 1}; expected such as {chip.name}:{example}"
+        )
     chips = math.prod(map(int, shape.split("x")))
     devices = chips * (2 if chip.name in CORES_ARE_DEVICES else 1)
     return Target(name=name, chip=chip, devices=devices, topology=f"{chip.name}:{shape}")

@@ -27,6 +27,12 @@ ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
 }
+# The compiler places what it can in a chip's vector memory, 128 MiB on v5e, v5p and v6e, and its
+# figure counts some of that and some not. Of large programs that is a trifle; smaller ones than
+# this are compiled with all their arrays in the device's memory.
+SMALL = 16 * 128 * 2**20
+LONGEST = 200  # characters of what the compiler complains of
+ALL_IN_DEVICE_MEMORY = {"xla_msa_enable": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,18 +89,26 @@ def tpu_devices(target: Target) -> list[jax.Device]:
     return list(slice_.devices)
 
 
-def compiled(lower: Callable[[], Any]) -> Compiled:
-    """What a program compiles to; `lower` lowers it.
+def compiled(lower: Callable[[], Any], expected: float) -> Compiled:
+    """What a program compiles to; `lower` lowers it, and by estimate it takes `expected` bytes.
 
     One too large for the device is an answer, not an error: the compiler says what it would take.
+
+    Raises:
+      UserError: when the compiler fails for another reason.
     """
+    options: Any = ALL_IN_DEVICE_MEMORY if expected < SMALL else None
     start = time.perf_counter()
     try:
-        program = lower().compile()
+        program = lower().compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         total = memory_asked_for(str(error))
         if total is None:
-            raise
+            said = str(error).strip().partition("\n")[0][:LONGEST]
+            raise UserError(
+                f"the TPU compiler fails on this program: {said}; try another version of libtpu or"
+                " --config.run.remat, or add --fast for the estimate alone"
+            ) from error
         return Compiled(total, False, "", time.perf_counter() - start)
     # The peak is what the compiler holds against the device's memory. The sum of arguments and
     # temporaries is larger: some of these lie where an argument was.

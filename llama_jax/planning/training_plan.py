@@ -12,7 +12,8 @@ from llama_jax.planning.memory import Memory
 from llama_jax.planning.speed import Speed
 from llama_jax.planning.targets import Target
 from llama_jax.planning.tpu_compiler import Compiled, compiled, target_mesh
-from llama_jax.training.train_step import init_state, jit_train_step
+from llama_jax.training.programs import jit_train_step
+from llama_jax.training.train_step import init_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,7 @@ def plan_training(config: Config, target: Target, *, compile_it: bool) -> Traini
       UserError: when the TPU compiler is needed and missing.
     """
     found = estimate(config, target)
-    made = compile_training(config, target) if compile_it and target.chip.is_tpu else None
+    made = compile_training(found, target) if compile_it and target.chip.is_tpu else None
     plan = TrainingPlan(config, target, found, made, largest_batch(config, target), None)
     return (
         plan
@@ -80,10 +81,11 @@ def plan_training(config: Config, target: Target, *, compile_it: bool) -> Traini
     )
 
 
-def compile_training(config: Config, target: Target) -> Compiled:
-    """What the TPU compiler makes of the train step."""
+def compile_training(way: Estimate, target: Target) -> Compiled:
+    """What the TPU compiler makes of a train step."""
+    config = way.config
     mesh = target_mesh(config.mesh, target)
     with jax.set_mesh(mesh):
         state = jax.eval_shape(lambda: init_state(config))
         step = jit_train_step(config, mesh)
-        return compiled(lambda: step.lower(state, abstract_batch(config)))
+        return compiled(lambda: step.lower(state, abstract_batch(config)), way.memory.total)

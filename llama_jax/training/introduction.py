@@ -14,7 +14,8 @@ from llama_jax.data.rows import rows_of
 from llama_jax.data.tokens import TokenFolder
 from llama_jax.instruments.flops import peak_flops
 from llama_jax.model import count_parameters
-from llama_jax.training.train_step import init_state, state_shardings
+from llama_jax.training.programs import state_shardings
+from llama_jax.training.train_step import init_state
 
 
 def introduction(

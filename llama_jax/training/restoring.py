@@ -14,7 +14,8 @@ from llama_jax.config import Config
 from llama_jax.data.tokens import TokenFolder
 from llama_jax.errors import UserError
 from llama_jax.instruments.metrics import warn
-from llama_jax.training.train_step import TrainState, init_state, jit_init, state_shardings
+from llama_jax.training.programs import jit_init, state_shardings
+from llama_jax.training.train_step import TrainState, init_state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

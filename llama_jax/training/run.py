@@ -17,7 +17,6 @@ from llama_jax.errors import UsageError
 from llama_jax.instruments.device_memory import memory_limit
 from llama_jax.instruments.metrics import MetricsFile
 from llama_jax.out_of_memory import explained
-from llama_jax.parallel.fitting import require_fitting
 from llama_jax.parallel.sharding import make_mesh
 from llama_jax.processes.agreement import require_same, together
 from llama_jax.processes.distributed import require_joined
@@ -25,6 +24,7 @@ from llama_jax.processes.shared_stop import stop_of_all
 from llama_jax.training.introduction import versions
 from llama_jax.training.memory_advice import memory_advice
 from llama_jax.training.profiling import Window
+from llama_jax.training.programs import jit_programs
 from llama_jax.training.restoring import restore_or_begin
 from llama_jax.training.trainer import Trainer
 
@@ -45,7 +45,7 @@ def fit(config: Config, profile: Window | None = None) -> int:
     require_same(settings(config) | versions())
     folder = Path(config.run.checkpoint_dir).expanduser()
     mesh = make_mesh(config.mesh)
-    require_fitting(config, mesh.shape)
+    programs = jit_programs(config, mesh)  # refused, if at all, before anything is written
     with (
         claimed_by_all(folder),
         stop_of_all() as stop,
@@ -63,7 +63,9 @@ def fit(config: Config, profile: Window | None = None) -> int:
                 describe(folder, run, data.tokenizer_path)
         with (
             MetricsFile(folder, config.run.tensorboard) as metrics,
-            Trainer(config, folder, data, mesh, stop, metrics, beginning, profile) as trainer,
+            Trainer(
+                config, folder, data, mesh, programs, stop, metrics, beginning, profile
+            ) as trainer,
         ):
             return trainer.run()
 

@@ -1,11 +1,10 @@
 """One step of training, (state, batch) → (state, metrics), and the state it turns.
 
-Jitted once, with the state donated and its shardings stated both ways. Dropout's key is a function
-of the seed and the step, so a resumed run draws what an uninterrupted one would have drawn.
+Dropout's key is a function of the seed and the step, so a resumed run draws what an uninterrupted
+one would have drawn. How a step is compiled for a mesh, `programs` knows.
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,14 +12,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.attention.self_attention import SelfAttention, self_attention
 from llama_jax.config import Config
 from llama_jax.data.batches import Batch
 from llama_jax.model import Llama
 from llama_jax.parallel.data_parallel import gradients_over_rows, sums_over_rows
-from llama_jax.parallel.sharding import batch_sharding, rules_of, shardings
+from llama_jax.parallel.sharding import rules_of
 from llama_jax.training.loss import summed_loss, summed_nll
 from llama_jax.training.optimizer import learning_rate_schedule, make_optimizer
 
@@ -54,45 +52,45 @@ def init_state(config: Config) -> TrainState:
     return TrainState(jnp.int32(0), jnp.bool(True), model, optimizer)
 
 
-def state_shardings(config: Config, mesh: Mesh) -> TrainState:
-    """Where each array of the state lies."""
-    return shardings(jax.eval_shape(lambda: init_state(config)), mesh)
-
-
 def train_step(
-    state: TrainState, batch: Batch, config: Config, device: jax.Device | None = None
+    state: TrainState, batch: Batch, config: Config, attention: SelfAttention | None = None
 ) -> tuple[TrainState, StepMetrics]:
     """One update from a whole batch, microbatch by microbatch.
 
     Losses and gradients are summed over microbatches, then over devices, and divided once by the
     number of unmasked tokens, so cutting the batch differently changes nothing but rounding.
-    `device` is one of those the step is for, by default one of this process; attention's kernel is
-    chosen for it.
+    `attention` is the kernel, by default the one that the config means on this process's devices.
     """
     key = jax.random.fold_in(jax.random.key(config.run.seed), state.step)
-    (nll, tokens), gradients = summed_gradients(state.model, batch, key, config, device)
+    (nll, tokens), gradients = summed_gradients(state.model, batch, key, config, attention)
     tokens = jnp.maximum(tokens, 1.0)
     gradients = jax.tree.map(lambda gradient: gradient / tokens, gradients)
     return _update(state, nll / tokens, gradients, config)
 
 
 def summed_gradients(
-    model: Llama, batch: Batch, key: jax.Array, config: Config, device: jax.Device | None = None
+    model: Llama,
+    batch: Batch,
+    key: jax.Array,
+    config: Config,
+    attention: SelfAttention | None = None,
 ) -> tuple[tuple[jax.Array, jax.Array], Llama]:
     """((nll, number of unmasked tokens), gradients of the loss), summed over the whole batch.
 
-    `key` decides dropout; `device` as in `train_step`.
+    `key` decides dropout; `attention` as in `train_step`.
     """
-    accumulated = partial(_accumulated, key=key, config=config, device=device)
+    attention = attention or self_attention(
+        config.run.attention, config.model, config.model.dropout
+    )
+    accumulated = partial(_accumulated, key=key, config=config, attention=attention)
     with rules_of(config.mesh):
         return gradients_over_rows(accumulated, model, batch)
 
 
 def _accumulated(
-    model: Llama, batch: Batch, *, key: jax.Array, config: Config, device: jax.Device | None
+    model: Llama, batch: Batch, *, key: jax.Array, config: Config, attention: SelfAttention
 ) -> tuple[tuple[jax.Array, jax.Array], Llama]:
     """The nll and number of tokens of some rows, and the gradients of their loss, all summed."""
-    attention = self_attention(config.run.attention, config.model, config.model.dropout, device)
 
     def summed(model: Llama, batch: Batch, row_B: jax.Array) -> tuple[jax.Array, Any]:
         hidden_BTD, _ = model.hidden(
@@ -135,9 +133,13 @@ def _update(
 
 
 def evaluation_step(
-    model: Llama, batch: Batch, attention: SelfAttention | None = None
+    model: Llama, batch: Batch, config: Config, attention: SelfAttention | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """The summed negative log-likelihood of a batch and its number of unmasked tokens."""
+    """The summed negative log-likelihood of a batch and its number of unmasked tokens.
+
+    `attention` as in `train_step`, but that nothing is dropped.
+    """
+    attention = attention or self_attention(config.run.attention, config.model)
 
     def sums(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
         hidden_BTD, _ = model.hidden(
@@ -146,33 +148,5 @@ def evaluation_step(
         nll = summed_nll(hidden_BTD, model.output_VD, batch.targets_BT, batch.weights_BT)
         return nll, jnp.sum(batch.weights_BT)
 
-    return sums_over_rows(sums, model, batch)
-
-
-def jit_train_step(config: Config, mesh: Mesh) -> Any:
-    """`train_step` compiled for a mesh; it takes the state's memory over."""
-    places, replicated = state_shardings(config, mesh), NamedSharding(mesh, PartitionSpec())
-    return jax.jit(
-        partial(train_step, config=config, device=mesh.devices.flat[0]),
-        in_shardings=(places, batch_sharding(mesh)),
-        out_shardings=(places, replicated),
-        donate_argnums=0,
-    )
-
-
-def jit_init(config: Config, mesh: Mesh) -> Callable[[], TrainState]:
-    """`init_state` compiled for a mesh: each device makes its own part."""
-    return jax.jit(partial(init_state, config), out_shardings=state_shardings(config, mesh))
-
-
-def jit_evaluation_step(
-    config: Config, mesh: Mesh
-) -> Callable[[Llama, Batch], tuple[jax.Array, jax.Array]]:
-    """`evaluation_step` compiled for a mesh."""
-    places, replicated = state_shardings(config, mesh).model, NamedSharding(mesh, PartitionSpec())
-    attention = self_attention(config.run.attention, config.model, device=mesh.devices.flat[0])
-    return jax.jit(
-        partial(evaluation_step, attention=attention),
-        in_shardings=(places, batch_sharding(mesh)),
-        out_shardings=(replicated, replicated),
-    )
+    with rules_of(config.mesh):
+        return sums_over_rows(sums, model, batch)

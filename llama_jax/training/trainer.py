@@ -28,9 +28,10 @@ from llama_jax.processes.process_rows import GlobalBatches
 from llama_jax.processes.stop_signal import StopSignal
 from llama_jax.training.introduction import introduction, versions
 from llama_jax.training.profiling import Profiler, Window
+from llama_jax.training.programs import Programs
 from llama_jax.training.reporting import Reporter
 from llama_jax.training.restoring import Beginning
-from llama_jax.training.train_step import StepMetrics, TrainState, jit_train_step
+from llama_jax.training.train_step import StepMetrics, TrainState
 from llama_jax.training.validation import Validation
 
 
@@ -43,17 +44,18 @@ class Trainer:
         folder: Path,
         data: TokenFolder,
         mesh: Mesh,
+        programs: Programs,
         stop: StopSignal,
         metrics: MetricsFile,
         beginning: Beginning,
         profile: Window | None = None,
     ):
         self.config, self.folder, self.data, self.mesh = config, folder, data, mesh
-        self.stop, self.metrics = stop, metrics
+        self.train_step, self.stop, self.metrics = programs.train, stop, metrics
         self.state, self.step = beginning.state, beginning.step
         self.saved_step, self.best_loss = beginning.saved_step, beginning.best_loss
         self.batches = self._training_batches()
-        self.validation = Validation(config, data, mesh, stop)
+        self.validation = Validation(config, data, mesh, programs.evaluate, stop)
         self.writer = CheckpointWriter(folder, config.run.keep_last)
         self.console = Console(config.optimizer.steps, self.step)
         self.profiler = Profiler(profile, folder, self.console.line)
@@ -144,8 +146,7 @@ class Trainer:
     def _compile(self) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
         """The train step, compiled for the shapes of this run."""
         begun = time.perf_counter()
-        step = jit_train_step(self.config, self.mesh)
-        compiled = step.lower(self.state, abstract_batch(self.config)).compile()
+        compiled = self.train_step.lower(self.state, abstract_batch(self.config)).compile()
         self.console.line(f"compiled  in {time.perf_counter() - begun:.1f} s")
         return compiled
 

@@ -2,37 +2,44 @@
 
 import math
 import textwrap
+from collections.abc import Callable
 from functools import partial
 
 import jax
 from jax.sharding import Mesh
 
+from llama_jax.arrangement import unstack
 from llama_jax.config import Config
-from llama_jax.data.batches import validation_batches
+from llama_jax.data.batches import Batch, validation_batches
 from llama_jax.data.tokens import TokenFolder
 from llama_jax.generation.engine import Engine
 from llama_jax.generation.texts import stop_ids, stream
 from llama_jax.instruments.metrics import Console, MetricsFile
-from llama_jax.arrangement import unstack
 from llama_jax.model import Llama
 from llama_jax.processes.process_rows import GlobalBatches
 from llama_jax.processes.stop_signal import StopSignal
 from llama_jax.sampling.sampler import make_sampler
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.training.train_step import jit_evaluation_step
 
 
 class Validation:
     """Validates and samples a run's model."""
 
-    def __init__(self, config: Config, data: TokenFolder, mesh: Mesh, stop: StopSignal):
+    def __init__(
+        self,
+        config: Config,
+        data: TokenFolder,
+        mesh: Mesh,
+        evaluate: Callable[[Llama, Batch], tuple[jax.Array, jax.Array]],
+        stop: StopSignal,
+    ):
         """Find out now, not hours later, whether the text is too short to validate on.
 
         Raises:
           UserError: when it is.
         """
         self._config, self._data, self._mesh, self._stop = config, data, mesh, stop
-        self._evaluation_step = jit_evaluation_step(config, mesh)
+        self._evaluate = evaluate
         self._tokenizer = Tokenizer(data.tokenizer_path)
         self._batches()
 
@@ -42,7 +49,7 @@ class Validation:
         """The mean validation loss in nats a token, said and written; inf if stopped meanwhile."""
         sums = []
         for batch in self._batches():
-            sums.append(self._evaluation_step(model, batch))
+            sums.append(self._evaluate(model, batch))
             jax.block_until_ready(sums[-2:][0])
             if self._stop.requested:
                 return math.inf

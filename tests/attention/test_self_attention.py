@@ -15,10 +15,11 @@ from conftest import make_model
 from llama_jax.attention import blockwise, splash
 from llama_jax.attention.cudnn import cudnn_attention
 from llama_jax.attention.self_attention import BACKENDS, chosen_backend, self_attention
+from llama_jax.attention.sharded_heads import shard_heads
 from llama_jax.attention.splash import block_length, splash_attention
 from llama_jax.config import MeshConfig, ModelConfig
 from llama_jax.errors import UsageError
-from llama_jax.parallel.sharding import make_mesh, shard_heads
+from llama_jax.parallel.sharding import make_mesh
 from llama_jax.training.loss import summed_nll
 
 pytestmark = pytest.mark.optimized

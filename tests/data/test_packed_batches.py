@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from functools import partial
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ from llama_jax.data.batches import (
 )
 from llama_jax.data.document_starts import document_starts
 from llama_jax.data.rows import fill_row
-from llama_jax.parallel.sharding import make_mesh, place_batch
+from llama_jax.parallel.sharding import make_mesh
 from llama_jax.training.train_step import evaluation_step, init_state, train_step
 
 T, VOCAB = 16, 320
@@ -148,16 +149,16 @@ def run(tmp_path_factory):
         state = jax.jit(lambda: init_state(config))()
         step = jax.jit(lambda state, batch: train_step(state, batch, config))
         compiled = step.lower(state, abstract_batch(config)).compile(FAST)
-    return config, folder, mesh, state, compiled
+    return config, folder, state, compiled
 
 
 def sitting(run, state, start, stop):
     """The losses of some steps, their batches, and the state after them."""
-    config, folder, mesh, _, step = run
+    config, folder, _, step = run
     options = {"batch_size": config.data.batch_size, "seed": config.data.seed}
     losses, batches = [], take(stop - start, folder, start_step=start, **options)
     for batch in batches:
-        state, metrics = step(state, place_batch(batch, mesh))
+        state, metrics = step(state, batch)
         losses.append(float(metrics.loss))
     return losses, batches, state
 
@@ -165,21 +166,21 @@ def sitting(run, state, start, stop):
 @pytest.fixture(scope="module")
 def straight(run):
     """Twenty steps in one sitting."""
-    return sitting(run, run[3], 0, 20)
+    return sitting(run, run[2], 0, 20)
 
 
 def test_a_packed_run_learns_and_resumes_where_it_was(run, straight):
     losses, batches, _ = straight
     assert losses[-1] < losses[0] - 0.3
-    before, _, state = sitting(run, run[3], 0, 13)
+    before, _, state = sitting(run, run[2], 0, 13)
     after, resumed, _ = sitting(run, state, 13, 20)
     assert before + after == losses
     assert_equal(resumed, batches[13:])
 
 
 def test_the_validation_loss_is_that_of_documents_apart(run, straight):
-    config, folder, mesh, _, _ = run
-    evaluate = jax.jit(evaluation_step, compiler_options=FAST)
+    config, folder, _, _ = run
+    evaluate = jax.jit(partial(evaluation_step, config=config), compiler_options=FAST)
     starts = document_starts(folder, "validation")
     documents = np.split(np.concatenate(folder.arrays("validation")), starts[1:])
     pieces = [
@@ -195,7 +196,7 @@ def test_the_validation_loss_is_that_of_documents_apart(run, straight):
         inputs, targets, weights, _ = (np.stack(column) for column in zip(piece, *blanks))
         apart.append(Batch(inputs_BT=inputs, targets_BT=targets, weights_BT=weights))
     sums = [
-        np.sum([evaluate(straight[2].model, place_batch(batch, mesh)) for batch in batches], axis=0)
+        np.sum([evaluate(straight[2].model, batch) for batch in batches], axis=0)
         for batches in (packed, apart)
     ]
     assert sums[0][1] == sums[1][1] == sum(len(document) - 1 for document in documents)

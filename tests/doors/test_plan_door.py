@@ -36,25 +36,13 @@ def test_a_laptop_learns_at_once_whether_a_run_fits():
 
 
 def test_sampling_is_planned_too(capsys):
-    words = [
-        "--target",
-        "v5e-8",
-        "--mode",
-        "decode",
-        "--batch",
-        "8",
-        "--quantize",
-        "int8",
-        "--fast",
-    ]
+    words = ["--target=v5e-8", "--mode=decode", "--batch=8", "--quantize=int8", "--fast"]
     assert plan.main(["--config=configs/15m.py", *words]) == 0
     assert "8 texts × 256 tokens; weights int8" in capsys.readouterr().out
 
 
 def test_a_search_lists_flags(capsys):
-    assert (
-        plan.main(["--config", "configs/demo.py", "--target", "v6e-8", "--search", "--fast"]) == 0
-    )
+    assert plan.main(["--config=configs/demo.py", "--target=v6e-8", "--search", "--fast"]) == 0
     assert "--config.run.remat=block" in capsys.readouterr().out
 
 
@@ -71,6 +59,8 @@ def test_a_search_lists_flags(capsys):
         (["--target", "v5e-1", "--fast", "--mode", "decode", "--context", "9000"], "out of range"),
         (["--target", "v5e-1", "--mode", "guess"], "invalid choice"),
         (["--target", "H200-1", "--fast", "--config.run.attention=splash"], "splash"),
+        (["--target", "v5e-1", "--fast", "--batch", "8"], "--batch is about sampling"),
+        (["--target", "v5e-1", "--search", "--mode", "decode"], "--search ranks ways to train"),
     ],
 )  # fmt: skip
 def test_mistakes_end_in_one_line(words, complaint, capsys):

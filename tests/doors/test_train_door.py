@@ -148,7 +148,10 @@ def test_killed_at_any_moment_the_same_command_goes_on_bit_by_bit(place, straigh
 
 @pytest.mark.parametrize(
     ("number", "moment"),
-    [(signal.SIGTERM, "device"), (signal.SIGINT, "step 10/")],  # before compiling; when validating
+    [
+        (signal.SIGTERM, "device"),  # before compiling
+        pytest.param(signal.SIGINT, "step 10/", marks=pytest.mark.slow),  # when validating
+    ],
 )
 def test_a_signal_saves_and_the_same_command_goes_on(place, straight, number, moment):
     name = f"stopped-{number.name}"
@@ -169,6 +172,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(place, straight, number, mo
         assert checksums(place / name) == checksums(straight[0])
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once_and_a_second_process_is_refused(place):
     process = started(place, at("busy"), "--config.optimizer.steps=1000000")
     wait_for(process, "step     ")

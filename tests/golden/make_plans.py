@@ -17,6 +17,7 @@ import jax
 from llama_jax import cli
 from llama_jax.config import Config
 from llama_jax.config_parsing import parse
+from llama_jax.planning.alternatives import estimate
 from llama_jax.planning.table import TARGETS, on_all_chips
 from llama_jax.planning.targets import parse_target
 from llama_jax.planning.training_plan import compile_training
@@ -45,7 +46,7 @@ def main():
             is_asked = key in (sys.argv[1:] or [key]) and target.chip.is_tpu and way is not None
             if key in recorded["plans"] or not is_asked:
                 continue
-            made = compile_training(way, target)
+            made = compile_training(estimate(way, target), target)
             gib = round(made.total / 2**30, 4)
             recorded["plans"][key] = {"gib": gib, "fits": made.fits}
             print(f"{key}: {gib} GiB{'' if made.fits else ', too large'}, {made.seconds:.0f} s")

@@ -13,7 +13,7 @@ from conftest import make_model, parameters
 from jax.sharding import PartitionSpec
 
 from llama_jax import model as model_module
-from llama_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, RunConfig
+from llama_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig
 from llama_jax.data.batches import Batch
 from llama_jax.errors import UsageError
 from llama_jax.parallel.sharding import (
@@ -22,11 +22,11 @@ from llama_jax.parallel.sharding import (
     constrain,
     make_mesh,
     partition_spec,
-    place_batch,
     rules_of,
     shardings,
 )
 from llama_jax.training.loss import summed_nll
+from llama_jax.training.programs import jit_evaluation_step
 from llama_jax.training.train_step import summed_gradients
 
 AXES = ("data", "fsdp", "tensor")
@@ -47,27 +47,28 @@ def mesh_of(shape):
     return make_mesh(MeshConfig(**dict(zip(AXES, shape))))
 
 
-def make_config(accumulation=1, sequence=False, attention="auto", z_loss=0.0, **model):
+def make_config(accumulation=1, sequence=False, packing="none", **model):
     return Config(
         model=make_model(**SIZES | model).config,
-        data=DataConfig(path="nowhere", batch_size=B, sequence_length=T),
+        data=DataConfig(path="nowhere", batch_size=B, sequence_length=T, packing=packing),
         optimizer=OptimizerConfig(
             steps=9,
             learning_rate=1e-2,
             warmup_steps=1,
             accumulation_steps=accumulation,
-            z_loss=z_loss,
         ),
         mesh=MeshConfig(sequence=sequence),
-        run=RunConfig(attention=attention),
     )
 
 
-def make_batch():
+def make_batch(packing="none"):
+    """A batch; packed, its documents begin at other positions in every row, and all rows differ."""
     random = np.random.default_rng(0)
     tokens, targets = random.integers(0, V, (2, B, T), np.int32)
     weights = random.integers(0, 2, (B, T)).astype(np.float32)
-    return Batch(inputs_BT=tokens, targets_BT=targets, weights_BT=weights)
+    begins = random.random((B, T)) < 0.15
+    segments = (1 + begins.cumsum(axis=1)).astype(np.int32) if packing == "documents" else None
+    return Batch(inputs_BT=tokens, targets_BT=targets, weights_BT=weights, segments_BT=segments)
 
 
 @functools.cache
@@ -81,7 +82,10 @@ def compiled(shape, config):
         # One block to compile instead of three, as on other devices than CPUs.
         patch.setattr(model_module, "_unrolled_layers", lambda remat: 1)
         places = shardings(model, mesh)
-        given = jax.device_put(model, places), place_batch(make_batch(), mesh)
+        given = (
+            jax.device_put(model, places),
+            jax.device_put(make_batch(config.data.packing), batch_sharding(mesh)),
+        )
         step = jax.jit(
             lambda *given: summed_gradients(*given, key, config),
             out_shardings=(None, places),
@@ -113,6 +117,40 @@ def test_with_sequences_cut_too(shape):
     assert_equal_to_one_device(shape, config, make_config(tied_embeddings=tied))
 
 
+@pytest.mark.parametrize(
+    ("shape", "sequence"),
+    [
+        ((2, 2, 2), True),
+        pytest.param((2, 2, 2), False, marks=pytest.mark.slow),
+        pytest.param((4, 2, 1), False, marks=pytest.mark.slow),
+        pytest.param((1, 1, 8), True, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_of_packed_documents_too(shape, sequence):
+    alone = make_config(packing="documents")
+    config = make_config(accumulation=2, sequence=sequence, packing="documents")
+    assert_equal_to_one_device(shape, config, alone)
+    as_one_text = compiled((1, 1, 1), make_config())[1][0][0]
+    assert abs(compiled((1, 1, 1), alone)[1][0][0] / as_one_text - 1) > 1e-4
+
+
+def test_validation_is_cut_as_training_is():
+    """Sequences between blocks too, and the loss is that of one device."""
+    config, mesh = make_config(sequence=True), mesh_of((2, 2, 2))
+    with jax.set_mesh(mesh):
+        model = make_model(**SIZES)
+        given = (
+            jax.device_put(model, shardings(model, mesh)),
+            jax.device_put(make_batch(), batch_sharding(mesh)),
+        )
+        program = jit_evaluation_step(config, mesh).lower(*given).compile()
+        sums = program(*given)
+    expected = compiled((1, 1, 1), make_config())[1][0]
+    np.testing.assert_allclose(sums, expected, rtol=1e-5)
+    assert (B // 4, T // 2, D) in arrays_in(program.as_text())
+
+
 def test_dropout_draws_for_a_row_the_same_wherever_it_is():
     """Also the one test here of the `xla` attention, which alone can drop."""
     config = make_config(dropout=0.3)
@@ -132,7 +170,7 @@ def test_left_to_the_compiler_it_is_the_same():
     mesh = mesh_of((2, 2, 2))
     with jax.set_mesh(mesh):
         placed = jax.device_put(model, shardings(model, mesh))
-        got = jax.jit(nll)(placed, place_batch(batch, mesh))
+        got = jax.jit(nll)(placed, jax.device_put(batch, batch_sharding(mesh)))
     np.testing.assert_allclose(got, compiled((1, 1, 1), make_config())[1][0][0], rtol=1e-5)
 
 
@@ -211,10 +249,6 @@ def test_a_batch_is_cut_over_data_and_fsdp():
     mesh = mesh_of((2, 2, 2))
     assert batch_parts(mesh) == 4
     assert batch_sharding(mesh).shard_shape((8, 7)) == (2, 7)
-    rows = np.arange(56).reshape(8, 7)
-    placed = place_batch({"rows": rows}, mesh)["rows"]
-    np.testing.assert_array_equal(placed, rows)
-    assert placed.sharding == batch_sharding(mesh)
 
 
 def test_what_is_no_parameter_is_replicated():

@@ -45,7 +45,7 @@ def test_an_estimate_tells_kinds_margin_bottleneck_and_largest_batch(config):
     text = training_report(plan_training(config, TARGET, compile_it=False))
     lines = text.splitlines()
     assert lines[0] == "v5e-8: 8 × TPU v5e, slice 2x4"
-    assert "16 sequences × 32 tokens, 1 microbatches of 2 a chip" in lines[1]
+    assert "16 sequences × 32 tokens, 1 microbatch of 2 a chip" in lines[1]
     assert "data 1 × fsdp 8 × tensor 1, remat none" in lines[1]
     assert "attention splash" in lines[2]
     for kind in ("parameters", "optimizer", "activations", "temporary", "together"):
@@ -123,8 +123,8 @@ def test_what_the_compiler_refuses_is_left_out_and_only_the_best_are_asked_about
 ):
     asked = []
 
-    def compile_training(config, target):
-        asked.append(config)
+    def compile_training(way, target):
+        asked.append(way)
         return Compiled(2 * GIB, len(asked) > 1, HLO, 1.0)
 
     ways = [one.way for one in search(config, TARGET, compile_it=False)]

@@ -16,7 +16,7 @@ MATRICES = 2 * V * D + L * (2 * D * D + 2 * D * D * K // N + 3 * D * F)
 TPU, GPU = CHIPS["v5e"], CHIPS["H200"]
 
 
-def memory_of(config, chip=TPU):
+def memory_of(config, chip=GPU):
     return training_memory(config, planned_mesh(config.mesh, 8), chip)
 
 
@@ -48,7 +48,7 @@ def test_kv_heads_that_do_not_divide_stay_whole():
     mesh = planned_mesh(config.mesh, 8)
     copied = L * 2 * D * K * (D // 8)
     cut = 2 * V * D + L * (2 * D * D + 3 * D * F)
-    parameters, _ = state_bytes(config.model, config.optimizer, mesh)
+    parameters, _ = state_bytes(config.model, config.optimizer, mesh, is_tpu=False)
     assert parameters == 4 * (copied + cut / 8 + NORMS)
 
 
@@ -120,7 +120,7 @@ def test_parameters_are_held_in_the_compute_dtype_too():
 
 
 def test_fsdp_gathers_a_block_and_the_next_and_has_its_gradients_whole():
-    memory = memory_of(on_mesh(1, 8, 1))
+    memory = memory_of(on_mesh(1, 8, 1), TPU)
     layer = 4 * (2 * D * D + 2 * D * D * K // N + 3 * D * F)
     alive = 3 * 2 * 32 * F * 4
     assert memory.temporary == memory.parameters + alive + 3 * layer
@@ -128,7 +128,7 @@ def test_fsdp_gathers_a_block_and_the_next_and_has_its_gradients_whole():
 
 def test_fsdp_keeps_no_matrices_for_the_backward_pass():
     copied, cut = (
-        memory_of(on_mesh(*mesh, model__compute_dtype="bfloat16", run__attention="splash"))
+        memory_of(on_mesh(*mesh, model__compute_dtype="bfloat16", run__attention="splash"), TPU)
         for mesh in ((8, 1, 1), (1, 8, 1))
     )
     matrices = 2 * L * (2 * D * D + 2 * D * D * K // N + 3 * D * F)
@@ -144,6 +144,34 @@ def test_heads_narrower_than_the_lanes_are_filled_up_on_tpu_alone():
     head = D // N
     arrays = 2 * L * 32 * 2 * (2 * N + 2 * K)  # queries and outputs, keys and values, bfloat16
     assert on_tpu - on_gpu == pytest.approx(arrays * (128 - head), rel=1e-6)
+
+
+def test_tpus_take_more_for_parameters_that_do_not_fill_their_tiles():
+    on_tpu, on_gpu = (memory_of(on_mesh(8, 1, 1), chip).parameters for chip in (TPU, GPU))
+    table, heads, kv_heads = 128 * D, 3 * 128 * N * 4, 3 * 128 * K * 4  # their longest axis: 96, 48
+    mlp = 3 * 128 * D  # 80 or 48 columns
+    norms = 2 * 4 * 128 + 128  # three rows of 48, as four; and one of 48
+    assert on_tpu == 4 * (2 * table + 2 * heads + 2 * kv_heads + 3 * mlp + norms) > on_gpu
+
+
+def test_sums_of_the_embedding_s_gradients_lie_row_by_row_on_tpu():
+    once, twice = (
+        memory_of(on_mesh(1, 8, 1, data__batch_size=16 * n, optimizer__accumulation_steps=n), TPU)
+        for n in (1, 2)
+    )
+    filled = 4 * (V * 128 - 8 * 128)  # six columns a device; the parameters lie the other way
+    assert twice.temporary - once.temporary == once.parameters + filled
+
+
+@pytest.mark.parametrize(("fsdp", "rows", "table"), [(1, 2, 0), (8, 2, 4), (8, 64, 8)])
+def test_the_loss_holds_logits_and_their_gradient_and_with_fsdp_the_output_matrix(
+    fsdp, rows, table
+):
+    large, tokens = 48000, min(32 * rows, 1024)
+    memory = memory_of(
+        on_mesh(8 // fsdp, fsdp, 1, model__vocab_size=large, data__batch_size=8 * rows)
+    )
+    assert memory.temporary == tokens * large * 8 + table * large * D
 
 
 def test_the_estimate_computes_nothing(monkeypatch):

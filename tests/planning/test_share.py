@@ -54,7 +54,8 @@ def test_bytes_are_those_of_one_device():
         "a": NamedSharding(mesh, PartitionSpec("fsdp", "tensor")),
         "b": NamedSharding(mesh, PartitionSpec()),
     }
-    assert bytes_on_one(tree, places) == 2 * 3 * 4 + 3
+    assert bytes_on_one(tree, places, is_tpu=False) == 2 * 3 * 4 + 3
+    assert bytes_on_one(tree, places, is_tpu=True) == 2 * 128 * 4 + 128
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from llama_jax.data.batches import Batch
 from llama_jax.model import count_parameters
 from llama_jax.parallel.sharding import make_mesh
 from llama_jax.training.loss import CHUNK_TOKENS
-from llama_jax.training.train_step import init_state, jit_train_step
+from llama_jax.training.programs import jit_train_step
+from llama_jax.training.train_step import init_state
 
 pytestmark = pytest.mark.optimized
 

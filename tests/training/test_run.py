@@ -1,5 +1,6 @@
 """The loop: a tiny run learns, resumes bit by bit, and stops before it is spoilt."""
 
+import dataclasses
 import gzip
 import json
 import math
@@ -12,11 +13,11 @@ from tiny_run import make_config, make_tokens, quick_runs
 from llama_jax.checkpoints import checkpoint
 from llama_jax.checkpoints.steps import finished_steps
 from llama_jax.data.tokens import TokenFolder
-from llama_jax.errors import NonFiniteLossError, UserError
+from llama_jax.errors import NonFiniteLossError, UsageError, UserError
 from llama_jax.instruments.metrics import read_metrics
 from llama_jax.out_of_memory import OutOfMemoryError
 from llama_jax.processes.stop_signal import StopSignal
-from llama_jax.training import reporting, trainer, validation
+from llama_jax.training import reporting, run, trainer
 from llama_jax.training.profiling import Window
 from llama_jax.training.run import fit
 from llama_jax.training.trainer import Trainer
@@ -183,6 +184,23 @@ def test_a_run_that_is_spoilt_at_once_has_saved_its_beginning(config, tmp_path, 
     assert finished_steps(tmp_path / "ckpt") == [0]
 
 
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"run__attention": "cudnn", "model__dropout": 0.0}, "run.attention='cudnn' needs an NVI"),
+        ({"run__attention": "splash", "model__dropout": 0.0}, "'splash' needs a TPU and this run"),
+        ({"run__attention": "blockwise"}, "run.attention='blockwise' cannot drop attention"),
+        ({"optimizer__accumulation_steps": 3}, "data.batch_size=8 does not divide"),
+    ],
+)
+def test_what_the_devices_cannot_do_is_refused_with_nothing_written(
+    tokens, tmp_path, asked, message
+):
+    with pytest.raises(UsageError, match=message):
+        fit(make_config(tokens, tmp_path / "ckpt", **asked))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_validation_loss_of_nan_is_never_the_best(config, tmp_path, monkeypatch):
     told = iter([3.0, math.nan, 2.0, 2.5])
     monkeypatch.setattr(Trainer, "_validate", lambda self: next(told))
@@ -208,13 +226,14 @@ def test_a_stop_in_validation_is_heard_there(config, tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(StopSignal, "requested", property(lambda self: bool(said)))
     monkeypatch.setattr(StopSignal, "exit_code", 143)
-    jitted = validation.jit_evaluation_step
+    jitted = run.jit_programs
 
-    def evaluation(*words):
-        step = jitted(*words)
-        return lambda *batch: said.append(1) or step(*batch)
+    def programs(*words):
+        made = jitted(*words)
+        evaluate = lambda *batch: said.append(1) or made.evaluate(*batch)  # noqa: E731
+        return dataclasses.replace(made, evaluate=evaluate)
 
-    monkeypatch.setattr(validation, "jit_evaluation_step", evaluation)
+    monkeypatch.setattr(run, "jit_programs", programs)
     assert fit(config) == 143
     assert len(said) == 1  # one batch of the two
     assert finished_steps(tmp_path / "ckpt")[-1] == 10
@@ -235,6 +254,24 @@ def test_a_full_disk_is_told_once_and_the_first_error_wins(config, tmp_path, mon
     monkeypatch.setattr(trainer.CheckpointWriter, "close", close_badly)
     with pytest.raises(UserError, match="the disk is full"):
         fit(config)
+
+
+@pytest.mark.parametrize(
+    ("kept", "asked"),
+    [
+        ("float32", "bfloat16"),
+        pytest.param("bfloat16", "float32", marks=pytest.mark.slow),
+    ],
+)
+def test_moments_of_another_dtype_are_refused_by_name(tokens, tmp_path, kept, asked):
+    options = {"optimizer__steps": 5, "run__eval_every": 50}
+    started = make_config(tokens, tmp_path / "ckpt", optimizer__moments_dtype=kept, **options)
+    assert fit(started) == 0
+    changed = make_config(tokens, tmp_path / "ckpt", optimizer__moments_dtype=asked, **options)
+    message = f"optimizer.moments_dtype is '{kept}' there and '{asked}' here; choose another folder"
+    with pytest.raises(UserError, match=message):
+        fit(changed)
+    assert fit(started) == 0  # the refusal has damaged nothing
 
 
 def test_other_data_are_refused_unless_accepted(config, tokens, tmp_path):

@@ -13,22 +13,24 @@ from conftest import TINY
 from llama_jax import model as model_module
 from llama_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
 from llama_jax.data.batches import Batch
+from llama_jax.errors import UsageError
 from llama_jax.instruments.collectives import collectives
-from llama_jax.parallel.sharding import make_mesh, place_batch
-from llama_jax.training.train_step import (
-    init_state,
+from llama_jax.parallel.sharding import make_mesh
+from llama_jax.training.programs import (
     jit_evaluation_step,
     jit_init,
     jit_train_step,
     state_shardings,
 )
+from llama_jax.training.train_step import init_state
 
 B, T = 16, 11
+V = 54  # even, to lie along a tensor axis of 2
 
 
 def make_config(accumulation=1, dropout=0.0, remat="none", z_loss=0.0, **model):
     return Config(
-        model=ModelConfig(**TINY | {"dropout": dropout} | model),
+        model=ModelConfig(**TINY | {"vocab_size": V, "dropout": dropout} | model),
         data=DataConfig(path="nowhere", batch_size=B, sequence_length=T),
         optimizer=OptimizerConfig(
             steps=100,
@@ -44,7 +46,7 @@ def make_config(accumulation=1, dropout=0.0, remat="none", z_loss=0.0, **model):
 def make_batch(step=0, ragged=True):
     """A batch whose rows have very different numbers of tokens, as padding makes them."""
     random = np.random.default_rng(step)
-    tokens = random.integers(0, 53, (B, T + 1), np.int32)
+    tokens = random.integers(0, V, (B, T + 1), np.int32)
     lengths = np.linspace(1, T, B).astype(int) if ragged else np.full(B, T)
     weights = (np.arange(T) < lengths[:, None]).astype(np.float32)
     return Batch(inputs_BT=tokens[:, :-1], targets_BT=tokens[:, 1:], weights_BT=weights)
@@ -71,7 +73,7 @@ def run(config, mesh=None, steps=3):
         state, step = begin(config, mesh), jit_train_step(config, mesh)
         told = []
         for number in range(steps):
-            state, metrics = step(state, place_batch(make_batch(number), mesh))
+            state, metrics = step(state, make_batch(number))
             told.append(jax.device_get(metrics))
     assert step._cache_size() == 1
     return jax.device_get(state), told
@@ -149,6 +151,12 @@ def test_the_z_loss_is_learned_from_and_not_reported(whole):
     assert abs(told[0].gradient_norm / whole[1][0].gradient_norm - 1) > 1e-3
 
 
+def test_a_mesh_that_does_not_divide_is_refused_before_anything_is_traced():
+    mesh = make_mesh(MeshConfig(data=1, tensor=4), jax.devices()[:4])
+    with pytest.raises(UsageError, match=r"model.num_heads=6 does not divide over mesh.tensor=4"):
+        jit_train_step(make_config(), mesh)
+
+
 # What crosses the network, read from the compiled program.
 
 
@@ -183,7 +191,10 @@ def test_gradients_cross_the_network_once_however_many_microbatches(monkeypatch)
     assert sum(size for _, size, _ in twice) == pytest.approx(parameter_bytes(config) / 2, rel=0.01)
 
 
-@pytest.mark.parametrize("remat", ["none", "block"])
+@pytest.mark.parametrize(
+    "remat",
+    ["none", "block", *(pytest.param(p, marks=pytest.mark.slow) for p in ("save-qkv", "offload"))],
+)
 def test_fsdp_sends_no_more_than_the_textbook(monkeypatch, remat):
     """Parameters gathered for the forward and for the backward pass, gradients scattered once."""
     config = make_config(remat=remat)
@@ -212,7 +223,7 @@ def test_optimizer_state_lies_where_its_parameter_does():
 def test_the_state_is_donated():
     config, mesh = make_config(), one_device()
     with jax.set_mesh(mesh):
-        state, batch = begin(config, mesh), place_batch(make_batch(), mesh)
+        state, batch = begin(config, mesh), make_batch()
         compiled = jit_train_step(config, mesh).lower(state, batch).compile()
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         assert compiled.memory_analysis().alias_size_in_bytes >= size
@@ -225,7 +236,7 @@ def test_a_spoilt_step_changes_nothing_and_neither_does_any_after_it(spoilt):
     config, mesh = make_config(), one_device()
     with jax.set_mesh(mesh):
         state, step = begin(config, mesh), step_function(config, mesh)
-        state, metrics = step(state, place_batch(make_batch(), mesh))
+        state, metrics = step(state, make_batch())
         assert metrics.healthy and state.healthy
         bad = make_batch(1)
         if spoilt == "batch":
@@ -233,12 +244,12 @@ def test_a_spoilt_step_changes_nothing_and_neither_does_any_after_it(spoilt):
         else:
             state.model.norm.scale[...] = state.model.norm.scale[...].at[5].set(jnp.inf)
         before = jax.device_get(state)
-        state, metrics = step(state, place_batch(bad, mesh))
+        state, metrics = step(state, bad)
         assert not metrics.healthy
         assert not (np.isfinite(metrics.loss) and np.isfinite(metrics.gradient_norm))
         if spoilt == "batch":
             for number in (2, 3):
-                state, metrics = step(state, place_batch(make_batch(number), mesh))
+                state, metrics = step(state, make_batch(number))
                 assert np.isfinite(metrics.loss) and not metrics.healthy
         after = jax.device_get(state)
     assert not after.healthy
@@ -248,7 +259,10 @@ def test_a_spoilt_step_changes_nothing_and_neither_does_any_after_it(spoilt):
 def test_dropout_depends_on_the_step_and_the_seed_alone():
     config, mesh = make_config(dropout=0.3), one_device()
     with jax.set_mesh(mesh):
-        step, batch = step_function(config, mesh), place_batch(make_batch(), mesh)
+        step, batch = (
+            step_function(config, mesh),
+            make_batch(),
+        )
 
         def loss(number):
             state = begin(config, mesh)
