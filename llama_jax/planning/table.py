@@ -16,9 +16,9 @@ TARGETS = ("v5e-1", "v5e-8", "v6e-1", "v6e-8", "v5p-64", "H200-1", "H200-8")
 CAPTION = """\
 GiB a chip, by estimate (`python plan.py --table`), of a train step with the config's own batch, its
 parameters and batch cut over all chips (`mesh.fsdp`), in as many of its microbatches as divide.
-**Bold** fits. Otherwise, after the arrow, what the cheapest way takes that leaves 15 % free: another
-mesh, microbatch or remat policy; † with moments in bfloat16, ‡ with a smaller batch too; `plan.py`
-names its flags. – : the batch has fewer sequences than there are chips."""
+**Bold** fits. Otherwise, after the arrow, what the cheapest way takes that leaves 15 % free:
+another mesh, microbatch or remat policy; † with moments in bfloat16, ‡ with a smaller batch too;
+`plan.py` names its flags. – : the batch has fewer sequences than there are chips."""
 
 
 def on_all_chips(config: Config, devices: int) -> Config | None:
