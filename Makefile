@@ -25,9 +25,9 @@ $(VENV)/.installed: $(RUN) pyproject.toml
 	$(PIP) -e .
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
+$(VENV)/.installed-test: $(RUN) pyproject.toml
 	$(PIP) -e ".[test]"
-	@touch $@
+	@touch $(VENV)/.installed $@
 
 $(VENV)/.installed-parity: $(VENV)/.installed-test
 	$(PIP) -e ".[parity]"
