@@ -38,7 +38,7 @@ def gradients(policy, **changes):
 
 @functools.cache
 def compiled(policy):
-    return gradients(policy)[0].lower().compile({"xla_backend_optimization_level": 0})
+    return gradients(policy)[0].lower().compile()
 
 
 def matrix_products(policy):

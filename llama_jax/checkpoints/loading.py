@@ -19,7 +19,7 @@ from llama_jax.errors import UsageError, UserError
 from llama_jax.instruments.metrics import warn
 from llama_jax.model import Llama
 from llama_jax.names import named_leaves
-from llama_jax.parallel.sharding import shardings
+from llama_jax.parallel.sharding import placed, shardings
 from llama_jax.quantization import QuantizedMatrix, quantize, require_kind
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -121,12 +121,7 @@ def _restore_step(step: Path, description: Description, mesh: Mesh | None) -> Re
     model = stored_model(step, description)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     places = shardings(model, mesh) if mesh else jax.tree.map(lambda _: here, model)
-    wanted = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        model,
-        places,
-    )
-    restored = restore(step, {MODEL: wanted})
+    restored = restore(step, {MODEL: placed(model, places)})
     expected, found = named_leaves(model), named_leaves(restored.trees[MODEL])
     for name, leaf in found.items():
         if why := other_numbers(name, np.dtype(leaf.dtype), np.dtype(expected[name].dtype)):

@@ -151,6 +151,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
+def placed(shapes: Tree, places: Any) -> Tree:
+    """Descriptions of arrays, `jax.ShapeDtypeStruct`, that also say where each of them lies."""
+
+    def described(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    return jax.tree.map(described, shapes, places)
+
+
 def batch_parts(mesh: Mesh | AbstractMesh) -> int:
     """How many parts the batch is cut into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from llama_jax.attention.self_attention import BACKENDS
+from llama_jax.attention.splash import LANES
 from llama_jax.config import ModelConfig
 from llama_jax.model import abstract
 from llama_jax.parallel.sharding import MESH_AXES, shardings
-from llama_jax.planning.tiles import LANES
 from llama_jax.training.loss import summed_nll
 
 

@@ -13,17 +13,17 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.arrangement import unstack
+from llama_jax.attention.splash import LANES
 from llama_jax.cache import KVCache
 from llama_jax.config import COMPUTE_DTYPES, MeshConfig, ModelConfig, require
 from llama_jax.generation.decoding import NOTHING, GenerationState, decode
 from llama_jax.generation.prefill import slots_for
 from llama_jax.model import Llama, abstract
-from llama_jax.parallel.sharding import partition_spec, shardings
+from llama_jax.parallel.sharding import partition_spec, placed, shardings
 from llama_jax.planning.memory import FLOAT32
 from llama_jax.planning.share import bytes_on_one, planned_mesh
 from llama_jax.planning.speed import Speed
 from llama_jax.planning.targets import Target
-from llama_jax.planning.tiles import LANES
 from llama_jax.planning.tpu_compiler import Compiled, compiled, target_mesh
 from llama_jax.quantization import abstract_quantized, require_kind
 from llama_jax.sampling.sampler import make_sampler
@@ -155,7 +155,7 @@ def abstract_engine(
     else:
         model = jax.tree.map(cast, jax.eval_shape(unstack, abstract(config)))
     state = jax.eval_shape(lambda: _state(config, sampling))
-    return _placed(model, shardings(model, mesh)), _placed(state, _state_places(state, mesh))
+    return placed(model, shardings(model, mesh)), placed(state, _state_places(state, mesh))
 
 
 def _state(config: ModelConfig, sampling: Sampling) -> GenerationState:
@@ -177,13 +177,6 @@ def _state_places(state: GenerationState, mesh: Mesh | AbstractMesh) -> Generati
         return NamedSharding(mesh, partition_spec(axes, leaf.shape, mesh))
 
     return jax.tree.map(place, state)
-
-
-def _placed(tree: Any, places: Any) -> Any:
-    def placed(leaf: Any, place: NamedSharding) -> Any:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-
-    return jax.tree.map(placed, tree, places)
 
 
 def _bytes(tree: Any) -> int:

@@ -6,7 +6,8 @@ Does not know which arrays there are.
 import itertools
 import math
 
-LANES = 128  # numbers in a row of a tile
+from llama_jax.attention.splash import LANES  # numbers in a row of a tile, too
+
 SUBLANES = 8  # rows of a tile; of an axis of 1, 2 or 4, as many as that
 
 

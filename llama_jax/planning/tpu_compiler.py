@@ -31,8 +31,8 @@ ENVIRONMENT = {
 # figure counts some of that and some not. Of large programs that is a trifle; smaller ones than
 # this are compiled with all their arrays in the device's memory.
 SMALL = 16 * 128 * 2**20
-LONGEST = 200  # characters of what the compiler complains of
 ALL_IN_DEVICE_MEMORY = {"xla_msa_enable": False}
+LONGEST = 200  # characters of what the compiler complains of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,11 +59,13 @@ def answer(flags: Any, begun: float) -> None:
     prompts = _prompts(flags)
     one = "--rng=xorshift tells one sample at a time; leave all prompts but one out"
     require(len(prompts) == 1 or flags.rng == "jax", one)
-    if flags.score or flags.embed:
-        llm = load()
-        _score(llm, prompts) if flags.score else _embed(llm, prompts)
-        return
-    print_samples(load, prompts, wishes, begun=begun, echo=not flags.no_echo)
+    llm = load()
+    if flags.score:
+        _score(llm, prompts)
+    elif flags.embed:
+        _embed(llm, prompts)
+    else:
+        print_samples(llm, prompts, wishes, begun=begun, echo=not flags.no_echo)
 
 
 def _chat(flags: Any, load: Any, asked: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from llama_jax.generation.request import Wishes
 from llama_jax.generation.texts import Piece
@@ -15,7 +15,7 @@ WHY = {
 
 
 def print_samples(
-    load: Callable[[], LLM],
+    llm: LLM,
     prompts: Sequence[str],
     wishes: Wishes,
     *,
@@ -27,13 +27,11 @@ def print_samples(
     Text j of any prompt has a seed of its own, so a prompt gives alone what it gives among others.
 
     Args:
-      load: makes the model.
       begun: `time.perf_counter()` at the start of the program, for the time to the first token.
 
     Raises:
-      UserError: when the checkpoint cannot be used, or a prompt does not fit.
+      UserError: when a prompt does not fit.
     """
-    llm = load()
     request = llm.request(list(prompts), wishes, echo)
     pieces = _print_in_order(request.echoes, _timed(llm.pieces(request), begun))
     told = [piece for piece in pieces if piece.logprobs]

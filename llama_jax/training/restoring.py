@@ -14,6 +14,7 @@ from llama_jax.config import Config
 from llama_jax.data.tokens import TokenFolder
 from llama_jax.errors import UserError
 from llama_jax.instruments.metrics import warn
+from llama_jax.parallel.sharding import placed
 from llama_jax.training.programs import jit_init, state_shardings
 from llama_jax.training.train_step import TrainState, init_state
 
@@ -36,11 +37,7 @@ def restore_or_begin(config: Config, folder: Path, data: TokenFolder, mesh: Mesh
       UserError: when no checkpoint is whole, or the data are not those it was trained on.
     """
     begun, places = time.perf_counter(), state_shardings(config, mesh)
-    wanted = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        jax.eval_shape(lambda: init_state(config)),
-        places,
-    )
+    wanted = placed(jax.eval_shape(lambda: init_state(config)), places)
     items = {"model": wanted.model, "optimizer": wanted.optimizer}
     restored = restore_newest(folder, items, report=warn, set_aside=True)
     if restored is None:

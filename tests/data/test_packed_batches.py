@@ -26,7 +26,6 @@ T, VOCAB = 16, 320
 LENGTHS = [5, 1, 9, 40, 3, 17, 18, 2, 33, 7, 12, 4, 6, 29, 8, 13, 11, 3, 10, 16]
 DOCUMENTS = counting(LENGTHS)  # 227 targets
 HELD_OUT = counting([6, 19, 2, 11, 3, 34, 8, 1], first=1000)  # 76 targets
-FAST = {"xla_backend_optimization_level": 0}
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +147,7 @@ def run(tmp_path_factory):
     with jax.set_mesh(mesh):
         state = jax.jit(lambda: init_state(config))()
         step = jax.jit(lambda state, batch: train_step(state, batch, config))
-        compiled = step.lower(state, abstract_batch(config)).compile(FAST)
+        compiled = step.lower(state, abstract_batch(config)).compile()
     return config, folder, state, compiled
 
 
@@ -180,7 +179,7 @@ def test_a_packed_run_learns_and_resumes_where_it_was(run, straight):
 
 def test_the_validation_loss_is_that_of_documents_apart(run, straight):
     config, folder, _, _ = run
-    evaluate = jax.jit(partial(evaluation_step, config=config), compiler_options=FAST)
+    evaluate = jax.jit(partial(evaluation_step, config=config))
     starts = document_starts(folder, "validation")
     documents = np.split(np.concatenate(folder.arrays("validation")), starts[1:])
     pieces = [

@@ -21,6 +21,7 @@ from llama_jax.processes.distributed import _require_equal_devices, joined, requ
 
 PATIENCE = 900  # seconds; nothing here takes more than a few on a machine that is not busy
 STEPS = 20  # compared with a run in one process
+QUICKLY = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 ENVIRONMENTS = ("SLURM", "OMPI", "KUBERNETES", "TPU", "MEGASCALE", "JAX", "LLAMA_JAX")
 
 
@@ -75,8 +76,8 @@ class Processes:
                 "PYTHONPATH": str(REPOSITORY),
                 "JAX_PLATFORMS": "cpu",
                 "LLAMA_JAX_CACHE": str(self.place / "cache"),
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={self.devices}"
-                " --xla_backend_optimization_level=0",  # half the time goes into compiling
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={self.devices}",
+                QUICKLY: os.environ[QUICKLY],  # or not; see conftest
                 "TF_CPP_MIN_LOG_LEVEL": "2",
             }
         )
