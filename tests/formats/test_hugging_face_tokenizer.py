@@ -359,7 +359,7 @@ def test_odd_values_are_refused_or_give_a_model_that_loads(tmp_path_factory, cha
         try:
             for key in path[:-1]:
                 place = place[key]
-            place[path[-1]] = value
+            place[path[-1]] = copy.deepcopy(value)  # one {} in two places would be a circle
         except (TypeError, KeyError, IndexError):
             continue
     folder = put(tmp_path_factory.getbasetemp() / "odd_tokenizer", tokenizer=values)
