@@ -143,8 +143,8 @@ def write_checkpoint(folder: str, tokenizer: str) -> None:
     import jax.numpy as jnp
     from flax import nnx
 
-    from llama_jax.checkpoints.checkpoint import CheckpointWriter
     from llama_jax.checkpoints.run_folder import Run, describe
+    from llama_jax.checkpoints.writer import CheckpointWriter
     from llama_jax.config import Config, DataConfig, OptimizerConfig
     from llama_jax.model import Llama
 

@@ -23,8 +23,9 @@ from llama_jax.generation.engine import Engine
 from llama_jax.generation.request import Request, Wishes, texts_of, wishes_of
 from llama_jax.generation.texts import Piece, stop_ids, stream
 from llama_jax.parallel.mesh_steps import on_mesh
-from llama_jax.text.chat import find_template, fit, template_of
+from llama_jax.text.chat import find_template, template_of
 from llama_jax.text.messages import parse_messages
+from llama_jax.text.shortening import fit
 from llama_jax.text.tokenizer import Tokenizer
 
 CACHE_DTYPES = ("", "int8")

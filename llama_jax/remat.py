@@ -27,12 +27,23 @@ def named(name: str, x: jax.Array) -> jax.Array:
     return checkpoint_name(x, name)
 
 
-def rematerialised(step: Callable[..., Any], policy: str) -> Callable[..., Any]:
-    """`step`, the body of a scan, with what its backward pass needs kept or computed again.
+def require_possible(policy: str) -> None:
+    """What a policy takes must be here.
 
     Raises:
       UsageError: for "offload", when this process's devices do not reach the host's memory.
     """
+    device = jax.local_devices()[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if policy == "offload" and HOST not in kinds:
+        raise UsageError(
+            f"run.remat='offload' needs memory of kind {HOST} and {device.device_kind} has only"
+            f" {', '.join(kinds)}; use run.remat='save-qkv', or 'block' for the least memory"
+        )
+
+
+def rematerialised(step: Callable[..., Any], policy: str) -> Callable[..., Any]:
+    """`step`, the body of a scan, with what its backward pass needs kept or computed again."""
     if policy == "none":
         return jax.checkpoint(step, policy=_all_but_parameters) if are_cut() else step
     # A scan keeps its turns apart by itself; barriers against common subexpressions only cost.
@@ -46,22 +57,12 @@ def _what_to_save(policy: str) -> Callable[..., Any] | None:
     if policy == "save-qkv":
         return policies.save_only_these_names(*QKV)
     assert policy == "offload", policy
-    _require_host_memory(jax.local_devices()[0])
     return policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=list(QKV),
         offload_src="device",
         offload_dst=HOST,
     )
-
-
-def _require_host_memory(device: jax.Device) -> None:
-    kinds = [memory.kind for memory in device.addressable_memories()]
-    if HOST not in kinds:
-        raise UsageError(
-            f"run.remat='offload' needs memory of kind {HOST} and {device.device_kind} has only"
-            f" {', '.join(kinds)}; use run.remat='save-qkv', or 'block' for the least memory"
-        )
 
 
 def _all_but_parameters(primitive: Any, *_: Any, **__: Any) -> bool:

@@ -22,7 +22,7 @@ FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units.
 RUN_AS_MODULES = {"llama_jax.plot"}  # doors too, by `python -m`: they may import cli
 DOORS = [path.stem for path in sorted(ROOT.glob("*.py")) if path.stem != "setup"]
 ONLY_IN = {  # libraries that few may know
-    "orbax": {"checkpoints.checkpoint"},
+    "orbax": {"checkpoints.reader", "checkpoints.writer"},
     "tensorstore": {"checkpoints.layout"},
     "grain": {"data"},
     "optax": {"training.optimizer", "training.run", "training.train_step"},

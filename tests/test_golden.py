@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reference
-from conftest import make_model
+from tiny_model import make_model
 
 N, K, H, L = 6, 2, 4, 3
 GOLDEN = Path(__file__).with_name("golden") / "meta_forward.npz"

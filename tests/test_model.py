@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from conftest import TINY, make_model, plain
 from flax import nnx
+from tiny_model import TINY, make_model, plain
 
 from llama_jax import layers, model
 from llama_jax.arrangement import unstack

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_model
+from tiny_model import make_model
 from tiny_run import make_config, make_tokens, quick_runs
 from tiny_weights import built
 

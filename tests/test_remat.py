@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, make_model
+from tiny_model import TINY, make_model
 
 from llama_jax import remat
 from llama_jax.attention.self_attention import BACKENDS
@@ -88,7 +88,7 @@ def test_devices_that_cannot_reach_the_host_are_told_in_one_line(monkeypatch):
     device = SimpleNamespace(addressable_memories=lambda: [memory], device_kind="Abacus")
     monkeypatch.setattr(remat.jax, "local_devices", lambda: [device])
     with pytest.raises(UsageError) as error:
-        remat.rematerialised(lambda carry, x: (carry, None), "offload")
+        remat.require_possible("offload")
     assert str(error.value) == (
         "run.remat='offload' needs memory of kind pinned_host and Abacus has only device;"
         " use run.remat='save-qkv', or 'block' for the least memory"

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.checkpoints.checkpoint import CheckpointWriter, restore_newest
+from llama_jax.checkpoints.reader import restore_newest
+from llama_jax.checkpoints.writer import CheckpointWriter
 
 META = {"data": "fingerprint"}
 

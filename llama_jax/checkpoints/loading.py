@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llama_jax.checkpoints.checkpoint import Restored, restore
 from llama_jax.checkpoints.description import Description, read_description
 from llama_jax.checkpoints.layout import damaged, other_numbers
+from llama_jax.checkpoints.reader import Restored, restore
 from llama_jax.checkpoints.run_folder import TOKENIZER
 from llama_jax.checkpoints.steps import folder_and_step, newest_whole
 from llama_jax.checkpoints.stored_model import MODEL, stored_model

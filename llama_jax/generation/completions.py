@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Iterator
 
-from llama_jax.generation.engine import Logprob
+from llama_jax.generation.chunks import Logprob
 from llama_jax.generation.request import Request
 from llama_jax.generation.texts import Piece
 from llama_jax.text.tokenizer import Tokenizer

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from llama_jax.cache import KVCache
 from llama_jax.errors import UserError
+from llama_jax.generation.chunks import Chunk, chunk_of
 from llama_jax.generation.decoding import CHUNK, NOTHING, Chosen, GenerationState, begin, decode
 from llama_jax.generation.prefill import padded, read_prompts, slots_for, stretches
 from llama_jax.generation.speculation import GUESSES, decode_guessing
@@ -23,23 +24,6 @@ from llama_jax.parallel.mesh_steps import steps_on_mesh
 from llama_jax.parallel.sharding import partition_spec
 from llama_jax.sampling.penalties import TokenCounts
 from llama_jax.sampling.sampler import Sampler
-
-
-@dataclasses.dataclass(frozen=True)
-class Logprob:
-    """What the model thought of a token: its log-probability, and the likeliest ids with theirs."""
-
-    logprob: float  # nats
-    top: tuple[tuple[int, float], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-    """What a stretch of the loop added: ids of each row, without the stop token."""
-
-    rows: list[list[int]]
-    finished: list[str]  # "" while a row goes on; "stop" at a stop token; "length" at its limit
-    logprobs: list[list[Logprob]]  # as many as ids where they were asked for; else empty
 
 
 class Engine:
@@ -110,7 +94,7 @@ class Engine:
         history = _history(prompts, chosen, cache.slots) if speculate else None
         try:
             while True:
-                chunk = _chunk(chosen, state)
+                chunk = chunk_of(chosen, state)
                 for row, ids in zip(new, chunk.rows):
                     row += ids
                 yield chunk
@@ -240,20 +224,3 @@ def _history(prompts: Sequence[Sequence[int]], chosen: Chosen, slots: int) -> ja
     """The ids so far of each row, the first chosen one included."""
     rows = [[*ids, max(int(first), 0)] for ids, first in zip(prompts, np.asarray(chosen.token))]
     return jnp.asarray(padded(rows, slots + CHUNK + GUESSES + 1))
-
-
-def _chunk(chosen: Chosen, state: GenerationState) -> Chunk:
-    """The host's view of new tokens."""
-    stopped_B, done_B = np.asarray(state.stopped_B), np.asarray(state.done_B)
-    reasons = np.where(stopped_B, "stop", np.where(done_B, "length", ""))
-    ids_BC = np.asarray(chosen.token).reshape(len(done_B), -1)
-    rows = [[int(token) for token in row if token != NOTHING] for row in ids_BC]
-    told: list[list[Logprob]] = [[] for _ in rows]
-    if chosen.logprobs is not None:
-        shape = ids_BC.shape
-        own, top_ids, top = (np.asarray(array) for array in jax.tree.leaves(chosen.logprobs))
-        own, top_ids, top = own.reshape(shape), top_ids.reshape(*shape, -1), top.reshape(*shape, -1)
-        for b, c in zip(*np.nonzero(ids_BC != NOTHING)):
-            pairs = tuple(zip(top_ids[b, c].tolist(), top[b, c].tolist()))
-            told[b].append(Logprob(float(own[b, c]), pairs))
-    return Chunk(rows, [str(reason) for reason in reasons], told)

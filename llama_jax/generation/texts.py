@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from llama_jax.generation.engine import Chunk, Engine, Logprob
+from llama_jax.generation.chunks import Chunk, Logprob
+from llama_jax.generation.engine import Engine
 from llama_jax.sampling.sampler import Sampler
 from llama_jax.text.stop_strings import StopStrings
 from llama_jax.text.token_decoder import Decoder

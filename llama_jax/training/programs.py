@@ -18,6 +18,7 @@ from llama_jax.data.batches import Batch
 from llama_jax.model import Llama
 from llama_jax.parallel.fitting import require_fitting
 from llama_jax.parallel.sharding import batch_sharding, shardings
+from llama_jax.remat import require_possible
 from llama_jax.training.train_step import TrainState, evaluation_step, init_state, train_step
 
 
@@ -30,9 +31,11 @@ def jit_train_step(config: Config, mesh: Mesh) -> Any:
     """`train_step` for a mesh; it takes the state's memory over.
 
     Raises:
-      UsageError: when the config does not divide over the mesh, or its devices lack the attention.
+      UsageError: when the config does not divide over the mesh, or its devices lack the attention
+        or what `run.remat` takes.
     """
     require_fitting(config, mesh.shape)
+    require_possible(config.run.remat)
     model, device = config.model, mesh.devices.flat[0]
     attention = self_attention(config.run.attention, model, model.dropout, device)
     places, replicated = state_shardings(config, mesh), NamedSharding(mesh, PartitionSpec())

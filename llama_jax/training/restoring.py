@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from llama_jax.checkpoints.checkpoint import restore_newest
+from llama_jax.checkpoints.reader import restore_newest
 from llama_jax.config import Config
 from llama_jax.data.tokens import TokenFolder
 from llama_jax.errors import UserError

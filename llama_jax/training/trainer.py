@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from llama_jax.checkpoints.checkpoint import CheckpointWriter
+from llama_jax.checkpoints.writer import CheckpointWriter
 from llama_jax.config import Config
 from llama_jax.data.batches import Batch, abstract_batch, training_batches
 from llama_jax.data.tokens import TokenFolder

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from conftest import plain
+from tiny_model import plain
 
 from llama_jax.attention.grouped_query import attend, causal_mask, look_into_cache
 from llama_jax.attention.self_attention import BACKENDS

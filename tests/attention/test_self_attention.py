@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from conftest import make_model
+from tiny_model import make_model
 
 from llama_jax.attention import blockwise, splash
 from llama_jax.attention.cudnn import cudnn_attention

@@ -10,20 +10,6 @@ from llama_jax.checkpoints.steps import finished_steps, folder_and_step
 from llama_jax.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    """A folder with the steps 5 and 9, not to be changed."""
-    folder = tmp_path_factory.mktemp("good") / "ckpt"
-    save(folder, {5: 2.0, 9: 3.0})
-    return folder
-
-
-@pytest.fixture
-def folder(good, tmp_path):
-    """A copy of it."""
-    return shutil.copytree(good, tmp_path / "ckpt")
-
-
 def truncate(step):
     for path in data_files(step, "model"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

@@ -18,8 +18,8 @@ import pytest
 from flax import nnx
 
 from llama_jax import cli
-from llama_jax.checkpoints.checkpoint import CheckpointWriter
 from llama_jax.checkpoints.run_folder import Run, describe
+from llama_jax.checkpoints.writer import CheckpointWriter
 from llama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
 from llama_jax.model import Llama
 from llama_jax.text.tokenizer import train_tokenizer

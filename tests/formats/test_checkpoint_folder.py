@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tiny_weights import SIZES, same, tiny_weights
 
 from llama_jax.checkpoints import loading
-from llama_jax.checkpoints.checkpoint import CheckpointWriter
 from llama_jax.checkpoints.description import Run, write_run
+from llama_jax.checkpoints.writer import CheckpointWriter
 from llama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
 from llama_jax.errors import UserError
 from llama_jax.formats import checkpoint_folder

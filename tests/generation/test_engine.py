@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, make_model
+from tiny_model import TINY, make_model
 
 from llama_jax.arrangement import unstack
 from llama_jax.cache import KVCache

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_model
+from tiny_model import make_model
 
 from llama_jax.arrangement import unstack
 from llama_jax.generation import scoring

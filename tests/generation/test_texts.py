@@ -1,10 +1,11 @@
 """Texts as they grow: pieces add up, characters stay whole, rows say why they ended."""
 
 import pytest
-from conftest import make_model
+from tiny_model import make_model
 
 from llama_jax.arrangement import unstack
-from llama_jax.generation.engine import Chunk, Engine, generate
+from llama_jax.generation.chunks import Chunk
+from llama_jax.generation.engine import Engine, generate
 from llama_jax.generation.texts import stop_ids, stream
 from llama_jax.sampling.sampler import make_sampler
 from llama_jax.text.tokenizer import train_tokenizer

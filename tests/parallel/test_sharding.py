@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_model, parameters
 from jax.sharding import PartitionSpec
+from tiny_model import make_model, parameters
 
 from llama_jax import model as model_module
 from llama_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig

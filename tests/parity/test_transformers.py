@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_model, plain
+from tiny_model import make_model, plain
 
 from llama_jax.training.loss import summed_nll
 

@@ -5,31 +5,18 @@ import json
 import hypothesis.strategies as st
 import pytest
 from hypothesis import example, given, settings
+from tiny_dialogues import dialogue
 
 from llama_jax.errors import UsageError, UserError
-from llama_jax.text.chat import TEMPLATES, AlpacaTemplate, Llama2Template, Stops, find_template, fit
+from llama_jax.text.chat import TEMPLATES, AlpacaTemplate, Llama2Template, Stops, find_template
 from llama_jax.text.messages import Message
-from llama_jax.text.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.text.tokenizer import Tokenizer
 
 LLAMA2, ALPACA = Llama2Template(), AlpacaTemplate()
-TEXTS = ["A system said: [INST] a user's task ### Response: an input, a context.\nThe end."] * 9
 CONTENT = st.text(st.sampled_from(" \n\tab:-*/[]<>s")) | st.text(max_size=12)
 CONTENT = CONTENT.filter(lambda text: not any(tag in text for tag in LLAMA2.tags + ALPACA.tags))
 ROWS = st.tuples(st.none() | CONTENT, st.lists(CONTENT, min_size=1, max_size=7))
 BEGIN, END = [518, 25580, 29962], [518, 29914, 25580, 29962]  # [INST] and [/INST]
-
-
-def dialogue(system, turns):
-    """Messages in order, from the texts of them."""
-    roles = ("user", "assistant")
-    turns = turns[: len(turns) - (len(turns) % 2 == 0)]
-    messages = [Message(roles[index % 2], turn) for index, turn in enumerate(turns)]
-    return messages if system is None else [Message("system", system), *messages]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    return train_tokenizer(TEXTS, 300, tmp_path_factory.mktemp("trained") / "tokenizer.model")
 
 
 @pytest.fixture(scope="module")
@@ -253,68 +240,3 @@ def test_templates_are_found_by_name():
         find_template("lama")
     with pytest.raises(UsageError, match=r"template='xyz' is unknown; expected .* alpaca$"):
         find_template("xyz")
-
-
-LONG = ["one", "uno " * 5, "two", "dos " * 9, "three", "tres", "four"]
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("system", [None, "Be kind."])
-def test_the_fewest_oldest_exchanges_are_left_out(trained, name, system):
-    template, messages = TEMPLATES[name], dialogue(system, LONG)
-    kept = [dialogue(system, LONG[2 * dropped :]) for dropped in range(4)]
-    sizes = [len(template.encode(part, trained)) for part in kept]
-    assert sorted(sizes, reverse=True) == sizes
-    for room in range(sizes[-1], sizes[0] + 2):
-        fitted = fit(messages, template, trained, room, truncate=True)
-        dropped = next(index for index, size in enumerate(sizes) if size <= room)
-        assert fitted.dropped == dropped
-        assert list(fitted.messages) == kept[dropped]
-        assert fitted.ids == template.encode(kept[dropped], trained)
-        told = f"the dialogue has {sizes[0]} tokens, but the context has room for {room}; its"
-        assert fitted.statement.startswith(told) is (dropped > 0)
-        exchanges = ["", "oldest exchange was", "oldest 2 exchanges", "oldest 3 exchanges"]
-        assert exchanges[dropped] in fitted.statement
-        assert fitted.statement.endswith(" left out") or fitted.statement == ""
-
-
-def test_without_truncation_a_dialogue_too_long_is_refused_with_both_numbers(trained):
-    messages = dialogue("Be kind.", LONG)
-    size = len(LLAMA2.encode(messages, trained))
-    assert fit(messages, LLAMA2, trained, size, truncate=False).messages == tuple(messages)
-    with pytest.raises(UserError, match=rf"has {size} tokens, .* room for {size - 1}; shorten it"):
-        fit(messages, LLAMA2, trained, size - 1, truncate=False)
-
-
-@pytest.mark.parametrize("turns", [LONG, LONG[-1:]])
-def test_a_last_message_too_long_is_refused_even_so(trained, turns):
-    messages = dialogue("Be kind.", turns)
-    least = len(LLAMA2.encode(dialogue("Be kind.", turns[-1:]), trained))
-    message = rf"cannot be left out of the dialogue has {least} tokens, .* room for {least - 1};"
-    with pytest.raises(UserError, match=message):
-        fit(messages, LLAMA2, trained, least - 1, truncate=True)
-
-
-def test_what_is_left_out_is_checked_all_the_same(trained):
-    messages = dialogue(None, ["[INST]", *LONG[1:]])
-    with pytest.raises(UserError, match=r"messages\[0\].content holds '\[INST\]'"):
-        fit(messages, LLAMA2, trained, 50, truncate=True)
-
-
-class Counting:
-    """A tokenizer that gives a character an id, and counts the characters."""
-
-    def __init__(self):
-        self.bos_id, self.eos_id, self.characters = 1, 2, 0
-
-    def encode(self, text, *, bos, eos):
-        self.characters += len(text)
-        return [1] * bos + [ord(character) for character in text] + [2] * eos
-
-
-def test_a_long_history_is_fitted_in_a_few_passes():
-    messages = dialogue(None, ["word " * 3] * 4001)
-    once, fitting = Counting(), Counting()
-    LLAMA2.encode(messages, once)
-    fit(messages, LLAMA2, fitting, 300, truncate=True)
-    assert fitting.characters < 4 * once.characters

@@ -4,7 +4,7 @@ import functools
 
 import jax
 import pytest
-from conftest import TINY
+from tiny_model import TINY
 
 from llama_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig
 from llama_jax.data.batches import Batch

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import make_model
 from tiny_checkpoints import abstract as abstract_arrays
+from tiny_model import make_model
 
-from llama_jax.checkpoints.checkpoint import CheckpointWriter, restore
+from llama_jax.checkpoints.reader import restore
+from llama_jax.checkpoints.writer import CheckpointWriter
 from llama_jax.config import MeshConfig, ModelConfig, OptimizerConfig
 from llama_jax.model import abstract
 from llama_jax.parallel.sharding import make_mesh, shardings

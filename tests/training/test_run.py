@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import pytest
 from tiny_run import make_config, make_tokens, quick_runs
 
-from llama_jax.checkpoints import checkpoint
+from llama_jax import remat
+from llama_jax.checkpoints import reader
 from llama_jax.checkpoints.steps import finished_steps
 from llama_jax.data.tokens import TokenFolder
 from llama_jax.errors import NonFiniteLossError, UsageError, UserError
@@ -144,7 +145,7 @@ def test_a_checkpoint_that_does_not_fit_in_memory_is_not_called_damaged(config, 
 
     assert fit(config) == 0
     saved = finished_steps(Path(config.run.checkpoint_dir))
-    monkeypatch.setattr(checkpoint, "_read_with_orbax", read_too_much)
+    monkeypatch.setattr(reader, "_read_with_orbax", read_too_much)
     with pytest.raises(OutOfMemoryError):
         fit(config)
     assert finished_steps(Path(config.run.checkpoint_dir)) == saved
@@ -190,12 +191,14 @@ def test_a_run_that_is_spoilt_at_once_has_saved_its_beginning(config, tmp_path, 
         ({"run__attention": "cudnn", "model__dropout": 0.0}, "run.attention='cudnn' needs an NVI"),
         ({"run__attention": "splash", "model__dropout": 0.0}, "'splash' needs a TPU and this run"),
         ({"run__attention": "blockwise"}, "run.attention='blockwise' cannot drop attention"),
+        ({"run__remat": "offload"}, "run.remat='offload' needs memory of kind moon and cpu has"),
         ({"optimizer__accumulation_steps": 3}, "data.batch_size=8 does not divide"),
     ],
 )
 def test_what_the_devices_cannot_do_is_refused_with_nothing_written(
-    tokens, tmp_path, asked, message
+    tokens, tmp_path, monkeypatch, asked, message
 ):
+    monkeypatch.setattr(remat, "HOST", "moon")
     with pytest.raises(UsageError, match=message):
         fit(make_config(tokens, tmp_path / "ckpt", **asked))
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,20 @@
+"""A folder of checkpoints to read, and one to spoil."""
+
+import shutil
+
+import pytest
+from tiny_checkpoints import save
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A folder with the steps 5 and 9, not to be changed."""
+    folder = tmp_path_factory.mktemp("good") / "ckpt"
+    save(folder, {5: 2.0, 9: 3.0})
+    return folder
+
+
+@pytest.fixture
+def folder(good, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(good, tmp_path / "ckpt")

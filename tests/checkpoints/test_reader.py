@@ -1,0 +1,67 @@
+"""Checkpoints read: what was saved is what comes back, bit by bit, or one line."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from tiny_checkpoints import WANTED, abstract, assert_is, data_files, make_trees, newest
+
+from llama_jax.checkpoints.reader import restore
+from llama_jax.config import MeshConfig
+from llama_jax.errors import UserError
+from llama_jax.parallel.sharding import make_mesh
+
+
+def test_what_is_saved_comes_back_bit_by_bit(good, capfd):
+    restored, lines = newest(good)
+    assert_is(restored, 9)
+    assert_is(restore(good / "5", WANTED), 5)
+    assert restored.meta["data"] == "fingerprint"
+    assert lines == [] and capfd.readouterr() == ("", "")
+
+
+def test_only_what_is_asked_for_is_read(good):
+    restored = restore(good / "9", {"model": WANTED["model"]})
+    assert list(restored.trees) == ["model"]
+
+
+@pytest.mark.parametrize("item", ["model", "optimizer"])
+def test_a_single_flipped_bit_is_noticed(folder, item):
+    files = data_files(folder / "9", item)
+    assert files
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content, noticed = largest.read_bytes(), 0
+    for place in range(7, len(content), len(content) // 6):
+        flipped = bytearray(content)
+        flipped[place] ^= 1
+        largest.write_bytes(flipped)
+        restored, lines = newest(folder)
+        assert_is(restored, 9 if not lines else 5)  # some bytes of the file mean nothing
+        noticed += len(lines)
+        assert all(f"{folder}/9 is damaged" in line and "falling back" in line for line in lines)
+    assert noticed >= 3
+    assert (folder / "9").is_dir()  # readers change nothing
+
+
+def test_another_shape_or_name_is_refused_in_one_line(good):
+    wrong = {"model": WANTED["model"] | {"extra": jax.ShapeDtypeStruct((2,), "float32")}}
+    with pytest.raises(UserError, match=r"checkpoint .*/9 is damaged") as error:
+        restore(good / "9", wrong)
+    assert "\n" not in str(error.value)
+    here = WANTED["optimizer"]["m"].sharding
+    m = jax.ShapeDtypeStruct((4, 64), "float32", sharding=here)
+    with pytest.raises(UserError, match=r"checkpoint .*/9 is damaged"):
+        restore(good / "9", {"optimizer": WANTED["optimizer"] | {"m": m}})
+
+
+def test_another_mesh_gets_the_same_bits(good):
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    wanted = dict(WANTED["model"])
+    place = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
+    wanted = abstract({"model": wanted}, NamedSharding(mesh, PartitionSpec()))
+    shape = wanted["model"]["a"]["w"]
+    wanted["model"]["a"]["w"] = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
+    found = restore(good / "9", wanted).trees["model"]
+    assert found["a"]["w"].sharding == place
+    for old, new in zip(jax.tree.leaves(make_trees(9)["model"]), jax.tree.leaves(found)):
+        assert np.asarray(old).tobytes() == np.asarray(new).tobytes()

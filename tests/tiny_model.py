@@ -1,0 +1,35 @@
+"""A model no two of whose sizes agree, and its parameters by name; shared by some tests."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax.config import ModelConfig
+from llama_jax.model import abstract
+
+TINY = {"vocab_size": 53, "dim": 24, "num_heads": 6, "num_kv_heads": 2, "hidden_dim": 40}
+TINY |= {"num_layers": 3, "context_length": 32}
+
+
+def parameters(model):
+    """The parameters by the names that `reference` uses; those of blocks have a leading L."""
+    attention, ffn = model.blocks.attention, model.blocks.ffn
+    named = {name: getattr(attention, name).kernel for name in ("wq", "wk", "wv", "wo")}
+    named |= {name: getattr(ffn, name).kernel for name in ("gate", "up", "down")}
+    named |= {name: getattr(model.blocks, name).scale for name in ("attention_norm", "ffn_norm")}
+    named |= {"embedding": model.embedding, "norm": model.norm.scale}
+    return named if model.config.tied_embeddings else named | {"output": model.output}
+
+
+def plain(model):
+    """The parameters as the plain arrays that `reference` takes."""
+    return {name: np.asarray(param[...]) for name, param in parameters(model).items()}
+
+
+def make_model(weights=None, **changes):
+    """A tiny model with given weights, or with some large enough that every part matters."""
+    model = abstract(ModelConfig(**TINY | changes))
+    random = np.random.default_rng(0)
+    for name, param in parameters(model).items():
+        noise = 0.15 * random.standard_normal(param.shape, np.float32)
+        param.set_value(jnp.asarray(weights[name] if weights else noise + ("norm" in name)))
+    return model
