@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from llama_jax.generation.decoding import NOTHING, Chosen, GenerationState
+from llama_jax.generation.decoding import NOTHING, Chosen, GenerationState, are_done
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,9 @@ class Chunk:
 
 def chunk_of(chosen: Chosen, state: GenerationState) -> Chunk:
     """The host's view of new tokens."""
-    stopped_B, done_B = np.asarray(state.stopped_B), np.asarray(state.done_B)
+    ends = (state.stopped_B, state.cache.length_B, state.limit_B)
+    stopped_B, length_B, limit_B = map(np.asarray, ends)
+    done_B = are_done(stopped_B, length_B, limit_B)  # here: on the device it is three programs more
     reasons = np.where(stopped_B, "stop", np.where(done_B, "length", ""))
     ids_BC = np.asarray(chosen.token).reshape(len(done_B), -1)
     rows = [[int(token) for token in row if token != NOTHING] for row in ids_BC]

@@ -7,9 +7,11 @@ not know prompts, text, or who waits for the tokens.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llama_jax.cache import KVCache
 from llama_jax.model import Llama
@@ -36,7 +38,15 @@ class GenerationState:
     @property
     def done_B(self) -> jax.Array:
         """Rows that have met a stop token or their limit."""
-        return self.stopped_B | (self.cache.length_B + 1 >= self.limit_B)
+        return are_done(self.stopped_B, self.cache.length_B, self.limit_B)
+
+
+Flags = TypeVar("Flags", jax.Array, np.ndarray)
+
+
+def are_done(stopped_B: Flags, length_B: Flags, limit_B: Flags) -> Flags:
+    """Rows that have met a stop token, or whose tokens, with the one chosen last, are all."""
+    return stopped_B | (length_B + 1 >= limit_B)
 
 
 @jax.tree_util.register_dataclass

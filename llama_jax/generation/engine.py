@@ -79,7 +79,7 @@ class Engine:
         limit_B = np.minimum(length_B + min(max_tokens, context), context)
         cache, logits_BV = self._read(prompts, int(limit_B.max()) + (GUESSES + 1) * speculate)
         stops_S = np.asarray([*stop_ids, NOTHING], np.int32)
-        keys_B = jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
+        keys_B = _keys(np.asarray(seeds, np.uint32))
         counts = _counts(prompts, self.model.config.vocab_size) if sampler.needs_counts else None
         state = GenerationState(
             cache,
@@ -185,6 +185,7 @@ def generate(model: Llama, *arguments: object, **options: object) -> Iterator[Ch
     return Engine(model).generate(*arguments, **options)  # type: ignore[arg-type]
 
 
+_keys = jax.jit(jax.vmap(jax.random.key))
 _begin = partial(jax.jit, donate_argnames="state", static_argnames="logprobs")(begin)
 
 
