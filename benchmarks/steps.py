@@ -66,13 +66,13 @@ def compiled_step(config: Any, mesh: Any) -> Any:
 
     from llama_jax.data.batches import Batch
     from llama_jax.training.programs import jit_train_step
-    from llama_jax.training.train_step import init_state
+    from llama_jax.training.train_step import abstract_state
 
     shape = (config.data.batch_size, config.data.sequence_length)
     kinds = {"inputs_BT": "int32", "targets_BT": "int32", "weights_BT": "float32"}
     batch = Batch(**{name: jax.ShapeDtypeStruct(shape, kind) for name, kind in kinds.items()})
     with jax.set_mesh(mesh):
-        state = jax.eval_shape(lambda: init_state(config))
+        state = abstract_state(config)
         return jit_train_step(config, mesh).lower(state, batch).compile()
 
 

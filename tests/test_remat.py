@@ -17,7 +17,7 @@ from llama_jax.errors import UsageError
 from llama_jax.planning.targets import parse_target
 from llama_jax.planning.tpu_compiler import target_mesh
 from llama_jax.training.programs import jit_train_step
-from llama_jax.training.train_step import init_state
+from llama_jax.training.train_step import abstract_state
 
 AGAIN = ("block", "save-qkv", "offload")
 B, T = 4, 32
@@ -108,6 +108,6 @@ def test_the_tpu_compiler_makes_the_step_of_a_cut_model(policy, is_on_host):
     )
     mesh = target_mesh(config.mesh, parse_target("v5e-4"))
     with jax.set_mesh(mesh):
-        state = jax.eval_shape(lambda: init_state(config))
+        state = abstract_state(config)
         step = jit_train_step(config, mesh).lower(state, abstract_batch(config)).compile()
     assert ("S(5)" in step.as_text()) == is_on_host  # the memory space of the host

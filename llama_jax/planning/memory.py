@@ -8,7 +8,6 @@ runs a step. Does not know what a device offers.
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
@@ -24,7 +23,7 @@ from llama_jax.planning.share import (
 from llama_jax.planning.tiles import filled_rows, filled_up
 from llama_jax.training.loss import CHUNK_TOKENS
 from llama_jax.training.programs import state_shardings
-from llama_jax.training.train_step import init_state
+from llama_jax.training.train_step import abstract_state
 
 FLOAT32 = 4
 
@@ -82,7 +81,7 @@ def state_bytes(
     # Both depend on nothing else; data just has to be something.
     data = DataConfig(path="none", batch_size=1, sequence_length=2)
     config = Config(model=model, data=data, optimizer=optimizer)
-    state = jax.eval_shape(lambda: init_state(config))
+    state = abstract_state(config)
     places = state_shardings(config, mesh)  # type: ignore[arg-type]
     of_model = bytes_on_one(state.model, places.model, is_tpu=is_tpu)
     return of_model, bytes_on_one(state.optimizer, places.optimizer, is_tpu=is_tpu)

@@ -13,7 +13,7 @@ from llama_jax.planning.speed import Speed
 from llama_jax.planning.targets import Target
 from llama_jax.planning.tpu_compiler import Compiled, compiled, target_mesh
 from llama_jax.training.programs import jit_train_step
-from llama_jax.training.train_step import init_state
+from llama_jax.training.train_step import abstract_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +86,6 @@ def compile_training(way: Estimate, target: Target) -> Compiled:
     config = way.config
     mesh = target_mesh(config.mesh, target)
     with jax.set_mesh(mesh):
-        state = jax.eval_shape(lambda: init_state(config))
+        state = abstract_state(config)
         step = jit_train_step(config, mesh)
         return compiled(lambda: step.lower(state, abstract_batch(config)), way.memory.total)

@@ -15,7 +15,7 @@ from llama_jax.data.tokens import TokenFolder
 from llama_jax.instruments.flops import peak_flops
 from llama_jax.model import count_parameters
 from llama_jax.training.programs import state_shardings
-from llama_jax.training.train_step import init_state
+from llama_jax.training.train_step import abstract_state
 
 
 def introduction(
@@ -76,7 +76,7 @@ def _state_bytes(config: Config, mesh: Mesh) -> int:
     """Bytes of the training state that the first device holds."""
     sizes = jax.tree.map(
         lambda leaf, place: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
-        jax.eval_shape(lambda: init_state(config)),
+        abstract_state(config),
         state_shardings(config, mesh),
     )
     return sum(jax.tree.leaves(sizes))

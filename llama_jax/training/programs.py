@@ -19,12 +19,18 @@ from llama_jax.model import Llama
 from llama_jax.parallel.fitting import require_fitting
 from llama_jax.parallel.sharding import batch_sharding, shardings
 from llama_jax.remat import require_possible
-from llama_jax.training.train_step import TrainState, evaluation_step, init_state, train_step
+from llama_jax.training.train_step import (
+    TrainState,
+    abstract_state,
+    evaluation_step,
+    init_state,
+    train_step,
+)
 
 
 def state_shardings(config: Config, mesh: Mesh) -> TrainState:
     """Where each array of the state lies."""
-    return shardings(jax.eval_shape(lambda: init_state(config)), mesh)
+    return shardings(abstract_state(config), mesh)
 
 
 def jit_train_step(config: Config, mesh: Mesh) -> Any:

@@ -16,7 +16,7 @@ from llama_jax.errors import UserError
 from llama_jax.instruments.metrics import warn
 from llama_jax.parallel.sharding import placed
 from llama_jax.training.programs import jit_init, state_shardings
-from llama_jax.training.train_step import TrainState, init_state
+from llama_jax.training.train_step import TrainState, abstract_state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ def restore_or_begin(config: Config, folder: Path, data: TokenFolder, mesh: Mesh
       UserError: when no checkpoint is whole, or the data are not those it was trained on.
     """
     begun, places = time.perf_counter(), state_shardings(config, mesh)
-    wanted = placed(jax.eval_shape(lambda: init_state(config)), places)
+    wanted = placed(abstract_state(config), places)
     items = {"model": wanted.model, "optimizer": wanted.optimizer}
     restored = restore_newest(folder, items, report=warn, set_aside=True)
     if restored is None:

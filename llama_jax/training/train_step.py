@@ -5,7 +5,7 @@ one would have drawn. How a step is compiled for a mesh, `programs` knows.
 """
 
 import dataclasses
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -50,6 +50,12 @@ def init_state(config: Config) -> TrainState:
     model = Llama(config.model, rngs=nnx.Rngs(config.run.seed))
     optimizer = make_optimizer(config.optimizer).init(model)
     return TrainState(jnp.int32(0), jnp.bool(True), model, optimizer)
+
+
+@lru_cache(maxsize=16)
+def abstract_state(config: Config) -> TrainState:
+    """That state with shapes in place of arrays; costs no memory. Shared, so not to be changed."""
+    return jax.eval_shape(lambda: init_state(config))
 
 
 def train_step(

@@ -12,7 +12,7 @@ from llama_jax.model import count_parameters
 from llama_jax.parallel.sharding import make_mesh
 from llama_jax.training.loss import CHUNK_TOKENS
 from llama_jax.training.programs import jit_train_step
-from llama_jax.training.train_step import init_state
+from llama_jax.training.train_step import abstract_state
 
 pytestmark = pytest.mark.optimized
 
@@ -38,7 +38,7 @@ def memory(rows=MICROBATCH, length=T, accumulation=1, moments="float32", **model
     kinds = {"inputs_BT": "int32", "targets_BT": "int32", "weights_BT": "float32"}
     batch = Batch(**{name: jax.ShapeDtypeStruct(shape, kind) for name, kind in kinds.items()})
     with jax.set_mesh(mesh):
-        state = jax.eval_shape(lambda: init_state(config))
+        state = abstract_state(config)
         lowered = jit_train_step(config, mesh).lower(state, batch)
         compiled = lowered.compile({"xla_backend_optimization_level": 0})
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))

@@ -22,7 +22,7 @@ from llama_jax.training.programs import (
     jit_train_step,
     state_shardings,
 )
-from llama_jax.training.train_step import init_state
+from llama_jax.training.train_step import abstract_state, init_state
 
 B, T = 16, 11
 V = 54  # even, to lie along a tensor axis of 2
@@ -163,7 +163,7 @@ def test_a_mesh_that_does_not_divide_is_refused_before_anything_is_traced():
 def sent_by(config, sizes, monkeypatch):
     """The collectives of a step on eight devices."""
     mesh = make_mesh(MeshConfig(**sizes))
-    state = jax.eval_shape(lambda: init_state(config))
+    state = abstract_state(config)
     with jax.set_mesh(mesh):
         # Blocks are rolled up, as on other devices than CPUs.
         monkeypatch.setattr(model_module, "_unrolled_layers", lambda remat: 1)
