@@ -298,7 +298,11 @@ def trained(tmp_path_factory):
     return load(folder / "ckpt").model, np.asarray(ids[: len(ids) // 32 * 32]).reshape(-1, 32)
 
 
-BOUNDS = [("int8", 32, 0.005), ("int4", 32, 0.05), ("int4", 64, 0.05)]
+BOUNDS = [
+    ("int8", 32, 0.005),
+    ("int4", 32, 0.05),
+    pytest.param("int4", 64, 0.05, marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize(("kind", "group_size", "most"), BOUNDS)

@@ -75,7 +75,7 @@ def test_both_write_the_same_tokens(place):
     assert made[0] == made[1] and len(set(made[0].token_ids)) > 2
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_half_precision_models_too(tmp_path, dtype):
     half = tiny_weights(dtype, tied_embeddings=False, compute_dtype="bfloat16", **SIZES)
     checkpoint_folder.write(half, tmp_path / "float")

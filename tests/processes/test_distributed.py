@@ -233,12 +233,10 @@ def refused(place):
     first, second = by_hand()
     soon = "--timeout=3"
     faster = "--config.optimizer.learning_rate=0.1"
-    absurd = ("--config.optimizer.learning_rate=10", "--config.optimizer.weight_decay=10")
     return {
         "config": Processes(place, folder("config"), own=(first, (*second, faster))),
         "data": Processes(place, folder("data"), "--config.data.path=tokens", own=by_hand()),
         "disk": Processes(place, "--config.run.checkpoint_dir=ckpt", own=by_hand()),
-        "loss": Processes(place, folder("loss"), *absurd, own=by_hand()),
         "dead": Processes(place, own=[(*by_hand()[1], soon)], count=1),
         "alone": Processes(place, own=[(*by_hand()[0], soon)], count=1),
         "nowhere": Processes(place, "--distributed", count=1),
@@ -250,21 +248,29 @@ REFUSALS = {
     "config": (1, r"process 1 has optimizer.learning_rate=0.1 and process 0 has .*=0.01; start"),
     "data": (1, r"process 1 has data.fingerprint='(\w+)' and process 0 has .*='(?!\1)\w+'; start"),
     "disk": (1, r"(process 1: )?on .*, ckpt is not the folder that process 0 writes to; put"),
-    "loss": (3, r"step \d+ has loss .*; stopped before its update\. The last good step is \d+"),
     "dead": (1, rf"the coordinator at {ADDRESS} did not answer within 3 s; see that process 0"),
     "alone": (1, rf"not all 2 processes came to the coordinator at {ADDRESS} within 3 s; see"),
     "nowhere": (2, r"no Slurm, .* job runs here; add --coordinator HOST:PORT --num_processes N"),
 }
 
 
-@pytest.mark.parametrize("name", REFUSALS)
-def test_a_refusal_is_one_line_on_every_process(refused, name):
-    code, expected = REFUSALS[name]
-    processes = refused[name]
+def assert_refused(processes, code, expected):
     assert set(processes.codes()) == {code}
     for number in range(processes.count):
         (line,) = processes.complained(number).splitlines()
         assert re.match(f"error: {expected}", line), line
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_refusal_is_one_line_on_every_process(refused, name):
+    assert_refused(refused[name], *REFUSALS[name])
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_is_told_by_every_process(place):
+    absurd = ("--config.optimizer.learning_rate=10", "--config.optimizer.weight_decay=10")
+    told = r"step \d+ has loss .*; stopped before its update\. The last good step is \d+"
+    assert_refused(Processes(place, folder("loss"), *absurd, own=by_hand()), 3, told)
 
 
 def test_a_refused_run_leaves_nothing(place, refused):

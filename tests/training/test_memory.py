@@ -45,13 +45,14 @@ def memory(rows=MICROBATCH, length=T, accumulation=1, moments="float32", **model
     return compiled.memory_analysis(), size
 
 
-@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+@pytest.mark.parametrize("moments", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_the_new_state_takes_the_place_of_the_old_one(moments):
     found, state = memory(moments=moments)
     assert found.alias_size_in_bytes >= state
     assert found.output_size_in_bytes - found.alias_size_in_bytes < 4096  # only metrics are new
 
 
+@pytest.mark.slow
 def test_short_moments_take_half_and_are_never_wide_all_at_once():
     (wide, whole), (short, smaller) = memory(), memory(moments="bfloat16")
     parameters = count_parameters(ModelConfig(**TINY))
@@ -59,6 +60,7 @@ def test_short_moments_take_half_and_are_never_wide_all_at_once():
     assert short.temp_size_in_bytes - wide.temp_size_in_bytes < parameters
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_microbatches():
     four, sixteen = (memory(accumulation=n)[0].temp_size_in_bytes for n in (4, 16))
     tokens = 12 * MICROBATCH * T * 4  # bytes of a number for each token that the sixteen have more

@@ -128,7 +128,10 @@ def test_the_loss_is_a_mean_over_tokens_not_over_microbatches(whole):
 
 @pytest.mark.parametrize(
     ("sizes", "accumulation"),
-    [((1, 4, 2), 1), ((2, 2, 2), 2)],  # their gradients on all meshes: test_sharding
+    [
+        pytest.param((1, 4, 2), 1, marks=pytest.mark.slow),
+        ((2, 2, 2), 2),
+    ],  # their gradients on all meshes: test_sharding
     ids=str,
 )
 def test_on_every_mesh_training_goes_as_on_one_device(whole, sizes, accumulation):
