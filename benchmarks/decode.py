@@ -3,10 +3,13 @@
     python benchmarks/decode.py
     python benchmarks/decode.py --models 15m --first_token
     python benchmarks/decode.py --bits int8,int4 --llama2c llama2.c/run
+    python benchmarks/decode.py --models "" --speculate ckpt/
 
 Greedy, a prompt of 4 tokens, the whole call timed: reading the prompt, the loop, the tokens on the
-host. Each peer has its own process and they take turns; see `common`. `--first_token` also starts
-`sample.py` on a 15M checkpoint, with the compilation cache empty and then filled.
+host. Each peer has its own process and they take turns; see `common`. Ours runs as sample.py does,
+with huge pages. `--first_token` also starts `sample.py` on a 15M checkpoint, with the compilation
+cache empty and then filled. `--speculate` has a checkpoint go on with a story, with and without
+guessing ahead: what that gains hangs on the text.
 """
 
 import os
@@ -26,6 +29,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PROMPT = [1, 17, 42, 3]
 CONTEXT = 256
 MANY = 16  # rows of the batched run
+STORY = (
+    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
+)
 
 
 def ours(model: str, rows: int, new_tokens: int, dtype: str, bits: str = "") -> common.Work:
@@ -56,6 +62,23 @@ def ours(model: str, rows: int, new_tokens: int, dtype: str, bits: str = "") -> 
         assert sum(len(row) for chunk in chunks for row in chunk.rows) == rows * new_tokens
         return seconds
 
+    return work
+
+
+def going_on(checkpoint: str, new_tokens: int, speculate: bool) -> common.Work:
+    """`LLM.complete` of a story, greedy."""
+    from llama_jax import LLM
+
+    llm = LLM(checkpoint)
+
+    def work() -> float:
+        begun = time.perf_counter()
+        made = llm.complete(STORY, max_tokens=new_tokens, temperature=0, speculate=speculate)
+        seconds = time.perf_counter() - begun
+        assert made.usage.completion_tokens == new_tokens, "the checkpoint ends the story too soon"
+        return seconds
+
+    work()  # from the second time on the prompt is in the cache
     return work
 
 
@@ -187,12 +210,13 @@ def main() -> None:
     parser.add_argument("--new_tokens", type=int, default=128, help="to a turn, of each row")
     parser.add_argument("--first_token", action="store_true", help="also time a cold start")
     parser.add_argument("--bits", default="", help="also ours with int8 or int4 matrices, or both")
+    parser.add_argument("--speculate", default="", help="also go on with a story from a checkpoint")
     parser.add_argument("--llama2c", default="", help="path of llama2.c's run")
     flags = parser.parse_args()
     common.heading(Path(__file__).name)
     new, with_peers = flags.new_tokens, not flags.no_peers
     with_peers = with_peers and not common.missing("torch", "transformers")
-    for model in flags.models.split(","):
+    for model in filter(None, flags.models.split(",")):
         made: dict[str, tuple[Any, ...]] = {"llama_jax": (ours, model, 1, new, flags.dtype)}
         for bits in filter(None, flags.bits.split(",")):
             made[f"llama_jax, {bits}"] = (ours, model, 1, new, flags.dtype, bits)
@@ -201,9 +225,15 @@ def main() -> None:
         if with_peers:
             made["Hugging Face generate"] = (theirs, model, 1, new, flags.dtype)
         title = f"decoding, {model}, {new} new tokens, {flags.dtype}"
-        common.compare(f"{title}, batch 1", new, flags.rounds, made)
+        own = tuple(name for name in made if name.startswith("llama_jax"))
+        common.compare(f"{title}, batch 1", new, flags.rounds, made, own)
         many: dict[str, tuple[Any, ...]] = {"llama_jax": (ours, model, MANY, new, flags.dtype)}
-        common.compare(f"{title}, batch {MANY}", MANY * new, flags.rounds, many)
+        common.compare(f"{title}, batch {MANY}", MANY * new, flags.rounds, many, own)
+    if flags.speculate:
+        ways = {"guessing ahead": True, "llama_jax": False}
+        each = {name: (going_on, flags.speculate, new, way) for name, way in ways.items()}
+        title = f"going on with a story, {flags.speculate}, {new} new tokens"
+        common.compare(title, new, flags.rounds, each, tuple(each))
     if flags.first_token:
         first_token(flags.rounds)
 

@@ -33,6 +33,7 @@ MADE_FLOAT = 2**19  # numbers of a kernel that `by_blocks` has as floats at a ti
 FLOAT32 = jnp.dtype(jnp.float32)
 
 
+@partial(jax.jit, static_argnames="dtype")  # so that layers alike are traced once
 def times_transposed(x_RI: jax.Array, kernel_OI: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """x · kernelᵀ, [R, O] in `dtype`."""
     (R, I), floats = x_RI.shape, {x_RI.dtype, kernel_OI.dtype}
@@ -67,7 +68,7 @@ def _on_one_cpu() -> bool:
     return jax.default_backend() == "cpu" and (mesh.empty or math.prod(mesh.axis_sizes) == 1)
 
 
-@partial(jax.jit, static_argnames="dtype")  # so that layers alike are traced once
+@partial(jax.jit, static_argnames="dtype")
 def times_quantized(x_RI: jax.Array, kernel: Quantized, dtype: jnp.dtype) -> jax.Array:
     """x · kernelᵀ, [R, O] in `dtype`, of a quantised kernel."""
     # Tied to x, which changes: else a decoding loop would keep floats made before it begins.

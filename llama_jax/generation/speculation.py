@@ -22,7 +22,8 @@ MATCH = 2  # tokens that must agree before a guess
 def guess(history_BS: jax.Array, length_B: jax.Array) -> jax.Array:
     """Ids [B, GUESSES] that followed the latest earlier occurrence of a row's last `MATCH` tokens.
 
-    Of a row without such an occurrence, its first ids.
+    Where fewer followed than are guessed, they come again and again: a text that goes round in a
+    circle is guessed to go on so. Of a row without such an occurrence, its first ids.
 
     Args:
       history_BS: ids, of which the first `length_B` of a row are known.
@@ -34,7 +35,7 @@ def guess(history_BS: jax.Array, length_B: jax.Array) -> jax.Array:
         for back in range(MATCH):
             agrees_S &= jnp.roll(history_S, back) == history_S[length - 1 - back]
         at = jnp.max(jnp.where(agrees_S, places_S, -1))
-        return jax.lax.dynamic_slice_in_dim(history_S, at + 1, GUESSES)
+        return history_S[at + 1 + jnp.arange(GUESSES) % (length - 1 - at)]
 
     return jax.vmap(of_row)(history_BS, length_B)
 

@@ -248,7 +248,13 @@ def test_a_guess_is_what_followed_the_last_time():
     history_BS = jnp.asarray([[1, 2, 3, 4, 1, 2, 9, 8, 7, 6, 5, 4, 3, 2, 1, 2] + [0] * 16] * 2)
     guess_BG = guess(history_BS, jnp.array([16, 4]))
     assert guess_BG[0].tolist() == [9, 8, 7, 6, 5, 4, 3]
-    assert guess_BG[1].tolist() == [1, 2, 3, 4, 1, 2, 9], "nothing repeats: the row's first ids"
+    assert guess_BG[1].tolist() == [1, 2, 3, 4, 1, 2, 3], "nothing repeats: the row's first ids"
+
+
+def test_a_circle_is_guessed_to_go_on():
+    history_BS = jnp.asarray([[6, 8, 4, 8, 4], [6, 4, 4, 4, 9], [3, 5, 3, 5, 3]])
+    guess_BG = guess(jnp.pad(history_BS, ((0, 0), (0, 16))), jnp.array([5, 4, 4]))
+    assert guess_BG.tolist() == [[8, 4] * 3 + [8], [4] * 7, [3, 5] * 3 + [3]]
 
 
 @pytest.mark.parametrize("sampler", [SAMPLED, make_sampler(0, repetition_penalty=1.3)])
