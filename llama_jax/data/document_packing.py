@@ -66,7 +66,7 @@ def pack(tokens_of_document: np.ndarray, row_length: int) -> Packing:
     order = _longest_first(lengths[partial])
     rows = np.empty(len(lengths), np.int64)
     rows[partial[order]] = first_fit(lengths[partial[order]], row_length)
-    opened = int(rows[partial].max()) + 1 if len(partial) else 0
+    opened = int(np.max(rows[partial])) + 1 if len(partial) else 0
     rows[~is_partial] = np.arange(opened, opened + len(lengths) - len(partial))
     rows = _in_order_of_documents(rows)
     order = np.argsort(rows, kind="stable")

@@ -59,7 +59,7 @@ def read_prompts(
       start: ids of every prompt that the cache holds already; fewer than any prompt has.
     """
     length_B = np.asarray([len(prompt) for prompt in prompts], np.int32)
-    rest = stretches(int(length_B.max()) - start)
+    rest = stretches(int(np.max(length_B)) - start)
     tokens_BT = padded([prompt[start:] for prompt in prompts], sum(rest))
     last_BD = jnp.zeros((len(prompts), model.config.dim), model.config.compute_dtype)
     at = 0

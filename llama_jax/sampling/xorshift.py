@@ -40,7 +40,7 @@ class XorshiftSampler:
         """The next token, from logits [V]."""
         logits_V = np.asarray(logits_V, np.float32)
         if self.temperature == 0:
-            return int(logits_V.argmax())
+            return int(np.argmax(logits_V))
         probabilities_V = softmax(logits_V / self.temperature)
         self.state = advance(self.state)
         if 0 < self.top_p < 1:
@@ -85,7 +85,7 @@ def choose_from_nucleus(probabilities_V: np.ndarray, top_p: np.float32, coin: np
     cutoff = (np.float32(1) - top_p) / np.float32(max(V - 1, 1))
     ids = np.flatnonzero(probabilities_V >= cutoff)
     if not ids.size:
-        return int(probabilities_V.argmax())
+        return int(np.argmax(probabilities_V))
     ids = ids[np.argsort(-probabilities_V[ids], kind="stable")]
     sums = np.cumsum(probabilities_V[ids])
     last = _first_above(sums, top_p)
