@@ -64,15 +64,12 @@ def compiled_step(config: Any, mesh: Any) -> Any:
     """Our step, compiled without a state."""
     import jax
 
-    from llama_jax.data.batches import Batch
+    from llama_jax.data.batches import abstract_batch
     from llama_jax.training.programs import jit_train_step
     from llama_jax.training.train_step import abstract_state
 
-    shape = (config.data.batch_size, config.data.sequence_length)
-    kinds = {"inputs_BT": "int32", "targets_BT": "int32", "weights_BT": "float32"}
-    batch = Batch(**{name: jax.ShapeDtypeStruct(shape, kind) for name, kind in kinds.items()})
     with jax.set_mesh(mesh):
-        state = abstract_state(config)
+        state, batch = abstract_state(config), abstract_batch(config)
         return jit_train_step(config, mesh).lower(state, batch).compile()
 
 

@@ -127,6 +127,7 @@ def test_floats_times_any_number_of_rows(count, inputs):
     ],
 )
 def test_which_form_of_floats_is_chosen(monkeypatch, count, inputs, dtype, form):
+    products.times_transposed.clear_cache()  # else what another test traced would be taken
     called = []
     for name in ("sum_vectors", "outputs_first"):
         take = getattr(products, name)
@@ -138,7 +139,25 @@ def test_which_form_of_floats_is_chosen(monkeypatch, count, inputs, dtype, form)
     assert called == ([form] if form else [])
 
 
+def test_products_of_a_kind_are_traced_once(monkeypatch):
+    """A model has dozens; each traced anew, the loop of 110M took a second longer to load."""
+    products.times_transposed.clear_cache()
+    traced, take = [], products.sum_vectors
+    monkeypatch.setattr(
+        products, "sum_vectors", lambda *given: traced.append(given) or take(*given)
+    )
+
+    @jax.jit
+    def thrice(x_RI, *kernels):
+        return [products.times_transposed(x_RI, kernel, products.FLOAT32) for kernel in kernels]
+
+    thrice(jnp.ones((1, 80)), *[jnp.ones((9, 80))] * 3)
+    assert len(traced) == 1
+
+
 def test_floats_on_a_mesh_are_left_to_the_compiler(monkeypatch):
+    x_RI, kernel_OI = jnp.ones((1, 64)), jnp.ones((9, 64))
+    products.times_transposed(x_RI, kernel_OI, products.FLOAT32)  # what is traced here stays here
     monkeypatch.setattr(products, "sum_vectors", None)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=4))):
-        products.times_transposed(jnp.ones((1, 64)), jnp.ones((9, 64)), products.FLOAT32)
+        products.times_transposed(x_RI, kernel_OI, products.FLOAT32)

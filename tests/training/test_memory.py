@@ -7,7 +7,7 @@ import pytest
 from tiny_model import TINY
 
 from llama_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig
-from llama_jax.data.batches import Batch
+from llama_jax.data.batches import abstract_batch
 from llama_jax.model import count_parameters
 from llama_jax.parallel.sharding import make_mesh
 from llama_jax.training.loss import CHUNK_TOKENS
@@ -34,12 +34,9 @@ def memory(rows=MICROBATCH, length=T, accumulation=1, moments="float32", **model
         ),
     )
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    shape = (rows * accumulation, length)
-    kinds = {"inputs_BT": "int32", "targets_BT": "int32", "weights_BT": "float32"}
-    batch = Batch(**{name: jax.ShapeDtypeStruct(shape, kind) for name, kind in kinds.items()})
     with jax.set_mesh(mesh):
         state = abstract_state(config)
-        lowered = jit_train_step(config, mesh).lower(state, batch)
+        lowered = jit_train_step(config, mesh).lower(state, abstract_batch(config))
         compiled = lowered.compile({"xla_backend_optimization_level": 0})
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     return compiled.memory_analysis(), size
