@@ -11,6 +11,7 @@ import functools
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
+from llama_jax.attention.splash import block_length
 from llama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
 from llama_jax.instruments.chips import Chip
 from llama_jax.planning.activations import Pass, kept_bytes
@@ -105,12 +106,18 @@ def _lasting_bytes(share: ModelConfig, parameters: float, forward: Pass, has_sum
 def _block_bytes(share: ModelConfig, rows: int, forward: Pass) -> float:
     """What is alive within the backward pass of one block, beside all gradients.
 
-    Three arrays as wide as the feed-forward (gate, up, and the gradient of one); or, where
-    attention holds all its scores, the scores and their gradient, if those are more.
+    Three arrays as wide as the feed-forward (gate, up, and the gradient of one), or what attention
+    holds, if that is more: all scores and their gradient, or for splash the inputs, the output and
+    their gradients, filled up to whole blocks of positions and lanes.
     """
-    T, width = forward.length, jnp.dtype(share.compute_dtype).itemsize
-    scores = rows * share.num_heads * T * T * FLOAT32 if forward.backend == "xla" else 0
-    return max(3 * rows * T * share.ffn_dim * width, 2 * scores)
+    T, N, width = forward.length, share.num_heads, jnp.dtype(share.compute_dtype).itemsize
+    attention = 0
+    if forward.backend == "xla":
+        attention = 2 * rows * N * T * T * FLOAT32
+    elif forward.backend == "splash":
+        positions = -(-T // block_length(T)) * block_length(T)
+        attention = 8 * rows * N * filled_rows((positions, share.head_dim)) * width
+    return max(3 * rows * T * share.ffn_dim * width, attention)
 
 
 def _gathered_bytes(share: ModelConfig, forward: Pass) -> float:

@@ -51,7 +51,7 @@ def test_an_estimate_tells_kinds_margin_bottleneck_and_largest_batch(config):
     for kind in ("parameters", "optimizer", "activations", "temporary", "together"):
         assert sum(line.startswith(kind) for line in lines) == 1
     assert any(
-        line.startswith("fits: 15.75 GiB left (100%) of 15.75 GiB usable of 16") for line in lines
+        line.startswith("fits: 15.74 GiB left (100%) of 15.75 GiB usable of 16") for line in lines
     )
     assert any(line.startswith("predicted") and "bound by" in line for line in lines)
     assert any(line.startswith("largest microbatch that fits, by estimate") for line in lines)

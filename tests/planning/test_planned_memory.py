@@ -122,8 +122,9 @@ def test_parameters_are_held_in_the_compute_dtype_too():
 def test_fsdp_gathers_a_block_and_the_next_and_has_its_gradients_whole():
     memory = memory_of(on_mesh(1, 8, 1), TPU)
     layer = 4 * (2 * D * D + 2 * D * D * K // N + 3 * D * F)
-    alive = 3 * 2 * 32 * F * 4
-    assert memory.temporary == memory.parameters + alive + 3 * layer
+    # Two rows of 32 positions and narrow heads, in blocks of 128 positions and 128 lanes.
+    splash = 8 * 2 * N * 128 * 128 * 4
+    assert memory.temporary == memory.parameters + splash + 3 * layer
 
 
 def test_fsdp_keeps_no_matrices_for_the_backward_pass():
