@@ -1,7 +1,7 @@
 """A small Llama that learns to tell the embedded stories: python train.py
 
-2,048 tokens a step; 869,504 parameters. Two CPU cores: about two minutes, to a validation loss of
-0.22 and stories whose characters stay themselves.
+2,560 tokens a step; 631,424 parameters. Two CPU cores: about two minutes, to a validation loss of
+0.16 and stories that keep their people, their things and their order.
 """
 
 from typing import Any
@@ -14,9 +14,9 @@ def get_config() -> Any:
     """The run's settings; any can be overridden as --config.section.name=value."""
     config = Config(
         model=ModelConfig(
-            vocab_size=1024,
+            vocab_size=2048,
             dim=128,
-            num_layers=4,
+            num_layers=2,
             num_heads=4,
             num_kv_heads=2,
             context_length=256,
@@ -26,21 +26,22 @@ def get_config() -> Any:
         data=DataConfig(
             path="data/stories",
             corpus="stories",
-            batch_size=8,
-            sequence_length=256,
+            batch_size=16,
+            sequence_length=160,
+            packing="documents",
         ),
         optimizer=OptimizerConfig(
-            steps=900,
-            learning_rate=3e-3,
+            steps=1100,
+            learning_rate=6e-3,
             warmup_steps=50,
             weight_decay=0.1,
         ),
         run=RunConfig(
             checkpoint_dir="ckpt",
             log_every=50,
-            eval_every=300,
+            eval_every=400,
             eval_batches=10,
-            save_every=300,
+            save_every=400,
             sample_prompt="Once upon a time",
         ),
     )

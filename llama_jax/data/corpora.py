@@ -15,7 +15,7 @@ from llama_jax.data.tokens import TokenFolder
 from llama_jax.errors import UserError, nearest
 
 NAMES = ("stories", "shakespeare", "tinystories")
-VOCAB_SIZES = {"stories": 1024, "shakespeare": 2048, "tinystories": 4096}  # unless asked for
+VOCAB_SIZES = {"stories": 2048, "shakespeare": 2048, "tinystories": 4096}  # unless asked for
 STORIES = 20_000  # made for training
 STORIES_PER_HELD_OUT = 20  # and one for validation with every so many
 STORY_LENGTH = 500  # characters, about

@@ -14,7 +14,7 @@ LARGEST_COUNT = {"train": 1_000_000, "validation": 50_000}
 
 
 def stories(split: str, count: int, seed: int = 0) -> Iterator[str]:
-    """Yields `count` different little stories, each a single line of about 80 to 120 words.
+    """Yields `count` different little stories, each a single line of about 80 to 125 words.
 
     The same arguments give the same stories everywhere. `split` is "train" or "validation": a
     digest of its text decides to which of the two a story belongs, so they never share one,

@@ -14,20 +14,20 @@ BOYS = (
 # fmt: on
 
 
-def cast(hero: str, friend: str, elder: str = "Mom") -> Table:
-    """Who is in the stories of a plot: always the same three, as in a series of picture books.
+def cast(first: str, second: str, elder: str = "Mom") -> Table:
+    """Who is in the stories of a plot: two children, either of whom may be the hero, and an elder.
 
-    A model that has read for two minutes can then keep in mind who is who. The friend takes the
-    other pronoun, so that "he" and "she" are never in doubt; grown-ups have none at all.
+    A plot has its children to itself, as in a series of picture books. They take different
+    pronouns, so that "he" and "she" are never in doubt; grown-ups have none at all.
     """
-    girl, boy = "she / her / her", "he / him / his"
-    he, child, friend_he = (girl, "girl", boy) if hero in GIRLS else (boy, "boy", girl)
-    return table(
-        f"""
-        hero / he / him / his / child / friend / friend_he / friend_him / friend_his / elder
-        {hero} / {he} / {child} / {friend} / {friend_he} / {elder}
-        """
-    )
+
+    def row(hero: str, friend: str) -> str:
+        girl, boy = "she / her / her", "he / him / his"
+        he, child, friend_he = (girl, "girl", boy) if hero in GIRLS else (boy, "boy", girl)
+        return f"{hero} / {he} / {child} / {friend} / {friend_he} / {elder}"
+
+    slots = "hero / he / him / his / child / friend / friend_he / friend_him / friend_his / elder"
+    return table("\n".join([slots, row(first, second), row(second, first)]))
 
 
 HOMES = table(
@@ -59,9 +59,9 @@ FAIR_DAYS = table(
 
 ANIMAL_OPENING = script(
     """
-    - Once upon a time, there was {a trait} {animal} named {hero}.
-    - Once upon a time, {a trait} {animal} named {hero} lived {den}.
-    - Once upon a time, {den}, there lived {a trait} {animal} named {hero}.
+    - Once upon a time, when animals could talk, there was {a trait} {animal} named {hero}.
+    - Once upon a time, when animals could talk, there lived {a trait} {animal} named {hero}.
+    - Once upon a time, when animals could talk, {a trait} {animal} named {hero} lived {den}.
     - There once was {a trait} {animal} named {hero}.
     - {hero} was {a trait} {animal} who lived {den}.
     """

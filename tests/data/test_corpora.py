@@ -171,7 +171,7 @@ def test_an_existing_output_is_found_before_any_download(tmp_path, monkeypatch):
 
 def test_every_corpus_has_a_vocabulary_size():
     assert {name: default_options(name).vocab_size for name in (*corpora.NAMES, "book.txt")} == {
-        "stories": 1024,
+        "stories": 2048,
         "shakespeare": 2048,
         "tinystories": 4096,
         "book.txt": 4096,

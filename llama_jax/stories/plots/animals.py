@@ -5,20 +5,25 @@ from llama_jax.stories.words import ANIMAL_OPENING, cast
 
 RACERS = table(
     """
-    animal / trait / den / rival / stumble / goal
+    animal / trait / den / rival / goal
     hare, fox, deer / quick, fast, proud / in the forest, near the hills \
-    / turtle, snail, hedgehog / stepped into a hole, slipped on wet leaves \
-    / old oak, big rock, stream, bridge
+    / turtle, snail, hedgehog / oak, rock, stream, bridge
     pony, horse, goat / quick, strong, proud / on a farm, on a green hill \
-    / duck, hen, pig / stepped into a hole, slipped in the mud / barn, red gate, pond, apple tree
+    / duck, hen, pig / barn, gate, pond, road
     ostrich, zebra, lion / quick, strong, proud / in a hot land, on a wide plain \
-    / turtle, snail, hippo / stepped on a thorn, fell over a stone \
-    / water hole, palm tree, big rock
+    / turtle, snail, hippo / lake, palm, river
+    """
+)
+
+STUMBLES = table(
+    """
+    stumble
+    stepped into a hole, fell over a stone, slipped and fell
     """
 )
 
 RACE = Plot(
-    (cast("Pip", "Dot"), RACERS),
+    (cast("Pip", "Dot"), RACERS, STUMBLES),
     ANIMAL_OPENING
     + script(
         """
@@ -55,26 +60,29 @@ RACE = Plot(
 
 YOUNG = table(
     """
-    animal / trait / den / lure / far / guide / home / snack
-    duckling / little, yellow, fluffy / on a blue pond / a dragonfly, a shiny fish \
-    / into the tall reeds / goose, swan, otter / pond / a piece of bread
-    fox / little, red, curious / in a den under a hill / a butterfly, a falling leaf \
-    / deep into the woods / owl, deer, crow / den / a bowl of berries
-    bear cub / little, brown, hungry / in a warm cave / a busy bee, a sweet smell \
-    / over the hills / owl, deer, badger / cave / some honey
-    rabbit / little, white, curious / in a hole near the woods / a butterfly, a grasshopper \
-    / across the wide field / mole, crow, hedgehog / hole / a fresh carrot
-    mouse / tiny, gray, curious / in a barn / a beetle, a rolling nut \
-    / across the wide field / mole, hen, dog / barn / a bit of cheese
-    penguin / little, fluffy, round / in a nest by the sea / a snowflake, a shiny fish \
-    / across the ice / seal, gull, walrus / nest / a small fish
-    monkey / little, playful, lively / in a tall palm / a moth, a blue butterfly \
-    / deep into the jungle / parrot, gorilla, elephant / palm tree / a sweet banana
+    animal / trait / den / home / lure / far
+    duckling / little, yellow, fluffy / on a blue pond / pond \
+    / a dragonfly, a shiny fish / into the tall reeds
+    fox / little, red, curious / in a den under a hill / den \
+    / a butterfly, a falling leaf / deep into the woods
+    bear / little, brown, hungry / in a warm cave / cave \
+    / a busy bee, a sweet smell / over the hills
+    rabbit / little, white, curious / in a hole near the woods / hole \
+    / a butterfly, a grasshopper / across the wide field
+    mouse / tiny, gray, curious / in a barn / barn \
+    / a beetle, a rolling nut / across the wide field
+    """
+)
+
+GUIDES = table(
+    """
+    guide
+    owl, deer, crow, hedgehog, mole
     """
 )
 
 LOST_WAY = Plot(
-    (cast("Hazel", "Rusty"), YOUNG),
+    (cast("Hazel", "Rusty"), YOUNG, GUIDES),
     ANIMAL_OPENING
     + script(
         """
@@ -93,18 +101,18 @@ LOST_WAY = Plot(
         - {A guide} heard {him}. "Why are you crying?" the {guide} asked.
         - Just then, {a guide} came by and asked, "What is the matter?"
 
-        - "I know where your {home} is," said the {guide}. "Follow me."
+        - "I know where you live," said the {guide}. "Follow me."
         - "Do not cry," said the {guide}. "I will take you home."
 
-        - At last, {hero} saw the {home} and ran to {his} mother.
+        - At last, {hero} was home again and ran to {his} mother.
         - Then {hero} heard a voice. It was {his} mother!
 
-        - {His} mother thanked the {guide} and gave {hero} {snack}.
-        - {hero} thanked the {guide} and ate {snack} for dinner.
+        - {His} mother thanked the {guide} and gave {hero} a kiss.
+        - {hero} thanked the {guide} and ate a big dinner.
 
         - That night, {hero} slept close to {his} mother.
         - From then on, {hero} never went so far alone.
-        - {hero} learned to stay near the {home}.
+        - {hero} learned to stay close to home.
         """
     ),
 )
@@ -164,17 +172,24 @@ AFRAID = Plot(
 
 STORES = table(
     """
-    animal / trait / den / food / guest
-    squirrel / busy, red, careful / in a hollow tree / nuts / bird, mouse, rabbit
-    mouse / busy, tiny, careful / under an old barn / corn / sparrow, rat, squirrel
-    chipmunk / busy, striped, careful / under a big rock / acorns / bird, mouse, squirrel
-    hamster / busy, golden, careful / at the edge of a field / seeds / sparrow, mouse, rabbit
-    beaver / busy, strong, careful / beside a stream / bark and roots / rabbit, deer, mouse
+    animal / trait / den / guest
+    squirrel / busy, red, careful / in a hollow tree / bird, mouse, rabbit
+    mouse / busy, tiny, careful / under an old barn / sparrow, rat, squirrel
+    chipmunk / busy, striped, careful / under a big rock / bird, mouse, squirrel
+    hamster / busy, golden, careful / at the edge of a field / sparrow, mouse, rabbit
+    beaver / busy, strong, careful / beside a stream / rabbit, deer, mouse
+    """
+)
+
+FOOD = table(
+    """
+    food
+    nuts, seeds, acorns, roots
     """
 )
 
 WINTER = Plot(
-    (cast("Bella", "Otto"), STORES),
+    (cast("Bella", "Otto"), STORES, FOOD),
     ANIMAL_OPENING
     + script(
         """
@@ -197,14 +212,14 @@ WINTER = Plot(
         - Then {he} heard a weak voice. It was {friend}, cold and hungry.
 
         - "You were right," said {friend}. "I have no food."
-        - "I should have listened to you," said {friend}.
+        - "I have no food," said {friend}. "I should have listened to you."
 
         - "Come in," said {hero}. "There is enough for two."
         - "Come in and eat," said {hero}. "You are my friend."
 
-        - All winter long, {hero} and {friend} ate {food} and kept each other warm.
-        - {hero} and {friend} shared the {food} and told stories until the spring.
-        - The next autumn, {friend} and {hero} worked side by side.
+        - All winter long, {hero} and {friend} kept each other warm.
+        - {hero} and {friend} shared the food and told stories until the spring.
+        - The next autumn, they worked side by side.
         - {hero} was happy. A full home is nice, but a shared one is nicer.
         """
     ),

@@ -26,8 +26,8 @@ TURNS = Plot(
         - {hero} was very proud of {his} {look} {ride}.
         - For {his} birthday, {he} got {a look} {ride}.
 
-        - One day, {his} friend {friend} came over. "May I {play}?" {friend_he} asked.
-        - One day, {friend} came to play. "Can I {play} too?" {friend_he} asked.
+        - One day, {his} friend {friend} saw the {ride}. "May I {play}?" {friend_he} asked.
+        - One day, {friend} came. "What {a ride}! Can I {play} too?" {friend_he} asked.
 
         - "No! It is my {ride}!" said {hero}.
         - {hero} shook {his} head. "Only I can use it," {he} said.
@@ -61,10 +61,9 @@ ACTIVITIES = table(
     drawing with chalk / draw a sun / drew a whole garden on the ground
     digging in the sand / dig a tunnel / made a castle with a long tunnel
     playing with a ball / kick the ball / kicked the ball back and forth
-    looking at a book / read with me / read about pirates and dragons
     making a chain of flowers / find more flowers / made a chain with a hundred flowers
+    looking at a book / read with me / read about pirates and dragons
     doing a puzzle / find the last pieces / finished the whole puzzle
-    playing with toy trains / be the driver / drove the trains over a high bridge
     """
 )
 
@@ -109,15 +108,12 @@ SKILLS = table(
     skill / fall / done
     ride a bike / fell into the grass / rode all the way to the corner
     swim / swallowed some water and coughed / swam across the whole pool
-    jump rope / got both feet caught in the rope / jumped twenty times
     tie a bow / made a knot that would not open / tied two neat bows
     whistle / made only a puff of air / whistled a whole song
     catch a ball / dropped the ball on one toe / caught the ball with both hands
-    do a cartwheel / landed flat on the ground / turned over like a wheel
     play the piano / hit all the wrong keys / played a song from start to end
     skate / slipped and sat down hard / skated in a big circle
     row a boat / went around in circles / rowed across the whole lake
-    walk on stilts / fell over after one step / walked through the whole yard
     """
 )
 
@@ -129,11 +125,11 @@ LEARN = Plot(
         - More than anything, {hero} wanted to {skill}.
         - {He} had one big wish. It was to {skill}.
 
-        - {His} friend {friend} could {skill} very well.
-        - One {day}, {he} saw {his} friend {friend} {skill}. It looked so easy!
+        - {His} friend {friend} could do that very well.
+        - One {day}, {he} saw {his} friend {friend} do that. It looked so easy!
 
-        - {hero} tried it, but {he} {fall}.
-        - {hero} wanted to try, but {he} {fall}.
+        - {hero} tried to {skill}, but {he} {fall}.
+        - When {hero} tried to {skill}, {he} {fall}.
 
         - "I can not do it!" {he} cried.
         - "It is too hard!" said {hero} and stamped {his} foot.
@@ -144,11 +140,11 @@ LEARN = Plot(
         - So {hero} practiced every day after school.
         - {hero} dried {his} tears and practiced for a whole week.
 
-        - Then, one morning, {hero} did it. {He} {done}!
-        - At last, the big moment came. {hero} {done}!
+        - Then, one morning, {hero} could {skill}. {He} {done}!
+        - At last, {he} could {skill}! {hero} {done}.
 
         - "Look at me! I can {skill}!" {he} shouted.
-        - "You did it!" called {friend} and clapped. "You can {skill}!"
+        - "You did it!" called {friend} and clapped.
 
         - {hero} was so proud that {he} smiled all day.
         - {hero} felt as tall as a tree.

@@ -5,16 +5,15 @@ from llama_jax.stories.words import FAIR_DAYS, HOMES, OPENING, cast
 
 TREATS = table(
     """
-    treat / look / split / taste
-    cookie / big, round, sweet / broke the cookie in two / crunchy
-    muffin / warm, soft, sweet / cut the muffin in two / soft
-    apple / red, juicy, shiny / cut the apple in two / fresh
-    orange / big, juicy, sweet / pulled the orange apart / juicy
-    sandwich / big, thick / cut the sandwich in two / yummy
-    pancake / warm, golden, round / cut the pancake in two / buttery
-    pear / yellow, juicy, sweet / cut the pear in two / fresh
-    pretzel / warm, long, soft / broke the pretzel in two / salty
-    waffle / warm, golden, crispy / broke the waffle in two / crispy
+    treat / look
+    cookie / big, round, sweet
+    muffin / warm, soft, sweet
+    apple / red, juicy, shiny
+    orange / big, juicy, sweet
+    sandwich / big, thick
+    pancake / warm, golden, round
+    pretzel / warm, long, soft
+    waffle / warm, golden, crispy
     """
 )
 
@@ -51,13 +50,13 @@ SHARE_TREAT = Plot(
         - {hero} looked at the {treat}. It was not so nice any more.
         - {hero} began to feel bad. "How would I feel?" {he} thought.
 
-        - "Wait, we can share," said {hero} and {split}.
-        - So {he} {split}. "Here is a piece for you," said {hero}.
+        - "Wait, we can share," said {hero} and broke the {treat} in two.
+        - So {he} broke the {treat} in two. "Here is a piece for you," said {hero}.
 
-        - "Mmm, so {taste}!" said {friend}. {hero} was glad and ate, too.
+        - "Mmm, so good!" said {friend}. {hero} was glad and ate, too.
         - "Thank you!" said {friend}. Sharing made the {treat} taste even better.
         - {hero} learned that sharing makes two people happy.
-        - The next day, {friend} brought {a treat} to share with {hero}.
+        - The next day, {friend} brought a big lunch to share with {hero}.
         """
     ),
 )
@@ -65,17 +64,17 @@ SHARE_TREAT = Plot(
 GIFTS = table(
     """
     gift / look / gather / make / use
-    necklace / pretty, long / shells from the beach, round beads / put them on a string \
+    necklace / pretty, long / round beads / put them on a string \
     / put it on right away
-    card / big, funny / paper and paint, crayons and paper / drew a heart and many flowers \
+    card / big, funny / paper and paint / drew a heart and many flowers \
     / put it on the wall
-    crown / golden, shiny / paper and glue, yellow paper / cut and folded the paper \
+    crown / golden, shiny / yellow paper / cut and folded the paper \
     / wore it all day
-    bird house / little, wooden / wood and nails, old boards / built four walls and a roof \
+    bird house / little, wooden / wood and nails / built four walls and a roof \
     / hung it in a tree
-    scarf / warm, striped / red and blue yarn, soft yarn / knitted row after row \
+    scarf / warm, striped / red and blue yarn / knitted row after row \
     / put it on right away
-    basket / round, yellow / long dry grass, thin willow twigs / bent and wove them together \
+    basket / round, yellow / long dry grass / bent and wove the grass \
     / filled it with apples
     puppet / funny, tiny / an old sock and two buttons / sewed on the eyes and a red mouth \
     / made it talk in a silly voice
@@ -96,16 +95,16 @@ GIFT = Plot(
         - "You can make {a look} {gift}!" said {friend}.
         - "How about {a look} {gift}?" asked {friend}. "We can make it!"
 
-        - {hero} loved the idea. They looked around and found {gather}.
-        - "Yes!" said {hero}. They went to get {gather}.
+        - {hero} wanted to make the {gift} at once. They looked around and found {gather}.
+        - "Yes, {a gift}!" said {hero}. They went to get {gather}.
 
-        - All afternoon, {hero} worked. {He} {make}.
-        - It was not easy, but {hero} {make}.
+        - All afternoon, {hero} worked on the {gift}. {He} {make}.
+        - The {gift} was not easy to make, but {hero} {make}.
 
         - The next day, {hero} said, "Happy birthday! I made this for you."
         - In the morning, {hero} ran to {elder}. "Surprise!" {he} called.
 
-        - "What {a look} {gift}!" said {elder} and {use}.
+        - "What a lovely {gift}!" said {elder} and {use}.
         - "You made this {gift}? It is beautiful!" said {elder} and {use}.
 
         - {hero} learned that the best gifts come from the heart.
@@ -117,8 +116,8 @@ GIFT = Plot(
 
 CARES = table(
     """
-    ill / soup / show
-    a cold, a fever, a sore throat, a bad cough / chicken soup, noodle soup, tomato soup \
+    ill / kind / show
+    a cold, a fever, a sore throat, a bad cough / chicken, noodle, tomato, carrot \
     / put on a puppet show, read a funny story, sang a silly song, told a tale about a bear
     """
 )
@@ -132,7 +131,7 @@ SICK_FRIEND = Plot(
         - {His} best friend was {friend}, who lived next door.
 
         - But one day, {friend} did not come out to play.
-        - But one day, {hero} had to play alone.
+        - But one day, it was very quiet next door.
 
         - "{friend} has {ill} and must stay in bed," said {elder}.
         - {elder} told {him}, "{friend} is sick today. {Friend_he} has {ill}."
@@ -140,21 +139,21 @@ SICK_FRIEND = Plot(
         - {hero} was worried. "How can I help {friend_him}?" {he} asked.
         - "Poor {friend}!" said {hero}. "I want to make {friend_him} happy."
 
-        - "We can make some {soup}," said {elder}.
-        - {elder} had an idea. "Let us cook some {soup}."
+        - "We can make some {kind} soup," said {elder}.
+        - {elder} had an idea. "Let us cook some {kind} soup."
 
-        - They carried the warm {soup} to {friend}.
-        - {hero} carried the {soup} and did not spill a drop.
+        - They carried the warm soup to {friend}.
+        - {hero} carried the soup and did not spill a drop.
 
         - {friend} lay in bed with a red nose. "You came!" {friend_he} said.
         - {friend} looked pale and tired. But when {friend_he} saw {hero}, {friend_he} smiled.
 
-        - {friend} had the {soup}, and {hero} {show}.
-        - "The {soup} tastes good," said {friend}. Then {hero} {show}.
+        - {friend} had the soup, and {hero} {show}.
+        - "The soup tastes good," said {friend}. Then {hero} {show}.
 
         - {friend} laughed and felt better already. {hero} was glad.
         - A few days later, {hero} and {friend} could play outside again.
-        - {hero} learned that a visit from a friend is good medicine.
+        - They both learned that a visit from a friend is good medicine.
         """
     ),
 )

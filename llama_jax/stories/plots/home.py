@@ -20,7 +20,7 @@ NOISES = table(
 LIGHTS = table(
     """
     light / cuddle
-    flashlight, small lamp, lantern, candle / pillow, blanket, teddy bear
+    lamp, lantern, candle / pillow, blanket, teddy
     """
 )
 
@@ -44,7 +44,7 @@ DARK = Plot(
         - {He} called for {elder}, and {elder} came with a {light}.
 
         - "Let us look together," said {elder}. Step by step, they went to look.
-        - "Take my hand," said {elder}. They held up the {light} and looked.
+        - "Take my hand," said {elder}. They held up the light and looked.
 
         - It was not a monster at all. It was only {maker}!
         - And what did {he} see? It was just {maker}!
@@ -61,9 +61,8 @@ DARK = Plot(
 
 BAKED = table(
     """
-    cake / topping
-    chocolate cake, lemon cake, carrot cake, honey cake, plum cake, apple pie, cherry pie \
-    / sugar, cream, nuts, berries
+    kind / topping
+    chocolate, lemon, carrot, honey, plum, apple, cherry / sugar, cream, nuts, berries
     """
 )
 
@@ -86,25 +85,18 @@ MISHAPS = table(
 GUESTS = table(
     """
     guest / delight
-    Grandma, Grandpa, Aunt May, Uncle Joe / ate two big pieces, asked for more, smiled with joy
-    the neighbors, the whole family / ate every last crumb, asked for more, clapped their hands
-    """
-)
-
-COOKS = table(
-    """
-    elder
-    Mom, Dad
+    Mom, Grandma, Grandpa, Aunt May, Uncle Joe, the neighbors \
+    / ate two big pieces, asked for more, smiled with joy, ate every last crumb
     """
 )
 
 BAKING = Plot(
-    (cast("Finn", "Amy"), HOMES, COOKS, FAIR_DAYS, BAKED, MISHAPS, GUESTS),
+    (cast("Finn", "Amy", "Dad"), HOMES, FAIR_DAYS, BAKED, MISHAPS, GUESTS),
     OPENING
     + script(
         """
-        - One {day}, {hero} wanted to bake {a cake} for {guest}.
-        - One {day}, {he} said, "Let us bake {a cake} for {guest}!"
+        - One {day}, {hero} wanted to bake {a kind} cake for {guest}.
+        - One {day}, {he} said, "Let us bake {a kind} cake for {guest}!"
 
         - "What a nice idea!" said {elder}. They mixed and stirred.
         - {elder} got out a big bowl and a spoon.
@@ -122,11 +114,11 @@ BAKING = Plot(
         - So they {remedy}.
         - Together, they {remedy}.
 
-        - Soon the {cake} was golden, and they put {topping} on top.
-        - This time all went well. They put {topping} on the warm {cake}.
+        - Soon the cake was golden, and they put {topping} on top.
+        - This time all went well. They put {topping} on the warm cake.
 
-        - {Guest} {delight}.
-        - "This is so good!" said {guest}.
+        - "This is so good!" everyone said.
+        - Everyone {delight}.
 
         - {hero} was proud and gave {elder} a hug.
         - {hero} learned that you can always try again.
@@ -140,7 +132,7 @@ TREASURES = table(
     thing / look / crack
     vase, mug, bowl, plate, teapot / blue, yellow, old, lovely / broke into three pieces
     lamp, clock, picture frame / old, golden, green, lovely / broke in two
-    music box, jewel box / wooden, old, red, lovely / lost its lid
+    music box / wooden, old, red, lovely / lost its lid
     """
 )
 

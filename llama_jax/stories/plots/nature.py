@@ -70,14 +70,12 @@ SEEDS = table(
     """
     seed / sprout / plant / gift
     sunflower seed / thick green stem / tall sunflower / gave some seeds to the birds
-    bean / curly green shoot / long bean plant / ate the beans with {friend}
+    bean / curly green shoot / long bean plant / ate the beans with {elder}
     pumpkin seed / fat green vine / huge orange pumpkin / made a big pot of soup
-    tomato seed / tiny green leaf / tomato plant full of red fruit \
-    / ate the tomatoes with {friend}
-    strawberry seed / tiny green leaf / strawberry plant full of red fruit \
-    / shared the berries with {friend}
-    melon seed / thin green vine / round melon / gave {friend} the first piece
-    poppy seed / thin green stem / bright red poppy / showed it to {friend}
+    tomato seed / tiny green leaf / tall tomato plant / ate the tomatoes for dinner
+    melon seed / thin green vine / round melon / gave {elder} the first piece
+    strawberry seed / tiny green shoot / big strawberry plant / shared the berries with {elder}
+    poppy seed / thin green stem / bright red poppy / showed it to {elder}
     """
 )
 
@@ -119,10 +117,9 @@ SEED = Plot(
 
 SNOW = table(
     """
-    nose / eyes / thief
-    carrot / two black stones, two buttons, two nuts \
-    / a hungry rabbit, a brown horse, a little deer
-    corn cob / two black stones, two buttons / a black crow, a hungry squirrel, a fat goose
+    eyes / thief
+    two black stones, two buttons, two nuts \
+    / a hungry rabbit, a brown horse, a little deer, a fat goose
     """
 )
 
@@ -137,23 +134,23 @@ SNOWMAN = Plot(
         - {He} and {his} friend {friend} made a big, round snowman.
         - {He} ran out with {his} friend {friend}, and they built a snowman.
 
-        - They gave it {eyes} for eyes and {a nose} for a nose.
-        - It got {eyes} for eyes and {a nose} for a nose.
+        - They gave it {eyes} for eyes and a carrot for a nose.
+        - It got {eyes} for eyes and a carrot for a nose.
 
-        - The next day, the {nose} was gone! "Who took the nose?" asked {hero}.
-        - But in the morning, the {nose} was gone. "That is not nice!" said {hero}.
+        - The next day, the carrot was gone! "Who took the nose?" asked {hero}.
+        - But in the morning, the carrot was gone. "That is not nice!" said {hero}.
 
         - But {friend} saw small tracks in the snow.
         - "Look, there are tracks," said {friend}. They went after them.
 
-        - Behind the house stood {thief} with the {nose}.
-        - The tracks led to {thief}. It was eating the {nose}!
+        - Behind the house stood {thief} with the carrot.
+        - The tracks led to {thief}. It was eating the carrot!
 
         - "It must be very hungry," said {friend}.
         - "The poor thing found no food," said {friend}.
 
-        - "It can have the {nose}," said {hero} and smiled.
-        - "Then it can have the {nose}," said {hero}.
+        - "It can have the carrot," said {hero} and smiled.
+        - "Then it can have the carrot," said {hero}.
 
         - They used a pine cone for the new nose, and everyone was happy.
         - From then on, {hero} and {friend} fed the animals each day.
