@@ -8,9 +8,11 @@ end too soon. Also counts how many were not in the text that the model has read.
 """
 
 import argparse
+import sys
 
 from llama_jax import LLM
 from llama_jax.data.corpora import STORIES
+from llama_jax.errors import UserError
 from llama_jax.stories import stories
 from llama_jax.stories.recognition import could_be_told
 
@@ -35,7 +37,10 @@ def main() -> None:
     flags.add_argument("--show", action="store_true", help="also print those that went wrong")
     asked = flags.parse_args()
 
-    told = sampled(asked.ckpt, asked.temperature, asked.count)
+    try:
+        told = sampled(asked.ckpt, asked.temperature, asked.count)
+    except (UserError, ValueError) as error:
+        sys.exit(f"error: {error}")
     wrong = [story for story in told if not could_be_told(story)]
     new = set(told) - set(stories("train", STORIES))
     print(f"{len(told)} stories at temperature {asked.temperature:g}")

@@ -31,7 +31,7 @@ def get_config() -> Any:
             packing="documents",
         ),
         optimizer=OptimizerConfig(
-            steps=1100,
+            steps=1300,
             learning_rate=6e-3,
             warmup_steps=50,
             weight_decay=0.1,

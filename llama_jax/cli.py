@@ -104,6 +104,8 @@ def _split_config_flags(argv: Sequence[str], default: str) -> tuple[str, list[st
         override = CONFIG_FLAG.match(word)
         if word == "--config" or word.startswith("--config="):
             path = word.partition("=")[2] or (words.pop(0) if words else "")
+            if not path:
+                raise UsageError("--config names no file; for example --config configs/demo.py")
         elif override and override["value"] is not None and not override[1]:
             overrides.append(word)
         elif override and override["value"] is None:
@@ -111,7 +113,8 @@ def _split_config_flags(argv: Sequence[str], default: str) -> tuple[str, list[st
             overrides.append(word if is_switch else f"{word}={words.pop(0)}")
         else:
             is_pair = "=" in word and not word.startswith("-")
-            example = f"; did you mean --config.{word}" if is_pair else "; see --help"
+            section = "" if "." in word.partition("=")[0] else "SECTION."
+            example = f"; did you mean --config.{section}{word}" if is_pair else "; see --help"
             raise UsageError(f"{word!r} is not understood{example}")
     return path, overrides
 
@@ -120,8 +123,10 @@ def _load(path: str) -> Any:
     """The ConfigDict that a config file's `get_config()` returns."""
     if not Path(path).is_file():
         known = sorted(str(file) for file in Path("configs").glob("*.py"))
-        hint = nearest(path, known) or (f"; there are {', '.join(known)}" if known else "")
-        raise UsageError(f"config file {path!r} does not exist{hint}")
+        there = f"there are {', '.join(known)}" if known else "expected one like configs/demo.py"
+        raise UsageError(
+            f"config file {path!r} does not exist{nearest(path, known) or '; ' + there}"
+        )
     scope: dict[str, Any] = {"__file__": path, "__name__": "config"}
     try:
         exec(compile(Path(path).read_text(), path, "exec"), scope)

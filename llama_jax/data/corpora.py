@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 from llama_jax.data.corpus import HELD_OUT, Assigned, Corpus, corpus_from_files
 from llama_jax.data.documents import Passage
@@ -19,6 +20,7 @@ VOCAB_SIZES = {"stories": 2048, "shakespeare": 2048, "tinystories": 4096}  # unl
 STORIES = 20_000  # made for training
 STORIES_PER_HELD_OUT = 20  # and one for validation with every so many
 STORY_LENGTH = 500  # characters, about
+CUT_EVERY = 6  # one story for training in so many has lost its beginning
 
 SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -51,21 +53,26 @@ def named_corpus(name: str, *, validation: float = HELD_OUT, stories: int = STOR
         folder = unpack(archive, cache_folder() / "tinystories")
         corpus = corpus_from_files(folder, validation=validation)
     else:
-        expected = f"expected one of {', '.join(NAMES)}"
-        raise UserError(f"corpus {name!r} is unknown{nearest(name, NAMES)}; {expected}")
+        expected = f"; expected one of {', '.join(NAMES)}"
+        raise UserError(f"corpus {name!r} is unknown{nearest(name, NAMES) or expected}")
     return dataclasses.replace(corpus, source=f"corpus {name}")
 
 
 def embedded_stories(count: int) -> Corpus:
-    """`count` stories for training and a twentieth of that for validation, made on the spot."""
+    """`count` stories for training and a twentieth of that for validation, made on the spot.
+
+    Some of those for training begin at a later word. A model that has only met openings where a
+    text begins cannot go on from "One day", which is what a user may well type.
+    """
     held_out = max(1, count // STORIES_PER_HELD_OUT)
 
     def read(reading: Reading) -> Iterator[Assigned]:
         from llama_jax.stories import stories
 
-        for story in stories("train", count):
+        for number, story in enumerate(stories("train", count)):
             reading.done += 1
-            yield "train", Passage(story, is_first=True, is_last=True)
+            text = without_beginning(story, number) if number % CUT_EVERY == 0 else story
+            yield "train", Passage(text, is_first=True, is_last=True)
         for story in stories("validation", held_out):
             reading.done += 1
             yield "validation", Passage(story, is_first=True, is_last=True)
@@ -77,6 +84,12 @@ def embedded_stories(count: int) -> Corpus:
         unit=" stories",
         characters=count * STORY_LENGTH,
     )
+
+
+def without_beginning(story: str, seed: int) -> str:
+    """The story from some word in its first three quarters on, but not the very first."""
+    words = story.split(" ")
+    return " ".join(words[1 + int(Random(seed).random() * 0.75 * len(words)) :])
 
 
 def default_options(name: str) -> TokenOptions:

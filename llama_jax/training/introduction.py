@@ -43,7 +43,7 @@ def introduction(
     ]
     if rows:
         filled = f"{rows.efficiency:.1%} of positions filled"
-        lines.insert(-1, f"packing   whole documents in {len(rows):,} rows, {filled}")
+        lines.insert(-1, f"packing   documents in {len(rows):,} rows, {filled}")
     if peak := peak_flops(device, config.run.peak_flops):
         lines.append(
             f"peak      {peak / 1e12:,.4g} TFLOP/s a device; mfu is the share of it at"

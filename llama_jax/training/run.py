@@ -95,8 +95,10 @@ def open_data(config: Config) -> TokenFolder:
         prepare_corpus("stories", path, options)
     folder = TokenFolder.open(path)
     if folder.vocab_size != config.model.vocab_size:
+        makes_it = "move it away and it is made anew, or " * (config.data.corpus == "stories")
         raise UsageError(
             f"{path} has a vocabulary of {folder.vocab_size} and model.vocab_size is"
-            f" {config.model.vocab_size}; set --config.model.vocab_size={folder.vocab_size}"
+            f" {config.model.vocab_size}; {makes_it}set"
+            f" --config.model.vocab_size={folder.vocab_size}"
         )
     return folder

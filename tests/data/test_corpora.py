@@ -14,6 +14,7 @@ from llama_jax.data.corpora import default_options, named_corpus, prepare_corpus
 from llama_jax.data.downloads import download, unpack
 from llama_jax.data.text_files import Reading
 from llama_jax.errors import UserError
+from llama_jax.stories import stories
 
 PLAY = "\n".join(f"Speaker {n}:\nWhat of the {n} boats, my lord?\n" for n in range(60)).encode()
 
@@ -150,12 +151,25 @@ def test_an_archive_cannot_write_outside(cache, tmp_path):
 
 
 def test_stories_have_their_own_validation(tmp_path):
-    pytest.importorskip("llama_jax.stories")
     folder = prepare_corpus(
         "stories", tmp_path / "out", corpora.TokenOptions(vocab_size=400), stories=100
     )
     assert [split.documents for split in folder.splits.values()] == [100, 5]
     assert folder.vocab_size == 400
+
+
+def test_some_stories_for_training_begin_at_a_later_word():
+    told = {"train": list(stories("train", 64)), "validation": list(stories("validation", 3))}
+    read = {"train": [], "validation": []}
+    for split, passage in corpora.embedded_stories(64).read(Reading()):
+        read[split].append(passage.text)
+    assert read["validation"] == told["validation"]
+    cut = [(text, story) for text, story in zip(read["train"], told["train"]) if text != story]
+    assert len(cut) == 11
+    for text, story in cut:
+        assert story.endswith(f" {text}")
+        assert len(story.split()) / 4 - 1 <= len(text.split()) < len(story.split())
+    assert len({len(story.split()) - len(text.split()) for text, story in cut}) > 6
 
 
 def test_an_unknown_corpus_gets_a_suggestion():

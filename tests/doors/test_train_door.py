@@ -259,6 +259,10 @@ MISTAKES = {
         "missing has no meta.json; make it with: python prepare.py",
     ),
     (*TINY, "--config.model.vocab_size=300"): (2, "set --config.model.vocab_size=320"),
+    (*TINY, "--config.model.vocab_size=300", "--config.data.corpus=stories"): (
+        2,
+        "move it away and it is made anew, or set --config.model.vocab_size=320",
+    ),
     (*TINY, "--config.data.path=beyond"): (1, "train-00000.bin has id 320 at position 3"),
     (*TINY, "--config.data.path=cut"): (1, "expected"),
     (*LONG, "--config.data.path=short"): (1, "the train split of short has"),

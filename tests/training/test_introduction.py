@@ -65,7 +65,7 @@ def test_packed_rows_are_counted(mesh, monkeypatch):
 
     monkeypatch.setattr(module, "rows_of", lambda data, split, length, packing: Rows([0] * 1500))
     said = lines(make_config("tokens", "ckpt", data__packing="documents"), mesh)
-    assert said["packing"] == "whole documents in 1,500 rows, 97.2% of positions filled"
+    assert said["packing"] == "documents in 1,500 rows, 97.2% of positions filled"
     assert "5,120 tokens (0.11 epochs)" in said["data"]  # 20 steps of 8 of the 1,500 rows are 0.107
     unpacked = lines(make_config("tokens", "ckpt"), mesh)
     assert "packing" not in unpacked

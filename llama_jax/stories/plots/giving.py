@@ -131,7 +131,7 @@ SICK_FRIEND = Plot(
         - {His} best friend was {friend}, who lived next door.
 
         - But one day, {friend} did not come out to play.
-        - But one day, it was very quiet next door.
+        - But one day, {hero} waited and waited for {friend}.
 
         - "{friend} has {ill} and must stay in bed," said {elder}.
         - {elder} told {him}, "{friend} is sick today. {Friend_he} has {ill}."

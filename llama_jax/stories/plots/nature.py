@@ -140,7 +140,7 @@ SNOWMAN = Plot(
         - The next day, the carrot was gone! "Who took the nose?" asked {hero}.
         - But in the morning, the carrot was gone. "That is not nice!" said {hero}.
 
-        - But {friend} saw small tracks in the snow.
+        - But {friend} saw tracks in the snow.
         - "Look, there are tracks," said {friend}. They went after them.
 
         - Behind the house stood {thief} with the carrot.

@@ -152,9 +152,9 @@ PICNIC = Plot(
         - One {day}, {he} and {elder} took {his} friend {friend} to a picnic.
 
         - They filled a big basket with {food}.
-        - {hero} packed {food}. {elder} took a warm blanket.
+        - {hero} packed {food} in a basket and took a warm blanket.
 
-        - They put the {food} on the blanket {spot}.
+        - They put the basket of {food} down {spot}.
         - They sat down {spot} and looked at the {food}.
 
         - But soon the sky turned gray, and it began to rain.
