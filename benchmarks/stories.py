@@ -2,9 +2,9 @@
 
     python benchmarks/stories.py --ckpt ckpt/ --temperature 0.8
 
-Samples stories and counts those that the grammar could have told, word for word (see
+Samples stories (top_p 0.9) and counts those that the grammar could have told, word for word (see
 `llama_jax/stories/recognition.py`): all others mix up a person, a thing or the order of events, or
-end too soon. Also counts how many were not in the text that the model has read.
+end too soon. Also counts how many are not in the text that the model has read.
 """
 
 import argparse

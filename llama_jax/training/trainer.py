@@ -6,6 +6,7 @@ works on: data, folder, mesh.
 
 import dataclasses
 import math
+import shlex
 import time
 from collections.abc import Callable
 from functools import partial
@@ -102,9 +103,12 @@ class Trainer:
         self.writer.wait()
         if jax.process_index() == 0:
             draw(self.folder)
+        prompt = self.config.run.sample_prompt
+        words = ["python", "sample.py", "--ckpt", str(self.folder)]
+        words += ["--prompt", prompt] if prompt else []
         self.console.line(
             f"finished {total:,} steps in {spelled_duration(self.clock.wall)}, goodput"
-            f" {self.clock.summary}; sample with: python sample.py --ckpt {self.folder}"
+            f" {self.clock.summary}; sample with: {shlex.join(words)}"
         )
         return 0
 

@@ -23,6 +23,7 @@ def test_the_demo_tells_new_stories_that_mix_nothing_up(tmp_path):
     losses = [float(loss) for loss in re.findall(r"validation loss ([\d.]+)", lines)]
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.17
+    assert lines.endswith("sample with: python sample.py --ckpt ckpt --prompt 'Once upon a time'\n")
 
     model = LLM(tmp_path / "ckpt")
     told = model.complete("Once upon a time", n=COUNT, temperature=0.8, seed=1, echo=True)
