@@ -239,7 +239,7 @@ MISTAKES = {
     ("--config=broken.py",): (2, "broken.py:1: "),
     (*TINY, "--config.optimizer.leraning_rate=1"): (2, "did you mean 'optimizer.learning_rate'"),
     (*TINY, "--config.data.batch_size=many"): (2, "expected a whole number"),
-    (*TINY, "batch_size=4"): (2, "did you mean --config.batch_size=4"),
+    (*TINY, "batch_size=4"): (2, "did you mean --config.SECTION.batch_size=4"),
     (*TINY, "--config.data.batch_size=0"): (2, "data.batch_size=0 is out of range"),
     (*TINY, "--config.optimizer.learning_rate=nan"): (2, "learning_rate=nan is out of range"),
     (*TINY, "--config.model.dim=25"): (2, "model.dim=25 does not divide into model.num_heads=6"),
