@@ -41,7 +41,8 @@ class Console:
         self._bar = tqdm(
             total=total,
             initial=start,
-            unit="step",
+            # The line has speed and time left already; tqdm's own would leave the bar no room.
+            bar_format="{bar:10} {n_fmt}/{total_fmt}  {desc}",
             dynamic_ncols=True,
             disable=not (self._speaks and sys.stderr.isatty()),
         )
@@ -58,7 +59,7 @@ class Console:
         if self._bar.disable:
             self.line(line)
             return
-        self._bar.set_postfix_str(line.partition("  ")[2], refresh=False)
+        self._bar.set_description_str(line.partition("  ")[2], refresh=False)
         self._bar.update(step - self._bar.n)
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 """What a run tells: times, lines and records."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -76,6 +77,17 @@ def test_without_a_terminal_the_console_says_plain_lines(capsys):
     console.progress(3, "step 3/9  loss 1.0")
     console.close()
     assert capsys.readouterr() == ("hello\nstep 3/9  loss 1.0\n", "")
+
+
+def test_on_a_terminal_the_line_stands_behind_a_bar(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(metrics.sys, "stderr", terminal)
+    console = Console(total=40, start=0)
+    console.progress(10, "step 10/40  loss 1.0  1,000 tok/s  left 5s")
+    console.close()
+    assert "10/40  loss 1.0  1,000 tok/s  left 5s" in terminal.getvalue()
+    assert terminal.getvalue().count("left") == 1  # and nothing of tqdm's own besides
 
 
 def test_only_process_0_speaks_and_writes(tmp_path, capsys, monkeypatch):
