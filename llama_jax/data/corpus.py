@@ -79,7 +79,8 @@ def corpus_from_files(
     if reading.replaced:
         notices.append(f"{reading.replaced:,} characters were no text and became U+FFFD")
     if documents == 1 and validation > 0:
-        notices.append(f"there is one document; its last {validation:.0%} is for validation")
+        whole = "" if split_at in ("auto", "none") else f", not split at {split_at!r}"
+        notices.append(f"there is one document{whole}; its last {validation:.0%} is for validation")
     return Corpus(
         source=f"text of {os.fspath(path)}",
         read=read,

@@ -116,6 +116,13 @@ def test_a_single_document_is_cut_at_a_line(tmp_path):
     assert 0.15 < len(texts["validation"]) / len("\n".join(STORIES)) < 0.2
 
 
+def test_a_separator_that_is_nowhere_is_told(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("One.\n***\nTwo.\n")
+    assert "not split at '---'; its last" in corpus_from_files(path, split_at="---").notices[0]
+    assert corpus_from_files(path, split_at="***").notices == ()
+
+
 @pytest.mark.parametrize(
     ("count", "validation", "held_out"), [(2, 0.05, 1), (2, 0.99, 1), (30, 0.0, 0), (40, 0.05, 2)]
 )
