@@ -8,13 +8,14 @@ import pytest
 from tiny_run import DOOR, REPOSITORY
 
 from llama_jax import LLM
+from llama_jax.data.corpora import STORIES
 from llama_jax.stories import stories
 from llama_jax.stories.recognition import could_be_told
 
 COUNT = 100
 
 
-@pytest.mark.slow  # two minutes on two cores of its own, four beside other tests
+@pytest.mark.slow  # two and a half minutes on two cores
 def test_the_demo_tells_new_stories_that_mix_nothing_up(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     lines = subprocess.run(
@@ -28,6 +29,6 @@ def test_the_demo_tells_new_stories_that_mix_nothing_up(tmp_path):
     model = LLM(tmp_path / "ckpt")
     told = model.complete("Once upon a time", n=COUNT, temperature=0.8, seed=1, echo=True)
     texts = [choice.text.strip() for choice in told]
-    # 98 or 99 of 100 with most seeds; what the count misses is one sentence or one thing.
+    # 197 of 200 were counted once (benchmarks/RESULTS.md); training differs between machines.
     assert sum(map(could_be_told, texts)) >= 0.9 * COUNT
-    assert len(set(texts) - set(stories("train", 20_000))) >= 0.9 * COUNT
+    assert len(set(texts) - set(stories("train", STORIES))) >= 0.9 * COUNT
