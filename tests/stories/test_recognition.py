@@ -21,6 +21,7 @@ LOST = Plot(
 
         - Then the {toy} {end}.
         - At last, it {end}!
+        - {He} saw something {look}. It was the {toy}!
         """
     ),
 )
@@ -37,6 +38,8 @@ def test_every_story_is_known_again(split):
         "Tim had a red ball. One day, the ball was gone. He cried. Then the ball rolled to Tim.",
         "Tim had an old ball. One day, the ball was gone. He cried. At last, it rolled to Tim!",
         "Anna liked her duck. One day, the duck was gone. She cried. At last, it lay in her bed!",
+        "Tim had a red ball. One day, the ball was gone. He cried. He saw something red. It was the"
+        " ball!",
     ],
 )
 def test_whatever_the_plot_can_tell_is_recognised(story):
@@ -52,6 +55,9 @@ def test_whatever_the_plot_can_tell_is_recognised(story):
         "Tim had a red ball. One day, the ball was gone. He cried. Then the ball rolled to Anna.",
         "Tim had a soft ball. One day, the ball was gone. He cried. Then the ball rolled to Tim.",
         "Tim liked his ball. One day, the ball was gone. He cried. At last, it lay in his bed!",
+        # Another look of the same row.
+        "Tim had a red ball. One day, the ball was gone. He cried. He saw something old. It was the"
+        " ball!",
         # A wrong article, a beat too few, a beat twice, no end, more than the end, nothing.
         "Tim had a old ball. One day, the ball was gone. He cried. At last, it rolled to Tim!",
         "Tim had a red ball. Then the ball rolled to Tim.",
