@@ -29,6 +29,10 @@ $(VENV)/.installed-test: $(RUN) pyproject.toml
 	$(PIP) -e ".[test]"
 	@touch $(VENV)/.installed $@
 
+$(VENV)/.installed-slow: $(VENV)/.installed-test
+	$(PIP) -e ".[notebooks]"
+	@touch $@
+
 $(VENV)/.installed-parity: $(VENV)/.installed-test
 	$(PIP) -e ".[parity]"
 	@touch $@
@@ -48,7 +52,7 @@ types: $(VENV)/.installed-test
 test: lint types
 	$(RUN) -m pytest -n 2 --dist loadfile -m "not parity and not slow"
 
-test-slow: $(VENV)/.installed-test
+test-slow: $(VENV)/.installed-slow
 	$(AS_USED) $(RUN) -m pytest -n 2 --dist loadfile -m slow
 
 test-parity: $(VENV)/.installed-parity
