@@ -1,4 +1,4 @@
-"""The notebooks: kept without outputs, and run from top to bottom as a user would, on what is here."""
+"""The notebooks: kept without outputs, and run from top to bottom as a user would."""
 
 import json
 import os
@@ -94,7 +94,7 @@ def test_train_then_sample(clone):
     assert said.count("Once upon a time") >= 3
     assert (clone / "ckpt" / "notebook.gguf").is_file()
 
-    said, _ = run(clone, "train_tpu.ipynb", **names)  # all of it again: nothing is lost or made anew
+    said, _ = run(clone, "train_tpu.ipynb", **names)  # again: nothing is lost or made anew
     assert "all 20 steps were made already" in said
 
     said, _ = run(clone, "sample_tpu.ipynb", WEIGHTS="ckpt/notebook", CHECKPOINT="ckpt/int8")
