@@ -29,7 +29,13 @@ SHAPES = {
     "110m": {"vocab_size": 32000, "dim": 768, "num_layers": 12, "num_heads": 12},
 }
 SHAPES["110m"] |= {"hidden_dim": 2048}
-KV_HEADS = {"260k": 4, "15m": 6, "110m": 12}
+SHAPES["1.1b"] = {"vocab_size": 32000, "dim": 2048, "num_layers": 22, "num_heads": 32}
+SHAPES["1.1b"] |= {"hidden_dim": 5632}
+SHAPES["7b"] = {"vocab_size": 32000, "dim": 4096, "num_layers": 32, "num_heads": 32}
+SHAPES["7b"] |= {"hidden_dim": 11008}
+KV_HEADS = {"260k": 4, "15m": 6, "110m": 12, "1.1b": 4, "7b": 32}
+
+PRIVATE_OUTPUT = 2048  # from this width on a model has an output matrix of its own
 
 Work = Callable[[], float]  # does the thing measured once; returns seconds
 
@@ -52,8 +58,34 @@ def model_config(name: str, context_length: int, dtype: str) -> Any:
         **SHAPES[name],
         num_kv_heads=KV_HEADS[name],
         context_length=context_length,
+        tied_embeddings=SHAPES[name]["dim"] < PRIVATE_OUTPUT,
         compute_dtype=dtype,
     )
+
+
+def random_weights(config: Any, dtype: str) -> Any:
+    """A model arranged for decoding, drawn one matrix after the other in `dtype`.
+
+    A float32 model, stacked and then not, would take six times the memory of one in bfloat16.
+    """
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from llama_jax.arrangement import unstack
+    from llama_jax.model import Llama
+
+    shapes = jax.eval_shape(lambda: unstack(Llama(config, rngs=nnx.Rngs(0))))
+    leaves, tree = jax.tree.flatten(shapes)
+    draw = jax.jit(
+        lambda key, shape: config.init_std * jax.random.normal(key, shape, dtype),
+        static_argnames="shape",
+    )
+    drawn = [
+        jnp.ones(leaf.shape, dtype) if leaf.ndim == 1 else draw(jax.random.key(i), leaf.shape)
+        for i, leaf in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(tree, drawn)
 
 
 class Worker:
@@ -189,6 +221,14 @@ def heading(command: str) -> tuple[str, str]:
     changed = " with changes" if _output("git", "-C", here, "status", "--porcelain") else ""
     print(f"commit {_output('git', '-C', here, 'log', '-1', '--format=%h %cs %s')}{changed}")
     return device, kind
+
+
+def peak(kind: str) -> float:
+    """The dense bfloat16 peak of one device, FLOP/s, or 0 when it is not known."""
+    from llama_jax.instruments.chips import chip_of
+
+    chip = chip_of(kind)
+    return chip.flops if chip else 0.0
 
 
 def _processor() -> str:

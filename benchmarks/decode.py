@@ -5,6 +5,8 @@
     python benchmarks/decode.py --bits int8,int4 --llama2c llama2.c/run
     python benchmarks/decode.py --models "" --speculate ckpt/
 
+How near it comes to the hardware, `roofline.py` says.
+
 Greedy, a prompt of 4 tokens, the whole call timed: reading the prompt, the loop, the tokens on the
 host. Each peer has its own process and they take turns; see `common`. Ours runs as sample.py does,
 with huge pages. `--first_token` also starts `sample.py` on a 15M checkpoint, with the compilation
@@ -36,19 +38,11 @@ STORY = (
 
 def ours(model: str, rows: int, new_tokens: int, dtype: str, bits: str = "") -> common.Work:
     """The loop of `engine.generate`, with matrices in `bits` ("int8", "int4") if asked."""
-    import jax
-    import jax.numpy as jnp
-    from flax import nnx
-
-    from llama_jax.arrangement import unstack
     from llama_jax.generation.engine import generate
-    from llama_jax.model import Llama
     from llama_jax.sampling.sampler import make_sampler
 
     config, greedy = common.model_config(model, CONTEXT, dtype), make_sampler(temperature=0)
-    weights = unstack(Llama(config, rngs=nnx.Rngs(0)))
-    if dtype == "bfloat16":
-        weights = jax.tree.map(lambda array: array.astype(jnp.bfloat16), weights)
+    weights = common.random_weights(config, dtype)
     if bits:
         from llama_jax.quantization import quantize
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import common
 import numpy as np
 import peers
 
@@ -47,7 +48,7 @@ def config_of(job: Job, layers: int) -> Any:
         model=ModelConfig(
             **shape,
             context_length=job.length,
-            tied_embeddings=shape["dim"] < 2048,
+            tied_embeddings=shape["dim"] < common.PRIVATE_OUTPUT,
             compute_dtype=job.dtype,
         ),
         data=DataConfig(path="none", batch_size=job.rows, sequence_length=job.length),

@@ -20,13 +20,8 @@ from typing import Any
 import common
 from steps import AS_MANY_AS_FIT, Job, Ours, Theirs
 
-LLAMA = {"vocab_size": 32000}
 SHAPES = {name: common.SHAPES[name] | {"num_kv_heads": k} for name, k in common.KV_HEADS.items()}
 SHAPES["110m, heads of 128"] = SHAPES["110m"] | {"num_heads": 6, "num_kv_heads": 6}
-SHAPES["1.1b"] = LLAMA | {"dim": 2048, "num_layers": 22, "num_heads": 32, "num_kv_heads": 4}
-SHAPES["1.1b"] |= {"hidden_dim": 5632}
-SHAPES["7b"] = LLAMA | {"dim": 4096, "num_layers": 32, "num_heads": 32, "num_kv_heads": 32}
-SHAPES["7b"] |= {"hidden_dim": 11008}
 TUNED = "PyTorch compiled, huge pages"
 MICROBATCHES = (4, 16)
 COLUMNS = f"{'':32}{'min':>8}{'median':>8}{'max':>8} s{'tokens/s':>11}{'TFLOP/s':>9}"
@@ -169,15 +164,7 @@ def main() -> None:
             if place != here:
                 print(f"{name}: skipped; its device is of the kind {place}, here is {kind}")
                 continue
-            measure(make(), chosen.rounds, _peak(kind))
-
-
-def _peak(kind: str) -> float:
-    """The peak FLOP/s of one device, or 0 when it is not known."""
-    from llama_jax.instruments.chips import chip_of
-
-    chip = chip_of(kind)
-    return chip.flops if chip else 0.0
+            measure(make(), chosen.rounds, common.peak(kind))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,167 @@
+"""How near the hardware comes: decoding beside the memory's bandwidth, prompts beside the peak.
+
+    python benchmarks/roofline.py
+    python benchmarks/roofline.py --model 15m --prompt 128 --context 256
+
+On a GPU or TPU Llama 2 7B's shape in bfloat16, int8 and int4, with random weights; on CPU the 110M
+in float32. A token reads every weight once, but of an input table of its own only a row, and every
+slot of the cache: these bytes over the time of a token, beside what a copy within the device's
+memory moves. A prompt's arithmetic is a third of what `flops_per_token` counts for training, beside
+the chip's dense peak. Each measures in a process of its own, in turn; see `common`.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+
+COPIED = {"cpu": 2**28}  # bytes of the array that is copied; elsewhere 2 GiB
+DEFAULTS = {"cpu": ("110m", "float32", 128, 512)}  # elsewhere as follows
+ACCELERATOR = ("7b", "bfloat16", 2048, 4096)
+
+
+class Measured:
+    """A piece of work whose seconds are counted, and what it moves or computes meanwhile."""
+
+    def __init__(self, work: common.Work, **facts: float):
+        self.work, self.facts = work, facts
+
+    def __call__(self) -> float:
+        return self.work()
+
+
+def copying() -> Measured:
+    """A copy within the device's memory: an array is read and written once."""
+    import jax
+    import jax.numpy as jnp
+
+    size = COPIED.get(jax.default_backend(), 2**31)
+    held = [jnp.zeros(size // 4, jnp.float32)]
+    copy = jax.jit(lambda array: array + 1, donate_argnums=0)  # new memory would cost page faults
+
+    def work() -> float:
+        begun = time.perf_counter()
+        held[0] = copy(held[0]).block_until_ready()
+        return time.perf_counter() - begun
+
+    return Measured(work, bytes=2 * size)
+
+
+def decoding(model: str, dtype: str, prompt: int, context: int, new: int, bits: str) -> Measured:
+    """One text gone on with; the seconds of a token in the loop, without prompt and first token."""
+    import jax
+
+    from llama_jax.cache import KVCache
+    from llama_jax.generation.engine import generate
+    from llama_jax.generation.prefill import slots_for
+    from llama_jax.quantization import held_bytes, quantize
+    from llama_jax.sampling.sampler import make_sampler
+
+    config, greedy = common.model_config(model, context, dtype), make_sampler(temperature=0)
+    weights = common.random_weights(config, dtype)
+    if bits:
+        weights = quantize(weights, bits)
+    read = held_bytes(weights)
+    if not config.tied_embeddings:
+        read -= sum(leaf.nbytes for leaf in jax.tree.leaves(weights.embedding))
+    slots = slots_for(min(prompt + new, context))
+    cache = jax.eval_shape(lambda: KVCache.empty(config, 1, slots))
+    read += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.layers))
+
+    def work() -> float:
+        times, tokens = [], 0
+        for chunk in generate(weights, [_ids(prompt)], greedy, max_tokens=new, seeds=[0]):
+            times.append(time.perf_counter())
+            tokens += len(chunk.rows[0])
+        return (times[-1] - times[0]) / (tokens - 1)
+
+    return Measured(work, bytes=read)
+
+
+def reading(model: str, dtype: str, prompt: int, context: int) -> Measured:
+    """One prompt read into a cache, up to the logits after it."""
+    import jax
+
+    from llama_jax.cache import KVCache
+    from llama_jax.generation.prefill import read_prompts, slots_for
+    from llama_jax.instruments.flops import flops_per_token
+
+    config = common.model_config(model, context, dtype)
+    weights = common.random_weights(config, dtype)
+
+    def work() -> float:
+        cache = KVCache.empty(config, 1, slots_for(prompt))
+        begun = time.perf_counter()
+        jax.block_until_ready(read_prompts(weights, cache, [_ids(prompt)]))
+        return time.perf_counter() - begun
+
+    return Measured(work, flops=prompt * flops_per_token(config, prompt) / 3)
+
+
+def _ids(count: int) -> list[int]:
+    return [1 + i % 1000 for i in range(count)]
+
+
+def measure(made: dict[str, tuple[Any, ...]], rounds: int, peak: float) -> None:
+    """Let all take turns, and print a row of each."""
+    workers = [common.Worker(name, True, *arguments) for name, arguments in made.items()]
+    for _ in range(rounds):
+        for worker in workers:
+            if not worker.problem:
+                worker.turn()
+    copied = plain = 0.0  # bytes a second, and seconds of a token in floats
+    print(f"  {'':26}{'min':>10}{'median':>10}{'max':>10}  ms{'GB':>10}{'GB/s':>8}", flush=True)
+    for worker in workers:
+        if worker.problem or not worker.seconds:
+            print(f"  {worker.name:26}skipped: {worker.problem}", flush=True)
+            continue
+        facts, middle = worker.facts(), statistics.median(worker.seconds)
+        times = (min(worker.seconds), middle, max(worker.seconds))
+        row = f"  {worker.name:26}" + "".join(f"{1e3 * value:10.3f}" for value in times)
+        if "flops" in facts:
+            rate = facts["flops"] / middle
+            share = f", {rate / peak:.0%} of {peak / 1e12:,.0f}" if peak else ""
+            print(f"{row}      {rate / 1e12:.2f} TFLOP/s{share}", flush=True)
+            continue
+        rate = facts["bytes"] / middle
+        row += f"    {facts['bytes'] / 1e9:8.2f}{rate / 1e9:8.0f}"
+        if copied:
+            plain = plain or middle
+            row += f"    {rate / copied:.0%} of the copy, {plain / middle:.2f}x the speed"
+        copied = copied or rate
+        print(row, flush=True)
+    for worker in workers:
+        worker.close()
+
+
+def main() -> None:
+    """Measure on what is here."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="", help=f"of {', '.join(common.SHAPES)}")
+    parser.add_argument("--dtype", default="", choices=("float32", "bfloat16"))
+    parser.add_argument("--prompt", type=int, default=0, help="tokens before the new ones")
+    parser.add_argument("--context", type=int, default=0, help="tokens the model may hold")
+    parser.add_argument("--new_tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each")
+    flags = parser.parse_args()
+    # They share a device: none may take all of its memory at once.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    platform, kind = common.heading(Path(__file__).name)
+    model, dtype, prompt, context = DEFAULTS.get(platform, ACCELERATOR)
+    model, dtype = flags.model or model, flags.dtype or dtype
+    prompt, context = flags.prompt or prompt, flags.context or context
+    shape = (model, dtype, prompt, context)
+    made: dict[str, tuple[Any, ...]] = {"copy": (copying,)}
+    for name, bits in {dtype: "", "int8": "int8", "int4": "int4"}.items():
+        made[f"a token, {name}"] = (decoding, *shape, flags.new_tokens, bits)
+    made[f"a prompt of {prompt:,}"] = (reading, *shape)
+    print(f"\n{model}, {dtype}, batch 1, after {prompt:,} tokens, {flags.rounds} rounds in turn")
+    measure(made, flags.rounds, common.peak(kind))
+
+
+if __name__ == "__main__":
+    main()
