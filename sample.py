@@ -2,19 +2,19 @@
 
 The text goes to stdout as it is made, and nothing else does; what is said about it goes to stderr.
 Several prompts, or several samples, are made at once and printed one after another, an empty line
-between. `--chat` talks; `--score` and `--embed` tell of the prompts instead of going on with them.
+between. `--chat` talks, `--messages` answers one dialogue; `--score` and `--embed` tell of the
+prompts instead of going on with them.
 """
 
 import logging
 import time
-from typing import Any
 
 from llama_jax import cli
 from llama_jax.huge_pages import use_huge_pages
 
 
-def flags_of(argv: list[str]) -> Any:
-    """What the command line asks for."""
+def parser() -> cli.Parser:
+    """The flags."""
     parser = cli.Parser(description=__doc__.splitlines()[0])
     model = parser.add_argument_group("model")
     model.add_argument("--ckpt", default="ckpt", help="folder of a run, or one of its steps")
@@ -51,22 +51,25 @@ def flags_of(argv: list[str]) -> Any:
     )
     chat = parser.add_argument_group("chat")
     chat.add_argument("--chat", action="store_true", help="talk, line by line, on stdin and stdout")
+    chat.add_argument("--messages", help="a JSON file of messages to answer; - is stdin")
     chat.add_argument("--system", default="", help="how the assistant is to be")
     chat.add_argument("--template", default="", help="llama2 or alpaca; empty: the checkpoint's")
     chat.add_argument("--truncate", action="store_true", help="forget the oldest when it is full")
-    return parser.parse_args(argv)
+    return parser
 
 
 def main(argv: list[str]) -> None:
     """Flags in, text out."""
-    flags = flags_of(argv)
+    known = parser()
+    flags = known.parse_args(argv)
+    given = [name for name, value in vars(flags).items() if value != known.get_default(name)]
     begun = time.perf_counter()
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every file
     from llama_jax.compilation_cache import use_compilation_cache
     from llama_jax.terminal import asking
 
     use_compilation_cache()
-    asking.answer(flags, begun)
+    asking.answer(flags, given, begun)
 
 
 if __name__ == "__main__":

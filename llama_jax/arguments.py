@@ -11,6 +11,8 @@ from typing import Any
 
 from llama_jax.errors import UsageError
 
+LONGEST = 60  # characters of a value that are shown
+
 
 def finite_number(name: str, value: Any, accepts: Callable[[float], bool], expected: str) -> float:
     """The argument as a float.
@@ -18,12 +20,13 @@ def finite_number(name: str, value: Any, accepts: Callable[[float], bool], expec
     Raises:
       UsageError: naming argument and range, unless it is a finite number that `accepts` accepts.
     """
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise UsageError(f"{name}={_shown(value)} is no number; expected {expected}")
     number = math.nan
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        with contextlib.suppress(OverflowError):  # an int beyond all floats
-            number = float(value)
+    with contextlib.suppress(OverflowError):  # an int beyond all floats
+        number = float(value)
     if not (math.isfinite(number) and accepts(number)):
-        raise _out_of_range(name, value, expected)
+        raise UsageError(f"{name}={_shown(value)} is out of range; expected {expected}")
     return number
 
 
@@ -33,12 +36,14 @@ def whole_number(name: str, value: Any, accepts: Callable[[int], bool], expected
     Raises:
       UsageError: naming argument and range, unless it is a whole number that `accepts` accepts.
     """
-    is_number = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not (is_number and accepts(value)):
-        raise _out_of_range(name, value, expected)
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise UsageError(f"{name}={_shown(value)} is no whole number; expected {expected}")
+    if not accepts(value):  # type: ignore[arg-type]
+        raise UsageError(f"{name}={_shown(value)} is out of range; expected {expected}")
     return int(value)
 
 
-def _out_of_range(name: str, value: Any, expected: str) -> UsageError:
-    shown = value if isinstance(value, numbers.Real) else repr(value)
-    return UsageError(f"{name}={shown} is out of range; expected {expected}")
+def _shown(value: Any) -> str:
+    """A value as the user may have typed it, of a length that a line has room for."""
+    text = str(value) if isinstance(value, numbers.Real) else repr(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"

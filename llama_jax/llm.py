@@ -8,7 +8,7 @@ It ties checkpoint, tokenizer, engine and templates together and holds no arithm
 
 import dataclasses
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from llama_jax.generation.engine import Engine
 from llama_jax.generation.request import Request, Wishes, texts_of, wishes_of
 from llama_jax.generation.texts import Piece, stop_ids, stream
 from llama_jax.parallel.mesh_steps import on_mesh
+from llama_jax.sampling.choice import SamplingOptions
 from llama_jax.text.chat import find_template, template_of
 from llama_jax.text.messages import parse_messages
-from llama_jax.text.shortening import fit
+from llama_jax.text.shortening import TruncationWarning, fit
 from llama_jax.text.tokenizer import Tokenizer
 
 CACHE_DTYPES = ("", "int8")
@@ -80,21 +81,37 @@ class LLM:
         self,
         prompt: str | Sequence[str],
         *,
-        max_tokens: int = 256,
-        stop: str | Sequence[str] = (),
-        seed: int = 0,
-        n: int = 1,
+        max_tokens: int = Wishes.max_tokens,
+        temperature: float = SamplingOptions.temperature,
+        top_k: int = SamplingOptions.top_k,
+        top_p: float = SamplingOptions.top_p,
+        min_p: float = SamplingOptions.min_p,
+        repetition_penalty: float = SamplingOptions.repetition_penalty,
+        presence_penalty: float = SamplingOptions.presence_penalty,
+        frequency_penalty: float = SamplingOptions.frequency_penalty,
+        logit_bias: Mapping[int, float] | None = None,
+        stop: str | Sequence[str] | None = None,
+        seed: int = Wishes.seed,
+        n: int = Wishes.n,
         logprobs: int | None = None,
         echo: bool = False,
         stream: bool = False,
         speculate: bool = False,
-        **sampling: Any,
+        rng: str = SamplingOptions.rng,
     ) -> Any:
         """What the model writes after a prompt.
 
         Args:
           prompt: a text, or several; "" starts from nothing.
           max_tokens: new tokens of each completion at most.
+          temperature: 0 takes the likeliest token; so does, nearly, a small one.
+          top_k: tokens that may be drawn, the likeliest; 0: all.
+          top_p: the likeliest may be drawn, as few as together have this probability; 1: all.
+          min_p: those at least this many times as likely as the likeliest may be drawn; 0: all.
+          repetition_penalty: more than 1 discourages what prompt and completion have already.
+          presence_penalty: off the logits of what the completion has already.
+          frequency_penalty: the same, for each time that it has it.
+          logit_bias: added to logits, by token id; minus infinity forbids a token.
           stop: texts at which a completion ends; they are not part of it.
           seed: the same seed gives the same text; completion j of a prompt has `seed` + j.
           n: completions of each prompt.
@@ -102,9 +119,7 @@ class LLM:
           echo: begin each text with its prompt.
           stream: yield pieces as they are made.
           speculate: guess ahead where a text repeats itself; only for temperature 0.
-          sampling: `temperature` (1.0; 0 is greedy), `top_k`, `top_p` (0.9), `min_p`,
-            `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `logit_bias` and `rng`,
-            as `SamplingOptions` and `sampler.make_sampler` have them.
+          rng: "xorshift" writes what llama2.c would, one text at a time and slowly.
 
         Returns:
           A `Completion`; for a list of prompts, or `n` > 1, a list of them, prompt by prompt. With
@@ -116,12 +131,20 @@ class LLM:
         """
         wishes = wishes_of(
             max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=logit_bias,
             stop=stop,
             seed=seed,
             n=n,
             logprobs=logprobs,
             speculate=speculate,
-            **sampling,
+            rng=rng,
         )
         request = self.request(prompt, wishes, echo)
         pieces = self.pieces(request)
@@ -152,10 +175,10 @@ class LLM:
         Args:
           messages: like [{"role": "user", "content": "Hello"}], system first if there is one.
           template: of this call, where it is not the one the object was made with.
-          truncate: leave the oldest exchanges out where the dialogue outgrows the context, and
-            warn; otherwise that is an error.
+          truncate: leave the oldest exchanges out where the dialogue outgrows the context, warn,
+            and tell how many in `Completion.dropped`; otherwise that is an error.
           stream: yield pieces as they are made.
-          wishes: all that `complete` takes but `n` and `echo`.
+          wishes: all that `complete` takes but `n` and `echo`, by the same names.
 
         Returns:
           A `Completion`, or with `stream` an iterator of `CompletionPiece`.
@@ -165,19 +188,21 @@ class LLM:
             message, a checkpoint that tells it learnt no chat format, or a dialogue that leaves
             less than `max_tokens`, or a quarter of the context if that is less, to the answer.
         """
-        wished = wishes_of(n=1, **wishes)
+        wished = wishes_of(**wishes)
+        require(wished.n == 1, f"n={wished.n} does not go with a chat, which gives one answer")
         chosen = template_of(template or self._template)
         room = self.context_length - min(wished.max_tokens, self.context_length // 4)
         fitted = fit(parse_messages(messages), chosen, self.tokenizer, room, truncate)
         if fitted.statement:
-            warnings.warn(fitted.statement, stacklevel=2)
+            warnings.warn(fitted.statement, TruncationWarning, stacklevel=2)
         ends = chosen.stops(self.tokenizer)
-        wished = dataclasses.replace(wished, stop=(*ends.strings, *wished.stops))
-        request = Request([fitted.ids], [""], (*ends.ids, *self._stop_ids), wished)
+        stop_ids = (*ends.ids, *self._stop_ids)
+        request = Request([fitted.ids], [""], stop_ids, wished, stop_strings=ends.strings)
         pieces = without_leading_space(self.pieces(request))
         if stream:
             return told(pieces, request)
-        return gather(pieces, request, self.tokenizer)[0]
+        made = gather(pieces, request, self.tokenizer)[0]
+        return dataclasses.replace(made, dropped=fitted.dropped)
 
     def score(self, texts: str | Sequence[str]) -> Any:
         """The log-probability of each token of a text: a `Score`, or a list of them for a list.
@@ -208,15 +233,17 @@ class LLM:
         if wishes.logprobs is not None:
             most = self.engine.model.config.vocab_size
             whole_number("logprobs", wishes.logprobs, lambda n: 0 <= n <= most, f"0 to {most}")
+        sampler = wishes.sampling.sampler
+        self.engine.check(request.rows, sampler, wishes.logprobs, wishes.speculate)
         return stream(
             self.engine,
             self.tokenizer,
             request.rows,
-            wishes.sampling.sampler,
+            sampler,
             max_tokens=wishes.max_tokens,
             seeds=request.seeds,
             stop_ids=request.stop_ids,
-            stops=wishes.stops,
+            stops=request.stops,
             logprobs=wishes.logprobs,
             speculate=wishes.speculate,
             choose=wishes.sampling.chooser(wishes.seed),

@@ -1,10 +1,12 @@
 """The library object: completions, chat, scores and embeddings of a small checkpoint."""
 
 import dataclasses
+import inspect
 import json
 import math
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import jax
@@ -16,6 +18,8 @@ from llama_jax.errors import UsageError, UserError
 from llama_jax.formats import checkpoint_folder
 from llama_jax.generation.completions import Completion, CompletionPiece
 from llama_jax.llm import LLM
+from llama_jax.sampling.choice import SamplingOptions
+from llama_jax.text.shortening import TruncationWarning
 from llama_jax.text.tokenizer import train_tokenizer
 
 TEXTS = [f"Tim saw {n} red boats on the blue sea and Anna was glad." for n in range(60)]
@@ -144,9 +148,15 @@ def test_a_dialogue_that_outgrows_the_context_is_refused_or_said_to_be_cut(folde
     turns = [{"role": role, "content": "Tim saw"} for role in ("user", "assistant")] * 4
     with pytest.raises(UserError, match="tokens, but the context has room for 48; shorten"):
         llm.chat([*turns, *DIALOGUE], **GREEDY)
-    with pytest.warns(UserWarning, match="oldest .* left out"):
-        answer = llm.chat([*turns, *DIALOGUE], truncate=True, **GREEDY)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.resetwarnings()  # as in a program that sets no filters
+        warnings.simplefilter("always", TruncationWarning, append=True)
+        for _ in range(2):
+            answer = llm.chat([*turns, *DIALOGUE], truncate=True, **GREEDY)
+    assert ["left out" in str(warning.message) for warning in caught] == [True, True]
     assert answer.usage.total_tokens <= 60
+    assert answer.dropped in range(1, 5)
+    assert llm.chat(DIALOGUE, truncate=True, **GREEDY).dropped == 0
 
 
 def test_a_smaller_context_ends_earlier(folder):
@@ -239,7 +249,7 @@ def test_eight_devices_say_what_one_says(folder, tmp_path):
         ({"stop": [3]}, "stop"),
         ({"stop": [""]}, "stop"),
         ({"logit_bias": {320: 1.0}}, "logit_bias has the token id 320; expected 0 to 319"),
-        ({"speculate": True}, "speculation"),
+        ({"speculate": True}, "speculate"),
         ({"rng": "xorshift", "seed": 1, "top_k": 3}, "top_k=3 does not go with rng='xorshift'"),
     ],
 )
@@ -247,6 +257,51 @@ def test_an_argument_out_of_range_is_named(llm, options, message):
     with pytest.raises(ValueError, match=message) as error:
         llm.complete("Tim", **options)
     assert "\n" not in str(error.value)
+
+
+def test_a_stream_refuses_as_soon_as_it_is_asked_for(llm):
+    for prompt, options in (("boats " * 200, {}), ("Tim", {"logit_bias": {320: 1}})):
+        with pytest.raises(UserError):
+            llm.complete(prompt, stream=True, echo=True, **options)
+
+
+def test_arguments_by_name(llm):
+    parameters = inspect.signature(LLM.complete).parameters
+    asked = {field.name for field in dataclasses.fields(SamplingOptions)}
+    assert asked <= parameters.keys()
+    assert (parameters["top_p"].default, parameters["temperature"].default) == (0.9, 1.0)
+    nothing = dict.fromkeys(["stop", "logit_bias", "logprobs"])
+    assert llm.complete("Tim", **GREEDY, **nothing) == llm.complete("Tim", **GREEDY)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'tempo'"):
+        llm.complete("Tim", tempo=1)
+    with pytest.raises(TypeError, match=r"'top_q' is an unknown argument; did you mean 'top_[pk]'"):
+        llm.chat(DIALOGUE, top_q=1)
+    with pytest.raises(UsageError, match="n=2 does not go with a chat, which gives one answer"):
+        llm.chat(DIALOGUE, n=2)
+
+
+def test_a_chat_takes_as_many_stops_as_a_completion(llm):
+    stops = [f"{n}%" for n in range(32)]
+    assert llm.chat(DIALOGUE, stop=stops, **GREEDY) == llm.chat(DIALOGUE, **GREEDY)
+    with pytest.raises(UsageError, match="stop has 33 texts; expected at most 32"):
+        llm.chat(DIALOGUE, stop=[*stops, "!"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_context": 1}, r"max_context=1 is out of range; expected 2 to 160, the model's"),
+        ({"max_context": 161}, "max_context=161 is out of range"),
+        ({"max_context": 50.5}, "max_context=50.5 is no whole number"),
+        ({"max_context": "50"}, "max_context='50' is no whole number"),
+        ({"template": 5}, "template=5 is no text; expected one of llama2, alpaca"),
+        ({"template": "chatml"}, "template='chatml' is unknown"),
+        ({"cache_dtype": "int4"}, "cache_dtype='int4' is unknown"),
+    ],
+)
+def test_a_wrong_setting_is_named(folder, options, message):
+    with pytest.raises(UsageError, match=message):
+        LLM(folder, **options)
 
 
 @pytest.mark.parametrize("prompt", [3, [], [3], None, ["a", None]])

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from llama_jax.arguments import whole_number
 from llama_jax.arrangement import unstack
 from llama_jax.checkpoints.loading import Loaded, load
-from llama_jax.config import MeshConfig, require
+from llama_jax.config import MeshConfig
 from llama_jax.parallel.sharding import make_mesh, shardings
 
 
@@ -40,12 +40,9 @@ def deploy(
     """
     loaded = load(checkpoint, dtype, quantize=quantize, mesh=mesh)
     context = loaded.config.context_length
-    if max_context:
-        require(
-            2 <= max_context <= context,
-            f"max_context={max_context} is out of range; expected 2 to {context}, the model's"
-            " context",
-        )
+    expected = f"2 to {context}, the model's context; 0: all of it"
+    in_range = lambda n: n == 0 or 2 <= n <= context  # noqa: E731
+    max_context = whole_number("max_context", max_context, in_range, expected)
     model = unstack(loaded.model)
     if mesh is not None:
         model = jax.device_put(model, shardings(model, mesh))

@@ -41,6 +41,7 @@ class Completion:
     finish_reason: str  # "stop": an end or stop string was met; "length": out of tokens or context
     usage: Usage
     logprobs: tuple[TokenLogprob, ...] | None = None  # as many as ids, where they were asked for
+    dropped: int = 0  # exchanges of a dialogue that were left out for want of room
 
 
 @dataclasses.dataclass(frozen=True)

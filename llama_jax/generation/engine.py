@@ -18,7 +18,7 @@ from llama_jax.errors import UserError
 from llama_jax.generation.chunks import Chunk, chunk_of
 from llama_jax.generation.decoding import CHUNK, NOTHING, Chosen, GenerationState, begin, decode
 from llama_jax.generation.prefill import padded, read_prompts, slots_for, stretches
-from llama_jax.generation.speculation import GUESSES, decode_guessing
+from llama_jax.generation.speculation import GUESSES, decode_guessing, require_plainly_greedy
 from llama_jax.model import Llama
 from llama_jax.parallel.mesh_steps import steps_on_mesh
 from llama_jax.parallel.sharding import partition_spec
@@ -73,7 +73,7 @@ class Engine:
           UserError: when a prompt is empty or leaves no room for one token in the context, or a
             speculating sampler is not plainly greedy.
         """
-        self._check(prompts, sampler, logprobs, speculate)
+        self.check(prompts, sampler, logprobs, speculate)
         context = self.model.config.context_length
         length_B = np.asarray([len(prompt) for prompt in prompts], np.int32)
         limit_B = np.minimum(length_B + min(max_tokens, context), context)
@@ -147,21 +147,18 @@ class Engine:
                     f" model's context holds {context}"
                 )
 
-    def _check(
+    def check(
         self,
         prompts: Sequence[Sequence[int]],
         sampler: Sampler,
-        logprobs: int | None,
-        speculate: bool,
+        logprobs: int | None = None,
+        speculate: bool = False,
     ) -> None:
+        """Raise what `generate` would, which raises only once its first chunk is asked for."""
         self._check_lengths(prompts)
         sampler.require_ids_below(self.model.config.vocab_size)
-        is_plain = sampler.greedy and not sampler.needs_counts and not sampler.bias_ids_I.size
-        if speculate and not (is_plain and logprobs is None):
-            raise UserError(
-                "speculation guesses what the likeliest token is; it goes with temperature 0,"
-                " without penalties, biases or log-probabilities"
-            )
+        if speculate:
+            require_plainly_greedy(sampler, logprobs)
 
     def _read(self, prompts: Sequence[Sequence[int]], tokens: int) -> tuple[KVCache, jax.Array]:
         """A cache with the prompts in it and room for `tokens`, and the logits after them."""

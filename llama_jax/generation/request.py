@@ -6,10 +6,13 @@ from typing import Any
 
 from llama_jax.arguments import whole_number
 from llama_jax.config import require
+from llama_jax.errors import nearest
+from llama_jax.generation.speculation import require_plainly_greedy
 from llama_jax.sampling.choice import SamplingOptions
-from llama_jax.text.stop_strings import StopStrings
+from llama_jax.text.stop_strings import texts_of_stops
 
 MOST_COMPLETIONS = 10_000  # of a prompt; they are made side by side
+MOST_STOPS = 32  # that a user may give; a chat format has its own beside them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,10 +34,12 @@ class Wishes:
     def __post_init__(self) -> None:
         whole_number("max_tokens", self.max_tokens, lambda most: most >= 1, "1 or more")
         whole_number("n", self.n, lambda n: 1 <= n <= MOST_COMPLETIONS, f"1 to {MOST_COMPLETIONS}")
-        StopStrings(self.stop)
+        texts_of_stops(self.stop, MOST_STOPS)
         if self.sampling.rng == "jax":
             most = 2**32 - self.n
             whole_number("seed", self.seed, lambda seed: 0 <= seed <= most, f"0 to {most}")
+            if self.speculate:
+                require_plainly_greedy(self.sampling.sampler, self.logprobs)
         else:
             self._require_one_plain_text()
 
@@ -46,22 +51,22 @@ class Wishes:
             message = f"{name}={value} does not go with rng={self.sampling.rng!r}"
             require(value == off, f"{message}, which writes one plain text; leave one of them out")
 
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """The stops as a list of them."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-
 
 def wishes_of(**named: Any) -> Wishes:
-    """Wishes, those about sampling named beside the others.
+    """Wishes, those about sampling named beside the others; None wishes for nothing of that name.
 
     Raises:
       TypeError: for a name that is unknown.
       UsageError: as `Wishes` and `SamplingOptions` do.
     """
-    known = [field.name for field in dataclasses.fields(SamplingOptions)]
-    sampling = {name: named.pop(name) for name in known if name in named}
-    return Wishes(sampling=SamplingOptions(**sampling), **named)
+    about_sampling = [field.name for field in dataclasses.fields(SamplingOptions)]
+    known = {field.name for field in dataclasses.fields(Wishes)}.union(about_sampling)
+    for name in named:
+        if name not in known:
+            raise TypeError(f"{name!r} is an unknown argument{nearest(name, known)}")
+    given = {name: value for name, value in named.items() if value is not None}
+    sampling = {name: given.pop(name) for name in about_sampling if name in given}
+    return Wishes(sampling=SamplingOptions(**sampling), **given)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +81,18 @@ class Request:
     echoes: list[str]  # what each text begins with
     stop_ids: tuple[int, ...]
     wishes: Wishes
+    stop_strings: tuple[str, ...] = ()  # beside those that were wished for
 
     def __post_init__(self) -> None:
         require(
             len(self.rows) == 1 or self.wishes.sampling.rng == "jax",
             f"rng={self.wishes.sampling.rng!r} writes one text at a time, not {len(self.rows)}",
         )
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """All texts at which one of its texts ends."""
+        return (*self.stop_strings, *texts_of_stops(self.wishes.stop))
 
     @property
     def seeds(self) -> list[int]:

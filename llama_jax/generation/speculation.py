@@ -11,12 +11,24 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from llama_jax.config import require
 from llama_jax.generation.decoding import CHUNK, NOTHING, GenerationState
 from llama_jax.model import Llama
 from llama_jax.sampling.drawing import likeliest
+from llama_jax.sampling.sampler import Sampler
 
 GUESSES = 7  # tokens guessed at once
 MATCH = 2  # tokens that must agree before a guess
+
+
+def require_plainly_greedy(sampler: Sampler, logprobs: int | None) -> None:
+    """Raise `UsageError` unless the likeliest token is taken, and nothing told of others."""
+    is_plain = sampler.greedy and not sampler.needs_counts and not sampler.bias_ids_I.size
+    require(
+        is_plain and logprobs is None,
+        "speculate guesses what the likeliest token is; it goes with temperature 0, without"
+        " penalties, biases or log-probabilities",
+    )
 
 
 def guess(history_BS: jax.Array, length_B: jax.Array) -> jax.Array:

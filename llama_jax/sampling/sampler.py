@@ -14,6 +14,7 @@ Does not know models, text or seeds. To the bit, a row depends on its own logits
 """
 
 import dataclasses
+import numbers
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -169,7 +170,7 @@ def _bias_arrays(logit_bias: Mapping[int, float]) -> tuple[np.ndarray, np.ndarra
     for place, (token, bias) in enumerate(logit_bias.items()):
         expected = f"token ids of 0 to {LARGEST_ID - 1}"
         ids_I[place] = whole_number("logit_bias", token, lambda i: 0 <= i < LARGEST_ID, expected)
-        if bias != -np.inf:
+        if not (isinstance(bias, numbers.Real) and bias == -np.inf):
             expected = "a finite number or minus infinity"
             bias = finite_number(f"logit_bias[{token}]", bias, lambda _: True, expected)
         bias_I[place] = min(max(bias, -LARGEST), LARGEST)

@@ -1,14 +1,12 @@
-"""What the flags of sample.py ask for: samples, a chat, scores or embeddings.
+"""What the flags of sample.py ask for: samples, a chat, one answer, scores or embeddings.
 
 Does not know how flags are spelled on the command line, only their names.
 """
 
 import dataclasses
 import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from llama_jax.config import require
@@ -17,17 +15,29 @@ from llama_jax.generation.request import MOST_COMPLETIONS, wishes_of
 from llama_jax.llm import LLM
 from llama_jax.sampling.choice import SamplingOptions
 from llama_jax.terminal.conversation import Conversation, converse
-from llama_jax.terminal.printing import print_samples
+from llama_jax.terminal.printing import print_answer, print_samples
+from llama_jax.terminal.standard_input import read_text
+from llama_jax.text.messages import Message, parse_messages
 
-MODES = ("chat", "score", "embed")
-WISHES = [  # that flags are named like
-    *("max_tokens", "stop", "seed", "logprobs", "speculate"),
-    *(field.name for field in dataclasses.fields(SamplingOptions)),
-]
+MODES = ("chat", "messages", "score", "embed")
+CHOICE = tuple(field.name for field in dataclasses.fields(SamplingOptions))
+WISHES = ("max_tokens", "stop", "seed", "logprobs", "speculate", *CHOICE)
+TEXTS = ("prompt", "prompt_file", "num_samples", "no_echo", "logprobs")  # of what is no dialogue
+IDLE = {  # what a mode makes no use of; "" is writing, which has no flag of its own
+    "": ("system", "template", "truncate"),
+    "chat": TEXTS,
+    "messages": (*TEXTS, "system"),
+    "score": ("num_samples", "no_echo", "system", "template", "truncate", *WISHES),
+}
+IDLE["embed"] = IDLE["score"]
 
 
-def answer(flags: Any, begun: float) -> None:
-    """Do what the flags ask for; `begun` is `time.perf_counter()` at the start of the program.
+def answer(flags: Any, given: Collection[str], begun: float) -> None:
+    """Do what the flags ask for.
+
+    Args:
+      given: names of those that are not as they are by default.
+      begun: `time.perf_counter()` at the start of the program.
 
     Raises:
       UsageError: for flags out of range, or that do not go together.
@@ -35,12 +45,11 @@ def answer(flags: Any, begun: float) -> None:
     """
     modes = [mode for mode in MODES if getattr(flags, mode)]
     require(len(modes) < 2, f"--{' and --'.join(modes)} do not go together; choose one")
-    require(
-        1 <= flags.num_samples <= MOST_COMPLETIONS,
-        f"num_samples={flags.num_samples} is out of range; expected 1 to {MOST_COMPLETIONS}",
-    )
+    mode = modes[0] if modes else ""
+    _require_used(mode, given)
     asked = {name: getattr(flags, name) for name in WISHES}
     asked["logit_bias"] = _biases(flags.logit_bias)
+    _require_one_text(flags)
     wishes = wishes_of(n=flags.num_samples, **asked)
     load = partial(
         LLM,
@@ -52,30 +61,38 @@ def answer(flags: Any, begun: float) -> None:
         template=flags.template,
         tensor=flags.tensor,
     )
-    if flags.chat:
-        _chat(flags, load, asked)
-        return
-    require(not flags.system, "--system goes with --chat; add it")
-    prompts = _prompts(flags)
-    one = "--rng=xorshift tells one sample at a time; leave all prompts but one out"
-    require(len(prompts) == 1 or flags.rng == "jax", one)
-    llm = load()
-    if flags.score:
-        _score(llm, prompts)
-    elif flags.embed:
-        _embed(llm, prompts)
+    if mode == "chat":
+        converse(Conversation(load(), flags.system, truncate=flags.truncate, **asked))
+    elif mode == "messages":
+        messages = _messages(flags.messages)
+        print_answer(load(), messages, truncate=flags.truncate, **asked)
     else:
-        print_samples(llm, prompts, wishes, begun=begun, echo=not flags.no_echo)
+        prompts = _prompts(flags)
+        tell = {"score": _score, "embed": _embed}.get(mode)
+        if tell:
+            tell(load(), prompts)
+        else:
+            print_samples(load(), prompts, wishes, begun=begun, echo=not flags.no_echo)
 
 
-def _chat(flags: Any, load: Any, asked: dict[str, Any]) -> None:
+def _require_used(mode: str, given: Collection[str]) -> None:
+    """Refuse a flag that would change nothing."""
+    for name in IDLE[mode]:
+        if mode:
+            require(name not in given, f"--{mode} makes no use of --{name}; leave it out")
+        else:
+            require(name not in given, f"--{name} goes with --chat or --messages; add one of them")
+
+
+def _require_one_text(flags: Any) -> None:
+    """Refuse several for a way that writes one."""
     require(
-        not flags.prompt and not flags.prompt_file,
-        "--chat reads what you say from stdin; leave --prompt and --prompt_file out",
+        1 <= flags.num_samples <= MOST_COMPLETIONS,
+        f"num_samples={flags.num_samples} is out of range; expected 1 to {MOST_COMPLETIONS}",
     )
-    require(flags.num_samples == 1, "--chat gives one answer; leave --num_samples out")
-    require(flags.logprobs is None, "--chat tells no log-probabilities; leave --logprobs out")
-    converse(Conversation(load(), flags.system, truncate=flags.truncate, **asked))
+    several = flags.num_samples > 1 or len(flags.prompt or ()) > 1
+    one = "--rng=xorshift tells one sample of one prompt; leave --num_samples and other prompts out"
+    require(not several or flags.rng == "jax", one)
 
 
 def _prompts(flags: Any) -> list[str]:
@@ -83,29 +100,37 @@ def _prompts(flags: Any) -> list[str]:
     if flags.prompt_file is None:
         return flags.prompt or [""]
     require(not flags.prompt, "--prompt and --prompt_file do not go together; choose one")
-    if flags.prompt_file == "-":
-        return [sys.stdin.read()]
+    # A text goes on behind its last word, not on the line after it.
+    return [read_text("--prompt_file", flags.prompt_file).removesuffix("\n").removesuffix("\r")]
+
+
+def _messages(path: str) -> list[Message]:
+    """The messages of a file of JSON."""
+    text = read_text("--messages", path)
     try:
-        return [Path(flags.prompt_file).read_text(encoding="utf-8")]
-    except OSError as error:
-        raise UserError(f"--prompt_file={flags.prompt_file}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"--prompt_file={flags.prompt_file} is not UTF-8 at byte {error.start}; convert it"
-        ) from error
+        listing = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--messages={path} is not JSON: {error}") from error
+    try:
+        return parse_messages(listing)
+    except UserError as error:
+        raise UserError(f"--messages={path}: {error}") from error
 
 
 def _biases(words: Sequence[str]) -> dict[int, float]:
     """Biases by token id, from words such as 29892=-5."""
-    biases = {}
+    biases: dict[int, float] = {}
     for word in words:
         token, _, bias = word.partition("=")
         try:
-            biases[int(token)] = float(bias)
+            number, amount = int(token), float(bias)
         except ValueError:
             raise UsageError(
                 f"--logit_bias={word} is not understood; expected ID=BIAS, such as 29892=-5"
             ) from None
+        again = f"--logit_bias={word} is the second for token {number}; leave one of them out"
+        require(number not in biases, again)
+        biases[number] = amount
     return biases
 
 

@@ -3,6 +3,8 @@
 Answers go to stdout, all that is said about them to stderr. It knows no chat format.
 """
 
+import contextlib
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -10,6 +12,8 @@ from typing import Any
 
 from llama_jax.errors import UserError
 from llama_jax.llm import LLM
+from llama_jax.processes.stop_signal import stop_signal
+from llama_jax.terminal.standard_input import not_utf8, require_stdin
 from llama_jax.text.messages import Message
 
 HELP = (
@@ -33,6 +37,8 @@ class Conversation:
     def ask(self, text: str) -> Iterator[str]:
         """The answer as it grows. If it is left early, what there is of it was the answer.
 
+        An answer of blanks alone was none, and its question was not asked.
+
         Raises:
           UserError: as `LLM.chat`; then nothing was said.
         """
@@ -51,16 +57,24 @@ class Conversation:
 
 
 def converse(conversation: Conversation) -> None:
-    """Answer line after line of stdin until it ends or says /exit."""
+    """Answer line after line of stdin until it ends or says /exit.
+
+    Raises:
+      UserError: when stdin is closed, or not UTF-8.
+    """
+    require_stdin("--chat")
     print(f"[{HELP}]", file=sys.stderr)
     while True:
         try:
             line = _read()
         except EOFError:
+            print(file=sys.stderr)
             return
         except KeyboardInterrupt:
             print("\n[/exit leaves]", file=sys.stderr)
             continue
+        except UnicodeDecodeError as error:
+            raise not_utf8("what was typed", error) from error
         command, _, rest = line.strip().partition(" ")
         if command == "/exit":
             return
@@ -74,27 +88,40 @@ def converse(conversation: Conversation) -> None:
 
 
 def _read() -> str:
-    """A line of stdin, asked for on stderr, so that stdout holds answers alone."""
+    """What is typed next.
+
+    On a terminal with readline: lines may be edited, and be longer than the 4,095 bytes at which
+    the system itself cuts them. Else asked for on stderr, so that stdout holds answers alone.
+    """
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        with contextlib.suppress(ImportError):  # not on Windows
+            import readline  # noqa: F401  from now on `input` uses it
+        return input("> ")
     print("> ", end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()
     if not line:
-        print(file=sys.stderr)
         raise EOFError
     return line
 
 
 def _answer(conversation: Conversation, text: str) -> None:
-    """Print an answer as it grows; Ctrl-C stops it alone."""
-    with warnings.catch_warnings(record=True) as caught:
+    """Print an answer as it grows; Ctrl-C stops it alone.
+
+    The signal is remembered, not raised: Python drops what is raised inside some callbacks.
+    """
+    with warnings.catch_warnings(record=True) as caught, stop_signal() as stop:
         warnings.simplefilter("always", UserWarning)
         try:
             for piece in conversation.ask(text):
                 print(piece, end="", flush=True)
+                if stop.requested:
+                    break
             print(flush=True)
-        except KeyboardInterrupt:
-            print(flush=True)
-            print("[stopped]", file=sys.stderr)
         except UserError as error:
             print(f"[{error}]", file=sys.stderr)
     for warning in caught:
         print(f"[{warning.message}]", file=sys.stderr)
+    if stop.requested:
+        print("[stopped]", file=sys.stderr)
+    if stop.number == signal.SIGTERM:
+        raise SystemExit(stop.exit_code)

@@ -2,11 +2,14 @@
 
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from llama_jax.generation.request import Wishes
 from llama_jax.generation.texts import Piece
 from llama_jax.llm import LLM
+from llama_jax.text.messages import Message
 
 WHY = {
     "length": "stopped after --max_tokens",
@@ -34,9 +37,25 @@ def print_samples(
     """
     request = llm.request(list(prompts), wishes, echo)
     pieces = _print_in_order(request.echoes, _timed(llm.pieces(request), begun))
-    told = [piece for piece in pieces if piece.logprobs]
+    told = sorted((piece for piece in pieces if piece.logprobs), key=lambda piece: piece.row)
     if wishes.logprobs is not None:
         _print_logprobs(llm, told)
+
+
+def print_answer(llm: LLM, messages: Sequence[Message], **options: Any) -> None:
+    """Print the answer to a dialogue as it grows; `options` are those of `LLM.chat`."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        pieces = llm.chat(messages, stream=True, **options)
+    for warning in caught:
+        print(f"[{warning.message}]", file=sys.stderr)
+    end = ""
+    for piece in pieces:
+        print(piece.text, end="", flush=True)
+        end = piece.finish_reason
+    print(flush=True)
+    if end in WHY:
+        print(f"[{WHY[end]}]", file=sys.stderr)
 
 
 def _print_logprobs(llm: LLM, pieces: Iterable[Piece]) -> None:
@@ -77,14 +96,23 @@ def _print_in_order(prompts: Sequence[str], pieces: Iterable[Piece]) -> Iterator
 
 
 def _timed(pieces: Iterable[Piece], begun: float) -> Iterator[Piece]:
-    """The pieces, then a line about speed: to the first token, and of those after it."""
-    first, tokens = 0.0, 0
+    """The pieces, then a line about speed: to the first token, and of those after it.
+
+    The chunk after the first tokens has its program compiled or loaded; where there are more, the
+    speed is theirs.
+    """
+    times: list[float] = []  # of the first token, and of the end of each chunk after it
+    tokens: list[int] = []  # of all rows, that each brought
+    row = -1
     for piece in pieces:
-        if not first:
-            first = time.perf_counter()
-        else:
-            tokens += piece.tokens
+        now = time.perf_counter()
+        if piece.row <= row or not times:  # a chunk begins
+            times.append(now)
+            tokens.append(0)
+        row, times[-1] = piece.row, now
+        tokens[-1] += piece.tokens
         yield piece
-    seconds = time.perf_counter() - first
-    rate = f"{tokens / seconds:,.0f} tokens/s" if tokens else "one token"
-    print(f"\n[first token after {first - begun:.2f} s, then {rate}]", file=sys.stderr)
+    skipped = 2 if len(times) > 2 else 1
+    seconds = times[-1] - times[skipped - 1]
+    rate = f"{sum(tokens[skipped:]) / seconds:,.0f} tokens/s" if len(times) > 1 else "one token"
+    print(f"\n[first token after {times[0] - begun:.2f} s, then {rate}]", file=sys.stderr)

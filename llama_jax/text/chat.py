@@ -138,6 +138,8 @@ TEMPLATES: dict[str, Template] = {each.name: each for each in (Llama2Template(),
 
 def find_template(name: str) -> Template:
     """The template of a name; `UsageError` with the nearest name if there is none."""
+    if not isinstance(name, str):
+        raise UsageError(f"template={name!r} is no text; expected one of {', '.join(TEMPLATES)}")
     if name not in TEMPLATES:
         expected = f"expected one of {', '.join(TEMPLATES)}{nearest(name, TEMPLATES)}"
         raise UsageError(f"template={name!r} is unknown; {expected}")

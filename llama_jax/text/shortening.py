@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import warnings
 from collections.abc import Sequence
 
 from llama_jax.errors import UserError
@@ -10,11 +11,17 @@ from llama_jax.text.messages import Message
 from llama_jax.text.tokenizer import Tokenizer
 
 
+class TruncationWarning(UserWarning):
+    """What a dialogue has lost; shown each time, not once for each line that asks."""
+
+
+warnings.simplefilter("always", TruncationWarning, append=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class Fitted:
     """A dialogue that has room, and what that took."""
 
-    messages: tuple[Message, ...]
     ids: list[int]
     dropped: int  # exchanges, each a message of the user and its answer
     statement: str  # what the user must be told; "" when nothing was dropped
@@ -35,12 +42,13 @@ def fit(
     """
     whole = template.encode(messages, tokenizer)
     if len(whole) <= room:
-        return Fitted(tuple(messages), whole, 0, "")
+        return Fitted(whole, 0, "")
     size = f"the dialogue has {len(whole)} tokens, but the context has room for {room}"
-    if not truncate:
-        raise UserError(f"{size}; shorten it, or allow its oldest exchanges to be left out")
     has_system = messages[0].role == "system"
     exchanges = (len(messages) - has_system) // 2
+    if not truncate:
+        way = ", or have its oldest exchanges left out with truncate" if exchanges else ""
+        raise UserError(f"{size}; shorten it{way}")
 
     def without(oldest: int) -> list[Message]:
         return [*messages[:has_system], *messages[has_system + 2 * oldest :]]
@@ -56,7 +64,6 @@ def fit(
     dropped = bisect.bisect_left(
         range(exchanges), True, lo=1, key=lambda oldest: size_without(oldest) <= room
     )
-    kept = without(dropped)
     which = "exchange was" if dropped == 1 else f"{dropped} exchanges were"
-    ids = template.encode(kept, tokenizer)
-    return Fitted(tuple(kept), ids, dropped, f"{size}; its oldest {which} left out")
+    ids = template.encode(without(dropped), tokenizer)
+    return Fitted(ids, dropped, f"{size}; its oldest {which} left out")

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 
 from llama_jax.errors import UsageError
 
-MOST_STOPS = 32
-
 
 class StopStrings:
     """Cuts one growing text at the first stop string in it.
@@ -23,12 +21,12 @@ class StopStrings:
         """Start a text.
 
         Args:
-          stops: a text, or a list of up to `MOST_STOPS`; an empty list never ends the text.
+          stops: a text, or a list of them; an empty list never ends the text.
 
         Raises:
-          UsageError: for stops that are not texts, are empty or too many.
+          UsageError: for stops that are not texts, or are empty.
         """
-        self._stops = _checked(stops)
+        self._stops = texts_of_stops(stops)
         self._borders = [_borders(stop) for stop in self._stops]
         self._matched = [0] * len(self._stops)  # characters of each that the text ends with
         self._held = ""
@@ -82,16 +80,20 @@ def _borders(stop: str) -> list[int]:
     return borders
 
 
-def _checked(stops: object) -> tuple[str, ...]:
-    """The stop strings that a user gave."""
+def texts_of_stops(stops: object, most: int | None = None) -> tuple[str, ...]:
+    """The stop strings that a user gave, `most` at most.
+
+    Raises:
+      UsageError: naming the one that is not text, or is empty, or how many there are.
+    """
     if isinstance(stops, str):
         stops = [stops]
     if not isinstance(stops, list | tuple):
         raise UsageError(
             f"stop={reprlib.repr(stops)} is not text; expected a text or a list of them"
         )
-    if len(stops) > MOST_STOPS:
-        raise UsageError(f"stop has {len(stops)} texts; expected at most {MOST_STOPS}")
+    if most is not None and len(stops) > most:
+        raise UsageError(f"stop has {len(stops)} texts; expected at most {most}")
     for index, stop in enumerate(stops):
         if not isinstance(stop, str):
             raise UsageError(f"stop[{index}]={reprlib.repr(stop)} is not text; expected a text")

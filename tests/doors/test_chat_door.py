@@ -12,6 +12,9 @@ import pytest
 from tiny_weights import tiny_weights
 
 from llama_jax.formats import checkpoint_folder
+from llama_jax.text.chat import template_of
+from llama_jax.text.messages import Message
+from llama_jax.text.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PATIENCE = 240  # seconds; of a slow machine
@@ -63,10 +66,10 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal(tmp_path):
+def terminal(tmp_path, request):
     """A chat with a model that would talk for very long."""
-    weights = tiny_weights(num_layers=1, context_length=30_000)
-    checkpoint_folder.write(weights, tmp_path / "ckpt")
+    context = getattr(request, "param", 30_000)
+    checkpoint_folder.write(tiny_weights(num_layers=1, context_length=context), tmp_path / "ckpt")
     endless = ("--max_tokens=25000", "--logit_bias=1=-inf", "--logit_bias=2=-inf")
     environment = os.environ | {"XLA_FLAGS": "", "LLAMA_JAX_CACHE": str(tmp_path / "cache")}
     words = (str(REPOSITORY / "sample.py"), "--ckpt=ckpt", "--chat", *endless)
@@ -86,3 +89,15 @@ def test_ctrl_c_stops_the_answer_only(terminal):
     terminal.type("/exit\n")
     assert terminal.process.wait(PATIENCE) == 0
     assert "Traceback" not in terminal.shown
+
+
+@pytest.mark.parametrize("terminal", [1000], indirect=True)
+def test_a_line_may_be_longer_than_the_system_s_own(terminal, tmp_path):
+    question = "abc " * 1250 + "."  # 5,001 bytes; a terminal's line ends after 4,095
+    tokenizer = Tokenizer(tmp_path / "ckpt" / "tokenizer.model")
+    size = len(template_of("").encode([Message("user", question)], tokenizer))
+    terminal.wait_for("> ")
+    terminal.type(f"{question}\n")
+    terminal.wait_for(f"[the dialogue has {size} tokens, but the context has room for 750;")
+    terminal.type("/exit\n")
+    assert terminal.process.wait(PATIENCE) == 0

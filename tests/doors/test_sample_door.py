@@ -203,12 +203,18 @@ USAGE = {
     ("--logit_bias=the",): "--logit_bias=the is not understood; expected ID=BIAS",
     ("--stop=",): "stop",
     ("--chat", "--score"): "--chat and --score do not go together; choose one",
-    ("--chat", "--prompt=Tim"): "--chat reads what you say from stdin; leave --prompt",
-    ("--system=Be kind.",): "--system goes with --chat; add it",
+    ("--chat", "--prompt=Tim"): "--chat makes no use of --prompt; leave it out",
+    ("--score", "--top_k=3"): "--score makes no use of --top_k; leave it out",
+    ("--messages=m.json", "--system=s"): "--messages makes no use of --system; leave it out",
+    ("--system=Be kind.",): "--system goes with --chat or --messages; add one of them",
+    ("--truncate",): "--truncate goes with --chat or --messages",
+    ("--speculate",): "speculate guesses what the likeliest token is; it goes with temperature 0",
+    ("--chat", "--speculate"): "speculate guesses what the likeliest token is",
+    ("--logit_bias=3=1", "--logit_bias=3=2"): "--logit_bias=3=2 is the second for token 3",
     ("--prompt=Tim", "--prompt_file=x"): "--prompt and --prompt_file do not go together",
     ("--rng=dice",): "argument --rng: invalid choice: 'dice'",
     ("--rng=xorshift",): "seed=0 is out of range; expected 1 to",
-    ("--rng=xorshift", "--seed=1", "--num_samples=2"): "n=2 does not go with rng='xorshift'",
+    ("--rng=xorshift", "--seed=1", "--num_samples=2"): "--rng=xorshift tells one sample",
     ("--rng=xorshift", "--seed=1", "--prompt=a", "--prompt=b"): "--rng=xorshift tells one sample",
     ("--rng=xorshift", "--seed=1", "--top_k=5"): "top_k=5 does not go with rng='xorshift'",
     ("--rng=xorshift", "--seed=1", "--min_p=.1", "--chat"): "min_p=0.1 does not go with rng=",
@@ -292,6 +298,14 @@ def test_a_prompt_from_a_file_or_stdin(sample, tmp_path, monkeypatch):
     (tmp_path / "p.txt").write_bytes(b"Tim \xff")
     code, _, said = sample("--prompt_file", str(tmp_path / "p.txt"))
     assert (code, said.count("\n")) == (1, 1) and "is not UTF-8 at byte 4" in said
+    monkeypatch.setattr("sys.stdin", io.StringIO("Tim had\r\n"))  # as `echo` ends it
+    assert sample(*SHORT, "--prompt_file=-")[1] == expected
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Tim \xff"), "utf-8"))
+    assert sample("--prompt_file=-")[2] == (
+        "error: --prompt_file=- is not UTF-8 at byte 4; convert it\n"
+    )
+    monkeypatch.setattr("sys.stdin", None)
+    assert sample("--prompt_file=-")[2].startswith("error: --prompt_file=- reads standard input, ")
     code, _, said = sample("--prompt_file=missing.txt")
     assert (code, said) == (1, "error: --prompt_file=missing.txt: No such file or directory\n")
 
@@ -342,3 +356,35 @@ def test_a_chat_reads_lines_and_answers(sample, monkeypatch):
     first, again = text.splitlines()
     assert first == again, "the same question of a new dialogue"
     assert "[a new dialogue]" in said
+
+
+def test_the_messages_of_a_file_are_answered(sample, tmp_path, monkeypatch):
+    said = [{"role": "user", "content": "Tim"}]
+    (tmp_path / "m.json").write_text(json.dumps(said))
+    words = ("--temperature=0", "--max_tokens=4", "--template=llama2")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Tim\n"))
+    code, text, _ = sample("--chat", *words)
+    assert sample("--messages", str(tmp_path / "m.json"), *words)[:2] == (0, text) == (code, text)
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(said)))
+    assert sample("--messages=-", *words)[:2] == (0, text)
+
+
+WRONG_MESSAGES = {
+    "no file": (None, "No such file or directory"),
+    "no JSON": ("[{]", "is not JSON: Expecting property name"),
+    "no list": ('{"role": "user"}', "is not a list; expected a list of messages"),
+    "a role": ('[{"role": "bot", "content": "x"}]', "messages[0].role='bot' is unknown"),
+    "no content": ('[{"role": "user"}]', "messages[0] has no content"),
+    "out of order": ('[{"role": "assistant", "content": "x"}]', "is out of order"),
+    "too deep": ("[" * 100_000, "is not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_MESSAGES)
+def test_a_malformed_message_file_is_one_line(sample, tmp_path, name):
+    content, message = WRONG_MESSAGES[name]
+    if content is not None:
+        (tmp_path / "m.json").write_text(content)
+    code, text, said = sample("--messages", str(tmp_path / "m.json"))
+    assert (code, text) == (1, "")
+    assert message in said and said.startswith("error: ") and said.count("\n") == 1

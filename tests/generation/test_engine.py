@@ -259,7 +259,7 @@ def test_a_circle_is_guessed_to_go_on():
 
 @pytest.mark.parametrize("sampler", [SAMPLED, make_sampler(0, repetition_penalty=1.3)])
 def test_only_plain_greedy_speculates(sampler):
-    with pytest.raises(UserError, match=r"speculation .* temperature 0, without penalties"):
+    with pytest.raises(UserError, match=r"speculate .* temperature 0, without penalties"):
         said(Engine(unstack(stacked())), [1, 2], sampler, speculate=True)
 
 

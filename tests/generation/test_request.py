@@ -70,7 +70,8 @@ def test_an_unknown_rng_is_refused():
     ],
 )
 def test_a_number_out_of_range_is_named(name, value):
-    with pytest.raises(UsageError, match=rf"^{name}={value} is out of range; expected "):
+    message = rf"^{name}={value} is (out of range|no whole number); expected "
+    with pytest.raises(UsageError, match=message):
         Wishes(**{name: value})
 
 
@@ -84,4 +85,5 @@ def test_numbers_that_are_none_are_refused_before_anything_is_read():
 def test_texts_of_a_prompt_have_seeds_that_follow():
     request = Request([[1], [1], [2], [2]], [""] * 4, (), Wishes(seed=7, n=2))
     assert request.seeds == [7, 8, 7, 8]
-    assert Wishes(stop="a").stops == ("a",) and Wishes(stop=["a", "b"]).stops == ("a", "b")
+    own = Request([[1]], [""], (), Wishes(stop="a"), stop_strings=("[INST]",))
+    assert own.stops == ("[INST]", "a")

@@ -314,7 +314,10 @@ def test_an_argument_out_of_range_is_named(name, value, expected):
     with pytest.raises(UsageError) as error:
         make_sampler(**{name: value})
     shown = repr(value) if isinstance(value, str) else value
-    assert str(error.value) == f"{name}={shown} is out of range; expected {expected}"
+    what = "out of range"
+    if isinstance(value, str) or (name == "top_k" and not isinstance(value, int)):
+        what = "no whole number" if name == "top_k" else "no number"
+    assert str(error.value) == f"{name}={shown} is {what}; expected {expected}"
 
 
 @pytest.mark.parametrize(
@@ -323,11 +326,12 @@ def test_an_argument_out_of_range_is_named(name, value, expected):
         ([1, 2], "logit_bias=[1, 2] is not a mapping"),
         ({-1: 1.0}, "logit_bias=-1 is out of range; expected token ids"),
         ({2**31: 1.0}, "logit_bias=2147483648 is out of range; expected token ids"),
-        ({"5": 1.0}, "logit_bias='5' is out of range; expected token ids"),
-        ({1.5: 1.0}, "logit_bias=1.5 is out of range; expected token ids"),
+        ({"5": 1.0}, "logit_bias='5' is no whole number; expected token ids"),
+        ({1.5: 1.0}, "logit_bias=1.5 is no whole number; expected token ids"),
         ({5: np.nan}, "logit_bias[5]=nan is out of range; expected a finite number or minus"),
         ({5: np.inf}, "logit_bias[5]=inf is out of range; expected a finite number or minus"),
-        ({5: "x"}, "logit_bias[5]='x' is out of range; expected a finite number or minus"),
+        ({5: np.ones(2)}, "logit_bias[5]=array([1., 1.]) is no number; expected a finite number"),
+        ({5: "x"}, "logit_bias[5]='x' is no number; expected a finite number or minus"),
     ],
 )
 def test_a_bias_that_is_none_is_refused(bias, message):

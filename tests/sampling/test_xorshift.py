@@ -211,4 +211,5 @@ def test_cold_is_greedy_and_draws_no_number(temperature):
 def test_an_argument_out_of_range_is_named(name, value, expected):
     with pytest.raises(UsageError) as error:
         XorshiftSampler(**{name: value})
-    assert str(error.value) == f"{name}={value} is out of range; expected {expected}"
+    what = "no whole number" if value is True or value == 1.0 else "out of range"
+    assert str(error.value) == f"{name}={value} is {what}; expected {expected}"

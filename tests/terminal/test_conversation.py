@@ -1,6 +1,7 @@
 """A chat on a terminal: commands, history, interruptions, and what goes to which stream."""
 
 import io
+import signal
 
 import pytest
 
@@ -16,6 +17,7 @@ class Parrot:
     def __init__(self):
         self.heard = []
         self.interrupt_after = None
+        self.signal = signal.SIGINT
 
     def chat(self, messages, *, stream, **options):
         assert stream
@@ -27,7 +29,7 @@ class Parrot:
     def words(self, words):
         for number, word in enumerate(words):
             if number == self.interrupt_after:
-                raise KeyboardInterrupt
+                signal.raise_signal(self.signal)
             yield CompletionPiece(0, f" {word}!" if number else f"{word}!", "")
 
 
@@ -94,9 +96,31 @@ def test_an_interrupt_stops_the_answer_only(talk):
     llm = Parrot()
     llm.interrupt_after = 1
     heard, out, err = talk("one two three", "four", llm=llm)
-    assert out == "one!\nfour!\n"
+    assert out == "one! two!\nfour!\n"  # the piece that was being made is the last
     assert "[stopped]" in err
-    assert heard[1] == [("user", "one two three"), ("assistant", "one!"), ("user", "four")]
+    assert heard[1] == [("user", "one two three"), ("assistant", "one! two!"), ("user", "four")]
+
+
+def test_a_signal_to_end_ends_the_program_after_the_piece(talk, capsys):
+    llm = Parrot()
+    llm.interrupt_after, llm.signal = 1, signal.SIGTERM
+    with pytest.raises(SystemExit) as end:
+        talk("one two three", "four", llm=llm)
+    assert end.value.code == 143
+    assert capsys.readouterr().out == "one! two!\n"
+
+
+def test_what_is_typed_in_another_encoding_is_a_line(monkeypatch):
+    typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8")
+    monkeypatch.setattr("sys.stdin", typed)
+    with pytest.raises(UserError, match="what was typed is not UTF-8 at byte 3; convert it"):
+        converse(Conversation(Parrot()))
+
+
+def test_a_closed_standard_input_is_a_line(monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(UserError, match="--chat reads standard input, which is closed"):
+        converse(Conversation(Parrot()))
 
 
 def test_an_interrupt_at_the_prompt_says_how_to_leave(monkeypatch, capsys):

@@ -41,17 +41,22 @@ def test_rows_are_printed_in_order_with_an_empty_line_between(capsys):
 
 
 def test_speed_counts_what_comes_after_the_first_piece(capsys, monkeypatch):
-    times = iter([103.5, 108.5])  # of the first piece, and of the end
+    times = iter([103.5, 108.5])
     monkeypatch.setattr(printing.time, "perf_counter", lambda: next(times))
-    pieces = [
-        Piece(0, "a", (5,), ""),
-        Piece(0, "b", (5,) * 16, ""),
-        Piece(0, "c", (5,) * 4, "stop"),
-    ]
+    pieces = [Piece(0, "a", (5,), ""), Piece(0, "b", (5,) * 20, "stop")]
     assert list(printing._timed(pieces, begun=100)) == pieces
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err == "\n[first token after 3.50 s, then 4 tokens/s]\n"
+
+
+def test_speed_leaves_out_the_chunk_whose_program_is_compiled(capsys, monkeypatch):
+    times = iter([101, 102, 191, 192, 194, 196])  # a first token, a compiled chunk, two rows each
+    monkeypatch.setattr(printing.time, "perf_counter", lambda: next(times))
+    each = [1, 1, 16, 16, 16, 4]
+    pieces = [Piece(n % 2, "a", (5,) * tokens, "") for n, tokens in enumerate(each)]
+    list(printing._timed(pieces, begun=100))
+    assert capsys.readouterr().err == "\n[first token after 2.00 s, then 5 tokens/s]\n"
 
 
 def test_one_piece_has_no_speed(capsys):
