@@ -7,7 +7,6 @@ It ties checkpoint, tokenizer, engine and templates together and holds no arithm
 """
 
 import dataclasses
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from llama_jax.checkpoints.deployment import deploy, tensor_mesh
 from llama_jax.config import require
 from llama_jax.generation.appraisal import embed_texts, score_texts
 from llama_jax.generation.completions import gather, told, without_leading_space
+from llama_jax.generation.dialogue import request_of_dialogue
 from llama_jax.generation.engine import Engine
 from llama_jax.generation.request import Request, Wishes, texts_of, wishes_of
 from llama_jax.generation.texts import Piece, stop_ids, stream
@@ -26,7 +26,6 @@ from llama_jax.parallel.mesh_steps import on_mesh
 from llama_jax.sampling.choice import SamplingOptions
 from llama_jax.text.chat import find_template, template_of
 from llama_jax.text.messages import parse_messages
-from llama_jax.text.shortening import TruncationWarning, fit
 from llama_jax.text.tokenizer import Tokenizer
 
 CACHE_DTYPES = ("", "int8")
@@ -188,21 +187,20 @@ class LLM:
             message, a checkpoint that tells it learnt no chat format, or a dialogue that leaves
             less than `max_tokens`, or a quarter of the context if that is less, to the answer.
         """
-        wished = wishes_of(**wishes)
-        require(wished.n == 1, f"n={wished.n} does not go with a chat, which gives one answer")
-        chosen = template_of(template or self._template)
-        room = self.context_length - min(wished.max_tokens, self.context_length // 4)
-        fitted = fit(parse_messages(messages), chosen, self.tokenizer, room, truncate)
-        if fitted.statement:
-            warnings.warn(fitted.statement, TruncationWarning, stacklevel=2)
-        ends = chosen.stops(self.tokenizer)
-        stop_ids = (*ends.ids, *self._stop_ids)
-        request = Request([fitted.ids], [""], stop_ids, wished, stop_strings=ends.strings)
+        request, dropped = request_of_dialogue(
+            parse_messages(messages),
+            template_of(template or self._template),
+            self.tokenizer,
+            wishes_of(**wishes),
+            self._stop_ids,
+            context=self.context_length,
+            truncate=truncate,
+        )
         pieces = without_leading_space(self.pieces(request))
         if stream:
             return told(pieces, request)
         made = gather(pieces, request, self.tokenizer)[0]
-        return dataclasses.replace(made, dropped=fitted.dropped)
+        return dataclasses.replace(made, dropped=dropped)
 
     def score(self, texts: str | Sequence[str]) -> Any:
         """The log-probability of each token of a text: a `Score`, or a list of them for a list.

@@ -1,5 +1,6 @@
 """The door sample.py as a user meets it: what it writes where, and what it says to mistakes."""
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -21,7 +22,9 @@ from llama_jax import cli
 from llama_jax.checkpoints.run_folder import Run, describe
 from llama_jax.checkpoints.writer import CheckpointWriter
 from llama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
+from llama_jax.generation.request import Wishes
 from llama_jax.model import Llama
+from llama_jax.sampling.choice import SamplingOptions
 from llama_jax.text.tokenizer import train_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -56,12 +59,18 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def sample(place, monkeypatch, capsys, tmp_path):
-    """Run the door in this process; returns exit code, stdout and stderr."""
+def load_door():
+    """sample.py as a module."""
     spec = importlib.util.spec_from_file_location("sample", REPOSITORY / "sample.py")
     door = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(door)
+    return door
+
+
+@pytest.fixture
+def sample(place, monkeypatch, capsys, tmp_path):
+    """Run the door in this process; returns exit code, stdout and stderr."""
+    door = load_door()
     monkeypatch.chdir(place)
     monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(jax.config, "update", lambda *setting: None)  # no cache for other tests
@@ -87,6 +96,14 @@ def in_another_process(place, *words, pipe=""):
         text=True,
         timeout=120,
     )
+
+
+def test_flags_are_by_default_what_the_library_has():
+    parser = load_door().parser()
+    for kind in (SamplingOptions, Wishes):
+        for field in dataclasses.fields(kind):
+            if field.default is not dataclasses.MISSING and field.name not in ("stop", "n"):
+                assert parser.get_default(field.name) == field.default, field.name
 
 
 def test_text_goes_to_stdout_and_nothing_else_does(place):
