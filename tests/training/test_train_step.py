@@ -211,6 +211,20 @@ def test_fsdp_sends_no_more_than_the_textbook(monkeypatch, remat):
     assert kinds["all-gather"].bytes <= table  # a layer's parameters, never those of all layers
 
 
+def test_on_two_axes_too_no_device_ever_has_all_parameters(monkeypatch):
+    config, sizes = make_config(), {"data": 1, "fsdp": 4, "tensor": 2}
+    found = sent_by(config, sizes, monkeypatch)
+    assert {one.kind for one in found if one.axes(sizes) == ("tensor",)} == {"all-reduce"}
+    gathered = [one for one in found if one.kind == "all-gather"]
+    assert {one.axes(sizes) for one in gathered} == {("fsdp",)}
+    widest = max(config.model.vocab_size, config.model.hidden_dim) * config.model.dim * 4
+    assert max(one.bytes for one in gathered) <= widest / 2  # a device's half of one matrix
+    scattered = [one for one in found if one.kind == "reduce-scatter"]
+    sent = sum(one.sent(8) * one.times for one in (*gathered, *scattered))
+    textbook = 3 * parameter_bytes(config) / 2 * 3 / 4
+    assert 0.9 * textbook < sent <= 1.1 * textbook
+
+
 def test_optimizer_state_lies_where_its_parameter_does():
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     state = jit_init(make_config(), mesh)()
