@@ -7,6 +7,7 @@ would have chosen itself (Leviathan et al. 2023, the greedy case), so nothing bu
 
 import dataclasses
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,55 +53,85 @@ def guess(history_BS: jax.Array, length_B: jax.Array) -> jax.Array:
     return jax.vmap(of_row)(history_BS, length_B)
 
 
+class Progress(NamedTuple):
+    """Where a stretch of guessing stands."""
+
+    state: GenerationState
+    history_BS: jax.Array  # ids of each row, `state.token_B` the last that is known
+    new_BW: jax.Array  # those of this stretch, `NOTHING` after them and for a stop token
+    made_B: jax.Array  # how many, a stop token included
+
+
 @partial(jax.jit, donate_argnames=("state", "history_BS"))
 def decode_guessing(
     model: Llama, state: GenerationState, history_BS: jax.Array, stops_S: jax.Array
 ) -> tuple[GenerationState, jax.Array, jax.Array]:
-    """The greedy loop of `decoding.decode` with guesses: state, history and tokens [B, C].
+    """The greedy loop of `decoding.decode` with guesses: state, history and tokens [B, W].
 
     Args:
       history_BS: the ids of each row up to and with `state.token_B`; it has room for
         `CHUNK + GUESSES` more than the row's limit, as the cache has.
     """
-    B = state.token_B.shape[0]
-    width = CHUNK + GUESSES + 1  # a last pass may overshoot the chunk
 
-    def going(carry):  # type: ignore[no-untyped-def]
-        state, _, _, made_B = carry
-        return (made_B < CHUNK).all() & ~state.done_B.all()
+    def going(progress: Progress) -> jax.Array:
+        return (progress.made_B < CHUNK).all() & ~progress.state.done_B.all()
 
-    def turn(carry):  # type: ignore[no-untyped-def]
-        state, history_BS, out_BW, made_B = carry
-        length_B, done_B = state.cache.length_B, state.done_B
-        guess_BG = guess(history_BS, length_B + 1)
-        read_BT = jnp.concatenate([state.token_B[:, None], guess_BG], axis=1)
-        logits_BTV, cache = model(read_BT, state.cache)
-        token_BT = likeliest(logits_BTV)
-        agrees_BG = jnp.cumprod(guess_BG == token_BT[:, :-1], axis=1)
-        gained_B = 1 + agrees_BG.sum(axis=1).astype(jnp.int32)
-        is_stop_BT = (token_BT[:, :, None] == stops_S[None, None]).any(axis=-1)
-        before_stop_B = jnp.where(is_stop_BT.any(axis=1), is_stop_BT.argmax(axis=1), GUESSES + 1)
-        stops_B = before_stop_B < gained_B
-        room_B = state.limit_B - length_B - 1
-        gained_B = jnp.minimum(jnp.minimum(gained_B, before_stop_B + stops_B), room_B)
-        gained_B = jnp.where(done_B, 0, gained_B)
-        stops_B = ~done_B & (before_stop_B < gained_B)
-        places_T = jnp.arange(GUESSES + 1)
-        is_new_BT = places_T[None] < (gained_B - stops_B)[:, None]
-        put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))
-        out_BW = put(out_BW, jnp.where(is_new_BT, token_BT, NOTHING), made_B)
-        history_BS = put(history_BS, token_BT, length_B + 1)
-        last_B = jnp.take_along_axis(token_BT, jnp.maximum(gained_B - 1, 0)[:, None], axis=1)[:, 0]
-        cache = dataclasses.replace(cache, length_B=length_B + gained_B)
-        state = dataclasses.replace(
-            state,
-            cache=cache,
-            token_B=jnp.where(done_B, state.token_B, last_B),
-            stopped_B=state.stopped_B | stops_B,
-        )
-        return state, history_BS, out_BW, made_B + gained_B
+    B, width = state.token_B.shape[0], CHUNK + GUESSES + 1  # a last pass may overshoot the chunk
+    new_BW, made_B = jnp.full((B, width), NOTHING, jnp.int32), jnp.zeros(B, jnp.int32)
+    start = Progress(state, history_BS, new_BW, made_B)
+    end = jax.lax.while_loop(going, partial(_guess_and_read, model, stops_S), start)
+    return end.state, end.history_BS, end.new_BW
 
-    out_BW = jnp.full((B, width), NOTHING, jnp.int32)
-    start = (state, history_BS, out_BW, jnp.zeros(B, jnp.int32))
-    state, history_BS, out_BW, _ = jax.lax.while_loop(going, turn, start)
-    return state, history_BS, out_BW
+
+def _guess_and_read(model: Llama, stops_S: jax.Array, progress: Progress) -> Progress:
+    """One pass of the model: it reads the last token and a guess, and chooses after each."""
+    state, length_B = progress.state, progress.state.cache.length_B
+    guess_BG = guess(progress.history_BS, length_B + 1)
+    read_BT = jnp.concatenate([state.token_B[:, None], guess_BG], axis=1)
+    logits_BTV, cache = model(read_BT, state.cache)
+    assert cache is not None
+    chosen_BT = likeliest(logits_BTV)
+    room_B = jnp.where(state.done_B, 0, state.limit_B - length_B - 1)
+    right_B = _right_guesses(guess_BG, chosen_BT)
+    to_stop_B = _through_first_stop(chosen_BT, stops_S)
+    # After the guesses that are right comes one token more, which the model chose by itself.
+    kept_B = jnp.minimum(jnp.minimum(1 + right_B, to_stop_B), room_B)
+    cache = dataclasses.replace(cache, length_B=length_B + kept_B)
+    state = dataclasses.replace(state, cache=cache)
+    return _with_tokens(progress._replace(state=state), chosen_BT, kept_B, to_stop_B <= kept_B)
+
+
+def _right_guesses(guess_BG: jax.Array, chosen_BT: jax.Array) -> jax.Array:
+    """How many guesses the model would have chosen, up to the first that it would not."""
+    return jnp.cumprod(guess_BG == chosen_BT[:, :-1], axis=1, dtype=jnp.int32).sum(axis=1)
+
+
+def _through_first_stop(chosen_BT: jax.Array, stops_S: jax.Array) -> jax.Array:
+    """Tokens up to and with the first stop token; more than there are if there is none."""
+    is_stop_BT = (chosen_BT[:, :, None] == stops_S[None, None]).any(axis=-1)
+    most = chosen_BT.shape[1] + 1
+    return jnp.where(is_stop_BT.any(axis=1), 1 + is_stop_BT.argmax(axis=1), most)
+
+
+def _with_tokens(
+    progress: Progress, chosen_BT: jax.Array, kept_B: jax.Array, stops_B: jax.Array
+) -> Progress:
+    """Progress with the first `kept_B` tokens of each row, which are in its cache's length already.
+
+    Args:
+      stops_B: rows of which the last of these is a stop token.
+    """
+    state = progress.state
+    is_new_BT = jnp.arange(chosen_BT.shape[1])[None] < (kept_B - stops_B)[:, None]
+    new_BW = _put(progress.new_BW, jnp.where(is_new_BT, chosen_BT, NOTHING), progress.made_B)
+    # What lies beyond the kept ones is not known yet, and overwritten by the next pass.
+    history_BS = _put(progress.history_BS, chosen_BT, state.cache.length_B - kept_B + 1)
+    last_B1 = jnp.take_along_axis(chosen_BT, jnp.maximum(kept_B - 1, 0)[:, None], axis=1)
+    token_B = jnp.where(kept_B > 0, last_B1[:, 0], state.token_B)
+    state = dataclasses.replace(state, token_B=token_B, stopped_B=state.stopped_B | stops_B)
+    return Progress(state, history_BS, new_BW, progress.made_B + kept_B)
+
+
+def _put(rows_BS: jax.Array, new_BT: jax.Array, at_B: jax.Array) -> jax.Array:
+    """Rows with new ids written in each from its own place on."""
+    return jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))(rows_BS, new_BT, at_B, 0)

@@ -13,11 +13,11 @@ from llama_jax.cache import KVCache
 from llama_jax.config import MeshConfig
 from llama_jax.errors import UserError
 from llama_jax.generation import engine as engines
-from llama_jax.generation import prefill
+from llama_jax.generation import prefill, speculation
 from llama_jax.generation.decoding import NOTHING, GenerationState, decode
 from llama_jax.generation.engine import Engine, generate
 from llama_jax.generation.prefill import _read, read_prompts, stretches
-from llama_jax.generation.speculation import guess
+from llama_jax.generation.speculation import GUESSES, guess
 from llama_jax.parallel.sharding import make_mesh, shardings
 from llama_jax.sampling.sampler import make_sampler
 
@@ -237,11 +237,36 @@ def test_speculation_changes_nothing(stop, max_tokens):
     stops = [NOTHING] if stop is None or stop >= len(free[0]) else [free[0][stop]]
     options = {"max_tokens": max_tokens, "seeds": [0] * 3, "stop_ids": stops}
     plain, ends = ids_and_ends(prompts, model=model, max_tokens=max_tokens, stop_ids=stops)
-    rows, chunks = [[], [], []], 0
+    rows = [[], [], []]
     for chunk in Engine(model).generate(prompts, GREEDY, speculate=True, **options):
         rows = [row + new for row, new in zip(rows, chunk.rows)]
-        chunks, last = chunks + 1, chunk.finished
+        last = chunk.finished
     assert (rows, last) == (plain, ends)
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """A list that grows by one with every pass of the guessing loop."""
+    made = []
+
+    def counted(*arguments):
+        jax.debug.callback(lambda: made.append(1))
+        return guess(*arguments)
+
+    speculation.decode_guessing.clear_cache()
+    monkeypatch.setattr(speculation, "guess", counted)
+    yield made
+    speculation.decode_guessing.clear_cache()
+
+
+def test_a_circle_takes_fewer_passes_than_tokens(passes):
+    model = unstack(make_model(num_layers=2, context_length=96))
+    model.embedding[...] *= 10  # so loud that the model says its last token for ever
+    ids, _ = said(Engine(model), [5, 6, 7], max_tokens=65, speculate=True)
+    jax.effects_barrier()
+    assert ids == [7] * 65
+    # Of the 64 after the first, one before the circle is seen, then a token and its guesses each.
+    assert len(passes) == 1 + -(-63 // (1 + GUESSES))
 
 
 def test_a_guess_is_what_followed_the_last_time():
