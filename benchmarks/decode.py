@@ -37,8 +37,8 @@ STORY = (
 
 
 def ours(model: str, rows: int, new_tokens: int, dtype: str, bits: str = "") -> common.Work:
-    """The loop of `engine.generate`, with matrices in `bits` ("int8", "int4") if asked."""
-    from llama_jax.generation.engine import generate
+    """The loop of `Engine.generate`, with matrices in `bits` ("int8", "int4") if asked."""
+    from llama_jax.generation.engine import Engine
     from llama_jax.sampling.sampler import make_sampler
 
     config, greedy = common.model_config(model, CONTEXT, dtype), make_sampler(temperature=0)
@@ -51,7 +51,7 @@ def ours(model: str, rows: int, new_tokens: int, dtype: str, bits: str = "") -> 
 
     def work() -> float:
         begun = time.perf_counter()
-        chunks = list(generate(weights, prompts, greedy, max_tokens=new_tokens, seeds=seeds))
+        chunks = list(Engine(weights).generate(prompts, greedy, max_tokens=new_tokens, seeds=seeds))
         seconds = time.perf_counter() - begun
         assert sum(len(row) for chunk in chunks for row in chunk.rows) == rows * new_tokens
         return seconds

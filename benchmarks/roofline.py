@@ -56,7 +56,7 @@ def decoding(model: str, dtype: str, prompt: int, context: int, new: int, bits: 
     import jax
 
     from llama_jax.cache import KVCache
-    from llama_jax.generation.engine import generate
+    from llama_jax.generation.engine import Engine
     from llama_jax.generation.prefill import slots_for
     from llama_jax.quantization import held_bytes, quantize
     from llama_jax.sampling.sampler import make_sampler
@@ -74,7 +74,7 @@ def decoding(model: str, dtype: str, prompt: int, context: int, new: int, bits: 
 
     def work() -> float:
         times, tokens = [], 0
-        for chunk in generate(weights, [_ids(prompt)], greedy, max_tokens=new, seeds=[0]):
+        for chunk in Engine(weights).generate([_ids(prompt)], greedy, max_tokens=new, seeds=[0]):
             times.append(time.perf_counter())
             tokens += len(chunk.rows[0])
         return (times[-1] - times[0]) / (tokens - 1)

@@ -16,7 +16,7 @@ from llama_jax.config import MeshConfig, ModelConfig
 from llama_jax.data.tokens import TokenFolder
 from llama_jax.errors import UsageError
 from llama_jax.formats import llama2c
-from llama_jax.generation.engine import generate
+from llama_jax.generation.engine import Engine
 from llama_jax.generation.scoring import token_logprobs
 from llama_jax.layers import Linear
 from llama_jax.model import count_parameters
@@ -203,7 +203,7 @@ def test_stored_by_name_and_restored_into_shapes(kind, group_size, tied):
 def continued(model, prompts):
     rows = [[] for _ in prompts]
     greedy = make_sampler(temperature=0)
-    for chunk in generate(model, prompts, greedy, max_tokens=8, seeds=[0] * len(prompts)):
+    for chunk in Engine(model).generate(prompts, greedy, max_tokens=8, seeds=[0] * len(prompts)):
         for row, ids in zip(rows, chunk.rows):
             row += ids
     return rows

@@ -7,7 +7,7 @@ from tiny_weights import built
 
 from llama_jax.arrangement import unstack
 from llama_jax.formats import llama2c
-from llama_jax.generation.engine import generate
+from llama_jax.generation.engine import Engine
 from llama_jax.sampling.sampler import make_sampler
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -45,8 +45,7 @@ def test_the_likeliest_first_tokens(model):
 
 def test_the_likeliest_story(model, shared_data):
     tokenizer = Tokenizer(shared_data / "tok512.model")
-    chunks = generate(
-        unstack(model),
+    chunks = Engine(unstack(model)).generate(
         [[tokenizer.bos_id]],
         make_sampler(temperature=0),
         max_tokens=80,

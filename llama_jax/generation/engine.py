@@ -80,7 +80,8 @@ class Engine:
         cache, logits_BV = self._read(prompts, int(limit_B.max()) + (GUESSES + 1) * speculate)
         stops_S = np.asarray([*stop_ids, NOTHING], np.int32)
         keys_B = _keys(np.asarray(seeds, np.uint32))
-        counts = _counts(prompts, self.model.config.vocab_size) if sampler.needs_counts else None
+        vocab_size = self.model.config.vocab_size
+        counts = TokenCounts.of(prompts, vocab_size) if sampler.needs_counts else None
         state = GenerationState(
             cache,
             jnp.asarray(length_B),
@@ -177,11 +178,6 @@ class Engine:
         return read_prompts(self.model, cache, prompts, start)
 
 
-def generate(model: Llama, *arguments: object, **options: object) -> Iterator[Chunk]:
-    """What `Engine.generate` makes, with an engine of its own."""
-    return Engine(model).generate(*arguments, **options)  # type: ignore[arg-type]
-
-
 _keys = jax.jit(jax.vmap(jax.random.key))
 _begin = partial(jax.jit, donate_argnames="state", static_argnames="logprobs")(begin)
 
@@ -210,12 +206,6 @@ def _common(kept: Sequence[int], prompt: Sequence[int]) -> int:
     """Ids that two sequences begin with alike, at most all but the last of the prompt."""
     most = min(len(kept), len(prompt) - 1)
     return next((i for i in range(most) if kept[i] != prompt[i]), most)
-
-
-def _counts(prompts: Sequence[Sequence[int]], vocab_size: int) -> TokenCounts:
-    """How often each token occurs in each prompt."""
-    counts_BV = np.stack([np.bincount(prompt, minlength=vocab_size) for prompt in prompts])
-    return TokenCounts(jnp.asarray(counts_BV, jnp.int32), jnp.zeros(counts_BV.shape, jnp.int32))
 
 
 def _history(prompts: Sequence[Sequence[int]], chosen: Chosen, slots: int) -> jax.Array:

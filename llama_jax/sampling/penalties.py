@@ -4,6 +4,7 @@ Does not know temperature, filters or draws. Logits are float32 [B, V]; each row
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +20,10 @@ class TokenCounts:
     generated_BV: jax.Array
 
     @classmethod
-    def of(cls, tokens_BT: jax.Array, length_B: jax.Array, vocab: int) -> "TokenCounts":
-        """The counts of prompts padded on the right, with nothing generated yet."""
-        zeros_BV = jnp.zeros((tokens_BT.shape[0], vocab), jnp.int32)
-        return cls(zeros_BV, zeros_BV).read(tokens_BT, length_B)
-
-    def read(self, tokens_BT: jax.Array, length_B: jax.Array) -> "TokenCounts":
-        """These counts with the first `length_B` of some tokens added to each row's prompt."""
-        rows_B1 = jnp.arange(tokens_BT.shape[0])[:, None]
-        real_BT = jnp.arange(tokens_BT.shape[1])[None] < length_B[:, None]
-        prompt_BV = self.prompt_BV.at[rows_B1, tokens_BT].add(real_BT.astype(jnp.int32))
-        return dataclasses.replace(self, prompt_BV=prompt_BV)
+    def of(cls, prompts: Sequence[Sequence[int]], vocab_size: int) -> "TokenCounts":
+        """The counts of prompts, with nothing generated yet."""
+        counts_BV = np.stack([np.bincount(prompt, minlength=vocab_size) for prompt in prompts])
+        return cls(jnp.asarray(counts_BV, jnp.int32), jnp.zeros(counts_BV.shape, jnp.int32))
 
     def add(self, token_B: jax.Array, active_B: jax.Array) -> "TokenCounts":
         """These counts with one generated token more in each active row."""

@@ -15,7 +15,7 @@ from llama_jax.errors import UserError
 from llama_jax.generation import engine as engines
 from llama_jax.generation import prefill, speculation
 from llama_jax.generation.decoding import NOTHING, GenerationState, decode
-from llama_jax.generation.engine import Engine, generate
+from llama_jax.generation.engine import Engine
 from llama_jax.generation.prefill import _read, read_prompts, stretches
 from llama_jax.generation.speculation import GUESSES, guess
 from llama_jax.parallel.sharding import make_mesh, shardings
@@ -43,8 +43,8 @@ def ids_and_ends(
     """The whole continuations, and why each row ended."""
     model, seeds = model or unstack(stacked()), seeds or [0] * len(prompts)
     rows, ends = [[] for _ in prompts], [""] * len(prompts)
-    for chunk in generate(
-        model, prompts, sampler, max_tokens=max_tokens, seeds=seeds, stop_ids=stop_ids
+    for chunk in Engine(model).generate(
+        prompts, sampler, max_tokens=max_tokens, seeds=seeds, stop_ids=stop_ids
     ):
         for row, (ids, end) in enumerate(zip(chunk.rows, chunk.finished)):
             assert not (ids and ends[row]), "a row that has ended grows no more"
@@ -150,6 +150,19 @@ def test_the_loop_copies_no_cache(K):
     assert all(f"f32[{size}]" in program for size in sizes)
     copied = [line for line in program.splitlines() if " copy(" in line]
     assert not [line for line in copied if any(f"f32[{size}]" in line for size in sizes)]
+
+
+def test_the_loop_ends_with_its_last_row():
+    """A turn more would read the last tokens, which nobody asks about, into the next slots."""
+    model, prompts = unstack(stacked()), [[1] * 16, [1] * 13]  # padding fills no slot beyond 16
+    cache, _ = read_prompts(model, KVCache.empty(model.config, 2, 64), prompts)
+    keys_B = jax.vmap(jax.random.key)(np.asarray([0, 0], np.uint32))
+    token_B, nobody_B, limit_B = jnp.asarray([4, 4]), jnp.zeros(2, bool), jnp.asarray([22, 16])
+    state = GenerationState(cache, token_B, nobody_B, limit_B, keys_B, None)
+    state, chosen = decode(model, state, GREEDY, np.asarray([NOTHING]))
+    assert (np.asarray(chosen.token) != NOTHING).sum(axis=1).tolist() == [5, 2]
+    is_filled_RS = np.asarray(state.cache.layers[0].keys_RSH != 0).any(axis=-1)
+    assert is_filled_RS[0].tolist() == [slot < 16 + 5 for slot in range(64)]
 
 
 def test_sharded_is_one_device():

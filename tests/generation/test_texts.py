@@ -5,7 +5,7 @@ from tiny_model import make_model
 
 from llama_jax.arrangement import unstack
 from llama_jax.generation.chunks import Chunk
-from llama_jax.generation.engine import Engine, generate
+from llama_jax.generation.engine import Engine
 from llama_jax.generation.texts import stop_ids, stream
 from llama_jax.sampling.sampler import make_sampler
 from llama_jax.text.tokenizer import train_tokenizer
@@ -34,7 +34,7 @@ def test_pieces_add_up_to_the_decoded_ids(model, tokenizer):
         tokens[piece.row] += piece.tokens
         ends[piece.row].append(piece.finished)
     rows = [[], [], []]
-    for chunk in generate(model, encoded, SAMPLED, **options):
+    for chunk in Engine(model).generate(encoded, SAMPLED, **options):
         rows = [row + new for row, new in zip(rows, chunk.rows)]
     for row, ids in enumerate(rows):
         assert tokens[row] == len(ids) > 0

@@ -15,7 +15,7 @@ from llama_jax.config import RopeScaling
 from llama_jax.formats import gguf, llama2c
 from llama_jax.formats.gguf_header import scan
 from llama_jax.formats.weights import of_layer
-from llama_jax.generation.engine import generate
+from llama_jax.generation.engine import Engine
 from llama_jax.model import abstract
 from llama_jax.names import named_leaves
 from llama_jax.sampling.sampler import make_sampler
@@ -75,8 +75,7 @@ def stories(shared_data):
 
 def our_story(weights, prompt):
     stop = [1]
-    chunks = generate(
-        unstack(in_float32(weights)),
+    chunks = Engine(unstack(in_float32(weights))).generate(
         [prompt],
         make_sampler(temperature=0),
         max_tokens=TOKENS,

@@ -13,33 +13,24 @@ from llama_jax.sampling.penalties import (
 )
 
 V = 7
-PROMPTS = np.asarray([[3, 3, 5, 0, 0], [1, 0, 0, 0, 0], [6, 5, 6, 4, 6]], np.int32)
-LENGTHS = np.asarray([3, 1, 5], np.int32)
-counts_of = jax.jit(TokenCounts.of, static_argnums=2)
+PROMPTS = [[3, 3, 5], [1], [6, 5, 6, 4, 6]]
 
 
-def test_prompts_are_counted_without_padding():
-    counts = counts_of(PROMPTS, LENGTHS, V)
+def test_prompts_are_counted():
+    counts = TokenCounts.of(PROMPTS, V)
     expected = [[0, 0, 0, 2, 0, 1, 0], [0, 1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 3]]
     assert counts.prompt_BV.tolist() == expected
     assert counts.prompt_BV.dtype == counts.generated_BV.dtype == jnp.int32
     assert counts.generated_BV.tolist() == np.zeros((3, V)).tolist()
 
 
-def test_a_prompt_read_in_pieces_counts_as_one():
-    first = counts_of(PROMPTS[:, :2], np.minimum(LENGTHS, 2), V)
-    both = jax.jit(TokenCounts.read)(first, PROMPTS[:, 2:], np.maximum(LENGTHS - 2, 0))
-    whole = counts_of(PROMPTS, LENGTHS, V)
-    assert both.prompt_BV.tolist() == whole.prompt_BV.tolist()
-
-
 def test_generated_tokens_are_counted_in_active_rows():
-    counts, add = counts_of(PROMPTS, LENGTHS, V), jax.jit(TokenCounts.add)
+    counts, add = TokenCounts.of(PROMPTS, V), jax.jit(TokenCounts.add)
     counts = add(counts, jnp.asarray([2, 2, 6]), jnp.asarray([True, False, True]))
     counts = add(counts, jnp.asarray([2, 0, 1]), jnp.asarray([True, True, False]))
     expected = [[0, 0, 2, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 1]]
     assert counts.generated_BV.tolist() == expected
-    assert counts.prompt_BV.tolist() == counts_of(PROMPTS, LENGTHS, V).prompt_BV.tolist()
+    assert counts.prompt_BV.tolist() == TokenCounts.of(PROMPTS, V).prompt_BV.tolist()
 
 
 # token            0  1  2  3  4   5
