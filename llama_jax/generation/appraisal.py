@@ -1,10 +1,10 @@
 """What a model makes of whole texts: how likely they are, and where they lie as vectors."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.errors import UserError
@@ -13,7 +13,7 @@ from llama_jax.generation.scoring import embeddings, token_logprobs
 from llama_jax.model import Llama
 from llama_jax.text.tokenizer import Tokenizer
 
-AT_ONCE = 16  # texts read in one pass
+AT_ONCE = 16  # texts read in one pass, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +32,13 @@ def score_texts(model: Llama, tokenizer: Tokenizer, texts: Sequence[str]) -> lis
     Raises:
       UserError: for a text longer than the context.
     """
-    scores = []
-    for tokens_BT, lengths in _batches(model, tokenizer, texts):
-        told_BT = np.asarray(token_logprobs(model, tokens_BT))
-        for ids, told_T, length in zip(tokens_BT, told_BT, lengths):
-            scores.append(_score(ids[:length].tolist(), told_T[: length - 1].astype(np.float64)))
-    return scores
+    scores: dict[int, Score] = {}
+    for batch in _batches(model, tokenizer, texts):
+        told_BT = np.asarray(token_logprobs(model, batch.tokens_BT), np.float64)
+        for row, (place, length) in enumerate(zip(batch.places, batch.lengths)):
+            ids = batch.tokens_BT[row, :length].tolist()
+            scores[place] = _score(ids, told_BT[row, : length - 1])
+    return [scores[place] for place in range(len(texts))]
 
 
 def _score(ids: list[int], logprobs: np.ndarray) -> Score:
@@ -53,25 +54,46 @@ def embed_texts(
     Raises:
       UserError: for a text longer than the context.
     """
-    parts = []
-    for tokens_BT, lengths in _batches(model, tokenizer, texts):
-        length_B = jnp.asarray(lengths, jnp.int32)
-        parts.append(np.asarray(embeddings(model, tokens_BT, length_B, normalize)))
-    return np.concatenate(parts)
+    vectors_ND = np.zeros((len(texts), model.config.dim), np.float32)
+    for batch in _batches(model, tokenizer, texts):
+        vectors_BD = np.asarray(embeddings(model, batch.tokens_BT, batch.length_B, normalize))
+        vectors_ND[batch.places] = vectors_BD[: len(batch.places)]
+    return vectors_ND
 
 
-def _batches(
-    model: Llama, tokenizer: Tokenizer, texts: Sequence[str]
-) -> Iterator[tuple[np.ndarray, list[int]]]:
-    """Ids of some texts at a time, BOS first, padded to lengths that repeat; and their lengths."""
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """Texts that are read together."""
+
+    places: list[int]  # in the list that was given
+    lengths: list[int]  # ids of each
+    tokens_BT: np.ndarray  # padded, with rows after theirs that are nobody's
+
+    @property
+    def length_B(self) -> np.ndarray:
+        """Ids of each row; 1 of a row that is nobody's, for a mean over none would be NaN."""
+        nobodys = len(self.tokens_BT) - len(self.lengths)
+        return np.asarray(self.lengths + [1] * nobodys, np.int32)
+
+
+def _batches(model: Llama, tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[_Batch]:
+    """Texts of like length together, in few shapes, so that little is padding or compiles anew."""
     rows = [tokenizer.encode(text, bos=True, eos=False) for text in texts]
-    most = model.config.context_length
+    _require_room(rows, model.config.context_length)
+    widths = [sum(stretches(len(ids))) for ids in rows]
+    by_width = sorted(range(len(rows)), key=widths.__getitem__)
+    for width, group in itertools.groupby(by_width, key=widths.__getitem__):
+        alike = list(group)
+        for start in range(0, len(alike), AT_ONCE):
+            places = alike[start : start + AT_ONCE]
+            ids = [rows[place] for place in places]
+            nobodys = 2 ** (len(ids) - 1).bit_length() - len(ids)
+            yield _Batch(places, [len(row) for row in ids], padded(ids + [[]] * nobodys, width))
+
+
+def _require_room(rows: Sequence[Sequence[int]], most: int) -> None:
     for ids in rows:
         if len(ids) > most:
             raise UserError(
                 f"a text has {len(ids)} tokens; expected at most {most}, the model's context"
             )
-    for start in range(0, len(rows), AT_ONCE):
-        part = rows[start : start + AT_ONCE]
-        lengths = [len(ids) for ids in part]
-        yield padded(part, sum(stretches(max(2, *lengths)))), lengths
