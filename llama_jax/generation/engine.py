@@ -5,6 +5,7 @@ each row has its own cache length, key and end. Text is not known here.
 """
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -31,6 +32,10 @@ class Engine:
 
     A lone prompt that begins like the one before, as a chat's next turn does, is read only from
     where it differs: the cache of the earlier call is taken up again.
+
+    Threads may call one engine at the same time. Each call has a cache of its own, and only one of
+    them takes up the earlier call's; what they make does not depend on which. The iterator that a
+    call returns is for one thread at a time.
     """
 
     def __init__(self, model: Llama, cache_dtype: str = "", mesh: Mesh | None = None):
@@ -43,6 +48,7 @@ class Engine:
         """
         self.model, self.cache_dtype, self.mesh = model, cache_dtype, mesh
         self._kept: tuple[list[int], KVCache] | None = None
+        self._taking = threading.Lock()
 
     @steps_on_mesh
     def generate(
@@ -163,19 +169,28 @@ class Engine:
 
     def _read(self, prompts: Sequence[Sequence[int]], tokens: int) -> tuple[KVCache, jax.Array]:
         """A cache with the prompts in it and room for `tokens`, and the logits after them."""
-        start, cache = 0, None
-        if len(prompts) == 1 and self._kept is not None:
-            ids, cache = self._kept
-            start = _common(ids, prompts[0])
-        self._kept = None  # its memory goes to the new call
+        start, cache = self._take_kept(prompts)
         room = max(tokens, start + sum(stretches(max(map(len, prompts)) - start)))
         slots = slots_for(room)
-        if cache is None or start == 0:
+        if cache is None:
             cache = KVCache.empty(self.model.config, len(prompts), slots, self.cache_dtype)
             cache = _cut(cache, self.mesh)
-        else:
-            cache = cache.with_slots(max(slots, cache.slots))
+        elif cache.slots < slots:
+            cache = cache.with_slots(slots)
         return read_prompts(self.model, cache, prompts, start)
+
+    def _take_kept(self, prompts: Sequence[Sequence[int]]) -> tuple[int, KVCache | None]:
+        """The kept cache, and how many ids of a lone prompt it holds; (0, None) if of no use.
+
+        Either way it is not kept any longer: its memory goes to the new call.
+        """
+        with self._taking:  # two calls that had one cache would donate it twice
+            kept, self._kept = self._kept, None
+        if kept is None or len(prompts) > 1:
+            return 0, None
+        ids, cache = kept
+        start = _common(ids, prompts[0])
+        return (start, cache) if start else (0, None)
 
 
 _keys = jax.jit(jax.vmap(jax.random.key))

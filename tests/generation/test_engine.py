@@ -1,5 +1,8 @@
 """Generation against full recomputation, and the promises it makes about rows and ends."""
 
+import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 
 import jax
@@ -222,6 +225,14 @@ def test_the_next_turn_is_read_from_where_it_differs(monkeypatch):
     assert lengths == [5, 3, 15, 2, 7, 3, 3, 1, 3]
 
 
+def test_a_turn_that_fits_copies_no_cache():
+    engine = Engine(unstack(stacked()))
+    said(engine, [3, 1, 4, 1, 5])
+    before = engine._kept[1].layers
+    said(engine, [3, 1, 4, 1, 6])
+    assert all(array.is_deleted() for array in jax.tree.leaves(before)), "donated"
+
+
 def test_a_turn_that_outgrows_the_cache_gets_a_larger_one():
     model = unstack(stacked(context_length=300))
     engine = Engine(model)
@@ -238,6 +249,35 @@ def test_a_generation_that_is_left_early_leaves_a_usable_engine():
     next(running)
     running.close()
     assert said(engine, [1, 2, 3, 4]) == said(Engine(model), [1, 2, 3, 4])
+
+
+class HeldUp(Engine):
+    """An engine that waits a little for a second thread between looking at what it keeps and on."""
+
+    both_look = threading.Barrier(2, timeout=0.5)
+
+    @property
+    def _kept(self):
+        kept = self.held
+        with contextlib.suppress(threading.BrokenBarrierError):  # nobody else may look meanwhile
+            self.both_look.wait()
+        return kept
+
+    @_kept.setter
+    def _kept(self, kept):
+        self.held = kept
+
+
+def test_two_threads_may_call_one_engine():
+    model = unstack(stacked())
+    engine, first = HeldUp(model), [3, 1, 4, 1, 5]
+    engine.both_look.abort()
+    said(engine, first)
+    engine.both_look.reset()
+    with ThreadPoolExecutor(2) as threads:
+        running = [threads.submit(said, engine, [*first, last]) for last in (6, 7)]
+    expected = [said(Engine(model), [*first, last]) for last in (6, 7)]
+    assert [one.result() for one in running] == expected
 
 
 @pytest.mark.parametrize("stop", [None, 2, 9])
