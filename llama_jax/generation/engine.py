@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from llama_jax.arguments import whole_number
 from llama_jax.cache import KVCache
 from llama_jax.errors import UserError
 from llama_jax.generation.chunks import Chunk, chunk_of
@@ -76,8 +77,9 @@ class Engine:
           speculate: guess ahead (see `speculation`); only for a plain greedy sampler.
 
         Raises:
-          UserError: when a prompt is empty or leaves no room for one token in the context, or a
-            speculating sampler is not plainly greedy.
+          UserError: when a prompt is empty or leaves no room for one token in the context, the
+            vocabulary has not so many tokens to tell of, or a speculating sampler is not plainly
+            greedy.
         """
         self.check(prompts, sampler, logprobs, speculate)
         context = self.model.config.context_length
@@ -163,7 +165,10 @@ class Engine:
     ) -> None:
         """Raise what `generate` would, which raises only once its first chunk is asked for."""
         self._check_lengths(prompts)
-        sampler.require_ids_below(self.model.config.vocab_size)
+        most = self.model.config.vocab_size
+        sampler.require_ids_below(most)
+        if logprobs is not None:
+            whole_number("logprobs", logprobs, lambda n: 0 <= n <= most, f"0 to {most}")
         if speculate:
             require_plainly_greedy(sampler, logprobs)
 

@@ -9,8 +9,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from llama_jax.errors import UsageError
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +24,8 @@ def top_logprobs(logits: jax.Array, tokens: jax.Array, n: int) -> TokenLogprobs:
     """The log-probabilities of tokens [...] and of the n likeliest under logits [..., V].
 
     Args:
-      n: 0 for those of the tokens alone; must be static under `jit`.
-
-    Raises:
-      UsageError: when the vocabulary has no n tokens.
+      n: up to V, 0 for those of the tokens alone; must be static under `jit`.
     """
-    V = logits.shape[-1]
-    if not 0 <= n <= V:
-        raise UsageError(f"logprobs={n} is out of range; expected 0 to {V}, the model's tokens")
     logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     token = jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
     top, top_ids = jax.lax.top_k(logprobs, n)

@@ -14,7 +14,7 @@ from tiny_model import TINY, make_model
 from llama_jax.arrangement import unstack
 from llama_jax.cache import KVCache
 from llama_jax.config import MeshConfig
-from llama_jax.errors import UserError
+from llama_jax.errors import UsageError, UserError
 from llama_jax.generation import engine as engines
 from llama_jax.generation import prefill, speculation
 from llama_jax.generation.decoding import NOTHING, GenerationState, decode
@@ -374,6 +374,12 @@ def test_log_probabilities_are_the_models_own(top):
         np.testing.assert_allclose(one.logprob, row[token], atol=1e-5)
         assert [i for i, _ in one.top] == np.argsort(-row)[:top].tolist()
         np.testing.assert_allclose([v for _, v in one.top], np.sort(row)[::-1][:top], atol=1e-5)
+
+
+@pytest.mark.parametrize("top", [-1, 54, 1.5, True])
+def test_more_log_probabilities_than_tokens_are_refused(top):
+    with pytest.raises(UsageError, match=f"logprobs={top} is .*; expected 0 to 53"):
+        said(Engine(unstack(stacked())), [5, 6], logprobs=top)
 
 
 def test_an_int8_cache_follows_the_float_one_for_a_while():
