@@ -98,19 +98,27 @@ def test_a_stop_string_ends_a_text_and_is_not_in_it(llm):
     assert shown == free[:at]
 
 
-def test_log_probabilities_agree_with_the_score(llm):
+def test_log_probabilities_are_of_the_tokens(llm):
     made = llm.complete("Tim saw", logprobs=2, **GREEDY)
     assert len(made.logprobs) == 12
     for told in made.logprobs:
         assert told.top[0].id == told.id, "greedy takes the likeliest"
         assert told.top[0].logprob == told.logprob >= told.top[1].logprob
         assert told.text == llm.tokenizer.piece_text(told.id)
-    ids = [*llm.tokenizer.encode("Tim saw", bos=True, eos=False), *made.token_ids]
-    score = llm.score(llm.tokenizer.decode(ids))
-    if list(score.token_ids) == ids:  # unless the text has a shorter spelling
-        told = [told.logprob for told in made.logprobs]
-        np.testing.assert_allclose(score.logprobs[-12:], told, atol=1e-4)
     assert llm.complete("Tim saw", logprobs=0, **GREEDY).logprobs[0].top == ()
+
+
+def test_log_probabilities_agree_with_the_score(llm):
+    words = {token for text in TEXTS for token in llm.tokenizer.encode(text, bos=False, eos=False)}
+    words = {token for token in words if llm.tokenizer.piece_text(token).startswith(" ")}
+    only_words = dict.fromkeys(words, 100.0)  # whole ones: their text has no other spelling
+    options = {"logit_bias": only_words, "temperature": 1.5, "max_tokens": 12}
+    made = llm.complete("Tim saw", logprobs=0, **options)
+    ids = (*llm.tokenizer.encode("Tim saw", bos=True, eos=False), *made.token_ids)
+    score = llm.score(llm.tokenizer.decode(ids))
+    assert score.token_ids == ids and len(set(made.token_ids)) > 3
+    told = [told.logprob for told in made.logprobs]
+    np.testing.assert_allclose(score.logprobs[-12:], told, atol=1e-4)
 
 
 def test_scores(llm):
@@ -157,6 +165,15 @@ def test_a_dialogue_that_outgrows_the_context_is_refused_or_said_to_be_cut(folde
     assert answer.usage.total_tokens <= 60
     assert answer.dropped in range(1, 5)
     assert llm.chat(DIALOGUE, truncate=True, **GREEDY).dropped == 0
+
+
+def test_an_answer_is_left_a_quarter_of_the_context_if_it_may_be_longer(folder):
+    llm = LLM(folder, max_context=60)
+    answer = llm.chat(DIALOGUE, temperature=0, max_tokens=50)
+    assert answer.usage.prompt_tokens > 60 - 50
+    turns = [{"role": role, "content": "Tim saw"} for role in ("user", "assistant")] * 4
+    with pytest.raises(UserError, match="tokens, but the context has room for 45; shorten"):
+        llm.chat([*turns, *DIALOGUE], temperature=0, max_tokens=50)
 
 
 def test_a_smaller_context_ends_earlier(folder):
