@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.arguments import whole_number
 from llama_jax.checkpoints.deployment import deploy, tensor_mesh
 from llama_jax.config import require
 from llama_jax.generation.appraisal import embed_texts, score_texts
@@ -228,9 +227,6 @@ class LLM:
     def pieces(self, request: Request) -> Iterator[Piece]:
         """The texts of a request as they grow, rows interleaved."""
         wishes = request.wishes
-        if wishes.logprobs is not None:
-            most = self.engine.model.config.vocab_size
-            whole_number("logprobs", wishes.logprobs, lambda n: 0 <= n <= most, f"0 to {most}")
         sampler = wishes.sampling.sampler
         self.engine.check(request.rows, sampler, wishes.logprobs, wishes.speculate)
         return stream(
