@@ -14,7 +14,11 @@ GIB = 2**30
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 SIZE = r"([\d.]+) ?([KMGT]?)(?:i?B| ?bytes)?\b"
 
-SIGNS = ("RESOURCE_EXHAUSTED", "Resource exhausted", "CUDA_ERROR_OUT_OF_MEMORY")
+# The last is of a program on CPU that waited for the results of one whose memory could not be had.
+SIGNS = re.compile(
+    "RESOURCE_EXHAUSTED|Resource exhausted|CUDA_ERROR_OUT_OF_MEMORY"
+    "|INTERNAL: .*Out of memory allocating"
+)
 # The same words for what more device memory would not help: a disk, a message between processes,
 # the TPU's scratch memories that a kernel fills.
 OTHERS = re.compile(
@@ -44,8 +48,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, UserError):
         return False
     text = str(error)
-    is_told = any(sign in text for sign in SIGNS) and not OTHERS.search(text)
-    return is_told or isinstance(error, MemoryError)
+    is_told = SIGNS.search(text) and not OTHERS.search(text)
+    return bool(is_told) or isinstance(error, MemoryError)
 
 
 def explanation(error: BaseException, advice: str, limit: int = 0) -> str:

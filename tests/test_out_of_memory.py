@@ -2,6 +2,7 @@
 
 # ruff: noqa: E501 (recorded texts)
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from llama_jax.errors import UserError
 from llama_jax.out_of_memory import OutOfMemoryError, explained, explanation, is_out_of_memory
 
 CPU = "RESOURCE_EXHAUSTED: Out of memory allocating 140737488355328 bytes."
+CPU_WAITED = "INTERNAL: Error dispatching computation: Error dispatching computation: Out of memory allocating 1374389534720 bytes."
 GPU = """RESOURCE_EXHAUSTED: Out of memory while trying to allocate 4770354232 bytes."""
 GPU_BUFFERS = """RESOURCE_EXHAUSTED: Out of memory while trying to allocate 4770354232 bytes.
 BufferAssignment OOM Debugging.
@@ -52,6 +54,7 @@ TPU_OLD = "RESOURCE_EXHAUSTED: Could not allocate 10485760 bytes in memory 0x0x0
 
 SAYS = {
     CPU: "131,072.0 GiB more were needed, beyond the limit of 7.0 GiB",
+    CPU_WAITED: "1,280.0 GiB more were needed, beyond the limit of 7.0 GiB",
     GPU: "4.4 GiB more were needed, beyond the limit of 7.0 GiB",
     GPU_BUFFERS: "the program needs 14.4 GiB and the device has 7.0 GiB",
     GPU_REQUEST: "3.0 GiB more were needed, beyond the limit of 7.0 GiB",
@@ -92,6 +95,7 @@ def test_a_limit_that_nobody_knows_is_not_named(text):
         RuntimeError("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space vmem. Used 17.0M of 16.0M vmem."),
         UserError("a checkpoint could not be written: RESOURCE_EXHAUSTED"),
         RuntimeError("INVALID_ARGUMENT: else"),
+        RuntimeError("INTERNAL: Error dispatching computation: else"),
     ],
     ids=str,
 )  # fmt: skip
@@ -113,6 +117,15 @@ def test_what_this_machine_really_says_is_understood():
     assert str(raised.value) == "out of memory: 262,144.0 GiB more were needed; try less"
     with pytest.raises(OutOfMemoryError, match="the device's memory is full; try less"):
         _fail_with_nothing_said()
+
+
+def test_what_this_machine_really_says_of_a_program_that_waited_is_understood():
+    table = jax.jit(lambda x: jnp.sort(x[:, None] * x[None, :], axis=1).sum(0))
+    after = jax.jit(jnp.sort)
+    with pytest.raises(OutOfMemoryError) as raised, explained("try less"):
+        after(table(jnp.ones(1 << 24))).block_until_ready()
+    assert str(raised.value) == "out of memory: 1,048,576.0 GiB more were needed; try less"
+    assert str(raised.value.__cause__).startswith("INTERNAL: ")
 
 
 def _fail_with_nothing_said():
