@@ -5,7 +5,10 @@ from types import SimpleNamespace
 import pytest
 from tiny_run import make_config
 
-from llama_jax.training.memory_advice import memory_advice
+from llama_jax.errors import UsageError
+from llama_jax.instruments.chips import CHIPS
+from llama_jax.planning.targets import parse_target
+from llama_jax.training.memory_advice import CHIPS_OF_A_SLICE, memory_advice, plan_target
 
 
 def mesh(data=1, fsdp=1, tensor=1, kind="cpu"):
@@ -55,6 +58,47 @@ def test_a_knob_that_is_turned_already_is_not_named():
     )
 
 
-def test_the_plan_is_of_the_chips_that_are_here():
-    assert " --target v5e-8 tells" in advice(mesh(fsdp=8, kind="TPU v5 lite"))
-    assert " --target H200-1 tells" in advice(mesh(kind="NVIDIA H200"))
+def test_a_sequence_is_never_made_shorter_than_the_config_allows():
+    tight = {"run__remat": "block", "data__batch_size": 2, "optimizer__moments_dtype": "bfloat16"}
+    assert "sequence_length=2," in advice(mesh(fsdp=2), **tight, data__sequence_length=4)
+    assert advice(mesh(fsdp=2), **tight, data__sequence_length=3) == (
+        "try a smaller model or more than 2 devices" + PLAN
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "target"),
+    [
+        ("TPU v5 lite", 8, " --target v5e-8"),
+        ("TPU v5p", 32, " --target v5p-64"),  # named by TensorCores
+        ("TPU v4", 16, " --target v4-32"),
+        ("TPU v3", 8, " --target v3-8"),  # a device is a core
+        ("NVIDIA H200", 1, " --target H200-1"),
+        ("NVIDIA H200", 3, ""),  # no machine that the planner knows
+        ("TPU v5 lite", 3, ""),
+        ("NVIDIA GeForce", 1, ""),
+    ],
+)
+def test_the_plan_is_of_the_chips_that_are_here(kind, count, target):
+    assert f" --config FILE{target} tells" in advice(mesh(fsdp=count, kind=kind))
+
+
+def machine(target):
+    """The chip and the devices that the planner takes for a name, or None."""
+    try:
+        parsed = parse_target(target)
+    except UsageError:
+        return None
+    return parsed.chip, parsed.devices
+
+
+@pytest.mark.parametrize("name", CHIPS)
+def test_the_planner_understands_every_name_and_has_no_others(name):
+    chip, most = CHIPS[name], CHIPS_OF_A_SLICE[-1]
+    targets = {count: plan_target(chip, count) for count in range(1, most + 1)}
+    named = {count: target for count, target in targets.items() if target}
+    assert {count: machine(target) for count, target in named.items()} == {
+        count: (chip, count) for count in named
+    }
+    known = filter(None, (machine(f"{name}-{count}") for count in range(1, 2 * most + 1)))
+    assert named.keys() == {devices for _, devices in known if devices <= most}
