@@ -19,6 +19,7 @@ import jax
 
 from llama_jax.arguments import finite_number
 from llama_jax.errors import UsageError, UserError
+from llama_jax.processes.agreement import require_same
 from llama_jax.processes.membership import BY_HAND, membership
 
 TIMEOUT = 300.0  # seconds; machines of one job do not all start at once
@@ -46,7 +47,8 @@ def joined(
 
     Raises:
       UsageError: for arguments that cannot be, or when neither they nor the environment tell.
-      UserError: when the others do not come in time, have other numbers of devices, or leave.
+      UserError: when the others do not come in time, have other numbers of devices, were told
+        another number of processes, or leave.
     """
     timeout = finite_number("--timeout", timeout, lambda seconds: seconds > 0, "seconds above 0")
     arguments = membership(coordinator, num_processes, process_id)
@@ -57,6 +59,7 @@ def joined(
         raise
     try:
         _require_equal_devices()
+        _require_equal_counts()
         yield
     except BaseException as error:
         _part()
@@ -122,8 +125,9 @@ def _absence(timeout: float) -> str:
             " --timeout"
         )
     return (
-        f"the coordinator at {address} did not answer within {timeout:g} s; see that process 0 runs"
-        " there and that its port can be reached, or give a longer --timeout"
+        f"the coordinator at {address} did not let this process in within {timeout:g} s; see that"
+        " process 0 runs there and its port can be reached, that --num_processes is the same"
+        " everywhere and --process_id nowhere, or give a longer --timeout"
     )
 
 
@@ -146,6 +150,13 @@ def _require_equal_devices() -> None:
                 f"process {number} has {counts[number]} devices and process 0 has {counts[0]};"
                 " give every process equally many"
             )
+
+
+def _require_equal_counts() -> None:
+    """Refuse processes that expect other numbers of processes; JAX only asks process 0."""
+    from jax._src.distributed import global_state
+
+    require_same({"--num_processes": global_state.num_processes})
 
 
 def _part() -> None:

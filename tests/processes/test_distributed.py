@@ -230,11 +230,12 @@ def refused(place):
     shutil.copytree(place / "tokens", place / "machine0" / "tokens")
     tokenizer = place / "tokens" / "tokenizer.model"
     make_tokens(place / "machine1" / "tokens", tokenizer=tokenizer, colours=("pink", "grey"))
-    first, second = by_hand()
+    (first, second), (few, many) = by_hand(), by_hand()
     soon = "--timeout=3"
     faster = "--config.optimizer.learning_rate=0.1"
     return {
         "config": Processes(place, folder("config"), own=(first, (*second, faster))),
+        "count": Processes(place, folder("count"), own=(few, (*many, "--num_processes=3"))),
         "data": Processes(place, folder("data"), "--config.data.path=tokens", own=by_hand()),
         "disk": Processes(place, "--config.run.checkpoint_dir=ckpt", own=by_hand()),
         "dead": Processes(place, own=[(*by_hand()[1], soon)], count=1),
@@ -248,7 +249,8 @@ REFUSALS = {
     "config": (1, r"process 1 has optimizer.learning_rate=0.1 and process 0 has .*=0.01; start"),
     "data": (1, r"process 1 has data.fingerprint='(\w+)' and process 0 has .*='(?!\1)\w+'; start"),
     "disk": (1, r"(process 1: )?on .*, ckpt is not the folder that process 0 writes to; put"),
-    "dead": (1, rf"the coordinator at {ADDRESS} did not answer within 3 s; see that process 0"),
+    "dead": (1, rf"the coordinator at {ADDRESS} did not let this process in within 3 s; see"),
+    "count": (1, "process 1 has --num_processes=3 and process 0 has --num_processes=2; start"),
     "alone": (1, rf"not all 2 processes came to the coordinator at {ADDRESS} within 3 s; see"),
     "nowhere": (2, r"no Slurm, .* job runs here; add --coordinator HOST:PORT --num_processes N"),
 }
@@ -274,9 +276,9 @@ def test_a_loss_that_is_not_finite_is_told_by_every_process(place):
 
 
 def test_a_refused_run_leaves_nothing(place, refused):
-    for name in ("config", "data", "disk"):
+    for name in ("config", "count", "data", "disk"):
         refused[name].codes()
-    assert not (place / "config").exists()
+    assert not (place / "config").exists() and not (place / "count").exists()
     assert [path.name for path in (place / "data").iterdir()] == [".lock"]
     assert not (place / "machine1" / "ckpt").exists()
 
