@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 from llama_jax import cli
+from llama_jax.config_flags import read_config
 from llama_jax.errors import UsageError
 from llama_jax.huge_pages import use_huge_pages
 
@@ -50,12 +51,7 @@ def main(argv: list[str]) -> int:
     if given and not options.distributed:
         raise UsageError(f"--{next(iter(given))} needs --distributed")
     demo = str(Path(__file__).parent / "configs" / "demo.py")
-    tree = cli.config_from_flags(words, default=demo)
-
-    from llama_jax.config import Config
-    from llama_jax.config_parsing import parse
-
-    config = parse(Config, tree)
+    config = read_config(words, default=demo)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every file
 

@@ -203,9 +203,11 @@ class MeshConfig:
                 size == -1 or size >= 1,
                 f"mesh.{name}={size} is not a size; expected 1 or more, or -1 for the devices left",
             )
+        greedy = [name for name, size in sizes.items() if size == -1]
         require(
-            list(sizes.values()).count(-1) <= 1,
-            f"mesh has more than one -1: {sizes}; only one axis can take the devices left",
+            len(greedy) <= 1,
+            f"{' and '.join(f'mesh.{name}=-1' for name in greedy)}, but only one axis can take the"
+            f" devices left; add {' '.join(f'--config.mesh.{name}=1' for name in greedy[:-1])}",
         )
 
 

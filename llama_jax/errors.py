@@ -27,7 +27,11 @@ class NonFiniteLossError(UserError):
     exit_code = 3
 
 
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """The clause "; did you mean 'x'?" for the choice nearest to `name`, or an empty string."""
-    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+def nearest(name: str, choices: Iterable[str], alike: float = 0.5) -> str:
+    """The clause "; did you mean 'x'?" for the choice nearest to `name`, or an empty string.
+
+    Args:
+      alike: how much of the two must be the same, from 0 to 1.
+    """
+    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=alike)
     return f"; did you mean {close[0]!r}?" if close else ""

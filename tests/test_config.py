@@ -62,7 +62,7 @@ REFUSED = [  # class, field, value, what the line must say
     (OptimizerConfig, "accumulation_steps", 0, "optimizer.accumulation_steps=0 is out of range"),
     (MeshConfig, "data", 0, "mesh.data=0 is not a size"),
     (MeshConfig, "fsdp", -2, "mesh.fsdp=-2 is not a size"),
-    (MeshConfig, "tensor", -1, "mesh has more than one -1"),
+    (MeshConfig, "tensor", -1, "mesh.data=-1 and mesh.tensor=-1, but only one axis can take"),
     *[
         (RunConfig, name, 0, f"run.{name}=0 is out of range; expected at least 1")
         for name in ("log_every", "eval_every", "save_every", "keep_last")
@@ -73,6 +73,13 @@ REFUSED = [  # class, field, value, what the line must say
     (RunConfig, "remat", "all", "run.remat='all' is unknown; expected one of 'none', 'block', 'save-qkv'"),
     (RunConfig, "checkpoint_dir", "", "run.checkpoint_dir is empty"),
 ]  # fmt: skip
+
+
+def test_of_axes_that_take_what_is_left_all_but_the_last_are_to_give_way():
+    with pytest.raises(UsageError, match=r"; add --config.mesh.data=1$"):
+        MeshConfig(fsdp=-1)
+    with pytest.raises(UsageError, match=r"; add --config.mesh.data=1 --config.mesh.fsdp=1$"):
+        MeshConfig(fsdp=-1, tensor=-1)
 
 
 def whole(data=DATA, optimizer=OPTIMIZER):

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [  # low to high
-    "errors out_of_memory config config_parsing arguments stand_ins text",
+    "errors out_of_memory config config_parsing config_flags arguments stand_ins text",
     "platforms names packing products positions cache layers attention remat parallel",
     "model arrangement",
     "stories data processes instruments plot quantization checkpoints formats sampling"
@@ -29,8 +29,8 @@ ONLY_IN = {  # libraries that few may know
     "sentencepiece": {"text.tokenizer", "formats"},
     "gguf": {"formats"},
     "safetensors": set(),
-    "absl": {"cli", "config_parsing", "configs"},
-    "ml_collections": {"cli", "config_parsing", "configs"},
+    "absl": {"config_flags", "config_parsing", "configs"},
+    "ml_collections": {"config_flags", "config_parsing", "configs"},
     "matplotlib": {"plot"},
     "tensorboardX": {"instruments.tensorboard"},
     "torch": {"conversion.references"},
@@ -94,7 +94,7 @@ def test_imports_never_go_up(name):
 
 
 def test_the_command_line_knows_only_the_ground():
-    allowed = {"errors", "out_of_memory", "config", "config_parsing"}
+    allowed = {"errors", "out_of_memory", "config_flags"}
     assert {unit(name) for name in ours(imports_of("llama_jax.cli"))} <= allowed
 
 
@@ -125,7 +125,7 @@ def test_libraries_stay_where_they_belong(name):
 
 
 def test_config_knows_no_jax():
-    for name in ("errors", "config", "config_parsing", "cli"):
+    for name in ("errors", "config", "config_parsing", "config_flags", "cli"):
         libraries = {imported.split(".")[0] for imported in imports_of(f"llama_jax.{name}")}
         assert not libraries & {"jax", "flax", "numpy"}
 

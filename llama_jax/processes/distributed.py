@@ -29,7 +29,7 @@ LOST = re.compile(r"gloo|connection (closed|reset)|heartbeat|unhealthy", re.IGNO
 
 @contextlib.contextmanager
 def joined(
-    coordinator: str = "",
+    coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
     timeout: float = TIMEOUT,

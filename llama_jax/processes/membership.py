@@ -12,7 +12,7 @@ BY_HAND = "--coordinator HOST:PORT --num_processes N --process_id I"
 
 
 def membership(
-    coordinator: str, num_processes: int | None, process_id: int | None
+    coordinator: str | None, num_processes: int | None, process_id: int | None
 ) -> dict[str, Any]:
     """What to tell JAX; nothing if none of the three is given.
 
@@ -20,26 +20,39 @@ def membership(
       UsageError: when one of them is missing or out of range.
       UserError: when this is process 0 and the port is taken.
     """
-    given = [bool(coordinator), num_processes is not None, process_id is not None]
-    if not any(given):
+    if coordinator is None and num_processes is None and process_id is None:
         return {}
-    if not all(given):
+    if coordinator is None or num_processes is None or process_id is None:
         raise UsageError(f"{BY_HAND} go together; give all three of them, or none")
-    match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+):([0-9]{1,5})", coordinator)
-    if not match or not 0 < int(match[2]) < 2**16:
-        raise UsageError(f"--coordinator={coordinator} is out of range; expected HOST:PORT")
+    port = _port(coordinator)
     count = whole_number("--num_processes", num_processes, lambda n: n > 0, "1 or more")
     number = whole_number(
         "--process_id", process_id, lambda n: 0 <= n < count, f"0 to {count - 1}, or more processes"
     )
     if number == 0 and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
-        _require_free(int(match[2]))
+        _require_free(port)
     return {
         "coordinator_address": coordinator,
         "num_processes": count,
         "process_id": number,
         "cluster_detection_method": "deactivate",
     }
+
+
+def _port(address: str) -> int:
+    """The port of an address such as "10.0.0.1:1234" or "[::1]:1234"."""
+    match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+):([0-9]{1,9})", address)
+    if not match:
+        raise UsageError(
+            f"--coordinator={address!r} is not understood; expected HOST:PORT, such as"
+            " 10.0.0.1:1234"
+        )
+    port = int(match[2])
+    if not 0 < port < 2**16:
+        raise UsageError(
+            f"the port of --coordinator={address} is out of range; expected 1 to 65535"
+        )
+    return port
 
 
 def _require_free(port: int) -> None:

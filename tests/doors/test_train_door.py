@@ -239,7 +239,12 @@ MISTAKES = {
     ("--config=broken.py",): (2, "broken.py:1: "),
     (*TINY, "--config.optimizer.leraning_rate=1"): (2, "did you mean 'optimizer.learning_rate'"),
     (*TINY, "--config.data.batch_size=many"): (2, "expected a whole number"),
-    (*TINY, "batch_size=4"): (2, "did you mean --config.SECTION.batch_size=4"),
+    (*TINY, "batch_size=4"): (2, "did you mean --config.data.batch_size=4"),
+    (*TINY, "--profil", "1:2"): (2, "'--profil' is not understood; did you mean '--profile'?"),
+    (*TINY, "--distribute"): (2, "did you mean '--distributed'?"),
+    (*TINY, "--profile", "-1:2"): (2, "--profile '-1:2' is not understood; expected START:STOP"),
+    ("--config=headless.py",): (2, "key 'model' is missing in headless.py; expected a section"),
+    (*TINY, "--distributed", "--coordinator", ""): (2, "go together; give all three of them"),
     (*TINY, "--config.data.batch_size=0"): (2, "data.batch_size=0 is out of range"),
     (*TINY, "--config.optimizer.learning_rate=nan"): (2, "learning_rate=nan is out of range"),
     (*TINY, "--config.model.dim=25"): (2, "model.dim=25 does not divide into model.num_heads=6"),
@@ -311,6 +316,9 @@ def mistakes(place, straight):
     """The place with everything that can be wrong in it."""
     tokens = place / "tokens"
     (place / "broken.py").write_text("def (")
+    (place / "headless.py").write_text(
+        "from ml_collections import ConfigDict\nget_config = ConfigDict\n"
+    )
     make_tokens(place / "other", tokenizer=tokens / "tokenizer.model", colours=("pink", "grey"))
     make_tokens(place / "apart", colours=("pink", "grey"))
     make_tokens(place / "short", tokenizer=tokens / "tokenizer.model", stories=2)

@@ -285,11 +285,18 @@ def test_a_refused_run_leaves_nothing(place, refused):
 
 ARGUMENTS = {
     ("host:1", None, None): "go together; give all three of them, or none",
-    ("", 2, 1): "go together",
-    ("host", 2, 1): "--coordinator=host is out of range; expected HOST:PORT",
-    ("host:70000", 2, 1): "--coordinator=host:70000 is out of range",
-    ("host:0", 2, 1): "--coordinator=host:0 is out of range",
-    ("a b:1", 2, 1): "--coordinator=a b:1 is out of range",
+    (None, 2, 1): "go together",
+    ("", None, None): "go together",
+    ("", 2, 1): "--coordinator='' is not understood; expected HOST:PORT, such as 10.0.0.1:1234",
+    ("host", 2, 1): "--coordinator='host' is not understood; expected HOST:PORT",
+    ("host:x", 2, 1): "--coordinator='host:x' is not understood",
+    ("a b:1", 2, 1): "--coordinator='a b:1' is not understood",
+    (
+        "host:70000",
+        2,
+        1,
+    ): "the port of --coordinator=host:70000 is out of range; expected 1 to 65535",
+    ("host:0", 2, 1): "the port of --coordinator=host:0 is out of range",
     ("host:1", 0, 0): "--num_processes=0 is out of range; expected 1 or more",
     ("host:1", 2, 2): "--process_id=2 is out of range; expected 0 to 1",
     ("host:1", 2, -1): "--process_id=-1 is out of range; expected 0 to 1",
