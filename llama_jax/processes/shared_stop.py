@@ -23,9 +23,8 @@ class SharedStop(StopSignal):
         super().__init__()
         self._asked, self._is_agreed = 0, False
 
-    @property
-    def requested(self) -> bool:
-        """Whether all stop now. Every process must ask equally often: answers are counted."""
+    def ask(self) -> bool:
+        """Whether all stop now. Every process must ask equally often: questions are counted."""
         if not self._is_agreed:
             from jax.experimental.multihost_utils import reached_preemption_sync_point
 
@@ -42,6 +41,8 @@ class SharedStop(StopSignal):
 
     def remember(self, number: int, frame: FrameType | None) -> None:
         """The handler of Ctrl-C: the first goes the way of SIGTERM, the second ends at once."""
+        if self._is_agreed:
+            _end(number, frame)
         super().remember(number, frame)
         os.kill(os.getpid(), signal.SIGTERM)
 

@@ -14,9 +14,8 @@ class StopSignal:
     def __init__(self) -> None:
         self.number = 0
 
-    @property
-    def requested(self) -> bool:
-        """Whether a stop has been asked for."""
+    def ask(self) -> bool:
+        """Whether to stop now."""
         return self.number != 0
 
     @property
@@ -26,7 +25,7 @@ class StopSignal:
 
     def remember(self, number: int, _frame: FrameType | None) -> None:
         """The handler."""
-        if self.requested:
+        if self.number:
             os._exit(128 + number)
         self.number = number
 

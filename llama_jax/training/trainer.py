@@ -9,7 +9,6 @@ import math
 import shlex
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,19 @@ from jax.sharding import Mesh
 
 from llama_jax.checkpoints.writer import CheckpointWriter
 from llama_jax.config import Config
-from llama_jax.data.batches import Batch, abstract_batch, training_batches
+from llama_jax.data.batches import Batch, abstract_batch
 from llama_jax.data.tokens import TokenFolder
 from llama_jax.errors import NonFiniteLossError, UserError
 from llama_jax.instruments.goodput import StepClock, earlier_sittings
 from llama_jax.instruments.metrics import METRICS, Console, MetricsFile, spelled_duration
 from llama_jax.plot import draw
-from llama_jax.processes.process_rows import GlobalBatches
 from llama_jax.processes.stop_signal import StopSignal
 from llama_jax.training.introduction import introduction, versions
 from llama_jax.training.profiling import Profiler, Window
 from llama_jax.training.programs import Programs
 from llama_jax.training.reporting import Reporter
 from llama_jax.training.restoring import Beginning
+from llama_jax.training.run_batches import batches_to_train_on
 from llama_jax.training.train_step import StepMetrics, TrainState
 from llama_jax.training.validation import Validation
 
@@ -55,7 +54,7 @@ class Trainer:
         self.train_step, self.stop, self.metrics = programs.train, stop, metrics
         self.state, self.step = beginning.state, beginning.step
         self.saved_step, self.best_loss = beginning.saved_step, beginning.best_loss
-        self.batches = self._training_batches()
+        self.batches = batches_to_train_on(config, data, mesh, self.step)
         self.validation = Validation(config, data, mesh, programs.evaluate, stop)
         self.writer = CheckpointWriter(folder, config.run.keep_last)
         self.console = Console(config.optimizer.steps, self.step)
@@ -90,7 +89,7 @@ class Trainer:
         step_function = self._compile()
         self.profiler.skip_to(self.step)
         self.clock.start()
-        while self.step < total and not self.stop.requested:
+        while self.step < total and not self.stop.ask():
             self._profile_if_due()
             with self.profiler.step(self.step + 1):
                 self.state, metrics = step_function(self.state, next(self.batches))
@@ -98,7 +97,7 @@ class Trainer:
             self.step += 1
             self._profile_if_due()
             self._follow_up(is_last=self.step == total)
-        if self.stop.requested:
+        if self.stop.ask():
             return self._leave()
         self.writer.wait()
         if jax.process_index() == 0:
@@ -153,19 +152,6 @@ class Trainer:
         compiled = self.train_step.lower(self.state, abstract_batch(self.config)).compile()
         self.console.line(f"compiled  in {time.perf_counter() - begun:.1f} s")
         return compiled
-
-    def _training_batches(self) -> GlobalBatches:
-        """Batches from the next step on, on their devices."""
-        read = partial(
-            training_batches,
-            self.data,
-            batch_size=self.config.data.batch_size,
-            sequence_length=self.config.data.sequence_length,
-            seed=self.config.data.seed,
-            packing=self.config.data.packing,
-            start_step=self.step,
-        )
-        return GlobalBatches(read, self.config.data.batch_size, self.mesh)
 
     def _report(self) -> None:
         """Tell what the pending steps told, and stop the run if one of them was not finite."""

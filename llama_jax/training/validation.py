@@ -10,16 +10,16 @@ from jax.sharding import Mesh
 
 from llama_jax.arrangement import unstack
 from llama_jax.config import Config
-from llama_jax.data.batches import Batch, validation_batches
+from llama_jax.data.batches import Batch
 from llama_jax.data.tokens import TokenFolder
 from llama_jax.generation.engine import Engine
 from llama_jax.generation.texts import stop_ids, stream
 from llama_jax.instruments.metrics import Console, MetricsFile
 from llama_jax.model import Llama
-from llama_jax.processes.process_rows import GlobalBatches
 from llama_jax.processes.stop_signal import StopSignal
 from llama_jax.sampling.sampler import make_sampler
 from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.training.run_batches import batches_to_validate_on
 
 
 class Validation:
@@ -38,9 +38,10 @@ class Validation:
         Raises:
           UserError: when it is.
         """
-        self._config, self._data, self._mesh, self._stop = config, data, mesh, stop
+        self._config, self._data, self._stop = config, data, stop
         self._evaluate = evaluate
         self._tokenizer = Tokenizer(data.tokenizer_path)
+        self._batches = partial(batches_to_validate_on, config, data, mesh)
         self._batches()
 
     def __call__(
@@ -51,7 +52,7 @@ class Validation:
         for batch in self._batches():
             sums.append(self._evaluate(model, batch))
             jax.block_until_ready(sums[-2:][0])
-            if self._stop.requested:
+            if self._stop.ask():
                 return math.inf
         nll, tokens = (sum(float(value) for value in values) for values in zip(*sums))
         loss = nll / tokens
@@ -62,18 +63,6 @@ class Validation:
         if self._config.run.sample_tokens and jax.process_count() == 1:
             console.line(self._sample(model, seed=step))
         return loss
-
-    def _batches(self) -> GlobalBatches:
-        """The same batches at each validation, on their devices."""
-        read = partial(
-            validation_batches,
-            self._data,
-            batch_size=self._config.microbatch_size,
-            sequence_length=self._config.data.sequence_length,
-            packing=self._config.data.packing,
-            limit=self._config.run.eval_batches,
-        )
-        return GlobalBatches(read, self._config.microbatch_size, self._mesh)
 
     def _sample(self, model: Llama, seed: int) -> str:
         """What the model writes now, as lines to show."""

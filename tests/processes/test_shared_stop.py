@@ -31,7 +31,7 @@ def test_alone_it_is_the_plain_stop():
 
 def test_all_stop_when_all_have_agreed_and_not_before(two_processes):
     with stop_of_all() as stop:
-        assert [stop.requested for _ in range(5)] == [False, False, True, True, True]
+        assert [stop.ask() for _ in range(5)] == [False, False, True, True, True]
     assert two_processes == [1, 2, 3]  # each question has its number, and after a yes none is put
     assert stop.exit_code == 143
 
@@ -44,7 +44,8 @@ def test_ctrl_c_goes_the_way_of_sigterm_and_a_second_ends_at_once(two_processes,
     with stop_of_all() as stop:
         signal.raise_signal(signal.SIGINT)
         assert sent == [(os.getpid(), signal.SIGTERM)]
-        assert ended == [] and not stop.requested and stop.exit_code == 130
+        assert two_processes == []  # a question that only this process puts would part the two
+        assert ended == [] and not stop.ask() and stop.exit_code == 130
         signal.raise_signal(signal.SIGINT)
         assert ended == [130]
     assert signal.getsignal(signal.SIGINT) is before
@@ -52,9 +53,11 @@ def test_ctrl_c_goes_the_way_of_sigterm_and_a_second_ends_at_once(two_processes,
 
 def test_a_signal_after_the_agreement_ends_at_once(two_processes, monkeypatch):
     ended = []
+    monkeypatch.setattr(os, "kill", lambda *_: None)
     monkeypatch.setattr(os, "_exit", ended.append)
     stop = SharedStop()
-    while not stop.requested:
+    while not stop.ask():
         pass
     signal.raise_signal(signal.SIGTERM)
-    assert ended == [143]
+    stop.remember(signal.SIGINT, None)
+    assert ended[:2] == [143, 130]

@@ -14,7 +14,7 @@ import os, signal, time
 from llama_jax.processes.stop_signal import stop_signal
 with stop_signal() as stop:
     os.kill(os.getpid(), {first})
-    while not stop.requested: time.sleep(0.01)
+    while not stop.ask(): time.sleep(0.01)
     print(stop.exit_code, flush=True)
     os.kill(os.getpid(), {second})
     time.sleep(20)
@@ -26,9 +26,9 @@ with stop_signal() as stop:
 def test_the_first_signal_is_remembered(number, code):
     before = signal.getsignal(number)
     with stop_signal() as stop:
-        assert not stop.requested
+        assert not stop.ask()
         signal.raise_signal(number)
-        assert stop.requested
+        assert stop.ask()
     assert stop.exit_code == code
     assert signal.getsignal(number) is before
 
@@ -46,7 +46,7 @@ def test_outside_the_main_thread_nothing_is_caught_and_nothing_fails():
 
     def work():
         with stop_signal() as stop:
-            found.append(stop.requested)
+            found.append(stop.ask())
 
     thread = threading.Thread(target=work)
     thread.start()

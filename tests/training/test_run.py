@@ -18,7 +18,7 @@ from llama_jax.errors import NonFiniteLossError, UsageError, UserError
 from llama_jax.instruments.metrics import read_metrics
 from llama_jax.out_of_memory import OutOfMemoryError
 from llama_jax.processes.stop_signal import StopSignal
-from llama_jax.training import reporting, run, trainer
+from llama_jax.training import reporting, run, run_batches, trainer
 from llama_jax.training.profiling import Window
 from llama_jax.training.run import fit
 from llama_jax.training.trainer import Trainer
@@ -152,7 +152,7 @@ def test_a_checkpoint_that_does_not_fit_in_memory_is_not_called_damaged(config, 
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_its_update(config, tmp_path, monkeypatch):
-    batches = trainer.training_batches
+    batches = run_batches.training_batches
 
     def spoilt(*words, start_step=0, **options):
         for step, batch in enumerate(batches(*words, start_step=start_step, **options), start_step):
@@ -160,7 +160,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_its_update(config, tmp_pa
                 batch.weights_BT[0, 0] = math.nan
             yield batch
 
-    monkeypatch.setattr(trainer, "training_batches", spoilt)
+    monkeypatch.setattr(run_batches, "training_batches", spoilt)
     for _ in range(2):  # the same command again says the same again
         with pytest.raises(NonFiniteLossError, match=r"step 8 has loss nan .* good step is 7"):
             fit(config)
@@ -172,14 +172,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_its_update(config, tmp_pa
 
 
 def test_a_run_that_is_spoilt_at_once_has_saved_its_beginning(config, tmp_path, monkeypatch):
-    batches = trainer.training_batches
+    batches = run_batches.training_batches
 
     def spoilt(*words, **options):
         for batch in batches(*words, **options):
             batch.weights_BT[0, 0] = math.inf
             yield batch
 
-    monkeypatch.setattr(trainer, "training_batches", spoilt)
+    monkeypatch.setattr(run_batches, "training_batches", spoilt)
     with pytest.raises(NonFiniteLossError, match="good step is 0, saved"):
         fit(config)
     assert finished_steps(tmp_path / "ckpt") == [0]
@@ -227,7 +227,7 @@ def test_the_best_of_an_earlier_sitting_is_kept(config, tmp_path, monkeypatch, s
 
 def test_a_stop_in_validation_is_heard_there(config, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(StopSignal, "requested", property(lambda self: bool(said)))
+    monkeypatch.setattr(StopSignal, "ask", lambda self: bool(said))
     monkeypatch.setattr(StopSignal, "exit_code", 143)
     jitted = run.jit_programs
 
