@@ -114,14 +114,14 @@ def _answer(conversation: Conversation, text: str) -> None:
         try:
             for piece in conversation.ask(text):
                 print(piece, end="", flush=True)
-                if stop.requested:
+                if stop.ask():
                     break
             print(flush=True)
         except UserError as error:
             print(f"[{error}]", file=sys.stderr)
     for warning in caught:
         print(f"[{warning.message}]", file=sys.stderr)
-    if stop.requested:
+    if stop.ask():
         print("[stopped]", file=sys.stderr)
     if stop.number == signal.SIGTERM:
         raise SystemExit(stop.exit_code)
