@@ -29,8 +29,10 @@ class Chip:
         return any(kind.startswith("TPU") for kind in self.kinds)
 
 
-def _tpu(name: str, kinds: tuple[str, ...], *figures: float) -> Chip:
-    """A TPU device: TFLOP/s, GiB sold, GiB that the TPU compiler allows, GB/s, GB/s of links."""
+def _chip(
+    name: str, kinds: tuple[str, ...], figures: tuple[float, ...], capability: str = ""
+) -> Chip:
+    """A device by its figures: TFLOP/s, GiB sold, GiB usable, GB/s, GB/s of links."""
     flops, memory, usable, bandwidth, link = figures
     return Chip(
         name=name,
@@ -40,7 +42,13 @@ def _tpu(name: str, kinds: tuple[str, ...], *figures: float) -> Chip:
         usable=usable * GIB,
         bandwidth=bandwidth * 1e9,
         link=link * 1e9,
+        capability=capability,
     )
+
+
+def _tpu(name: str, kinds: tuple[str, ...], *figures: float) -> Chip:
+    """A TPU device; usable is what the TPU compiler allows."""
+    return _chip(name, kinds, figures)
 
 
 GPU_SHARE = 0.75  # of a GPU's memory that JAX takes; XLA_PYTHON_CLIENT_MEM_FRACTION changes it
@@ -49,8 +57,7 @@ GPU_SHARE = 0.75  # of a GPU's memory that JAX takes; XLA_PYTHON_CLIENT_MEM_FRAC
 def _gpu(name: str, kinds: tuple[str, ...], capability: str, *figures: float) -> Chip:
     """A GPU: TFLOP/s, GiB sold, GiB that its driver shows, GB/s, GB/s of links."""
     flops, memory, shown, bandwidth, link = figures
-    chip = _tpu(name, kinds, flops, memory, GPU_SHARE * shown, bandwidth, link)
-    return dataclasses.replace(chip, capability=capability)
+    return _chip(name, kinds, (flops, memory, GPU_SHARE * shown, bandwidth, link), capability)
 
 
 # Sources: cloud.google.com/tpu/docs (one page a version; v2 and v3 also Norrie et al. 2021, table

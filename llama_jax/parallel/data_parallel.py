@@ -5,6 +5,10 @@ Every device does its own rows of the batch, with `jax.shard_map` in charge of t
 parameters are cut too (ZeRO stage 3, Rajbhandari et al. 2020): a block's are gathered when it runs,
 forward and backward, and its gradients summed straight into the parts. The axis `tensor` stays with
 the compiler.
+
+Along `fsdp` a block's parameters and gradients, and the embedding's rows and theirs, cross the
+network in the compute dtype (their sums over microbatches are float32); the output matrix's
+gradient, and along `data` all gradients, cross it in float32.
 """
 
 from collections.abc import Callable

@@ -11,7 +11,7 @@ import math
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from llama_jax.config import Config
+from llama_jax.config import Config, ModelConfig
 from llama_jax.instruments.chips import Chip
 from llama_jax.instruments.flops import flops_per_token
 from llama_jax.model import count_parameters
@@ -95,13 +95,21 @@ def _sent(config: Config, mesh: AbstractMesh) -> float:
     width = jnp.dtype(config.model.compute_dtype).itemsize
     microbatches = config.optimizer.accumulation_steps
     weights = _parameters(config.model) / tensor
-    share = (fsdp - 1) / fsdp
-    gathered = 2 * share * weights * width  # parameters twice
-    scattered = share * weights * FLOAT32  # gradients once
+    table = config.model.vocab_size * config.model.dim / tensor
     rows = config.microbatch_size / (data * fsdp)
     stream = rows * config.data.sequence_length * config.model.dim * width
+    blocks = weights - _tables(config.model) * table
+    # Blocks are gathered twice and their gradients scattered once, all in the compute dtype. The
+    # output matrix is gathered once, and its gradient, a sum over chunks, scattered in float32. Of
+    # the embedding only the rows looked up are exchanged, and their gradients.
+    through_fsdp = 3 * blocks * width + table * (width + FLOAT32) + 2 * stream
     # Each block sums its stream over the tensor axis twice forward, twice backward.
     exchanges = config.model.num_layers * 2 * _passes(config)
     summed = exchanges * 2 * (tensor - 1) / tensor * stream
     reduced = 2 * (data - 1) / data * weights / fsdp * FLOAT32  # once a step
-    return microbatches * (gathered + scattered + summed) + reduced
+    return microbatches * ((fsdp - 1) / fsdp * through_fsdp + summed) + reduced
+
+
+def _tables(model: ModelConfig) -> int:
+    """How many matrices have a row for each word: the embedding and, unless tied, the output."""
+    return 1 if model.tied_embeddings else 2

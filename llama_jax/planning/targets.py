@@ -73,7 +73,7 @@ def parse_target(name: str) -> Target:
     if not by_count:
         raise UsageError(
             f"target {name!r} is not understood; expected a chip and a number of them, such as"
-            f" v5e-8 or H200-1{nearest(name, CHIPS)}"
+            f" v5e-8 or H200-1{nearest(name, _names())}"
         )
     chip, count = _chip(by_count[1], name), int(by_count[2])
     if chip.is_tpu:
@@ -87,6 +87,15 @@ def parse_target(name: str) -> Target:
     return Target(name=name, chip=chip, devices=count)
 
 
+def _names() -> list[str]:
+    """Targets of every chip, by number."""
+    return [
+        f"{chip.name}-{count}"
+        for chip in CHIPS.values()
+        for count in (_counts(chip) if chip.is_tpu else (8, 1, 2, 4))
+    ]
+
+
 def _chip(asked: str, target: str) -> Chip:
     found = ALIASES.get(asked.lower(), asked)
     by_name = {name.lower(): chip for name, chip in CHIPS.items()}
@@ -98,16 +107,25 @@ def _chip(asked: str, target: str) -> Chip:
     return by_name[found.lower()]
 
 
+def _shapes(chip: Chip) -> dict[int, str]:
+    return FLAT if chip.name in HAVE_FLAT_SLICES else SOLID
+
+
+def _counts(chip: Chip) -> dict[int, str]:
+    """The shapes of slices by the number in their names: chips, or cores."""
+    per_chip = 2 if chip.name in NAMED_BY_CORES else 1
+    return {chips * per_chip: shape for chips, shape in _shapes(chip).items()}
+
+
 def _shape(chip: Chip, count: int, target: str) -> str:
     """The shape of a slice of so many chips, or cores where its kind is named by cores."""
-    shapes = FLAT if chip.name in HAVE_FLAT_SLICES else SOLID
-    per_chip = 2 if chip.name in NAMED_BY_CORES else 1
-    counts = {chips * per_chip: shape for chips, shape in shapes.items()}
+    counts = _counts(chip)
     if count not in counts:
         closest = min(counts, key=lambda known: abs(math.log(known / max(count, 1))))
         raise UsageError(
             f"target {target!r}: there is no {chip.name} slice of {count}"
-            f" {'TensorCores' if per_chip == 2 else 'chips'}; the nearest is {chip.name}-{closest}"
+            f" {'TensorCores' if chip.name in NAMED_BY_CORES else 'chips'}; the nearest is"
+            f" {chip.name}-{closest}"
         )
     return counts[count]
 
@@ -115,12 +133,26 @@ def _shape(chip: Chip, count: int, target: str) -> str:
 def _slice(name: str, chip: Chip, shape: str) -> Target:
     if not chip.is_tpu:
         raise UsageError(f"target {name!r}: only TPUs come in shapes; expected {chip.name}-8")
-    example = (FLAT if chip.name in HAVE_FLAT_SLICES else SOLID)[8]
+    example = _shapes(chip)[8]
     if shape.count("x") != example.count("x"):
         raise UsageError(
             f"target {name!r}: a {chip.name} slice has {example.count('x') + 1} axes, not"
             f" {shape.count('x') + 1}; expected such as {chip.name}:{example}"
         )
-    chips = math.prod(map(int, shape.split("x")))
+    sides = tuple(map(int, shape.split("x")))
+    if not _is_sold(chip, sides):
+        raise UsageError(
+            f"target {name!r}: there is no {chip.name} slice {shape}; expected one of"
+            f" {', '.join(_shapes(chip).values())}"
+            + ("" if len(sides) == 2 else ", or rising multiples of 4 such as 4x4x12")
+        )
+    chips = math.prod(sides)
     devices = chips * (2 if chip.name in CORES_ARE_DEVICES else 1)
     return Target(name=name, chip=chip, devices=devices, topology=f"{chip.name}:{shape}")
+
+
+def _is_sold(chip: Chip, sides: tuple[int, ...]) -> bool:
+    """Whether Cloud TPU has slices of that shape: those named above, and any of whole cubes."""
+    is_of_cubes = len(sides) == 3 and all(side % 4 == 0 for side in sides)
+    named = "x".join(map(str, sides)) in _shapes(chip).values()
+    return named or (is_of_cubes and list(sides) == sorted(sides))

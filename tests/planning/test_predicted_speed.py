@@ -48,10 +48,16 @@ def test_data_parallelism_sends_gradients_once_a_step_however_many_microbatches(
     assert once == often == pytest.approx(2 * 3 / 4 * parameters / (CHIP.link / 2))
 
 
-def test_fsdp_sends_parameters_twice_and_gradients_once_a_microbatch():
-    speed, _ = speed_of(fsdp=4, optimizer__accumulation_steps=2)
-    parameters = 4 * count_parameters(make_config().model)  # float32 throughout
-    assert speed.network == pytest.approx(2 * 3 * 3 / 4 * parameters / (CHIP.link / 2))
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bfloat16", 2)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_fsdp_sends_blocks_thrice_the_output_matrix_and_rows_of_the_embedding(dtype, width, tied):
+    changes = {"model__compute_dtype": dtype, "model__tied_embeddings": tied}
+    speed, config = speed_of(fsdp=4, optimizer__accumulation_steps=2, **changes)
+    table = config.model.vocab_size * config.model.dim
+    blocks = count_parameters(config.model) - (1 if tied else 2) * table
+    looked_up = 2 * 32 * config.model.dim  # two rows a device and microbatch
+    once = 3 * blocks * width + table * (width + 4) + 2 * looked_up * width
+    assert speed.network == pytest.approx(2 * 3 / 4 * once / (CHIP.link / 2))
 
 
 def test_a_tensor_axis_sends_the_stream_of_every_block():

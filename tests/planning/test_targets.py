@@ -18,6 +18,7 @@ from llama_jax.planning.targets import parse_target
         ("v3-8", "v3", 8, "v3:2x2"),  # a device is a core
         ("tpu7x-8", "tpu7x", 8, "tpu7x:2x2x1"),
         ("v5e:4x8", "v5e", 32, "v5e:4x8"),
+        ("v5p:4x4x12", "v5p", 192, "v5p:4x4x12"),
         ("H200-1", "H200", 1, ""),
         ("h200-16", "H200", 16, ""),
         ("A100-40-8", "A100-40", 8, ""),
@@ -49,6 +50,14 @@ def test_what_is_taken_for_a_name_is_said():
         ("v5e:2x2x2", "a v5e slice has 2 axes, not 3; expected such as v5e:2x4"),
         ("v5p:2x4", "a v5p slice has 3 axes, not 2; expected such as v5p:2x2x2"),
         ("v5e", "expected a chip and a number of them"),
+        (
+            "v5e8",
+            "expected a chip and a number of them, such as v5e-8 or H200-1; did you mean 'v5e-8'",
+        ),
+        ("v5e:3x5", "there is no v5e slice 3x5; expected one of 1x1, 2x2, 2x4, 4x4"),
+        ("v5e:4x2", "there is no v5e slice 4x2"),
+        ("v5p:4x8x6", "there is no v5p slice 4x8x6; expected one of 1x1x1, 2x2x1"),
+        ("v5p:8x4x4", "or rising multiples of 4 such as 4x4x12"),
         ("", "expected a chip and a number of them"),
     ],
 )
