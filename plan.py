@@ -32,6 +32,9 @@ def flags_of(argv: list[str]) -> tuple[Any, list[str]]:
     decode.add_argument("--cache_dtype", default="", help="int8: a cache of half the size")
     decode.add_argument("--dtype", default="", help="float32 or bfloat16; empty: as it computes")
     flags, words = parser.parse_known_args(argv)
+    if flags.table and argv != ["--table"]:
+        other = next(word for word in argv if word != "--table")
+        raise UsageError(f"--table shows all configs as they are; leave out {other!r}")
     idle = [name for name in SAMPLING if getattr(flags, name) != parser.get_default(name)]
     if idle and flags.mode != "decode":
         raise UsageError(f"--{idle[0]} is about sampling; add --mode decode or leave it out")

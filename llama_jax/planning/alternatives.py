@@ -55,7 +55,7 @@ def largest_batch(config: Config, target: Target) -> int:
     if not fits(1):
         return 0
     low, high = 1, 2
-    while fits(high) and high < 2**16:
+    while fits(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2

@@ -27,6 +27,11 @@ from llama_jax.training.programs import state_shardings
 from llama_jax.training.train_step import abstract_state
 
 FLOAT32 = 4
+# With mesh.sequence, whole streams that are in memory at the fullest moment: a block's gathered
+# input and gradient, and products not yet summed over the tensor axis and cut. By the compiler's
+# figures, where there is room; and where there is none, since it then gathers some again.
+WHOLE_STREAMS = 3.8
+FEWEST_STREAMS = 2.35
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +71,14 @@ def training_memory(config: Config, mesh: AbstractMesh, chip: Chip) -> Memory:
     has_sums = config.optimizer.accumulation_steps > 1
     backward = parameters + _block_bytes(share, rows, forward) + _gathered_bytes(share, forward)
     loss = _loss_bytes(share, rows, forward)
+    kept = kept_bytes(share, rows, forward)
+    temporary = _lasting_bytes(share, parameters, forward, has_sums) + max(backward, loss)
+    room = chip.usable - parameters - moments - kept - temporary
     return Memory(
         parameters=parameters,
         optimizer=moments,
-        activations=kept_bytes(share, rows, forward),
-        temporary=_lasting_bytes(share, parameters, forward, has_sums) + max(backward, loss),
+        activations=kept,
+        temporary=temporary + _gathered_streams(share, rows, forward, room),
     )
 
 
@@ -118,6 +126,15 @@ def _block_bytes(share: ModelConfig, rows: int, forward: Pass) -> float:
         positions = -(-T // block_length(T)) * block_length(T)
         attention = 8 * rows * N * filled_rows((positions, share.head_dim)) * width
     return max(3 * rows * T * share.ffn_dim * width, attention)
+
+
+def _gathered_streams(share: ModelConfig, rows: int, forward: Pass, room: float) -> float:
+    """What streams cut along the sequence take where they are whole, given so much room."""
+    if forward.stream_parts == 1:
+        return 0.0
+    width = jnp.dtype(share.compute_dtype).itemsize
+    stream = rows * forward.length * share.dim * width
+    return min(WHOLE_STREAMS * stream, max(room, FEWEST_STREAMS * stream))
 
 
 def _gathered_bytes(share: ModelConfig, forward: Pass) -> float:

@@ -2,9 +2,12 @@
 
 from collections import Counter
 
-from llama_jax.config import Config
+from llama_jax.config import Config, MeshConfig
+from llama_jax.errors import UsageError
 from llama_jax.instruments.chips import GPU_SHARE
 from llama_jax.instruments.collectives import collectives
+from llama_jax.parallel.sharding import MESH_AXES
+from llama_jax.planning.alternatives import MARGIN, Estimate
 from llama_jax.planning.decoding_plan import DecodingPlan
 from llama_jax.planning.share import attention_backend, planned_mesh, require_rows
 from llama_jax.planning.speed import Speed
@@ -24,9 +27,11 @@ def training_report(plan: TrainingPlan) -> str:
         "",
         *_memory_lines(plan),
         verdict(plan.total, plan.target, plan.fits),
+        *doubt_lines(plan.total, plan.target, plan.fits and plan.compiled is None),
         "",
         *exchange_lines(plan.compiled, plan.target.devices),
         *speed_lines(plan.speed),
+        *_offload_lines(plan.config),
         "",
         *_advice_lines(plan),
     ]
@@ -83,6 +88,16 @@ def verdict(total: float, target: Target, fits: bool) -> str:
     return f"does not fit: {-left:.2f} GiB more than the {share}"
 
 
+def doubt_lines(total: float, target: Target, is_guess: bool) -> list[str]:
+    """A warning where what is left is less than an estimate may be wrong by."""
+    if not is_guess or total <= (1 - MARGIN) * target.chip.usable:
+        return []
+    remedy = (
+        "ask the compiler, without --fast" if target.chip.is_tpu else "try it before a long run"
+    )
+    return [f"  that is less than the estimate's own error, up to {MARGIN:.0%}: {remedy}"]
+
+
 def exchange_lines(compiled: Compiled | None, devices: int) -> list[str]:
     """What the compiled program sends between chips; nothing if there is none."""
     if compiled is None or not compiled.fits:
@@ -106,6 +121,11 @@ def speed_lines(speed: Speed) -> list[str]:
     ]
 
 
+def _offload_lines(config: Config) -> list[str]:
+    uncounted = "  what run.remat=offload exchanges with the host is not counted"
+    return [uncounted] if config.run.remat == "offload" else []
+
+
 def spelled(seconds: float) -> str:
     """A time with three figures and its unit."""
     if seconds >= 1:
@@ -119,32 +139,38 @@ def counted(number: int, noun: str, ending: str = "s") -> str:
 
 
 def _advice_lines(plan: TrainingPlan) -> list[str]:
-    most = plan.largest_microbatch
+    most, source = plan.largest_microbatch, "by estimate"
+    if plan.compiled:
+        source += f" × {plan.correction:.2f}, which the compiler's figure is of it here"
     lines = [
-        f"largest microbatch that fits, by estimate: {counted(most, 'sequence')} on all chips"
+        f"largest microbatch that fits, {source}: {counted(most, 'sequence')} on all chips"
         " together; a batch may be any multiple of it"
         if most
-        else "this way not one sequence a chip fits, by estimate"
+        else f"this way not one sequence a chip fits, {source}"
     ]
-    if plan.fits:
-        return lines
-    if plan.cheapest is None:
-        return [*lines, "no mesh, microbatch, remat policy or batch fits; use more or larger chips"]
-    way = plan.cheapest
+    return (
+        lines if plan.fits else [*lines, *cheapest_lines(plan.cheapest, plan.config, plan.target)]
+    )
+
+
+def cheapest_lines(way: Estimate | None, config: Config, target: Target) -> list[str]:
+    """What fits instead of a config, and its flags."""
+    if way is None:
+        return ["no mesh, microbatch, remat policy or batch fits; use more or larger chips"]
     batch, seconds = way.config.data.batch_size, spelled(way.speed.seconds)
-    of = "" if batch == plan.config.data.batch_size else f" of only {counted(batch, 'sequence')}"
+    of = "" if batch == config.data.batch_size else f" of only {counted(batch, 'sequence')}"
     return [
-        *lines,
         f"cheapest that fits, by estimate: {way.memory.total / GIB:.2f} GiB,"
         f" {seconds} a step{of} predicted",
-        f"  {flags_of(way.config, plan.config, plan.target)}",
+        f"  {flags_of(way.config, config, target)}",
     ]
 
 
 def flags_of(new: Config, old: Config, target: Target) -> str:
     """The flags that make one config of another."""
-    meshes = [planned_mesh(config.mesh, target.devices).shape for config in (new, old)]
-    choices = {f"mesh.{axis}": [shape[axis] for shape in meshes] for axis in meshes[0]}
+    meshes = [_sizes(config.mesh, target.devices) for config in (new, old)]
+    choices: dict[str, list[object]] = {}
+    choices |= {f"mesh.{axis}": [shape[axis] for shape in meshes] for axis in meshes[0]}
     choices |= {
         "mesh.sequence": [config.mesh.sequence for config in (new, old)],
         "run.remat": [config.run.remat for config in (new, old)],
@@ -156,6 +182,14 @@ def flags_of(new: Config, old: Config, target: Target) -> str:
     }
     flags = [f"--config.{key}={now}" for key, (now, before) in choices.items() if now != before]
     return " ".join(flags) or "as it is"
+
+
+def _sizes(mesh: MeshConfig, devices: int) -> dict[str, int]:
+    """A mesh's sizes by axis, those of one for other devices as they are written."""
+    try:
+        return dict(planned_mesh(mesh, devices).shape)
+    except UsageError:
+        return {axis: getattr(mesh, axis) for axis in MESH_AXES}
 
 
 def decoding_report(plan: DecodingPlan) -> str:

@@ -6,7 +6,7 @@ import jax
 
 from llama_jax.config import Config
 from llama_jax.data.batches import abstract_batch
-from llama_jax.instruments.collectives import Collective, collectives
+from llama_jax.instruments.collectives import collectives
 from llama_jax.planning.alternatives import Estimate, cheapest_that_fits, estimate, largest_batch
 from llama_jax.planning.memory import Memory
 from llama_jax.planning.speed import Speed
@@ -24,8 +24,11 @@ class TrainingPlan:
     target: Target
     estimate: Estimate
     compiled: Compiled | None  # None: only estimated
-    largest_microbatch: int  # sequences over all devices, by estimate; 0: not one a device
-    cheapest: Estimate | None  # the way that fits, of those with the same batch
+    # Sequences over all devices, by the estimate times `correction`; 0: not one a device.
+    largest_microbatch: int
+    # The fastest way that fits with a margin, of a smaller batch where it must; None: no way does,
+    # or this one fits.
+    cheapest: Estimate | None
 
     @property
     def total(self) -> float:
@@ -36,6 +39,15 @@ class TrainingPlan:
     def fits(self) -> bool:
         """Whether one device holds them."""
         return self.total <= self.target.chip.usable and (not self.compiled or self.compiled.fits)
+
+    @property
+    def correction(self) -> float:
+        """What the compiler says over what was estimated; 1 where it was not asked."""
+        ratio = self.total / self.estimate.memory.total
+        if self.fits:
+            return ratio
+        # One that the compiler refused may be said to take no more than there is.
+        return max(ratio, self.target.chip.usable / self.estimate.memory.total * (1 + 1e-6))
 
     @property
     def memory(self) -> Memory:
@@ -50,15 +62,15 @@ class TrainingPlan:
     @property
     def speed(self) -> Speed:
         """The prediction, with the exchanges that the compiled program really makes."""
-        if self.compiled is None or not self.compiled.fits:
-            return self.estimate.speed
-        sent = sum(c.sent(self.target.devices) * c.times for c in self.collectives)
-        return dataclasses.replace(self.estimate.speed, network=sent / (self.target.chip.link / 2))
+        return with_exchanges(self.estimate.speed, self.compiled, self.target)
 
-    @property
-    def collectives(self) -> list[Collective]:
-        """What the compiled program exchanges."""
-        return collectives(self.compiled.text) if self.compiled else []
+
+def with_exchanges(speed: Speed, made: Compiled | None, target: Target) -> Speed:
+    """A prediction with what the compiled program really sends, where there is one."""
+    if made is None or not made.fits:
+        return speed
+    sent = sum(one.sent(target.devices) * one.times for one in collectives(made.text))
+    return dataclasses.replace(speed, network=sent / (target.chip.link / 2))
 
 
 def plan_training(config: Config, target: Target, *, compile_it: bool) -> TrainingPlan:
@@ -73,12 +85,18 @@ def plan_training(config: Config, target: Target, *, compile_it: bool) -> Traini
     """
     found = estimate(config, target)
     made = compile_training(found, target) if compile_it and target.chip.is_tpu else None
-    plan = TrainingPlan(config, target, found, made, largest_batch(config, target), None)
-    return (
-        plan
-        if plan.fits
-        else dataclasses.replace(plan, cheapest=cheapest_that_fits(config, target))
-    )
+    plan = TrainingPlan(config, target, found, made, 0, None)
+    most = largest_batch(config, _with_less(target, plan.correction))
+    cheapest = None
+    if not plan.fits:
+        cheapest = cheapest_that_fits(config, _with_less(target, max(1.0, plan.correction)))
+    return dataclasses.replace(plan, largest_microbatch=most, cheapest=cheapest)
+
+
+def _with_less(target: Target, factor: float) -> Target:
+    """The target as one finds it whose programs take so many times their estimate."""
+    chip = dataclasses.replace(target.chip, usable=target.chip.usable / factor)
+    return dataclasses.replace(target, chip=chip)
 
 
 def compile_training(way: Estimate, target: Target) -> Compiled:

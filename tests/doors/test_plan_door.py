@@ -61,6 +61,10 @@ def test_a_search_lists_flags(capsys):
         (["--target", "H200-1", "--fast", "--config.run.attention=splash"], "splash"),
         (["--target", "v5e-1", "--fast", "--batch", "8"], "--batch is about sampling"),
         (["--target", "v5e-1", "--search", "--mode", "decode"], "--search ranks ways to train"),
+        (["--table", "--bogus", "3", "--target", "nothing"], "leave out '--bogus'"),
+        (["--table", "--config", "configs/7b.py"], "leave out '--config'"),
+        (["--fast", "--table"], "leave out '--fast'"),
+        (["--table", "--search"], "leave out '--search'"),
     ],
 )  # fmt: skip
 def test_mistakes_end_in_one_line(words, complaint, capsys):

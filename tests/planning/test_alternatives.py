@@ -54,6 +54,10 @@ def test_the_largest_batch_fits_and_one_row_more_a_device_does_not(config, total
     assert fits <= target.chip.usable < not_fits
 
 
+def test_no_limit_but_memory_bounds_the_largest_batch(config):
+    assert largest_batch(config, target_of(2.0**45)) > 8 * 2**16
+
+
 def test_where_not_one_row_a_device_fits_there_is_no_batch(config):
     assert largest_batch(config, target_of(1000)) == 0
 

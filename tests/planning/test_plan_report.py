@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from plans import changed, make_config
 
-from llama_jax.planning import searching
+from llama_jax.planning import searching, training_plan
 from llama_jax.planning.alternatives import estimate
 from llama_jax.planning.decoding_plan import Sampling, plan_decoding
 from llama_jax.planning.report import (
@@ -34,6 +34,10 @@ ENTRY %main (p: f32[4,8]) -> f32[32,8] {
 @pytest.fixture(scope="module")
 def config():
     return make_config(mesh__data=1, mesh__fsdp=8)
+
+
+def target_of(usable):
+    return dataclasses.replace(TARGET, chip=dataclasses.replace(TARGET.chip, usable=usable))
 
 
 def compiled_plan(config, total, fits=True):
@@ -99,7 +103,8 @@ def test_where_nothing_fits_it_says_so(config):
     text = training_report(plan_training(config, tiny, compile_it=False))
     assert "this way not one sequence a chip fits" in text
     assert "use more or larger chips" in text
-    assert "fits this batch" in search_report(config, tiny, search(config, tiny, compile_it=False))
+    none = search_report(config, tiny, search(config, tiny, compile_it=False))
+    assert "fits this batch" in none and "use more or larger chips" in none
 
 
 def test_flags_are_those_that_differ(config):
@@ -148,3 +153,68 @@ def test_sampling_is_told_by_kind():
     text = decoding_report(plan_decoding(model, sampling, TARGET, compile_it=False))
     assert "4 texts × 40 tokens; weights int8 over tensor 8, cache int8" in text
     assert "fits" in text and "tokens/s in all at most" in text
+
+
+def test_the_largest_microbatch_agrees_with_the_compiler_s_verdict(config, monkeypatch):
+    guess = estimate(config, TARGET).memory.total
+    for usable, total, fits in ((1.2, 1.3, False), (1.2, 1.1, False), (1.2, 1.1, True)):
+        target = target_of(usable * guess)
+        made = Compiled(total * guess, fits, HLO, 1.0)
+        monkeypatch.setattr(training_plan, "compile_training", lambda way, target, made=made: made)
+        plan = plan_training(config, target, compile_it=True)
+        assert plan.fits == fits == (plan.largest_microbatch >= config.microbatch_size)
+        assert f"by estimate × {plan.correction:.2f}" in training_report(plan)
+
+
+def test_an_estimate_that_only_just_fits_is_doubted(config):
+    guess = estimate(config, TARGET).memory.total
+    doubted = {
+        (usable, made): "less than the estimate's own error"
+        in training_report(
+            TrainingPlan(config, target_of(usable * guess), estimate(config, TARGET), made, 8, None)
+        )
+        for usable in (1.1, 1.2)
+        for made in (None, Compiled(guess, True, HLO, 1.0))
+    }
+    assert [key for key, is_doubted in doubted.items() if is_doubted] == [(1.1, None)]
+
+
+def test_what_offload_exchanges_with_the_host_is_said_not_to_be_counted(config):
+    for remat in ("block", "offload"):
+        plan = plan_training(changed(config, "run", remat=remat), TARGET, compile_it=False)
+        assert ("the host is not counted" in training_report(plan)) == (remat == "offload")
+
+
+def test_a_search_predicts_and_ranks_by_what_the_compiled_programs_exchange(config, monkeypatch):
+    large = HLO.replace("f32[32,8]", "f32[32000,8000]")
+    texts = iter([large, HLO, HLO])
+    monkeypatch.setattr(
+        searching, "compile_training", lambda way, target: Compiled(GIB, True, next(texts), 1.0)
+    )
+    found = search(config, TARGET, compile_it=True)
+    sent = 4 * 32000 * 8000 * 7 / 8
+    assert found[-1].speed.network == pytest.approx(sent / (TARGET.chip.link / 2))
+    assert found[-1].compiled and f"{spelled(found[-1].speed.seconds)} (network)" in search_report(
+        config, TARGET, found
+    )
+
+
+def test_the_columns_of_a_search_never_touch(config):
+    found = search(config, TARGET, compile_it=False)
+    lines = search_report(config, TARGET, found).splitlines()[1:]
+    assert {len(line.split("  ", 1)[0]) > 0 for line in lines} == {True}
+    starts = {line.index("--config" if "--config" in line else "as it is") for line in lines[1:]}
+    assert starts == {lines[0].index("flags")}
+    assert all(line[start - 2 : start] == "  " for line in lines for start in starts)
+
+
+def test_a_search_that_finds_nothing_names_what_else_fits_whatever_mesh_is_asked_for(
+    config, monkeypatch
+):
+    other = estimate(changed(config, "optimizer", moments_dtype="bfloat16"), TARGET)
+    monkeypatch.setattr(searching, "cheapest_that_fits", lambda config, target: other)
+    asked = changed(config, "mesh", data=3, fsdp=5)  # which does not arrange 8 devices
+    text = search_report(asked, TARGET, [])
+    assert "cheapest that fits, by estimate" in text
+    flags = "--config.mesh.data=1 --config.mesh.fsdp=8 --config.optimizer.moments_dtype=bfloat16"
+    assert text.endswith(flags)

@@ -1,5 +1,7 @@
 """The estimate of a training step's memory: its parts by hand, and the laws it obeys."""
 
+import dataclasses
+
 import jax
 import pytest
 from plans import changed, make_config
@@ -7,7 +9,12 @@ from plans import changed, make_config
 from llama_jax.config import MeshConfig
 from llama_jax.instruments.chips import CHIPS
 from llama_jax.planning.activations import Pass, kept_bytes
-from llama_jax.planning.memory import state_bytes, training_memory
+from llama_jax.planning.memory import (
+    FEWEST_STREAMS,
+    WHOLE_STREAMS,
+    state_bytes,
+    training_memory,
+)
 from llama_jax.planning.share import model_share, planned_mesh
 
 V, D, L, N, K, F = 96, 48, 3, 12, 4, 80  # of `make_config`
@@ -98,6 +105,28 @@ def test_cutting_the_stream_along_the_sequence_keeps_less():
     )
     stream = 8 * 32 * D * 4  # float32, eight rows a device
     assert (L - 1) * stream * 3 / 4 < whole - cut < (L + 8) * stream * 3 / 4
+
+
+def test_streams_cut_along_the_sequence_are_whole_again_within_a_block():
+    config = on_mesh(1, 2, 4, run__remat="block", mesh__sequence=True, run__attention="splash")
+    stream = 8 * 32 * D * 4  # float32, eight rows a device
+    cut = memory_of(config, TPU)
+    whole = memory_of(changed(config, "mesh", sequence=False), TPU)
+    assert cut.temporary - whole.temporary == pytest.approx(WHOLE_STREAMS * stream)
+
+
+def test_short_of_memory_fewer_streams_are_whole_at_once():
+    config = on_mesh(1, 2, 4, run__remat="block", mesh__sequence=True, run__attention="splash")
+    stream, most = 8 * 32 * D * 4, memory_of(config, TPU).total
+    fewest = most - (WHOLE_STREAMS - FEWEST_STREAMS) * stream
+
+    def total(usable):
+        return memory_of(config, dataclasses.replace(TPU, usable=usable)).total
+
+    assert total(most + 1) == most  # there is room
+    between = (most + fewest) / 2
+    assert total(between) == pytest.approx(between)  # it is made to fit
+    assert total(fewest / 2) == pytest.approx(fewest)  # and cannot be
 
 
 def test_gradients_are_summed_only_over_several_microbatches():
