@@ -120,6 +120,9 @@ def _bytes(array: Any, copies: int, config: ModelConfig, rows: int, forward: Pas
         return 0  # [K, B, G, T, S] without a layer: a mask of all blocks, which XLA makes anew
     if array.shape[-2:] == (T, config.dim):
         return copies * size // forward.stream_parts
+    is_read = array.shape[-2:] == (rows * T, config.dim)  # by matmuls
+    if is_read and forward.stream_parts > 1:
+        size = (size + size // forward.stream_parts) // 2  # half of them are kept gathered
     if forward.is_tpu and array.dtype == jnp.float32:  # what only a matmul reads is in bfloat16:
         # rows merged with positions or with heads; of scores, those that dropout has been over.
         merged = {3: (L, rows * T), 4: (L, rows * config.num_kv_heads)}

@@ -1,4 +1,5 @@
-"""Makes plans.json: what the TPU compiler says that each shipped config takes on each TPU target.
+"""Makes plans.json: what the TPU compiler says that each shipped config takes on each TPU target,
+and a shallow 7B on meshes with a tensor axis, with and without mesh.sequence.
 
     python tests/golden/make_plans.py [NAME ...]
 
@@ -24,12 +25,55 @@ from llama_jax.planning.training_plan import compile_training
 
 HERE = Path(__file__).resolve().parent
 PLANS = HERE / "plans.json"
+ON_TENSOR_MESHES = {  # few rows and many, one axis and two, each policy; some too large
+    "v5e-8": (
+        "fsdp=1 tensor=8 sequence=true batch_size=8 remat=block",
+        "fsdp=1 tensor=8 sequence=true batch_size=64 remat=block",
+        "fsdp=1 tensor=8 sequence=true batch_size=160 remat=block",
+        "fsdp=1 tensor=8 sequence=true batch_size=190 remat=block",
+        "fsdp=1 tensor=8 sequence=false batch_size=64 remat=block",
+        "fsdp=1 tensor=8 sequence=true batch_size=16 remat=none",
+        "fsdp=1 tensor=8 sequence=false batch_size=16 remat=none",
+        "fsdp=2 tensor=4 sequence=true batch_size=32 remat=block",
+        "fsdp=2 tensor=4 sequence=false batch_size=32 remat=block",
+        "fsdp=2 tensor=4 sequence=true batch_size=32 remat=save-qkv",
+        "fsdp=2 tensor=4 sequence=true batch_size=16 remat=none",
+    ),
+    "v6e-8": ("fsdp=1 tensor=8 sequence=true batch_size=16 remat=none",),
+    "v5p-64": ("data=4 fsdp=1 tensor=8 sequence=true batch_size=480 remat=block",),
+}
 
 
 def shipped_configs():
     """Every config in configs/, by name."""
     paths = sorted((HERE.parents[1] / "configs").glob("*.py"))
     return {path.stem: parse(Config, cli.config_from_flags([], str(path))) for path in paths}
+
+
+def on_tensor_meshes():
+    """Configs on meshes with a tensor axis, by key: name, target, and what differs."""
+    shallow = "--config.model.num_layers=4 --config.optimizer.accumulation_steps=1"
+    section = {"batch_size": "data", "remat": "run"}
+    path = str(HERE.parents[1] / "configs" / "7b.py")
+    for target, ways in ON_TENSOR_MESHES.items():
+        for way in ways:
+            words = [
+                f"--config.{section.get(word.partition('=')[0], 'mesh')}.{word}"
+                for word in way.split()
+            ]
+            tree = cli.config_from_flags([*shallow.split(), *words], path)
+            yield f"7b {target} {way}", parse(Config, tree)
+
+
+def planned():
+    """Every plan to record, by key: the config as it runs, and its target."""
+    for name, config in shipped_configs().items():
+        for target in map(parse_target, TARGETS):
+            way = on_all_chips(config, target.devices)
+            if target.chip.is_tpu and way is not None:
+                yield f"{name} {target.name}", way, target
+    for key, config in on_tensor_meshes():
+        yield key, config, parse_target(key.split()[1])
 
 
 def main():
@@ -39,18 +83,14 @@ def main():
     versions = {name: version(name) for name in ("jax", "jaxlib", "libtpu", "flax")}
     recorded = {"versions": versions} | recorded
     assert recorded["versions"] == versions, f"made by {recorded['versions']}; delete {PLANS}"
-    targets = [parse_target(name) for name in TARGETS]
-    for name, config in shipped_configs().items():
-        for target in targets:
-            key, way = f"{name} {target.name}", on_all_chips(config, target.devices)
-            is_asked = key in (sys.argv[1:] or [key]) and target.chip.is_tpu and way is not None
-            if key in recorded["plans"] or not is_asked:
-                continue
-            made = compile_training(estimate(way, target), target)
-            gib = round(made.total / 2**30, 4)
-            recorded["plans"][key] = {"gib": gib, "fits": made.fits}
-            print(f"{key}: {gib} GiB{'' if made.fits else ', too large'}, {made.seconds:.0f} s")
-            PLANS.write_text(json.dumps(recorded, indent=1) + "\n")
+    for key, way, target in planned():
+        if key in recorded["plans"] or key not in (sys.argv[1:] or [key]):
+            continue
+        made = compile_training(estimate(way, target), target)
+        gib = round(made.total / 2**30, 4)
+        recorded["plans"][key] = {"gib": gib, "fits": made.fits}
+        print(f"{key}: {gib} GiB{'' if made.fits else ', too large'}, {made.seconds:.0f} s")
+        PLANS.write_text(json.dumps(recorded, indent=1) + "\n")
 
 
 if __name__ == "__main__":

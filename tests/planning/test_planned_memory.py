@@ -8,7 +8,7 @@ from plans import changed, make_config
 
 from llama_jax.config import MeshConfig
 from llama_jax.instruments.chips import CHIPS
-from llama_jax.planning.activations import Pass, kept_bytes
+from llama_jax.planning.activations import Pass, _bytes, kept_bytes
 from llama_jax.planning.memory import (
     FEWEST_STREAMS,
     WHOLE_STREAMS,
@@ -113,6 +113,15 @@ def test_streams_cut_along_the_sequence_are_whole_again_within_a_block():
     cut = memory_of(config, TPU)
     whole = memory_of(changed(config, "mesh", sequence=False), TPU)
     assert cut.temporary - whole.temporary == pytest.approx(WHOLE_STREAMS * stream)
+
+
+def test_of_what_matmuls_read_half_is_kept_gathered():
+    config, forward = make_config().model, Pass(32, "none", "splash", False, False, 4)
+    read = jax.ShapeDtypeStruct((L, 2 * 32, D), "bfloat16")
+    between = jax.ShapeDtypeStruct((L, 2, 32, D), "bfloat16")
+    stream = 2 * 32 * D * 2
+    assert _bytes(between, 3, config, 2, forward) == 3 * L * stream / 4
+    assert _bytes(read, 3, config, 2, forward) == 3 * L * stream * (1 + 1 / 4) / 2
 
 
 def test_short_of_memory_fewer_streams_are_whole_at_once():
