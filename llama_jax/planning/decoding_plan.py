@@ -21,7 +21,7 @@ from llama_jax.generation.prefill import slots_for
 from llama_jax.model import Llama, abstract
 from llama_jax.parallel.sharding import partition_spec, placed, shardings
 from llama_jax.planning.memory import FLOAT32
-from llama_jax.planning.share import bytes_on_one, planned_mesh
+from llama_jax.planning.share import bytes_on_one, model_share, planned_mesh
 from llama_jax.planning.speed import Speed
 from llama_jax.planning.targets import Target
 from llama_jax.planning.tpu_compiler import Compiled, compiled, target_mesh
@@ -70,19 +70,34 @@ class DecodingPlan:
         return self.total <= self.target.chip.usable and (not self.compiled or self.compiled.fits)
 
     @property
+    def uncut(self) -> list[str]:
+        """What the devices do not divide, so that each has all of it."""
+        config, devices = self.model, self.target.devices
+        sizes = {
+            "heads": config.num_heads,
+            "kv heads": config.num_kv_heads,
+            "feed-forward columns": config.ffn_dim,
+            "words": config.vocab_size,
+        }
+        return [f"{size} {name}" for name, size in sizes.items() if size % devices]
+
+    @property
     def speed(self) -> Speed:
         """The prediction for one token of each text: all weights and the whole cache are read."""
         chip, config, devices = self.target.chip, self.model, self.target.devices
-        matrices = config.vocab_size * config.dim + config.num_layers * config.dim * (
-            2 * (config.num_heads + config.num_kv_heads) * config.head_dim + 3 * config.ffn_dim
+        share = model_share(config, devices)
+        matrices = share.vocab_size * share.dim + share.num_layers * share.dim * (
+            2 * (share.num_heads + share.num_kv_heads) * share.head_dim + 3 * share.ffn_dim
         )
-        heads = config.num_layers * config.num_heads
-        looked_at = 2 * heads * config.head_dim * config.context_length
+        heads = share.num_layers * share.num_heads
+        looked_at = 2 * heads * share.head_dim * share.context_length
         flops = 2 * self.sampling.batch * (matrices + looked_at)
         stream = self.sampling.batch * config.dim * jnp.dtype(config.compute_dtype).itemsize
-        sent = 2 * config.num_layers * 2 * (devices - 1) / devices * stream
+        # Attention and feed-forward each add up their parts of the stream, if they have any.
+        sums = (share.num_heads < config.num_heads) + (share.ffn_dim < config.ffn_dim)
+        sent = sums * config.num_layers * 2 * (devices - 1) / devices * stream
         return Speed(
-            arithmetic=flops / devices / chip.flops,
+            arithmetic=flops / chip.flops,
             memory=(self.weights + self.cache) / chip.bandwidth,
             network=sent / (chip.link / 2),
         )

@@ -1,11 +1,16 @@
 """What sampling takes."""
 
+import dataclasses
+
 import pytest
 from plans import make_config
 
 from llama_jax.errors import UsageError
+from llama_jax.planning.decoding_alternatives import cheapest_sampling, largest_batch
 from llama_jax.planning.decoding_plan import Sampling, plan_decoding
+from llama_jax.planning.report import decoding_report
 from llama_jax.planning.targets import parse_target
+from llama_jax.planning.tpu_compiler import Compiled
 
 MODEL = make_config(model__context_length=64).model  # 64 slots hold it exactly
 L, K, H, V, D, F = 3, 4, 4, 96, 48, 80
@@ -81,3 +86,49 @@ def test_what_cannot_be_is_refused(sampling, complaint):
     with pytest.raises(UsageError) as error:
         plan_of(**sampling)
     assert complaint in str(error.value)
+
+
+def small_target(usable, name="H200-1"):
+    target = parse_target(name)
+    return dataclasses.replace(target, chip=dataclasses.replace(target.chip, usable=usable))
+
+
+def test_what_does_not_fit_names_fewer_texts_and_the_least_change_that_keeps_all():
+    guess = plan_of(batch=64).estimated
+    target = small_target(0.9 * guess)
+    plan = plan_decoding(MODEL, Sampling(batch=64), target, compile_it=False)
+    assert not plan.fits and 50 <= largest_batch(plan) < 64
+    more = plan_decoding(MODEL, Sampling(batch=largest_batch(plan)), target, compile_it=False)
+    assert more.fits
+    found = cheapest_sampling(plan)
+    assert found.sampling.batch == 64 and found.estimated <= 0.85 * target.chip.usable
+    assert found.sampling == Sampling(batch=64, cache_dtype="int8")  # weights alone would not do
+    text = decoding_report(plan)
+    assert f"largest batch that fits, by estimate: {largest_batch(plan)} texts" in text
+    assert "cheapest change that fits, by estimate: --cache_dtype=int8" in text
+
+
+def test_where_no_change_is_enough_more_chips_are_named():
+    plan = plan_decoding(MODEL, Sampling(), small_target(1000.0), compile_it=False)
+    text = decoding_report(plan)
+    assert "not one text fits" in text and "use more or larger chips" in text
+
+
+def test_compiled_figures_stand_beside_the_estimate():
+    plan = dataclasses.replace(plan_of(), compiled=Compiled(2.0**31, True, "", 1.0))
+    lines = {
+        line.split()[0]: line.split()[1:] for line in decoding_report(plan).splitlines() if line
+    }
+    assert lines["together"][0] == "2.00" and len(lines["temporary"]) == 2
+    assert lines["GiB"] == ["a", "chip", "compiled", "estimated"]
+
+
+def test_what_the_chips_do_not_divide_is_named_and_predicted_whole():
+    eight, one = plan_of("H200-8"), plan_of()
+    assert eight.uncut == ["12 heads", "4 kv heads"]
+    assert "over tensor 8 (whole on each: 12 heads, 4 kv heads)" in decoding_report(eight)
+    attention = L * (D * 2 * (12 + K) * H + 2 * 12 * H * 64)
+    cut = V * D + L * 3 * D * F
+    ratio = eight.speed.arithmetic / one.speed.arithmetic
+    assert ratio == pytest.approx((attention + cut / 8) / (attention + cut))
+    assert eight.speed.network == L * 2 * 7 / 8 * D * 4 / (eight.target.chip.link / 2)

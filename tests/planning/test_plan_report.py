@@ -151,7 +151,8 @@ def test_sampling_is_told_by_kind():
     model = make_config().model
     sampling = Sampling(batch=4, quantize="int8", cache_dtype="int8")
     text = decoding_report(plan_decoding(model, sampling, TARGET, compile_it=False))
-    assert "4 texts × 40 tokens; weights int8 over tensor 8, cache int8" in text
+    assert "4 texts × 40 tokens; weights int8 over tensor 8 (whole on each: 12 heads" in text
+    assert "4 kv heads), cache int8" in text
     assert "fits" in text and "tokens/s in all at most" in text
 
 
