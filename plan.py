@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax import cli
+from llama_jax.config_flags import read_config
 from llama_jax.errors import UsageError
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -50,16 +51,13 @@ def main(argv: list[str]) -> int:
     if flags.table:
         print(table_of_configs())
         return 0
-    tree = cli.config_from_flags(words, default=str(CONFIGS / "demo.py"))
+    config = read_config(words, default=str(CONFIGS / "demo.py"))
     if not flags.target:
         raise UsageError("--target is missing; expected devices such as v5e-8 or H200-1")
 
-    from llama_jax.config import Config
-    from llama_jax.config_parsing import parse
     from llama_jax.planning.targets import parse_target
 
-    config, target = parse(Config, tree), parse_target(flags.target)
-    print(report(config, target, flags))
+    print(report(config, parse_target(flags.target), flags))
     return 0
 
 
@@ -85,13 +83,10 @@ def report(config: Any, target: Any, flags: Any) -> str:
 
 def table_of_configs() -> str:
     """The table of all shipped configs."""
-    from llama_jax.config import Config
-    from llama_jax.config_parsing import parse
     from llama_jax.planning.table import table
 
     paths = sorted(CONFIGS.glob("*.py"), key=lambda path: path.stem)
-    trees = {path.stem: cli.config_from_flags([], default=str(path)) for path in paths}
-    return table({name: parse(Config, tree) for name, tree in trees.items()})
+    return table({path.stem: read_config([], default=str(path)) for path in paths})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from llama_jax.config_flags import CONFIG_FLAG
-from llama_jax.config_flags import config_from_flags as config_from_flags  # as doors call it
 from llama_jax.errors import UsageError, UserError, nearest
 from llama_jax.out_of_memory import explanation, is_out_of_memory
 

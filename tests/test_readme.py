@@ -26,20 +26,17 @@ def test_everything_in_the_tree_exists():
 
 @pytest.mark.parametrize("config", sorted(path.stem for path in (ROOT / "configs").glob("*.py")))
 def test_the_table_has_every_config_with_its_numbers(config):
-    from llama_jax.cli import config_from_flags
-    from llama_jax.config import Config
-    from llama_jax.config_parsing import parse
+    from llama_jax.config_flags import read_config
     from llama_jax.model import count_parameters
 
-    tree = config_from_flags([f"--config={ROOT / 'configs' / config}.py"], default="")
-    run = parse(Config, tree)
+    run = read_config([f"--config={ROOT / 'configs' / config}.py"], default="")
     row = f"| `{config}` | {count_parameters(run.model):,} | {run.tokens_per_step:,} |"
     assert row in README
 
 
 @pytest.mark.parametrize("words", re.findall(r"--config\.[a-z_.0-9]*[a-z0-9]", README))
 def test_overrides_in_the_text_are_keys(words):
-    from llama_jax.cli import config_from_flags
+    from llama_jax.config_flags import config_from_flags
 
     config = config_from_flags([], default=str(ROOT / "configs" / "demo.py"))
     for name in words.removeprefix("--config.").split("."):

@@ -15,9 +15,7 @@ from pathlib import Path
 
 import jax
 
-from llama_jax import cli
-from llama_jax.config import Config
-from llama_jax.config_parsing import parse
+from llama_jax.config_flags import read_config
 from llama_jax.planning.alternatives import estimate
 from llama_jax.planning.table import TARGETS, on_all_chips
 from llama_jax.planning.targets import parse_target
@@ -47,7 +45,7 @@ ON_TENSOR_MESHES = {  # few rows and many, one axis and two, each policy; some t
 def shipped_configs():
     """Every config in configs/, by name."""
     paths = sorted((HERE.parents[1] / "configs").glob("*.py"))
-    return {path.stem: parse(Config, cli.config_from_flags([], str(path))) for path in paths}
+    return {path.stem: read_config([], str(path)) for path in paths}
 
 
 def on_tensor_meshes():
@@ -61,8 +59,7 @@ def on_tensor_meshes():
                 f"--config.{section.get(word.partition('=')[0], 'mesh')}.{word}"
                 for word in way.split()
             ]
-            tree = cli.config_from_flags([*shallow.split(), *words], path)
-            yield f"7b {target} {way}", parse(Config, tree)
+            yield f"7b {target} {way}", read_config([*shallow.split(), *words], path)
 
 
 def planned():
