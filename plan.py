@@ -66,7 +66,7 @@ def report(config: Any, target: Any, flags: Any) -> str:
     compile_it = not flags.fast
     if flags.mode == "decode":
         from llama_jax.planning.decoding_plan import Sampling, plan_decoding
-        from llama_jax.planning.report import decoding_report
+        from llama_jax.planning.decoding_report import decoding_report
 
         sampling = Sampling(**{name: getattr(flags, name) for name in SAMPLING})
         plan = plan_decoding(config.model, sampling, target, compile_it=compile_it)

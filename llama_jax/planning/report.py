@@ -1,6 +1,5 @@
 """A plan as text, for people: GiB by kind, whether it fits, what is exchanged, what bounds it."""
 
-import dataclasses
 from collections import Counter
 
 from llama_jax.config import Config, MeshConfig
@@ -9,8 +8,6 @@ from llama_jax.instruments.chips import GPU_SHARE
 from llama_jax.instruments.collectives import collectives
 from llama_jax.parallel.sharding import MESH_AXES
 from llama_jax.planning.alternatives import MARGIN, Estimate
-from llama_jax.planning.decoding_alternatives import cheapest_sampling, largest_batch
-from llama_jax.planning.decoding_plan import DecodingPlan
 from llama_jax.planning.share import attention_backend, planned_mesh, require_rows
 from llama_jax.planning.speed import Speed
 from llama_jax.planning.targets import Target
@@ -66,10 +63,10 @@ def _memory_lines(plan: TrainingPlan) -> list[str]:
     if plan.compiled:
         columns = {"compiled": plan.memory, **columns}
     rows = {kind: [getattr(memory, kind) for memory in columns.values()] for kind in KINDS}
-    return _table(list(columns), rows)
+    return memory_table(list(columns), rows)
 
 
-def _table(columns: list[str], rows: dict[str, list[float]]) -> list[str]:
+def memory_table(columns: list[str], rows: dict[str, list[float]]) -> list[str]:
     """Bytes by kind, in columns of GiB that end with their sums."""
     sums = [sum(column) for column in zip(*rows.values(), strict=True)]
     figures = 2 if max(sums) >= GIB else 4
@@ -192,58 +189,3 @@ def _sizes(mesh: MeshConfig, devices: int) -> dict[str, int]:
         return dict(planned_mesh(mesh, devices).shape)
     except UsageError:
         return {axis: getattr(mesh, axis) for axis in MESH_AXES}
-
-
-def decoding_report(plan: DecodingPlan) -> str:
-    """The whole report of a sampling plan, several lines."""
-    sampling, model, speed = plan.sampling, plan.model, plan.speed
-    whole = f" (whole on each: {', '.join(plan.uncut)})" if plan.uncut else ""
-    temporary = [plan.temporary]
-    if plan.compiled:  # weights and cache are what they are
-        temporary.insert(0, plan.total - plan.weights - plan.cache)
-    columns = ["compiled", "estimated"][-len(temporary) :]
-    kinds = {
-        kind: [size] * len(columns)
-        for kind, size in (("weights", plan.weights), ("cache", plan.cache))
-    }
-    parts = [
-        plan.target.description,
-        f"sampling: {counted(sampling.batch, 'text')} × {model.context_length} tokens;"
-        f" weights {sampling.quantize or model.compute_dtype} over tensor {plan.target.devices}"
-        f"{whole},"
-        f" cache {sampling.cache_dtype or model.compute_dtype}",
-        "",
-        *_table(columns, {**kinds, "temporary": temporary}),
-        verdict(plan.total, plan.target, plan.fits),
-        *doubt_lines(plan.total, plan.target, plan.fits and plan.compiled is None),
-        *([] if plan.fits else _sampling_advice(plan)),
-        "",
-        *exchange_lines(plan.compiled, plan.target.devices),
-        f"predicted, at the data sheet's peaks: bound by {speed.bottleneck},"
-        f" {spelled(speed.seconds)} a token of each text or more,"
-        f" {sampling.batch / speed.seconds:,.0f} tokens/s in all at most",
-    ]
-    return "\n".join(parts)
-
-
-def _sampling_advice(plan: DecodingPlan) -> list[str]:
-    """What would fit instead: fewer texts, and the least change that keeps them all."""
-    most = largest_batch(plan)
-    lines = [
-        f"largest batch that fits, by estimate: {counted(most, 'text')}"
-        if most
-        else "this way not one text fits, by estimate"
-    ]
-    found = cheapest_sampling(plan)
-    if found is None:
-        return [*lines, "no shorter context or smaller integers fit; use more or larger chips"]
-    flags = [
-        f"--{name}={now}"
-        for name, now in dataclasses.asdict(found.sampling).items()
-        if now != getattr(plan.sampling, name)
-    ]
-    return [
-        *lines,
-        f"cheapest change that fits, by estimate: {' '.join(flags)},"
-        f" {found.estimated / GIB:.2f} GiB",
-    ]

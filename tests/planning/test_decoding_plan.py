@@ -8,7 +8,7 @@ from plans import make_config
 from llama_jax.errors import UsageError
 from llama_jax.planning.decoding_alternatives import cheapest_sampling, largest_batch
 from llama_jax.planning.decoding_plan import Sampling, plan_decoding
-from llama_jax.planning.report import decoding_report
+from llama_jax.planning.decoding_report import decoding_report
 from llama_jax.planning.targets import parse_target
 from llama_jax.planning.tpu_compiler import Compiled
 

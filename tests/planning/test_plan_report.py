@@ -8,9 +8,9 @@ from plans import changed, make_config
 from llama_jax.planning import searching, training_plan
 from llama_jax.planning.alternatives import estimate
 from llama_jax.planning.decoding_plan import Sampling, plan_decoding
+from llama_jax.planning.decoding_report import decoding_report
 from llama_jax.planning.report import (
     GIB,
-    decoding_report,
     exchange_lines,
     flags_of,
     spelled,
