@@ -23,8 +23,8 @@ def read_config(argv: Sequence[str], default: str) -> Config:
     Raises:
       UsageError: also for a file without a key that it should have, for a value out of range.
     """
-    path, _, _ = _split_config_flags(argv, default)
-    return parse(Config, config_from_flags(argv, default), where=path)
+    path, overrides, strays = _split_config_flags(argv, default)
+    return parse(Config, _overridden(path, overrides, strays), where=path)
 
 
 def config_from_flags(argv: Sequence[str], default: str) -> Any:
@@ -34,10 +34,14 @@ def config_from_flags(argv: Sequence[str], default: str) -> Any:
       UsageError: for a stray word, a file that is missing or broken, a key that is unknown, a
         value of the wrong type.
     """
+    return _overridden(*_split_config_flags(argv, default))
+
+
+def _overridden(path: str, overrides: list[str], strays: list[str]) -> Any:
+    """The ConfigDict of a file with overrides applied; strays are refused."""
     from absl import flags
     from ml_collections import config_flags
 
-    path, overrides, strays = _split_config_flags(argv, default)
     config = _load(path)
     leaves = _leaves(config)
     if strays:

@@ -1,5 +1,6 @@
 """Other ways to sample on the same devices, by estimate: where a plan does not fit, what would."""
 
+import bisect
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -12,11 +13,8 @@ SHORTEST = 256  # tokens of a context that is worth proposing
 
 def largest_batch(plan: DecodingPlan) -> int:
     """The most texts at once, up to those asked for, that fit; 0 if not one does."""
-    low, high = 0, plan.sampling.batch + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if _fits(_changed(plan, batch=middle), 0.0) else (low, middle)
-    return low
+    texts = range(1, plan.sampling.batch + 1)
+    return bisect.bisect_left(texts, True, key=lambda n: not _fits(_changed(plan, batch=n), 0.0))
 
 
 def cheapest_sampling(plan: DecodingPlan) -> DecodingPlan | None:

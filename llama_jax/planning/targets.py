@@ -10,34 +10,15 @@ import re
 
 from llama_jax.errors import UsageError, nearest
 from llama_jax.instruments.chips import CHIPS, Chip
+from llama_jax.instruments.slices import (
+    CORES_ARE_DEVICES,
+    GPUS_A_MACHINE,
+    NAMED_BY_CORES,
+    is_gpu_machine,
+    shapes,
+)
 
-# Chips of a slice → its topology, for two-dimensional and three-dimensional networks.
-HAVE_FLAT_SLICES = ("v2", "v3", "v5e", "v6e")
-FLAT = {
-    1: "1x1",
-    4: "2x2",
-    8: "2x4",
-    16: "4x4",
-    32: "4x8",
-    64: "8x8",
-    128: "8x16",
-    256: "16x16",
-}
-SOLID = {
-    1: "1x1x1",
-    4: "2x2x1",
-    8: "2x2x2",
-    16: "2x2x4",
-    32: "2x4x4",
-    64: "4x4x4",
-    128: "4x4x8",
-    256: "4x8x8",
-    512: "8x8x8",
-}
-NAMED_BY_CORES = ("v2", "v3", "v4", "v5p", "tpu7x")  # two TensorCores a chip
-CORES_ARE_DEVICES = ("v2", "v3", "tpu7x")  # on the others JAX sees a chip as one device
 ALIASES = {"v5litepod": "v5e", "v7x": "tpu7x", "tpu7": "tpu7x"}
-GPUS_A_MACHINE = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,8 +59,7 @@ def parse_target(name: str) -> Target:
     chip, count = _chip(by_count[1], name), int(by_count[2])
     if chip.is_tpu:
         return _slice(name, chip, _shape(chip, count, name))
-    is_whole = count in (1, 2, 4) or (count > 0 and count % GPUS_A_MACHINE == 0)
-    if not is_whole:
+    if not is_gpu_machine(count):
         raise UsageError(
             f"target {name!r} asks for {count} GPUs; expected 1, 2, 4 or a multiple of"
             f" {GPUS_A_MACHINE}"
@@ -107,14 +87,10 @@ def _chip(asked: str, target: str) -> Chip:
     return by_name[found.lower()]
 
 
-def _shapes(chip: Chip) -> dict[int, str]:
-    return FLAT if chip.name in HAVE_FLAT_SLICES else SOLID
-
-
 def _counts(chip: Chip) -> dict[int, str]:
     """The shapes of slices by the number in their names: chips, or cores."""
     per_chip = 2 if chip.name in NAMED_BY_CORES else 1
-    return {chips * per_chip: shape for chips, shape in _shapes(chip).items()}
+    return {chips * per_chip: shape for chips, shape in shapes(chip).items()}
 
 
 def _shape(chip: Chip, count: int, target: str) -> str:
@@ -133,7 +109,7 @@ def _shape(chip: Chip, count: int, target: str) -> str:
 def _slice(name: str, chip: Chip, shape: str) -> Target:
     if not chip.is_tpu:
         raise UsageError(f"target {name!r}: only TPUs come in shapes; expected {chip.name}-8")
-    example = _shapes(chip)[8]
+    example = shapes(chip)[8]
     if shape.count("x") != example.count("x"):
         raise UsageError(
             f"target {name!r}: a {chip.name} slice has {example.count('x') + 1} axes, not"
@@ -143,7 +119,7 @@ def _slice(name: str, chip: Chip, shape: str) -> Target:
     if not _is_sold(chip, sides):
         raise UsageError(
             f"target {name!r}: there is no {chip.name} slice {shape}; expected one of"
-            f" {', '.join(_shapes(chip).values())}"
+            f" {', '.join(shapes(chip).values())}"
             + ("" if len(sides) == 2 else ", or rising multiples of 4 such as 4x4x12")
         )
     chips = math.prod(sides)
@@ -154,5 +130,5 @@ def _slice(name: str, chip: Chip, shape: str) -> Target:
 def _is_sold(chip: Chip, sides: tuple[int, ...]) -> bool:
     """Whether Cloud TPU has slices of that shape: those named above, and any of whole cubes."""
     is_of_cubes = len(sides) == 3 and all(side % 4 == 0 for side in sides)
-    named = "x".join(map(str, sides)) in _shapes(chip).values()
+    named = "x".join(map(str, sides)) in shapes(chip).values()
     return named or (is_of_cubes and list(sides) == sorted(sides))

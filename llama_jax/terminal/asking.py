@@ -43,13 +43,13 @@ def answer(flags: Any, given: Collection[str], begun: float) -> None:
       UsageError: for flags out of range, or that do not go together.
       UserError: when the checkpoint or a prompt cannot be used.
     """
-    modes = [mode for mode in MODES if getattr(flags, mode)]
+    modes = [mode for mode in MODES if mode in given]
     require(len(modes) < 2, f"--{' and --'.join(modes)} do not go together; choose one")
     mode = modes[0] if modes else ""
     _require_used(mode, given)
     asked = {name: getattr(flags, name) for name in WISHES}
     asked["logit_bias"] = _biases(flags.logit_bias)
-    _require_one_text(flags)
+    _require_samples(flags)
     wishes = wishes_of(n=flags.num_samples, **asked)
     load = partial(
         LLM,
@@ -84,8 +84,8 @@ def _require_used(mode: str, given: Collection[str]) -> None:
             require(name not in given, f"--{name} goes with --chat or --messages; add one of them")
 
 
-def _require_one_text(flags: Any) -> None:
-    """Refuse several for a way that writes one."""
+def _require_samples(flags: Any) -> None:
+    """Refuse a number of samples that cannot be made, and several for a way that writes one."""
     require(
         1 <= flags.num_samples <= MOST_COMPLETIONS,
         f"num_samples={flags.num_samples} is out of range; expected 1 to {MOST_COMPLETIONS}",

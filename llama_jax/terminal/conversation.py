@@ -6,13 +6,13 @@ Answers go to stdout, all that is said about them to stderr. It knows no chat fo
 import contextlib
 import signal
 import sys
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
 from llama_jax.errors import UserError
 from llama_jax.llm import LLM
 from llama_jax.processes.stop_signal import stop_signal
+from llama_jax.terminal.printing import warnings_told
 from llama_jax.terminal.standard_input import not_utf8, require_stdin
 from llama_jax.text.messages import Message
 
@@ -109,8 +109,7 @@ def _answer(conversation: Conversation, text: str) -> None:
 
     The signal is remembered, not raised: Python drops what is raised inside some callbacks.
     """
-    with warnings.catch_warnings(record=True) as caught, stop_signal() as stop:
-        warnings.simplefilter("always", UserWarning)
+    with warnings_told(), stop_signal() as stop:
         try:
             for piece in conversation.ask(text):
                 print(piece, end="", flush=True)
@@ -119,8 +118,6 @@ def _answer(conversation: Conversation, text: str) -> None:
             print(flush=True)
         except UserError as error:
             print(f"[{error}]", file=sys.stderr)
-    for warning in caught:
-        print(f"[{warning.message}]", file=sys.stderr)
     if stop.ask():
         print("[stopped]", file=sys.stderr)
     if stop.number == signal.SIGTERM:

@@ -1,5 +1,6 @@
 """Samples on a terminal: text to stdout as it grows, all that is said about it to stderr."""
 
+import contextlib
 import sys
 import time
 import warnings
@@ -44,11 +45,8 @@ def print_samples(
 
 def print_answer(llm: LLM, messages: Sequence[Message], **options: Any) -> None:
     """Print the answer to a dialogue as it grows; `options` are those of `LLM.chat`."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
+    with warnings_told():
         pieces = llm.chat(messages, stream=True, **options)
-    for warning in caught:
-        print(f"[{warning.message}]", file=sys.stderr)
     end = ""
     for piece in pieces:
         print(piece.text, end="", flush=True)
@@ -56,6 +54,16 @@ def print_answer(llm: LLM, messages: Sequence[Message], **options: Any) -> None:
     print(flush=True)
     if end in WHY:
         print(f"[{WHY[end]}]", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def warnings_told() -> Iterator[None]:
+    """At the end of the block, a line on stderr for each warning that it gave."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        print(f"[{warning.message}]", file=sys.stderr)
 
 
 def _print_logprobs(llm: LLM, pieces: Iterable[Piece]) -> None:

@@ -6,38 +6,24 @@ Judges by the config alone; what fits, `plan.py` knows.
 from jax.sharding import Mesh
 
 from llama_jax.config import Config
-from llama_jax.instruments.chips import Chip, chip_of
+from llama_jax.instruments.chips import chip_of
+from llama_jax.instruments.slices import machine_name
 from llama_jax.parallel.sharding import batch_parts
 
 KNOBS = 3  # to name
 SHORTEST = 2  # tokens of a sequence that the config allows
-
-# How `plan.py` counts, as Cloud TPU does: some slices by TensorCores, two of which are one device
-# of v4 and v5p. Machines of other sizes have no name that it knows.
-CORES_A_DEVICE = {"v4": 2, "v5p": 2}
-DEVICES_A_CHIP = {"v2": 2, "v3": 2, "tpu7x": 2}
-CHIPS_OF_A_SLICE = (1, 4, 8, 16, 32, 64, 128, 256)
 
 
 def memory_advice(config: Config, mesh: Mesh) -> str:
     """A few changes of this config that make its step smaller, and how to learn if they do."""
     *knobs, last = _knobs(config, mesh)[:KNOBS]
     chip = chip_of(mesh.devices.flat[0].device_kind)
-    name = plan_target(chip, mesh.devices.size) if chip else ""
+    name = machine_name(chip, mesh.devices.size) if chip else ""
     target = f" --target {name}" if name else ""
     return (
         f"try {', '.join(knobs)} or {last};"
         f" python plan.py --config FILE{target} tells beforehand what fits"
     )
-
-
-def plan_target(chip: Chip, devices: int) -> str:
-    """The `--target` of `plan.py` that is so many devices; "" if there is no such machine."""
-    if chip.is_tpu:
-        is_known = devices / DEVICES_A_CHIP.get(chip.name, 1) in CHIPS_OF_A_SLICE
-    else:
-        is_known = devices in (1, 2, 4) or devices % 8 == 0
-    return f"{chip.name}-{devices * CORES_A_DEVICE.get(chip.name, 1)}" if is_known else ""
 
 
 def _knobs(config: Config, mesh: Mesh) -> list[str]:

@@ -385,6 +385,13 @@ def test_the_messages_of_a_file_are_answered(sample, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(said)))
     assert sample("--messages=-", *words)[:2] == (0, text)
 
+    turns = [{"role": role, "content": "Tim"} for role in ("user", "assistant")] * 20
+    (tmp_path / "m.json").write_text(json.dumps([*turns, *said]))
+    code, _, told = sample("--messages", str(tmp_path / "m.json"), "--truncate", *words)
+    assert code == 0
+    assert re.match(r"\[the dialogue has \d+ tokens, .* exchanges were left out\]\n", told)
+    assert sample("--messages=") == (1, "", "error: --messages=: Is a directory\n")
+
 
 WRONG_MESSAGES = {
     "no file": (None, "No such file or directory"),
