@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from llama_jax.huge_pages import SETTING, VARIABLE
+from llama_jax.cli.main import SETTING, VARIABLE
 
 SHAPES = {
     "260k": {"vocab_size": 512, "dim": 64, "num_layers": 5, "num_heads": 8, "hidden_dim": 172},
@@ -72,8 +72,8 @@ def random_weights(config: Any, dtype: str) -> Any:
     import jax.numpy as jnp
     from flax import nnx
 
-    from llama_jax.arrangement import unstack
-    from llama_jax.model import Llama
+    from llama_jax.model.transformer import Llama
+    from llama_jax.model.unstacked import unstack
 
     shapes = jax.eval_shape(lambda: unstack(Llama(config, rngs=nnx.Rngs(0))))
     leaves, tree = jax.tree.flatten(shapes)
@@ -225,7 +225,7 @@ def heading(command: str) -> tuple[str, str]:
 
 def peak(kind: str) -> float:
     """The dense bfloat16 peak of one device, FLOP/s, or 0 when it is not known."""
-    from llama_jax.instruments.chips import chip_of
+    from llama_jax.hardware.accelerators import chip_of
 
     chip = chip_of(kind)
     return chip.flops if chip else 0.0

@@ -95,10 +95,10 @@ def work(job: str, output: str, **how: Any) -> dict[str, float]:
     if job == "make":
         make(Path(output))
         return {}
-    from llama_jax.conversion.transfer import Conversion, convert
-    from llama_jax.formats.table import Options
+    from llama_jax.formats.convert import Conversion, convert
+    from llama_jax.formats.registry import Options
     from llama_jax.formats.weights import tensor_shapes
-    from llama_jax.model import ModelConfig
+    from llama_jax.model.transformer import ModelConfig
 
     tensor_shapes(ModelConfig(**SHAPE))  # JAX has started
     conversion = Conversion(
@@ -125,7 +125,7 @@ def resident(field: str) -> int:
 def make(path: Path) -> None:
     """A checkpoint of random bfloat16 weights, and a tokenizer of as many pieces."""
     from llama_jax.config import ModelConfig
-    from llama_jax.formats import checkpoint_folder
+    from llama_jax.formats import checkpoint as checkpoint_folder
     from llama_jax.formats.vocabulary import Kind, Piece, Vocabulary
     from llama_jax.formats.weights import DTYPES, Tensor, Weights, tensor_shapes
 

@@ -38,8 +38,8 @@ STORY = (
 
 def ours(model: str, rows: int, new_tokens: int, dtype: str, bits: str = "") -> common.Work:
     """The loop of `Engine.generate`, with matrices in `bits` ("int8", "int4") if asked."""
-    from llama_jax.generation.engine import Engine
-    from llama_jax.sampling.sampler import make_sampler
+    from llama_jax.inference.engine import Engine
+    from llama_jax.inference.sampler import make_sampler
 
     config, greedy = common.model_config(model, CONTEXT, dtype), make_sampler(temperature=0)
     weights = common.random_weights(config, dtype)
@@ -96,12 +96,12 @@ def llama2c(binary: str, model: str, new_tokens: int) -> common.Work:
     """llama2.c's `run` with the same weights, at the best of one and all threads."""
     from flax import nnx
 
-    from llama_jax.formats import llama2c as files
-    from llama_jax.formats.tokenizer_bin import write as write_tokenizer
+    from llama_jax.formats.llama2c import model as files
+    from llama_jax.formats.llama2c.tokenizer import write as write_tokenizer
     from llama_jax.formats.vocabulary import Kind, Piece, Vocabulary
     from llama_jax.formats.weights import Tensor, Weights, of_layer
-    from llama_jax.model import Llama
-    from llama_jax.names import named_leaves
+    from llama_jax.model.parameters import named_leaves
+    from llama_jax.model.transformer import Llama
 
     config = common.model_config(model, CONTEXT, "float32")
     tensors = {}
@@ -161,9 +161,9 @@ def write_checkpoint(folder: str, tokenizer: str) -> None:
     from flax import nnx
 
     from llama_jax.checkpoints.run_folder import Run, describe
-    from llama_jax.checkpoints.writer import CheckpointWriter
+    from llama_jax.checkpoints.save import CheckpointWriter
     from llama_jax.config import Config, DataConfig, OptimizerConfig
-    from llama_jax.model import Llama
+    from llama_jax.model.transformer import Llama
 
     config = Config(
         model=common.model_config("15m", CONTEXT, "float32"),

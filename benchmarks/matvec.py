@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax import products
-from llama_jax.packing import Quantized
+from llama_jax.kernels import matmul as products
+from llama_jax.kernels.int4 import Quantized
 from llama_jax.quantization.rounding import to_int4, to_int8
 
 FORMS = ("sum_lanes", "by_blocks", "multiply_and_reduce", "convert")

@@ -55,11 +55,11 @@ def decoding(model: str, dtype: str, prompt: int, context: int, new: int, bits: 
     """One text gone on with; the seconds of a token in the loop, without prompt and first token."""
     import jax
 
-    from llama_jax.cache import KVCache
-    from llama_jax.generation.engine import Engine
-    from llama_jax.generation.prefill import slots_for
+    from llama_jax.inference.engine import Engine
+    from llama_jax.inference.prefill import slots_for
+    from llama_jax.inference.sampler import make_sampler
+    from llama_jax.model.cache import KVCache
     from llama_jax.quantization import held_bytes, quantize
-    from llama_jax.sampling.sampler import make_sampler
 
     config, greedy = common.model_config(model, context, dtype), make_sampler(temperature=0)
     weights = common.random_weights(config, dtype)
@@ -86,9 +86,9 @@ def reading(model: str, dtype: str, prompt: int, context: int) -> Measured:
     """One prompt read into a cache, up to the logits after it."""
     import jax
 
-    from llama_jax.cache import KVCache
-    from llama_jax.generation.prefill import read_prompts, slots_for
-    from llama_jax.instruments.flops import flops_per_token
+    from llama_jax.hardware.flops import flops_per_token
+    from llama_jax.inference.prefill import read_prompts, slots_for
+    from llama_jax.model.cache import KVCache
 
     config = common.model_config(model, context, dtype)
     weights = common.random_weights(config, dtype)

@@ -65,9 +65,8 @@ def compiled_step(config: Any, mesh: Any) -> Any:
     """Our step, compiled without a state."""
     import jax
 
-    from llama_jax.data.batches import abstract_batch
-    from llama_jax.training.programs import jit_train_step
-    from llama_jax.training.train_step import abstract_state
+    from llama_jax.data.loader import abstract_batch
+    from llama_jax.training.step import abstract_state, jit_train_step
 
     with jax.set_mesh(mesh):
         state, batch = abstract_state(config), abstract_batch(config)
@@ -108,11 +107,11 @@ class Ours:
         """With `layers` = `AS_MANY_AS_FIT` the stack is as high as the device's memory allows."""
         import jax
 
-        from llama_jax.attention.self_attention import chosen_backend
         from llama_jax.config import MeshConfig
-        from llama_jax.instruments.flops import flops_per_token
-        from llama_jax.parallel.sharding import make_mesh
-        from llama_jax.training.programs import jit_init
+        from llama_jax.distributed.mesh import make_mesh
+        from llama_jax.hardware.flops import flops_per_token
+        from llama_jax.kernels.attention import chosen_backend
+        from llama_jax.training.step import jit_init
 
         device = jax.local_devices()[0]
         self._mesh = make_mesh(MeshConfig(), [device])
@@ -136,8 +135,8 @@ class Ours:
     def _placed(self, job: Job) -> Any:
         import jax
 
-        from llama_jax.data.batches import Batch
-        from llama_jax.parallel.sharding import batch_sharding
+        from llama_jax.data.loader import Batch
+        from llama_jax.distributed.mesh import batch_sharding
 
         ids, weights_BT = job.ids(), np.ones((job.rows, job.length), np.float32)
         rows = Batch(inputs_BT=ids[:, :-1], targets_BT=ids[:, 1:], weights_BT=weights_BT)

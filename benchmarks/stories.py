@@ -11,10 +11,10 @@ import argparse
 import sys
 
 from llama_jax import LLM
-from llama_jax.data.corpora import STORIES
+from llama_jax.data.prepare.corpora import STORIES
+from llama_jax.data.stories import stories
+from llama_jax.data.stories.recognition import could_be_told
 from llama_jax.errors import UserError
-from llama_jax.stories import stories
-from llama_jax.stories.recognition import could_be_told
 
 PROMPT = "Once upon a time"
 LONGEST = 220  # tokens; a story of the demo's tokenizer has at most 160

@@ -9,8 +9,14 @@ reports a validation loss of 1.072, a few hours on four A100. Needs Llama 2's to
 
 from typing import Any
 
-from llama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
-from llama_jax.config_parsing import as_config_dict
+from llama_jax.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    as_config_dict,
+)
 
 
 def get_config() -> Any:

@@ -9,8 +9,14 @@ of 1.297 after 100,000 steps, ten minutes on one A100. Needs a vocabulary of 512
 
 from typing import Any
 
-from llama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
-from llama_jax.config_parsing import as_config_dict
+from llama_jax.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    as_config_dict,
+)
 
 
 def get_config() -> Any:

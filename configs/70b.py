@@ -14,8 +14,15 @@ Llama 2's tokenizer.model:
 
 from typing import Any
 
-from llama_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
-from llama_jax.config_parsing import as_config_dict
+from llama_jax.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    as_config_dict,
+)
 
 
 def get_config() -> Any:

@@ -6,8 +6,14 @@ loss of 0.16 and stories that keep their people, their things and their order.
 
 from typing import Any
 
-from llama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
-from llama_jax.config_parsing import as_config_dict
+from llama_jax.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    as_config_dict,
+)
 
 
 def get_config() -> Any:

@@ -6,8 +6,14 @@ four minutes: a validation loss of 4.68 after 100 of the 1,500 steps.
 
 from typing import Any
 
-from llama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
-from llama_jax.config_parsing import as_config_dict
+from llama_jax.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    as_config_dict,
+)
 
 
 def get_config() -> Any:

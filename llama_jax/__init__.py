@@ -9,15 +9,15 @@ from typing import Any
 _HOMES = {
     "Config": "config",
     "LLM": "llm",
-    "Llama": "model",
-    "Message": "text.messages",
+    "Llama": "model.transformer",
+    "Message": "text.chat",
     "Tokenizer": "text.tokenizer",
     "UserError": "errors",
     "fit": "training.run",
-    "load": "checkpoints.loading",
-    "make_sampler": "sampling.sampler",
-    "stream": "generation.texts",
-    "unstack": "arrangement",
+    "load": "checkpoints.load",
+    "make_sampler": "inference.sampler",
+    "stream": "inference.completions",
+    "unstack": "model.unstacked",
 }
 __all__ = sorted(_HOMES)
 

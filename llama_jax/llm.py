@@ -13,18 +13,28 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.checkpoints.deployment import deploy, tensor_mesh
+from llama_jax.checkpoints.load import deploy, tensor_mesh
 from llama_jax.config import require
-from llama_jax.generation.appraisal import embed_texts, score_texts
-from llama_jax.generation.completions import gather, told, without_leading_space
-from llama_jax.generation.dialogue import request_of_dialogue
-from llama_jax.generation.engine import Engine
-from llama_jax.generation.request import Request, Wishes, texts_of, wishes_of
-from llama_jax.generation.texts import Piece, stop_ids, stream
-from llama_jax.parallel.mesh_steps import on_mesh
-from llama_jax.sampling.choice import SamplingOptions
-from llama_jax.text.chat import find_template, template_of
-from llama_jax.text.messages import parse_messages
+from llama_jax.distributed.mesh import on_mesh
+from llama_jax.inference.completions import (
+    Piece,
+    gather,
+    stop_ids,
+    stream,
+    told,
+    without_leading_space,
+)
+from llama_jax.inference.engine import Engine
+from llama_jax.inference.request import (
+    Request,
+    SamplingOptions,
+    Wishes,
+    request_of_dialogue,
+    texts_of,
+    wishes_of,
+)
+from llama_jax.inference.scoring import embed_texts, score_texts
+from llama_jax.text.chat import find_template, parse_messages, template_of
 from llama_jax.text.tokenizer import Tokenizer
 
 CACHE_DTYPES = ("", "int8")

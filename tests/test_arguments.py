@@ -5,8 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from llama_jax.arguments import finite_number, whole_number
-from llama_jax.errors import UsageError
+from llama_jax.errors import UsageError, finite_number, whole_number
 
 WRONG_KINDS = ["1", None, True, [1], 1j]
 

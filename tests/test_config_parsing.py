@@ -7,8 +7,16 @@ import json
 
 import pytest
 
-from llama_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
-from llama_jax.config_parsing import as_config_dict, parse
+from llama_jax.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    as_config_dict,
+    parse,
+)
 from llama_jax.errors import UsageError
 
 CONFIG = Config(

@@ -15,11 +15,11 @@ import pytest
 from tiny_weights import tiny_weights
 
 from llama_jax.errors import UsageError, UserError
-from llama_jax.formats import checkpoint_folder
-from llama_jax.generation.completions import Completion, CompletionPiece
+from llama_jax.formats import checkpoint as checkpoint_folder
+from llama_jax.inference.completions import Completion, CompletionPiece
+from llama_jax.inference.request import SamplingOptions
 from llama_jax.llm import LLM
-from llama_jax.sampling.choice import SamplingOptions
-from llama_jax.text.shortening import TruncationWarning
+from llama_jax.text.chat import TruncationWarning
 from llama_jax.text.tokenizer import train_tokenizer
 
 TEXTS = [f"Tim saw {n} red boats on the blue sea and Anna was glad." for n in range(60)]

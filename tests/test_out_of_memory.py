@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.errors import UserError
-from llama_jax.out_of_memory import OutOfMemoryError, explained, explanation, is_out_of_memory
+from llama_jax.errors import OutOfMemoryError, UserError, explained, explanation, is_out_of_memory
 
 CPU = "RESOURCE_EXHAUSTED: Out of memory allocating 140737488355328 bytes."
 CPU_WAITED = "INTERNAL: Error dispatching computation: Error dispatching computation: Out of memory allocating 1374389534720 bytes."

@@ -26,8 +26,8 @@ def test_everything_in_the_tree_exists():
 
 @pytest.mark.parametrize("config", sorted(path.stem for path in (ROOT / "configs").glob("*.py")))
 def test_the_table_has_every_config_with_its_numbers(config):
-    from llama_jax.config_flags import read_config
-    from llama_jax.model import count_parameters
+    from llama_jax.cli.config_flags import read_config
+    from llama_jax.model.transformer import count_parameters
 
     run = read_config([f"--config={ROOT / 'configs' / config}.py"], default="")
     row = f"| `{config}` | {count_parameters(run.model):,} | {run.tokens_per_step:,} |"
@@ -36,7 +36,7 @@ def test_the_table_has_every_config_with_its_numbers(config):
 
 @pytest.mark.parametrize("words", re.findall(r"--config\.[a-z_.0-9]*[a-z0-9]", README))
 def test_overrides_in_the_text_are_keys(words):
-    from llama_jax.config_flags import config_from_flags
+    from llama_jax.cli.config_flags import config_from_flags
 
     config = config_from_flags([], default=str(ROOT / "configs" / "demo.py"))
     for name in words.removeprefix("--config.").split("."):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llama_jax.stand_ins import stand_in
+from llama_jax.errors import stand_in
 
 
 @pytest.mark.parametrize(

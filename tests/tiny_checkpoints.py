@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.checkpoints.reader import restore_newest
-from llama_jax.checkpoints.writer import CheckpointWriter
+from llama_jax.checkpoints.restore import restore_newest
+from llama_jax.checkpoints.save import CheckpointWriter
 
 META = {"data": "fingerprint"}
 

@@ -1,6 +1,6 @@
 """Dialogues from the texts of their messages; shared by some tests."""
 
-from llama_jax.text.messages import Message
+from llama_jax.text.chat import Message
 
 
 def dialogue(system, turns):

@@ -11,15 +11,15 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from llama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
-from llama_jax.data.corpus import corpus_from_files
-from llama_jax.data.prepare import TokenOptions, prepare
+from llama_jax.data.prepare.corpus import corpus_from_files
+from llama_jax.data.prepare.tokenize import TokenOptions, prepare
 from llama_jax.training import run
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOOR = [sys.executable, str(REPOSITORY / "train.py")]
 COLOURS = ("red", "blue", "green", "white", "black")
 VOCAB = 320
-FILE = "from llama_jax.config import *\nfrom llama_jax.config_parsing import as_config_dict\n"
+FILE = "from llama_jax.config import *\nfrom llama_jax.config import as_config_dict\n"
 FILE += "def get_config():\n    return as_config_dict({config!r})\n"
 
 

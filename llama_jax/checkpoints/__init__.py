@@ -1,1 +1,1 @@
-"""Folders that hold a run or a converted model: written, read, described, resumed."""
+"""Folders that hold a run or a converted model: layout, saving, restoring, loading."""

@@ -1,4 +1,1 @@
-"""Foreign weights, one file a dialect; each reads into `weights.Weights` and writes from it.
-
-Everything here is lazy and host-side: no model is built and no tensor stays in memory.
-"""
+"""Model files of other projects: each format reads into `weights.Weights` and writes from it."""

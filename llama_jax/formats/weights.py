@@ -6,14 +6,17 @@ belong to the asker alone. So a conversion holds one tensor at a time, whatever 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
 from llama_jax.config import ModelConfig
-from llama_jax.model import abstract
-from llama_jax.names import named_leaves
+from llama_jax.errors import UserError
+from llama_jax.model.parameters import named_leaves
+from llama_jax.model.transformer import abstract
 
 DTYPES = {  # what weights may be stored as
     "float32": np.dtype(np.float32),
@@ -93,3 +96,36 @@ def _tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def of_layer(stacked: str, layer: int) -> str:
     """The name of one layer's part of a stacked array: `blocks.ffn.up.kernel`, 3 → `blocks.3.…`."""
     return f"{BLOCKS}{layer}.{stacked.removeprefix(BLOCKS)}"
+
+
+# Arrays in the middle of files, mapped when read and unmapped when dropped.
+#
+# A mapping counts as the process's memory only while it lives, so that reading a model tensor by
+# tensor never holds more than one.
+
+
+def mapped(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
+    """A promise of `shape` numbers that lie in C order at a byte offset of a file.
+
+    Raises:
+      UserError: if the file ends before they do, now or when they are read.
+    """
+    end = offset + math.prod(shape) * dtype.itemsize
+    require_bytes(path, end)
+
+    def read() -> np.ndarray:
+        require_bytes(path, end)
+        if 0 in shape:
+            return np.zeros(shape, dtype)
+        # As bytes first: memmap knows no bfloat16, and offsets need not be multiples of its size.
+        count = end - offset
+        return np.memmap(path, np.uint8, "r", offset, (count,)).view(dtype).reshape(shape)
+
+    return Tensor(shape, dtype, read)
+
+
+def require_bytes(path: Path, count: int) -> None:
+    """`UserError` if a file is shorter than `count` bytes."""
+    size = path.stat().st_size
+    if size < count:
+        raise UserError(f"{path} has {size:,} bytes and should have {count:,}; copy it again")

@@ -1,1 +1,1 @@
-"""What a run or a sampler will need of an accelerator, known before there is one."""
+"""What fits on which devices, estimated and compiled, before there is one."""

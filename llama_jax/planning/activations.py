@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from llama_jax.attention.self_attention import BACKENDS
-from llama_jax.attention.splash import LANES
 from llama_jax.config import ModelConfig
-from llama_jax.model import abstract
-from llama_jax.parallel.sharding import MESH_AXES, shardings
+from llama_jax.distributed.mesh import MESH_AXES, shardings
+from llama_jax.kernels.attention import BACKENDS
+from llama_jax.kernels.splash import LANES
+from llama_jax.model.transformer import abstract
 from llama_jax.training.loss import summed_nll
 
 

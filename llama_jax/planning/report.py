@@ -1,18 +1,23 @@
 """A plan as text, for people: GiB by kind, whether it fits, what is exchanged, what bounds it."""
 
+import bisect
+import dataclasses
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from llama_jax.config import Config, MeshConfig
+from llama_jax.distributed.mesh import MESH_AXES
 from llama_jax.errors import UsageError
-from llama_jax.instruments.chips import GPU_SHARE
-from llama_jax.instruments.collectives import collectives
-from llama_jax.parallel.sharding import MESH_AXES
-from llama_jax.planning.alternatives import MARGIN, Estimate
-from llama_jax.planning.share import attention_backend, planned_mesh, require_rows
+from llama_jax.hardware.accelerators import GPU_SHARE
+from llama_jax.hardware.hlo import collectives
+from llama_jax.planning.compile import Compiled
+from llama_jax.planning.decoding import DecodingPlan, plan_decoding
+from llama_jax.planning.memory import attention_backend, planned_mesh, require_rows
+from llama_jax.planning.search import MARGIN, Estimate, cheapest_that_fits, estimate, ranked
 from llama_jax.planning.speed import Speed
-from llama_jax.planning.targets import Target
-from llama_jax.planning.tpu_compiler import Compiled
-from llama_jax.planning.training_plan import TrainingPlan
+from llama_jax.planning.targets import Target, parse_target
+from llama_jax.planning.training import TrainingPlan, compile_training, with_exchanges
 
 GIB = 2**30
 KINDS = ("parameters", "optimizer", "activations", "temporary")
@@ -189,3 +194,227 @@ def _sizes(mesh: MeshConfig, devices: int) -> dict[str, int]:
         return dict(planned_mesh(mesh, devices).shape)
     except UsageError:
         return {axis: getattr(mesh, axis) for axis in MESH_AXES}
+
+
+# Other ways to sample on the same devices, by estimate: where a plan does not fit, what would.
+
+SHORTEST = 256  # tokens of a context that is worth proposing
+
+
+def largest_batch(plan: DecodingPlan) -> int:
+    """The most texts at once, up to those asked for, that fit; 0 if not one does."""
+    texts = range(1, plan.sampling.batch + 1)
+    return bisect.bisect_left(texts, True, key=lambda n: not _fits(_changed(plan, batch=n), 0.0))
+
+
+def cheapest_sampling(plan: DecodingPlan) -> DecodingPlan | None:
+    """The first way that fits all texts with a margin, of those that give up ever more."""
+    for changes in _changes(plan):
+        found = _changed(plan, **changes)
+        if _fits(found, MARGIN):
+            return found
+    return None
+
+
+def _changes(plan: DecodingPlan) -> Iterator[dict[str, Any]]:
+    """Weights in fewer bits, then the cache too, then shorter contexts as well."""
+    kinds = {"": ("", "int8", "int4"), "int8": ("int8", "int4"), "int4": ("int4",)}
+    weights = kinds[plan.sampling.quantize]
+    caches = ("",) if plan.sampling.cache_dtype == "int8" else ("", "int8")
+    context = plan.model.context_length
+    while context >= min(SHORTEST, plan.model.context_length):
+        for cache in caches:
+            for quantize in weights:
+                changes = {"quantize": quantize, "cache_dtype": cache or plan.sampling.cache_dtype}
+                yield changes | (
+                    {} if context == plan.model.context_length else {"context": context}
+                )
+        context //= 2
+
+
+def _changed(plan: DecodingPlan, **changes: Any) -> DecodingPlan:
+    sampling = dataclasses.replace(plan.sampling, **changes)
+    return plan_decoding(plan.model, sampling, plan.target, compile_it=False)
+
+
+def _fits(plan: DecodingPlan, margin: float) -> bool:
+    return plan.estimated <= (1 - margin) * plan.target.chip.usable
+
+
+# A plan for sampling as text: what it takes, whether it fits, and what would.
+
+
+def decoding_report(plan: DecodingPlan) -> str:
+    """The whole report of a sampling plan, several lines."""
+    sampling, model, speed = plan.sampling, plan.model, plan.speed
+    whole = f" (whole on each: {', '.join(plan.uncut)})" if plan.uncut else ""
+    temporary = [plan.temporary]
+    if plan.compiled:  # weights and cache are what they are
+        temporary.insert(0, plan.total - plan.weights - plan.cache)
+    columns = ["compiled", "estimated"][-len(temporary) :]
+    kinds = {
+        kind: [size] * len(columns)
+        for kind, size in (("weights", plan.weights), ("cache", plan.cache))
+    }
+    parts = [
+        plan.target.description,
+        f"sampling: {counted(sampling.batch, 'text')} × {model.context_length} tokens;"
+        f" weights {sampling.quantize or model.compute_dtype} over tensor {plan.target.devices}"
+        f"{whole},"
+        f" cache {sampling.cache_dtype or model.compute_dtype}",
+        "",
+        *memory_table(columns, {**kinds, "temporary": temporary}),
+        verdict(plan.total, plan.target, plan.fits),
+        *doubt_lines(plan.total, plan.target, plan.fits and plan.compiled is None),
+        *([] if plan.fits else _sampling_advice(plan)),
+        "",
+        *exchange_lines(plan.compiled, plan.target.devices),
+        f"predicted, at the data sheet's peaks: bound by {speed.bottleneck},"
+        f" {spelled(speed.seconds)} a token of each text or more,"
+        f" {sampling.batch / speed.seconds:,.0f} tokens/s in all at most",
+    ]
+    return "\n".join(parts)
+
+
+def _sampling_advice(plan: DecodingPlan) -> list[str]:
+    """What would fit instead: fewer texts, and the least change that keeps them all."""
+    most = largest_batch(plan)
+    lines = [
+        f"largest batch that fits, by estimate: {counted(most, 'text')}"
+        if most
+        else "this way not one text fits, by estimate"
+    ]
+    found = cheapest_sampling(plan)
+    if found is None:
+        return [*lines, "no shorter context or smaller integers fit; use more or larger chips"]
+    flags = [
+        f"--{name}={now}"
+        for name, now in dataclasses.asdict(found.sampling).items()
+        if now != getattr(plan.sampling, name)
+    ]
+    return [
+        *lines,
+        f"cheapest change that fits, by estimate: {' '.join(flags)},"
+        f" {found.estimated / GIB:.2f} GiB",
+    ]
+
+
+# Ways to run a step, ranked: many by estimate, the best few by the compiler.
+
+SHOWN = 10  # ways
+COMPILED = 3  # of them, each for a minute or two
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A way, and what the compiler says of it if it was asked."""
+
+    way: Estimate
+    compiled: Compiled | None
+    speed: Speed  # with the compiled program's exchanges, if there is one
+
+    @property
+    def total(self) -> float:
+        """Bytes on one device."""
+        return self.compiled.total if self.compiled else self.way.memory.total
+
+
+def search(config: Config, target: Target, *, compile_it: bool) -> list[Found]:
+    """The ways that fit, the fastest predicted first; those that the compiler refuses left out.
+
+    Raises:
+      UserError: when the TPU compiler is needed and missing.
+    """
+    found: list[Found] = []
+    for way in ranked(config, target):
+        if len(found) == SHOWN:
+            break
+        is_asked = compile_it and target.chip.is_tpu and len(found) < COMPILED
+        compiled = compile_training(way, target) if is_asked else None
+        if compiled is None or compiled.fits:
+            found.append(Found(way, compiled, with_exchanges(way.speed, compiled, target)))
+    return sorted(found, key=lambda one: float(f"{one.speed.seconds:.3g}"))  # else as ranked
+
+
+def search_report(config: Config, target: Target, found: list[Found]) -> str:
+    """The ways as a table, with the flags that choose each."""
+    if not found:
+        none = "no mesh, microbatch or remat policy fits this batch with moments as they are"
+        other = cheapest_lines(cheapest_that_fits(config, target), config, target)
+        return "\n".join([target.description, f"{none}, by estimate", *other])
+    rows = [("GiB a chip", "a step, predicted", "flags")]
+    for one in found:
+        size = f"{one.total / GIB:.2f} {'compiled' if one.compiled else 'estimated'}"
+        speed = f"{spelled(one.speed.seconds)} ({one.speed.bottleneck})"
+        rows.append((size, speed, flags_of(one.way.config, config, target)))
+    wide = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    lines = [f"{size:<{wide[0]}}  {speed:<{wide[1]}}  {flags}" for size, speed, flags in rows]
+    return "\n".join([target.description, *lines])
+
+
+# The table of which config fits where, in Markdown: estimates for every config and target.
+#
+# Each config keeps its batch. Where it does not fit as it is, the cheapest way that does is named.
+
+TARGETS = ("v5e-1", "v5e-8", "v6e-1", "v6e-8", "v5p-64", "H200-1", "H200-8")
+CAPTION = """\
+GiB a chip, by estimate (`python plan.py --table`), of a train step with the config's own batch, its
+parameters and batch cut over all chips (`mesh.fsdp`), in as many of its microbatches as divide.
+**Bold** fits. Otherwise, after the arrow, what the cheapest way takes that leaves 15 % free:
+another mesh, microbatch or remat policy; † with moments in bfloat16, ‡ with a smaller batch too;
+`plan.py` names its flags. – : the batch has fewer sequences than there are chips."""
+
+
+def on_all_chips(config: Config, devices: int) -> Config | None:
+    """The config cut over `devices` by fsdp, with the most microbatches it can have up to its own.
+
+    None where its batch does not divide.
+    """
+    batch, most = config.data.batch_size, config.optimizer.accumulation_steps
+    counts = [n for n in range(1, most + 1) if most % n == 0 and batch % (n * devices) == 0]
+    if not counts:
+        return None
+    mesh = MeshConfig(data=1, fsdp=devices, tensor=1)
+    optimizer = dataclasses.replace(config.optimizer, accumulation_steps=max(counts))
+    return dataclasses.replace(config, mesh=mesh, optimizer=optimizer)
+
+
+def cell(config: Config, target: Target) -> str:
+    """What the table says of a config on a target."""
+    way = on_all_chips(config, target.devices)
+    if way is None:
+        return "–"
+    try:
+        total = estimate(way, target).memory.total
+    except UsageError:
+        return "–"
+    if total <= target.chip.usable:
+        return f"**{_spelled(total)}**"
+    other = cheapest_that_fits(way, target)
+    if other is None:
+        return _spelled(total)
+    is_narrow = other.config.optimizer.moments_dtype != way.optimizer.moments_dtype
+    is_smaller = other.config.data.batch_size != way.data.batch_size
+    mark = "‡" if is_smaller else "†" if is_narrow else ""
+    return f"{_spelled(total)} → **{_spelled(other.memory.total)}**{mark}"
+
+
+def table(configs: Mapping[str, Config], targets: Sequence[str] = TARGETS) -> str:
+    """The table for configs by name, caption last."""
+    machines = [parse_target(name) for name in targets]
+    lines = [_row("config", list(targets)), _row("---", ["---"] * len(machines))]
+    lines += [
+        _row(f"`{name}`", [cell(config, machine) for machine in machines])
+        for name, config in configs.items()
+    ]
+    return "\n".join([*lines, "", CAPTION])
+
+
+def _row(first: str, cells: list[str]) -> str:
+    return f"| {' | '.join([first, *cells])} |"
+
+
+def _spelled(size: float) -> str:
+    """GiB with as many figures as are worth it."""
+    gib = size / GIB
+    return f"{gib:.0f}" if gib >= 100 else f"{gib:.1f}" if gib >= 1 else f"{gib:.2f}"

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from llama_jax.config import Config, ModelConfig
-from llama_jax.instruments.chips import Chip
-from llama_jax.instruments.flops import flops_per_token
-from llama_jax.model import count_parameters
-from llama_jax.parallel.sharding import batch_parts
+from llama_jax.distributed.mesh import batch_parts
+from llama_jax.hardware.accelerators import Chip
+from llama_jax.hardware.flops import flops_per_token
+from llama_jax.model.transformer import count_parameters
 from llama_jax.planning.memory import FLOAT32, Memory
 
 

@@ -9,11 +9,12 @@ import math
 import re
 
 from llama_jax.errors import UsageError, nearest
-from llama_jax.instruments.chips import CHIPS, Chip
-from llama_jax.instruments.slices import (
+from llama_jax.hardware.accelerators import (
+    CHIPS,
     CORES_ARE_DEVICES,
     GPUS_A_MACHINE,
     NAMED_BY_CORES,
+    Chip,
     is_gpu_machine,
     shapes,
 )

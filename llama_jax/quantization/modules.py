@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llama_jax.packing import Quantized, floats
-from llama_jax.products import FLOAT32, times_quantized
+from llama_jax.kernels.int4 import Quantized, floats
+from llama_jax.kernels.matmul import FLOAT32, times_quantized
 from llama_jax.quantization.rounding import to_int4, to_int8
 
 Dims = tuple[int, ...]

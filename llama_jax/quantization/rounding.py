@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from llama_jax.packing import BLOCK, Quantized, packed
+from llama_jax.kernels.int4 import BLOCK, Quantized, packed
 
 HIGHEST = 15  # of four bits
 STARTS = (1.0, 0.95, 0.9, 0.85, 0.8)  # parts of a group's range tried as the range of its integers

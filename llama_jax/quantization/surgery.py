@@ -1,21 +1,129 @@
-"""A float model made into one of small integers: which matrix becomes what.
+"""How a model's matrices are kept in few bits: the choice alone, as flags and files tell it."""
 
-Weights only: norms, activations and the cache stay as they are. Does not know files, nor how a
-matrix is rounded or multiplies.
-"""
-
+import dataclasses
 from typing import Any
 
 import jax
 from flax import nnx
 
-from llama_jax.arrangement import OutputsFirstLinear, replace_linears
 from llama_jax.config import ModelConfig, require
-from llama_jax.layers import Linear
-from llama_jax.model import Block, Llama
-from llama_jax.quantization.allocation import Groups, groups_of
+from llama_jax.kernels.int4 import BLOCK
+from llama_jax.model.layers import Linear
+from llama_jax.model.transformer import Block, Llama
+from llama_jax.model.unstacked import OutputsFirstLinear, replace_linears
 from llama_jax.quantization.modules import QuantizedLinear, QuantizedTable
-from llama_jax.quantization.scheme import Quantization
+
+KINDS = ("int8", "int4")
+GROUP_SIZES = (32, 64)
+
+
+def require_kind(kind: object) -> None:
+    """`UsageError` unless it is one of `KINDS`."""
+    require(kind in KINDS, f"quantize={kind!r} is unknown; expected 'int8' or 'int4'")
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """Matrices of integers.
+
+    Raises:
+      UsageError: when made of an unknown kind or an unsupported group size.
+    """
+
+    kind: str  # "int8", a scale for each output; or "int4", a scale and an offset for each group
+    group_size: int = 32  # inputs of a group; of int4 only
+
+    def __post_init__(self) -> None:
+        require_kind(self.kind)
+        require(
+            self.group_size in GROUP_SIZES,
+            f"group_size={self.group_size} is not supported; expected 32 or 64",
+        )
+
+
+# Which matrices of a model in four bits keep eight: as many as its memory has room for.
+#
+# Knows shapes alone. What is lost was measured on small models: with all in four bits, half of what
+# perplexity loses it loses by keys, values and tables; of the blocks, most by the last, after which
+# nothing makes good what went wrong.
+
+MOST = 0.2  # of the memory that float32 takes
+INT8_ALWAYS = ("wk", "wv")
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Inputs that share a scale, of the matrices here and there; 0: all of an output, in int8."""
+
+    tables: int
+    last_block: int
+    blocks: int
+
+    def of(self, name: str, is_last: bool) -> int:
+        """Those of a block's linear layer."""
+        if name in INT8_ALWAYS:
+            return 0
+        return self.last_block if is_last else self.blocks
+
+
+def groups_of(config: ModelConfig, quantization: Quantization) -> Groups:
+    """What a model of this shape keeps in which form."""
+    if quantization.kind == "int8":
+        return Groups(0, 0, 0)
+    size = quantization.group_size
+    chosen = Groups(size, size, size)
+    for name in ("tables", "last_block"):
+        wider = dataclasses.replace(chosen, **{name: 0})
+        if _bytes(config, wider) <= MOST * 4 * _numbers(config):
+            chosen = wider
+    return chosen
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of a block's matrices."""
+    D, F, keys = config.dim, config.ffn_dim, config.num_kv_heads * config.head_dim
+    shapes = {"wq": (D, D), "wk": (keys, D), "wv": (keys, D), "wo": (D, D)}
+    return shapes | {"gate": (F, D), "up": (F, D), "down": (D, F)}
+
+
+def _tables(config: ModelConfig) -> int:
+    return 1 if config.tied_embeddings else 2
+
+
+def _norms(config: ModelConfig) -> int:
+    """Numbers that stay floats."""
+    return (2 * config.num_layers + 1) * config.dim
+
+
+def _numbers(config: ModelConfig) -> int:
+    block = sum(outputs * inputs for outputs, inputs in _shapes(config).values())
+    tables = _tables(config) * config.vocab_size * config.dim
+    return tables + config.num_layers * block + _norms(config)
+
+
+def _bytes(config: ModelConfig, groups: Groups) -> int:
+    """Bytes that a model takes whose norms are float32."""
+
+    def block(is_last: bool) -> int:
+        shapes = _shapes(config).items()
+        return sum(_matrix(*shape, groups.of(name, is_last)) for name, shape in shapes)
+
+    tables = _tables(config) * _matrix(config.vocab_size, config.dim, groups.tables)
+    return tables + (config.num_layers - 1) * block(False) + block(True) + 4 * _norms(config)
+
+
+def _matrix(outputs: int, inputs: int, group_size: int) -> int:
+    """Bytes of a `QuantizedMatrix`."""
+    if not group_size:
+        return outputs * (inputs + 4)
+    padded = -(-inputs // BLOCK) * BLOCK
+    return outputs * (padded // 2 + 4 * padded // group_size)
+
+
+# A float model made into one of small integers: which matrix becomes what.
+#
+# Weights only: norms, activations and the cache stay as they are. Does not know files, nor how a
+# matrix is rounded or multiplies.
 
 
 def quantize(model: Llama, kind: str, group_size: int = 32) -> Llama:

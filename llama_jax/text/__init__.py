@@ -1,1 +1,1 @@
-"""Text and ids: the tokenizer, dialogues as ids, texts that end a completion."""
+"""Tokenizers, chat templates and stop strings."""

@@ -1,11 +1,14 @@
-"""Text to token ids and back with a SentencePiece model, and the training of such a model.
+"""Token ids to text as they come, without ever showing half a character.
 
-The only file that knows SentencePiece. It does not know chat templates, documents or tensors.
+Follows SentencePiece's rules for bytes and leading spaces to the letter, at a constant cost per
+token. It does not know where the surfaces of the ids come from.
 """
 
+import codecs
 import functools
 import hashlib
 import io
+import operator
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -13,9 +16,115 @@ from pathlib import Path
 
 import numpy as np
 
-from llama_jax.errors import UserError
-from llama_jax.text.token_decoder import SPACE, Decoder
-from llama_jax.text.tokenizer_file import not_a_model, read_model
+from llama_jax.errors import UserError, stand_in
+
+SPACE = "▁"  # how SentencePiece spells a space inside a piece
+
+
+class Decoder:
+    """Ids in, text out, as they come; never half a character. Made by `Tokenizer.decoder`."""
+
+    def __init__(self, surfaces: list[str | bytes], drops_space: bool, joins_spaces: bool) -> None:
+        """Start a text.
+
+        Args:
+          surfaces: by id, the piece with its spaces as `SPACE`, or one byte of a character.
+          drops_space: whether the space that starts the text is SentencePiece's own.
+          joins_spaces: whether all spaces that start the text are.
+        """
+        self._surfaces = surfaces
+        self._joins_spaces = joins_spaces
+        self._at_start = drops_space
+        self._characters = codecs.getincrementaldecoder("utf-8")("one_mark_per_byte")
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that these ids complete; the bytes of an incomplete character are held back.
+
+        Raises:
+          UserError: for an id outside the vocabulary.
+        """
+        return "".join([self._push(operator.index(token)) for token in ids])
+
+    def flush(self) -> str:
+        """What was held back, as U+FFFD for each byte, since nothing can complete it any more."""
+        return self._characters.decode(b"", final=True)
+
+    def _push(self, token: int) -> str:
+        if not 0 <= token < len(self._surfaces):
+            raise UserError(
+                f"token id {token} is outside the vocabulary of {len(self._surfaces)} pieces;"
+                f" expected 0 to {len(self._surfaces) - 1}"
+            )
+        surface = self._surfaces[token]
+        if isinstance(surface, bytes):
+            self._at_start = False
+            return self._characters.decode(surface)
+        if self._at_start and surface:
+            surface = surface.removeprefix(SPACE)
+            self._at_start = self._joins_spaces and not surface
+        return self.flush() + surface.replace(SPACE, " ")
+
+
+def _one_mark_per_byte(error: UnicodeError) -> tuple[str, int]:
+    """Replace bad bytes as SentencePiece does, which marks each of them."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\ufffd" * (error.end - error.start), error.end
+
+
+codecs.register_error("one_mark_per_byte", _one_mark_per_byte)
+
+
+# The bytes of a tokenizer's file, and what is wrong with a file that is not one.
+#
+# Knows how a SentencePiece file is laid out, not what it means.
+
+LARGEST_MODEL = 64 * 2**20  # bytes; Llama 2's has 0.5 MB
+
+
+def read_model(path: Path) -> bytes:
+    """The bytes of a model file, refused with the reason if they are evidently something else."""
+    if path.is_dir():
+        raise UserError(f"tokenizer {path} is a folder; give the tokenizer.model in it")
+    if not path.is_file():
+        raise UserError(f"tokenizer {path} does not exist; expected a SentencePiece model file")
+    if path.stat().st_size > LARGEST_MODEL:
+        raise UserError(not_a_model(path, f": it has {path.stat().st_size:,} bytes"))
+    model = path.read_bytes()
+    if why := stand_in(model[:512]):
+        raise UserError(f"tokenizer {path} is {why}")
+    fields, is_whole = _protobuf_fields(model)
+    if 1 in fields and not (is_whole and fields >= {1, 2, 3}):
+        raise UserError(f"tokenizer {path} is cut short after {len(model):,} bytes; copy it again")
+    return model
+
+
+def _protobuf_fields(data: bytes) -> tuple[set[int], bool]:
+    """The field numbers at the top of a protobuf message, and whether the last field is whole.
+
+    A SentencePiece model is pieces (1), then the trainer's (2) and normalizer's (3) settings. One
+    that is cut between two fields loads without complaint, and then encodes differently.
+    """
+    fields, position = set(), 0
+    while position < len(data) and data[position] & 7 == 2:  # all its fields have a length
+        fields.add(data[position] >> 3)
+        length, shift = 0, 0
+        while (position := position + 1) < len(data) and shift < 63:
+            length |= (data[position] & 127) << shift
+            shift += 7
+            if data[position] < 128:
+                break
+        position += 1 + length
+    return fields, position == len(data)
+
+
+def not_a_model(path: Path, why: str = "") -> str:
+    """The complaint about a file that is no SentencePiece model."""
+    return f"tokenizer {path} is not a SentencePiece model{why}; give a file like tokenizer.model"
+
+
+# Text to token ids and back with a SentencePiece model, and the training of such a model.
+#
+# The only file that knows SentencePiece. It does not know chat templates, documents or tensors.
 
 LONGEST_LINE = 4096  # characters given to the trainer at once
 MOST_LINES = 5_000_000  # the trainer holds them all in memory

@@ -1,1 +1,1 @@
-"""From a config to a trained model: the step, the loop around it, and what it says."""
+"""From a config to a trained model: the train step, the loop and its metrics."""

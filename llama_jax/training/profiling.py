@@ -15,7 +15,7 @@ import jax
 
 from llama_jax.checkpoints.layout import first_line
 from llama_jax.errors import UsageError
-from llama_jax.instruments.metrics import warn
+from llama_jax.training.metrics import warn
 
 FOLDER = "profile"  # in the run's folder
 START_AND_STOP = "expected START:STOP, two numbers of steps made, such as 10:13"

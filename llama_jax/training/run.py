@@ -7,26 +7,22 @@ from pathlib import Path
 
 import jax
 
-from llama_jax.checkpoints.description import Run
-from llama_jax.checkpoints.run_folder import describe, require_same_run, settings
-from llama_jax.checkpoints.shared_folder import claimed_by_all
-from llama_jax.checkpoints.steps import finished_steps
+from llama_jax.checkpoints.metadata import Run
+from llama_jax.checkpoints.restore import finished_steps
+from llama_jax.checkpoints.run_folder import claimed_by_all, describe, require_same_run, settings
 from llama_jax.config import Config
-from llama_jax.data.tokens import TokenFolder
-from llama_jax.errors import UsageError
-from llama_jax.instruments.device_memory import memory_limit
-from llama_jax.instruments.metrics import MetricsFile
-from llama_jax.out_of_memory import explained
-from llama_jax.parallel.sharding import make_mesh
-from llama_jax.processes.agreement import require_same, together
-from llama_jax.processes.distributed import require_joined
-from llama_jax.processes.shared_stop import stop_of_all
-from llama_jax.training.introduction import versions
-from llama_jax.training.memory_advice import memory_advice
+from llama_jax.data.token_folder import TokenFolder
+from llama_jax.distributed.consistency import require_same, together
+from llama_jax.distributed.mesh import make_mesh
+from llama_jax.distributed.preemption import stop_of_all
+from llama_jax.distributed.processes import require_joined
+from llama_jax.errors import UsageError, explained
+from llama_jax.hardware.accelerators import memory_limit
+from llama_jax.training.loop import Trainer, restore_or_begin
+from llama_jax.training.metrics import MetricsFile
 from llama_jax.training.profiling import Window
-from llama_jax.training.programs import jit_programs
-from llama_jax.training.restoring import restore_or_begin
-from llama_jax.training.trainer import Trainer
+from llama_jax.training.step import jit_programs
+from llama_jax.training.summary import memory_advice, versions
 
 
 def fit(config: Config, profile: Window | None = None) -> int:
@@ -88,8 +84,8 @@ def open_data(config: Config) -> TokenFolder:
     """
     path = Path(config.data.path).expanduser()
     if config.data.corpus == "stories" and not path.exists():
-        from llama_jax.data.corpora import prepare_corpus
-        from llama_jax.data.prepare import TokenOptions
+        from llama_jax.data.prepare.corpora import prepare_corpus
+        from llama_jax.data.prepare.tokenize import TokenOptions
 
         options = TokenOptions(vocab_size=config.model.vocab_size)
         prepare_corpus("stories", path, options)

@@ -8,18 +8,17 @@ from functools import partial
 import jax
 from jax.sharding import Mesh
 
-from llama_jax.arrangement import unstack
 from llama_jax.config import Config
-from llama_jax.data.batches import Batch
-from llama_jax.data.tokens import TokenFolder
-from llama_jax.generation.engine import Engine
-from llama_jax.generation.texts import stop_ids, stream
-from llama_jax.instruments.metrics import Console, MetricsFile
-from llama_jax.model import Llama
-from llama_jax.processes.stop_signal import StopSignal
-from llama_jax.sampling.sampler import make_sampler
+from llama_jax.data.loader import Batch, batches_to_validate_on
+from llama_jax.data.token_folder import TokenFolder
+from llama_jax.distributed.preemption import StopSignal
+from llama_jax.inference.completions import stop_ids, stream
+from llama_jax.inference.engine import Engine
+from llama_jax.inference.sampler import make_sampler
+from llama_jax.model.transformer import Llama
+from llama_jax.model.unstacked import unstack
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.training.run_batches import batches_to_validate_on
+from llama_jax.training.metrics import Console, MetricsFile
 
 
 class Validation:

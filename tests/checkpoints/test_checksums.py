@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.checkpoints import checksums as module
-from llama_jax.checkpoints.checksums import checksums, partial_checksum
+from llama_jax.checkpoints import save as module
+from llama_jax.checkpoints.save import checksums, partial_checksum
 
 
 def by_hand(array):

@@ -6,7 +6,7 @@ import json
 import pytest
 from tiny_run import make_config
 
-from llama_jax.checkpoints.description import (
+from llama_jax.checkpoints.metadata import (
     Description,
     Run,
     read_description,

@@ -9,12 +9,12 @@ import pytest
 from tiny_run import make_config, make_tokens, quick_runs
 from tiny_weights import tiny_weights
 
-from llama_jax.checkpoints import loading
-from llama_jax.checkpoints.loading import load
-from llama_jax.checkpoints.steps import finished_steps
+from llama_jax.checkpoints import load as loading
+from llama_jax.checkpoints.load import load
+from llama_jax.checkpoints.restore import finished_steps
 from llama_jax.errors import UsageError, UserError
-from llama_jax.formats import checkpoint_folder
-from llama_jax.names import named_leaves
+from llama_jax.formats import checkpoint as checkpoint_folder
+from llama_jax.model.parameters import named_leaves
 from llama_jax.training.run import fit
 
 

@@ -6,10 +6,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny_checkpoints import WANTED, abstract, assert_is, data_files, make_trees, newest
 
-from llama_jax.checkpoints.reader import restore
+from llama_jax.checkpoints.restore import restore
 from llama_jax.config import MeshConfig
+from llama_jax.distributed.mesh import make_mesh
 from llama_jax.errors import UserError
-from llama_jax.parallel.sharding import make_mesh
 
 
 def test_what_is_saved_comes_back_bit_by_bit(good, capfd):

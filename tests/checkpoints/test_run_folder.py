@@ -7,7 +7,7 @@ import sys
 import pytest
 from tiny_run import make_config
 
-from llama_jax.checkpoints.description import Description, Run, read_run, write_description
+from llama_jax.checkpoints.metadata import Description, Run, read_run, write_description
 from llama_jax.checkpoints.run_folder import claimed, describe, require_same_run, require_space
 from llama_jax.errors import UsageError, UserError
 

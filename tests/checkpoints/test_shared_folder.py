@@ -2,8 +2,8 @@
 
 import pytest
 
-from llama_jax.checkpoints import shared_folder
-from llama_jax.checkpoints.shared_folder import claimed_by_all
+from llama_jax.checkpoints import run_folder as shared_folder
+from llama_jax.checkpoints.run_folder import claimed_by_all
 from llama_jax.errors import UserError
 
 
@@ -16,7 +16,7 @@ def as_process(monkeypatch):
         monkeypatch.setattr(shared_folder, "gathered", lambda text: [text])
         monkeypatch.setattr(shared_folder.jax, "process_count", lambda: 2)
         monkeypatch.setattr(shared_folder, "PATIENCE", 0.3)
-        monkeypatch.setattr("llama_jax.processes.agreement.gathered", lambda text: [""])
+        monkeypatch.setattr("llama_jax.distributed.consistency.gathered", lambda text: [""])
 
     return become
 

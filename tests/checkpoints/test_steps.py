@@ -6,7 +6,7 @@ import shutil
 import pytest
 from tiny_checkpoints import META, assert_is, data_files, newest, save
 
-from llama_jax.checkpoints.steps import finished_steps, folder_and_step
+from llama_jax.checkpoints.restore import finished_steps, folder_and_step
 from llama_jax.errors import UserError
 
 

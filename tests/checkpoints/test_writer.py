@@ -9,9 +9,8 @@ import pytest
 from tiny_checkpoints import META, abstract, make_trees, save
 
 from llama_jax.checkpoints import run_folder
-from llama_jax.checkpoints.reader import restore
-from llama_jax.checkpoints.steps import finished_steps
-from llama_jax.checkpoints.writer import CheckpointWriter
+from llama_jax.checkpoints.restore import finished_steps, restore
+from llama_jax.checkpoints.save import CheckpointWriter
 from llama_jax.errors import UserError
 
 

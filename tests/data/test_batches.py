@@ -7,9 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from llama_jax.data.batches import Batch, training_batches, validation_batches
-from llama_jax.data.token_writer import TokenWriter
-from llama_jax.data.tokens import TokenFolder
+from llama_jax.data.loader import Batch, training_batches, validation_batches
+from llama_jax.data.token_folder import TokenFolder, TokenWriter
 from llama_jax.errors import UsageError, UserError
 
 T = 7

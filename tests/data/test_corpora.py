@@ -9,12 +9,18 @@ import threading
 
 import pytest
 
-from llama_jax.data import corpora, downloads
-from llama_jax.data.corpora import default_options, named_corpus, prepare_corpus
-from llama_jax.data.downloads import download, unpack
-from llama_jax.data.text_files import Reading
+from llama_jax.data.prepare import corpora
+from llama_jax.data.prepare import corpora as downloads
+from llama_jax.data.prepare.corpora import (
+    default_options,
+    download,
+    named_corpus,
+    prepare_corpus,
+    unpack,
+)
+from llama_jax.data.prepare.documents import Reading
+from llama_jax.data.stories import stories
 from llama_jax.errors import UserError
-from llama_jax.stories import stories
 
 PLAY = "\n".join(f"Speaker {n}:\nWhat of the {n} boats, my lord?\n" for n in range(60)).encode()
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax.data.document_packing import OPEN_ROWS, SORTED, first_fit, pack
+from llama_jax.data.sequences import OPEN_ROWS, SORTED, first_fit, pack
 
 LENGTHS = st.lists(st.integers(0, 40), max_size=60)
 

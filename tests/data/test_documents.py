@@ -7,9 +7,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from llama_jax.data import text_files
-from llama_jax.data.documents import END_OF_TEXT, Passage, passages, read_documents
-from llama_jax.data.text_files import Reading
+from llama_jax.data.prepare import documents as text_files
+from llama_jax.data.prepare.documents import END_OF_TEXT, Passage, Reading, passages, read_documents
 from llama_jax.errors import UserError
 
 words = st.text(st.sampled_from("ab é\t\n."), max_size=20)

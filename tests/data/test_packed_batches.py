@@ -11,16 +11,11 @@ from tiny_run import make_config
 from token_folders import counting, write_documents
 
 from llama_jax.config import MeshConfig
-from llama_jax.data.batches import (
-    Batch,
-    abstract_batch,
-    training_batches,
-    validation_batches,
-)
-from llama_jax.data.document_starts import document_starts
-from llama_jax.data.rows import fill_row
-from llama_jax.parallel.sharding import make_mesh
-from llama_jax.training.train_step import evaluation_step, init_state, train_step
+from llama_jax.data.loader import Batch, abstract_batch, training_batches, validation_batches
+from llama_jax.data.sequences import fill_row
+from llama_jax.data.token_folder import document_starts
+from llama_jax.distributed.mesh import make_mesh
+from llama_jax.training.step import evaluation_step, init_state, train_step
 
 T, VOCAB = 16, 320
 LENGTHS = [5, 1, 9, 40, 3, 17, 18, 2, 33, 7, 12, 4, 6, 29, 8, 13, 11, 3, 10, 16]

@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llama_jax.data import corpus as corpus_file
-from llama_jax.data import documents, prepare, progress
-from llama_jax.data.corpus import corpus_from_files, hold_out_end
-from llama_jax.data.documents import Passage, passages
-from llama_jax.data.new_folder import new_folder
-from llama_jax.data.prepare import TokenOptions, summary
+from llama_jax import files as progress
+from llama_jax.data.prepare import corpus as corpus_file
+from llama_jax.data.prepare import documents
+from llama_jax.data.prepare import tokenize as prepare
+from llama_jax.data.prepare.corpus import corpus_from_files, hold_out_end
+from llama_jax.data.prepare.documents import Passage, passages
+from llama_jax.data.prepare.tokenize import TokenOptions, summary
 from llama_jax.errors import UserError
+from llama_jax.files import new_folder
 from llama_jax.text.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -8,12 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from token_folders import counting, write_documents
 
-from llama_jax.data.corpus import corpus_from_files
-from llama_jax.data.document_starts import document_starts
-from llama_jax.data.prepare import TokenOptions, prepare
-from llama_jax.data.rows import PackedDocuments, Windows, fill_row, rows_of
-from llama_jax.data.token_writer import TokenWriter
-from llama_jax.data.tokens import TokenFolder, starts_path
+from llama_jax.data.prepare.corpus import corpus_from_files
+from llama_jax.data.prepare.tokenize import TokenOptions, prepare
+from llama_jax.data.sequences import PackedDocuments, Windows, fill_row, rows_of
+from llama_jax.data.token_folder import TokenFolder, TokenWriter, document_starts, starts_path
 from llama_jax.errors import UsageError, UserError
 
 

@@ -5,9 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from llama_jax.data import tokens as tokens_file
-from llama_jax.data.token_writer import TokenWriter
-from llama_jax.data.tokens import TokenFolder, fingerprint
+from llama_jax.data import token_folder as tokens_file
+from llama_jax.data.token_folder import TokenFolder, TokenWriter, fingerprint
 from llama_jax.errors import UserError
 
 

@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from llama_jax.data.token_writer import TokenWriter
-from llama_jax.data.tokens import TokenFolder
+from llama_jax.data.token_folder import TokenFolder, TokenWriter
 
 
 def write_documents(path, train, validation=(), *, shard_tokens=23, bos=False, eos=False):

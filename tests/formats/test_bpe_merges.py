@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
-from llama_jax.formats import bpe_merges
+from llama_jax.formats import vocabulary as bpe_merges
 from llama_jax.formats.vocabulary import Kind, Piece, Vocabulary
 
 

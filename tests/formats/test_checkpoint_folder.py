@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_weights import SIZES, same, tiny_weights
 
-from llama_jax.checkpoints import loading
-from llama_jax.checkpoints.description import Run, write_run
-from llama_jax.checkpoints.writer import CheckpointWriter
+from llama_jax.checkpoints import load as loading
+from llama_jax.checkpoints.metadata import Run, write_run
+from llama_jax.checkpoints.save import CheckpointWriter
 from llama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
 from llama_jax.errors import UserError
-from llama_jax.formats import checkpoint_folder
+from llama_jax.formats import checkpoint as checkpoint_folder
 from llama_jax.formats.weights import DTYPES, Tensor, of_layer, tensor_shapes
-from llama_jax.model import abstract
-from llama_jax.names import named_leaves
+from llama_jax.model.parameters import named_leaves
+from llama_jax.model.transformer import abstract
 
 
 def write(weights, path):

@@ -10,7 +10,7 @@ from tiny_weights import same, tiny_vocabulary, tiny_weights
 
 from llama_jax.config import RopeScaling
 from llama_jax.errors import UserError
-from llama_jax.formats import gguf
+from llama_jax.formats.gguf import model as gguf
 from llama_jax.formats.weights import DTYPES, Tensor
 
 D, N, K, H, F, L, V = 24, 6, 2, 4, 40, 3, 283

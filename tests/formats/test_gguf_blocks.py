@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
 
-from llama_jax.formats import gguf_blocks
-from llama_jax.formats.gguf_blocks import BF16, F16, F32, Q8_0, TYPES, stored, type_name, unpacked
+from llama_jax.formats.gguf import blocks as gguf_blocks
+from llama_jax.formats.gguf.blocks import BF16, F16, F32, Q8_0, TYPES, stored, type_name, unpacked
 from llama_jax.formats.weights import DTYPES, Tensor
 
 ROWS, COLUMNS = 7, 96

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llama_jax.errors import UserError
-from llama_jax.formats.gguf_header import scan
+from llama_jax.formats.gguf.header import scan
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
 NUMBERS = np.arange(12, dtype=np.float32)

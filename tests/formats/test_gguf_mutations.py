@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny_weights import same, tiny_weights
 
 from llama_jax.errors import UserError
-from llama_jax.formats import gguf
+from llama_jax.formats.gguf import model as gguf
 
 SHAPE = ("vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim")
 COUNTS = [0, 1, 2**15, 2**31 - 1, 2**32 - 1, 2**32, 2**40, 2**62, 2**63, 2**64 - 1]

@@ -9,7 +9,7 @@ import pytest
 from tiny_weights import tiny_vocabulary, tiny_weights
 
 from llama_jax.errors import UserError
-from llama_jax.formats import gguf
+from llama_jax.formats.gguf import model as gguf
 from llama_jax.formats.weights import Tensor
 
 D, F, V = 24, 40, 283

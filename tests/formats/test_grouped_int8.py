@@ -9,8 +9,8 @@ from hypothesis import given, settings
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import UserError
-from llama_jax.formats import grouped_int8
-from llama_jax.formats.grouped_int8 import (
+from llama_jax.formats.llama2c import int8 as grouped_int8
+from llama_jax.formats.llama2c.int8 import (
     dequantized,
     fitting_group_size,
     quantize,

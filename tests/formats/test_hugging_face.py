@@ -9,8 +9,9 @@ from tiny_weights import SIZES, same, tiny_vocabulary, tiny_weights
 
 from llama_jax.config import RopeScaling
 from llama_jax.errors import UserError
-from llama_jax.formats import hugging_face, safetensors_file
-from llama_jax.formats.hugging_face import EMBEDDING, OUTPUT
+from llama_jax.formats.huggingface import model as hugging_face
+from llama_jax.formats.huggingface import safetensors as safetensors_file
+from llama_jax.formats.huggingface.model import EMBEDDING, OUTPUT
 from llama_jax.formats.weights import Tensor, Weights
 
 D, N, H, F, V = 24, 6, 4, 40, SIZES["vocab_size"]

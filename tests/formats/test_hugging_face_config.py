@@ -8,7 +8,7 @@ from tiny_weights import SIZES
 
 from llama_jax.config import ModelConfig, RopeScaling
 from llama_jax.errors import UserError
-from llama_jax.formats.hugging_face_config import from_hugging_face, to_hugging_face
+from llama_jax.formats.huggingface.config import from_hugging_face, to_hugging_face
 
 LLAMA_2_7B = {  # as Meta's own folder has it
     "_name_or_path": "meta-llama/Llama-2-7b-hf",

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from llama_jax.errors import UserError
-from llama_jax.formats import safetensors_file
-from llama_jax.formats.hugging_face_files import INDEX, find, read_tensors, write_tensors
+from llama_jax.formats.huggingface import safetensors as safetensors_file
+from llama_jax.formats.huggingface.files import INDEX, find, read_tensors, write_tensors
 from llama_jax.formats.weights import Tensor
 
 

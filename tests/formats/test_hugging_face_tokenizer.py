@@ -9,8 +9,8 @@ from sentencepiece import SentencePieceProcessor
 from tiny_weights import tiny_vocabulary
 
 from llama_jax.errors import UserError
-from llama_jax.formats.hugging_face_tokenizer import read_tokenizer
-from llama_jax.formats.hugging_face_tokenizer_writer import to_tokenizer_json, write_tokenizer
+from llama_jax.formats.huggingface.tokenizer import read_tokenizer
+from llama_jax.formats.huggingface.tokenizer_writer import to_tokenizer_json, write_tokenizer
 from llama_jax.formats.vocabulary import Kind, Piece, Vocabulary
 from llama_jax.text.tokenizer import Tokenizer
 

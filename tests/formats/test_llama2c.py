@@ -11,7 +11,7 @@ from tiny_weights import same, tiny_weights
 
 from llama_jax.config import RopeScaling
 from llama_jax.errors import UserError
-from llama_jax.formats.llama2c import read, write
+from llama_jax.formats.llama2c.model import read, write
 from llama_jax.formats.weights import Tensor
 
 LAYERS, HEADS, KV_HEADS, HEAD = 3, 6, 2, 8

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from llama2c_files import SIZES, arrays, header, version0, version1, version2
 
 from llama_jax.errors import UsageError, UserError
-from llama_jax.formats.llama2c import read
-from llama_jax.formats.llama2c_header import pack_header, read_header
+from llama_jax.formats.llama2c.header import pack_header, read_header
+from llama_jax.formats.llama2c.model import read
 
 FILES = [version0(arrays()), version0(arrays(tied=False)), version1(arrays())]
 FILES += [version1(arrays(tied=False)), version2(arrays(), 8)[0]]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llama_jax.errors import UserError
-from llama_jax.formats.mapped import mapped, require_bytes
+from llama_jax.formats.weights import mapped, require_bytes
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F32 = np.dtype(np.float32)

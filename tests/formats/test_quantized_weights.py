@@ -12,17 +12,17 @@ import pytest
 import tensorstore
 from tiny_weights import tiny_weights
 
-from llama_jax.checkpoints.loading import load
+from llama_jax.checkpoints.load import load
 from llama_jax.checkpoints.run_folder import claimed
 from llama_jax.config import ModelConfig
-from llama_jax.conversion.transfer import Conversion, convert
 from llama_jax.errors import UsageError, UserError
-from llama_jax.formats import checkpoint_folder
-from llama_jax.formats.quantized_weights import quantized_arrays
-from llama_jax.formats.table import Options
+from llama_jax.formats import checkpoint as checkpoint_folder
+from llama_jax.formats.checkpoint import quantized_arrays
+from llama_jax.formats.convert import Conversion, convert
+from llama_jax.formats.registry import Options
 from llama_jax.formats.weights import Tensor
 from llama_jax.llm import LLM
-from llama_jax.names import named_leaves
+from llama_jax.model.parameters import named_leaves
 from llama_jax.quantization import Quantization, held_bytes, quantize
 
 SIZES = {"dim": 128, "num_heads": 8, "hidden_dim": 192, "num_layers": 2, "context_length": 64}

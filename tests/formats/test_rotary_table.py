@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from llama_jax.formats import rotary_table as module
-from llama_jax.formats.rotary_table import cosine, rotary_table, sine
+from llama_jax.formats.llama2c import rotary_table as module
+from llama_jax.formats.llama2c.rotary_table import cosine, rotary_table, sine
 
 
 def table(context_length, head_dim):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax.errors import UserError
-from llama_jax.formats import safetensors_file
+from llama_jax.formats.huggingface import safetensors as safetensors_file
 from llama_jax.formats.weights import Tensor
 
 FLOATS = np.array([[1.5, -2.0, 3.25], [0.0, np.inf, 7.0]], np.float32)

@@ -4,7 +4,7 @@ import pytest
 from tiny_weights import tiny_weights
 
 from llama_jax.errors import UserError
-from llama_jax.formats.table import FORMATS, Options, bytes_written, format_of, written_dtype
+from llama_jax.formats.registry import FORMATS, Options, bytes_written, format_of, written_dtype
 
 WAYS = [(form, Options()) for form in FORMATS]
 WAYS += [("llama2c", Options(llama2c_version=2, group_size=8)), ("gguf", Options(dtype="q8_0"))]

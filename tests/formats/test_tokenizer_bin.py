@@ -10,7 +10,7 @@ from sentencepiece import SentencePieceProcessor
 from tiny_weights import tiny_vocabulary
 
 from llama_jax.errors import UserError
-from llama_jax.formats.tokenizer_bin import read, write
+from llama_jax.formats.llama2c.tokenizer import read, write
 from llama_jax.formats.vocabulary import Kind, Piece, Vocabulary
 
 

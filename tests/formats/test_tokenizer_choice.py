@@ -8,8 +8,8 @@ from test_tokenizer_bin import PIECES, packed
 from tiny_weights import tiny_vocabulary
 
 from llama_jax.errors import UserError
-from llama_jax.formats import tokenizer_bin
-from llama_jax.formats.tokenizer_choice import tokenizer_model
+from llama_jax.formats.llama2c import tokenizer as tokenizer_bin
+from llama_jax.formats.llama2c.tokenizer import tokenizer_model
 from llama_jax.formats.vocabulary import Vocabulary
 
 

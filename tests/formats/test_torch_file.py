@@ -14,7 +14,7 @@ from torch_bytes import (
     text,
 )
 
-from llama_jax.formats import torch_file
+from llama_jax.formats.torch import reader as torch_file
 
 
 @pytest.fixture

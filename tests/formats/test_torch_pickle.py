@@ -23,7 +23,7 @@ from torch_bytes import (
 )
 
 from llama_jax.errors import UserError
-from llama_jax.formats import torch_file
+from llama_jax.formats.torch import reader as torch_file
 from llama_jax.formats.weights import Tensor
 
 

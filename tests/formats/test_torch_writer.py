@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from torch_bytes import NUMBERS, number
 
-from llama_jax.formats import torch_file, torch_writer, torch_zip
+from llama_jax.formats.torch import reader as torch_file
+from llama_jax.formats.torch import writer as torch_writer
+from llama_jax.formats.torch import zip as torch_zip
 from llama_jax.formats.weights import DTYPES, Tensor
 
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from torch_bytes import NUMBERS, STORED, a_dict, edited, edits, parts, refused, save, tensor, zipped
 
 from llama_jax.errors import UserError
-from llama_jax.formats import torch_file, torch_zip
+from llama_jax.formats.torch import reader as torch_file
+from llama_jax.formats.torch import zip as torch_zip
 
 
 @pytest.fixture

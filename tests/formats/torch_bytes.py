@@ -9,7 +9,7 @@ import pytest
 from hypothesis import strategies as st
 
 from llama_jax.errors import UserError
-from llama_jax.formats import torch_file
+from llama_jax.formats.torch import reader as torch_file
 
 NUMBERS = np.arange(24, dtype=np.float32) * 1.5 - 7
 STORED = NUMBERS.tobytes()

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import jax
 
-from llama_jax.config_flags import read_config
-from llama_jax.planning.alternatives import estimate
-from llama_jax.planning.table import TARGETS, on_all_chips
+from llama_jax.cli.config_flags import read_config
+from llama_jax.planning.report import TARGETS, on_all_chips
+from llama_jax.planning.search import estimate
 from llama_jax.planning.targets import parse_target
-from llama_jax.planning.training_plan import compile_training
+from llama_jax.planning.training import compile_training
 
 HERE = Path(__file__).resolve().parent
 PLANS = HERE / "plans.json"

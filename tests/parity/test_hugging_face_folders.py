@@ -12,7 +12,7 @@ import pytest
 from tiny_weights import SIZES, built, same, tiny_vocabulary, tiny_weights
 
 from llama_jax.config import RopeScaling
-from llama_jax.formats import hugging_face
+from llama_jax.formats.huggingface import model as hugging_face
 from llama_jax.text.tokenizer import Tokenizer
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]

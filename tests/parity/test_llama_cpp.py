@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 from tiny_weights import tiny_vocabulary, tiny_weights
 
-from llama_jax.arrangement import unstack
 from llama_jax.config import RopeScaling
-from llama_jax.formats import gguf, llama2c
-from llama_jax.formats.gguf_header import scan
+from llama_jax.formats.gguf import model as gguf
+from llama_jax.formats.gguf.header import scan
+from llama_jax.formats.llama2c import model as llama2c
 from llama_jax.formats.weights import of_layer
-from llama_jax.generation.engine import Engine
-from llama_jax.model import abstract
-from llama_jax.names import named_leaves
-from llama_jax.sampling.sampler import make_sampler
+from llama_jax.inference.engine import Engine
+from llama_jax.inference.sampler import make_sampler
+from llama_jax.model.parameters import named_leaves
+from llama_jax.model.transformer import abstract
+from llama_jax.model.unstacked import unstack
 from llama_jax.text.tokenizer import Tokenizer
 
 llama_cpp = pytest.importorskip("llama_cpp")

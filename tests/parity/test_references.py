@@ -7,13 +7,14 @@ import pytest
 from tiny_weights import tiny_weights
 
 from llama_jax.config import RopeScaling
-from llama_jax.conversion import verification
-from llama_jax.conversion.transfer import Conversion, convert
-from llama_jax.conversion.verification import verify
 from llama_jax.errors import UserError
-from llama_jax.formats import hugging_face, meta
+from llama_jax.formats import verify as verification
+from llama_jax.formats.convert import Conversion, convert
+from llama_jax.formats.huggingface import model as hugging_face
+from llama_jax.formats.meta import model as meta
+from llama_jax.formats.registry import FORMATS, Options
 from llama_jax.formats.rules import INTERLEAVED, MATRIX
-from llama_jax.formats.table import FORMATS, Options
+from llama_jax.formats.verify import verify
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 

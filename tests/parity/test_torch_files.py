@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from llama_jax.formats import torch_file, torch_writer
+from llama_jax.formats.torch import reader as torch_file
+from llama_jax.formats.torch import writer as torch_writer
 from llama_jax.formats.weights import DTYPES, Tensor
 
 torch = pytest.importorskip("torch")

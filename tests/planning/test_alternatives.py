@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from plans import changed, make_config
 
-from llama_jax.planning.alternatives import (
+from llama_jax.planning.search import (
     MARGIN,
     cheapest_that_fits,
     estimate,

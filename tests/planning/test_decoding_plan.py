@@ -6,11 +6,10 @@ import pytest
 from plans import make_config
 
 from llama_jax.errors import UsageError
-from llama_jax.planning.decoding_alternatives import cheapest_sampling, largest_batch
-from llama_jax.planning.decoding_plan import Sampling, plan_decoding
-from llama_jax.planning.decoding_report import decoding_report
+from llama_jax.planning.compile import Compiled
+from llama_jax.planning.decoding import Sampling, plan_decoding
+from llama_jax.planning.report import cheapest_sampling, decoding_report, largest_batch
 from llama_jax.planning.targets import parse_target
-from llama_jax.planning.tpu_compiler import Compiled
 
 MODEL = make_config(model__context_length=64).model  # 64 slots hold it exactly
 L, K, H, V, D, F = 3, 4, 4, 96, 48, 80

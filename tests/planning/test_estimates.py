@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_jax.planning.alternatives import estimate
+from llama_jax.planning.search import estimate
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GOLDEN = json.loads((REPOSITORY / "tests" / "golden" / "plans.json").read_text())

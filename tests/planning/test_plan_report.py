@@ -5,22 +5,24 @@ import dataclasses
 import pytest
 from plans import changed, make_config
 
-from llama_jax.planning import searching, training_plan
-from llama_jax.planning.alternatives import estimate
-from llama_jax.planning.decoding_plan import Sampling, plan_decoding
-from llama_jax.planning.decoding_report import decoding_report
+from llama_jax.planning import report as searching
+from llama_jax.planning import training as training_plan
+from llama_jax.planning.compile import Compiled
+from llama_jax.planning.decoding import Sampling, plan_decoding
 from llama_jax.planning.report import (
     GIB,
+    decoding_report,
     exchange_lines,
     flags_of,
+    search,
+    search_report,
     spelled,
     training_report,
     verdict,
 )
-from llama_jax.planning.searching import search, search_report
+from llama_jax.planning.search import estimate
 from llama_jax.planning.targets import parse_target
-from llama_jax.planning.tpu_compiler import Compiled
-from llama_jax.planning.training_plan import TrainingPlan, plan_training
+from llama_jax.planning.training import TrainingPlan, plan_training
 
 TARGET = parse_target("v5e-8")
 HLO = """

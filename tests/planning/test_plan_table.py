@@ -3,8 +3,8 @@
 import pytest
 from plans import make_config
 
-from llama_jax.planning.alternatives import estimate
-from llama_jax.planning.table import CAPTION, cell, on_all_chips, table
+from llama_jax.planning.report import CAPTION, cell, on_all_chips, table
+from llama_jax.planning.search import estimate
 from llama_jax.planning.targets import parse_target
 
 CONFIG = make_config(data__batch_size=48, optimizer__accumulation_steps=6)

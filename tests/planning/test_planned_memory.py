@@ -7,15 +7,16 @@ import pytest
 from plans import changed, make_config
 
 from llama_jax.config import MeshConfig
-from llama_jax.instruments.chips import CHIPS
+from llama_jax.hardware.accelerators import CHIPS
 from llama_jax.planning.activations import Pass, _bytes, kept_bytes
 from llama_jax.planning.memory import (
     FEWEST_STREAMS,
     WHOLE_STREAMS,
+    model_share,
+    planned_mesh,
     state_bytes,
     training_memory,
 )
-from llama_jax.planning.share import model_share, planned_mesh
 
 V, D, L, N, K, F = 96, 48, 3, 12, 4, 80  # of `make_config`
 NORMS = (2 * L + 1) * D

@@ -3,11 +3,10 @@
 import pytest
 from plans import make_config
 
-from llama_jax.instruments.chips import CHIPS
-from llama_jax.instruments.flops import flops_per_token
-from llama_jax.model import count_parameters
-from llama_jax.planning.memory import training_memory
-from llama_jax.planning.share import planned_mesh
+from llama_jax.hardware.accelerators import CHIPS
+from llama_jax.hardware.flops import flops_per_token
+from llama_jax.model.transformer import count_parameters
+from llama_jax.planning.memory import planned_mesh, training_memory
 from llama_jax.planning.speed import Speed, training_speed
 
 CHIP = CHIPS["v5e"]

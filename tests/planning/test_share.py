@@ -8,8 +8,8 @@ from plans import make_config
 
 from llama_jax.config import MeshConfig
 from llama_jax.errors import UsageError
-from llama_jax.instruments.chips import CHIPS
-from llama_jax.planning.share import (
+from llama_jax.hardware.accelerators import CHIPS
+from llama_jax.planning.memory import (
     attention_backend,
     bytes_on_one,
     model_share,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llama_jax.planning.tiles import filled_rows, filled_up
+from llama_jax.planning.memory import filled_rows, filled_up
 
 
 @pytest.mark.parametrize(

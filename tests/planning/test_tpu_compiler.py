@@ -7,11 +7,11 @@ import pytest
 from plans import make_config
 
 from llama_jax.errors import UserError
-from llama_jax.planning import tpu_compiler
-from llama_jax.planning.alternatives import estimate
-from llama_jax.planning.decoding_plan import Sampling, plan_decoding
+from llama_jax.planning import compile as tpu_compiler
+from llama_jax.planning.decoding import Sampling, plan_decoding
+from llama_jax.planning.search import estimate
 from llama_jax.planning.targets import parse_target
-from llama_jax.planning.training_plan import compile_training, plan_training
+from llama_jax.planning.training import compile_training, plan_training
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="needs libtpu: pip install '.[plan]'")

@@ -8,8 +8,14 @@ from hypothesis import example, given, settings
 from tiny_dialogues import dialogue
 
 from llama_jax.errors import UsageError, UserError
-from llama_jax.text.chat import TEMPLATES, AlpacaTemplate, Llama2Template, Stops, find_template
-from llama_jax.text.messages import Message
+from llama_jax.text.chat import (
+    TEMPLATES,
+    AlpacaTemplate,
+    Llama2Template,
+    Message,
+    Stops,
+    find_template,
+)
 from llama_jax.text.tokenizer import Tokenizer
 
 LLAMA2, ALPACA = Llama2Template(), AlpacaTemplate()

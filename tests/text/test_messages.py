@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llama_jax.errors import UserError
-from llama_jax.text.messages import Message, in_order, parse_messages
+from llama_jax.text.chat import Message, in_order, parse_messages
 
 SYSTEM, USER, ANSWER = (Message(role, role[0]) for role in ("system", "user", "assistant"))
 JSON = st.recursive(

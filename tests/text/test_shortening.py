@@ -4,8 +4,7 @@ import pytest
 from tiny_dialogues import dialogue
 
 from llama_jax.errors import UserError
-from llama_jax.text.chat import TEMPLATES, Llama2Template
-from llama_jax.text.shortening import fit
+from llama_jax.text.chat import TEMPLATES, Llama2Template, fit
 
 LLAMA2 = Llama2Template()
 LONG = ["one", "uno " * 5, "two", "dos " * 9, "three", "tres", "four"]

@@ -8,9 +8,9 @@ import pytest
 from tiny_run import make_config
 
 from llama_jax.config import MeshConfig
-from llama_jax.parallel.sharding import make_mesh
-from llama_jax.training import introduction as module
-from llama_jax.training.introduction import introduction
+from llama_jax.distributed.mesh import make_mesh
+from llama_jax.training import summary as module
+from llama_jax.training.summary import introduction
 
 SPLIT = SimpleNamespace(tokens=5120)
 DATA = SimpleNamespace(path="tokens", splits={"train": SPLIT, "validation": SPLIT})

@@ -10,7 +10,7 @@ import pytest
 import reference
 
 from llama_jax.config import MeshConfig
-from llama_jax.parallel.sharding import make_mesh
+from llama_jax.distributed.mesh import make_mesh
 from llama_jax.training import loss
 from llama_jax.training.loss import summed_loss, summed_nll
 

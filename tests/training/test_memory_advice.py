@@ -6,10 +6,9 @@ import pytest
 from tiny_run import make_config
 
 from llama_jax.errors import UsageError
-from llama_jax.instruments.chips import CHIPS
-from llama_jax.instruments.slices import machine_name
+from llama_jax.hardware.accelerators import CHIPS, machine_name
 from llama_jax.planning.targets import parse_target
-from llama_jax.training.memory_advice import memory_advice
+from llama_jax.training.summary import memory_advice
 
 
 def mesh(data=1, fsdp=1, tensor=1, kind="cpu"):

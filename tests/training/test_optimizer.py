@@ -12,11 +12,11 @@ import pytest
 from tiny_checkpoints import abstract as abstract_arrays
 from tiny_model import make_model
 
-from llama_jax.checkpoints.reader import restore
-from llama_jax.checkpoints.writer import CheckpointWriter
+from llama_jax.checkpoints.restore import restore
+from llama_jax.checkpoints.save import CheckpointWriter
 from llama_jax.config import MeshConfig, ModelConfig, OptimizerConfig
-from llama_jax.model import abstract
-from llama_jax.parallel.sharding import make_mesh, shardings
+from llama_jax.distributed.mesh import make_mesh, shardings
+from llama_jax.model.transformer import abstract
 from llama_jax.training.optimizer import is_matrix, learning_rate_schedule, make_optimizer
 
 CONFIG = OptimizerConfig(

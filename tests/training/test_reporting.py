@@ -5,13 +5,12 @@ import jax.numpy as jnp
 import pytest
 from tiny_run import make_config
 
-from llama_jax.instruments import goodput
-from llama_jax.instruments.device_memory import MemoryUse
-from llama_jax.instruments.flops import flops_per_token
-from llama_jax.instruments.goodput import Earlier, StepClock
-from llama_jax.training import reporting
-from llama_jax.training.reporting import Reporter
-from llama_jax.training.train_step import StepMetrics
+from llama_jax.hardware.accelerators import MemoryUse
+from llama_jax.hardware.flops import flops_per_token
+from llama_jax.training import metrics as goodput
+from llama_jax.training import metrics as reporting
+from llama_jax.training.metrics import Earlier, Reporter, StepClock
+from llama_jax.training.step import StepMetrics
 
 
 class Written(list):

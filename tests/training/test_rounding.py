@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.training.rounding import round_at_random
+from llama_jax.training.optimizer import round_at_random
 
 MANY = 2**16
 

@@ -10,18 +10,20 @@ import jax.numpy as jnp
 import pytest
 from tiny_run import make_config, make_tokens, quick_runs
 
-from llama_jax import remat
-from llama_jax.checkpoints import reader
-from llama_jax.checkpoints.steps import finished_steps
-from llama_jax.data.tokens import TokenFolder
-from llama_jax.errors import NonFiniteLossError, UsageError, UserError
-from llama_jax.instruments.metrics import read_metrics
-from llama_jax.out_of_memory import OutOfMemoryError
-from llama_jax.processes.stop_signal import StopSignal
-from llama_jax.training import reporting, run, run_batches, trainer
+from llama_jax.checkpoints import restore as reader
+from llama_jax.checkpoints.restore import finished_steps
+from llama_jax.data import loader as run_batches
+from llama_jax.data.token_folder import TokenFolder
+from llama_jax.distributed.preemption import StopSignal
+from llama_jax.errors import NonFiniteLossError, OutOfMemoryError, UsageError, UserError
+from llama_jax.model import execution as remat
+from llama_jax.training import loop as trainer
+from llama_jax.training import metrics as reporting
+from llama_jax.training import run
+from llama_jax.training.loop import Trainer
+from llama_jax.training.metrics import read_metrics
 from llama_jax.training.profiling import Window
 from llama_jax.training.run import fit
-from llama_jax.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module", autouse=True)

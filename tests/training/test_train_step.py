@@ -10,19 +10,20 @@ import numpy as np
 import pytest
 from tiny_model import TINY
 
-from llama_jax import model as model_module
 from llama_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
-from llama_jax.data.batches import Batch
+from llama_jax.data.loader import Batch
+from llama_jax.distributed.mesh import make_mesh
 from llama_jax.errors import UsageError
-from llama_jax.instruments.collectives import collectives
-from llama_jax.parallel.sharding import make_mesh
-from llama_jax.training.programs import (
+from llama_jax.hardware.hlo import collectives
+from llama_jax.model import transformer as model_module
+from llama_jax.training.step import (
+    abstract_state,
+    init_state,
     jit_evaluation_step,
     jit_init,
     jit_train_step,
     state_shardings,
 )
-from llama_jax.training.train_step import abstract_state, init_state
 
 B, T = 16, 11
 V = 54  # even, to lie along a tensor axis of 2

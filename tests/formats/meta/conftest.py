@@ -5,7 +5,7 @@ import shutil
 import pytest
 from meta_folders import MANY_HEADS, untied
 
-from llama_jax.formats import meta
+from llama_jax.formats.meta import model as meta
 
 
 @pytest.fixture(scope="module")

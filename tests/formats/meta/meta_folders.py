@@ -6,7 +6,9 @@ import pytest
 from tiny_weights import tiny_weights
 
 from llama_jax.errors import UserError
-from llama_jax.formats import meta, torch_file, torch_writer
+from llama_jax.formats.meta import model as meta
+from llama_jax.formats.torch import reader as torch_file
+from llama_jax.formats.torch import writer as torch_writer
 from llama_jax.formats.weights import Tensor
 
 MANY_HEADS = {"dim": 96, "num_heads": 16, "num_kv_heads": 8, "vocab_size": 288}

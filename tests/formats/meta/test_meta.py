@@ -8,7 +8,8 @@ from meta_folders import MANY_HEADS, refused, rewrite, untied
 from tiny_weights import same, tiny_vocabulary, tiny_weights
 
 from llama_jax.errors import UserError
-from llama_jax.formats import meta, torch_file
+from llama_jax.formats.meta import model as meta
+from llama_jax.formats.torch import reader as torch_file
 from llama_jax.formats.weights import DTYPES, Tensor
 
 

@@ -11,7 +11,8 @@ from tiny_weights import same
 
 from llama_jax.config import ModelConfig, RopeScaling
 from llama_jax.errors import UserError
-from llama_jax.formats import meta, meta_params
+from llama_jax.formats.meta import model as meta
+from llama_jax.formats.meta import params as meta_params
 
 
 def configured(folder, remove=(), **changes):

@@ -7,7 +7,7 @@ import pytest
 from meta_folders import refused, rewrite, untied
 from tiny_weights import same
 
-from llama_jax.formats import meta
+from llama_jax.formats.meta import model as meta
 
 
 def test_a_single_file_of_any_name(folder):

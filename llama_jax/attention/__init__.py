@@ -1,1 +1,0 @@
-"""Grouped-query attention, into a cache or within whole sequences by one of several kernels."""

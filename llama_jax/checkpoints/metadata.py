@@ -1,0 +1,132 @@
+"""What a checkpoint folder holds, told in its `config.json`: a run, or a converted model.
+
+Knows neither arrays nor whether the folder is in use.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from llama_jax.config import Config, ModelConfig, parse
+from llama_jax.errors import UserError
+from llama_jax.quantization import Quantization
+
+CONFIG = "config.json"
+RUN_KIND, MODEL_KIND, VERSION = "llama_jax run", "llama_jax model", 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Description:
+    """What any checkpoint folder says of its model."""
+
+    model: ModelConfig
+    bos: bool  # documents it learnt from begin with BOS
+    eos: bool  # they end with EOS
+    quantization: Quantization | None = None  # how its matrices are stored; None: as floats
+    chat_template: str = ""  # a key of `chat.TEMPLATES`, or "none"; "": nobody said
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run's folder says of it."""
+
+    config: Config
+    bos: bool  # documents it learnt from begin with BOS
+    eos: bool  # they end with EOS
+
+
+def read_run(folder: Path) -> Run:
+    """The run that a folder holds.
+
+    Raises:
+      UserError: when the folder is missing, holds no run, or its description is damaged.
+    """
+    found = _read(folder)
+    if isinstance(found, Run):
+        return found
+    what = f"{folder} holds a converted model, not a run"
+    if found is None:
+        what = f"{folder / CONFIG} is damaged: it describes no {RUN_KIND}"
+    raise UserError(f"{what}; choose another folder with --config.run.checkpoint_dir=…")
+
+
+def read_description(folder: Path) -> Description:
+    """The model that a folder holds, a run's or a converted one.
+
+    Raises:
+      UserError: when the folder is missing, holds neither, or its description is damaged.
+    """
+    found = _read(folder)
+    if found is None:
+        raise UserError(f"{folder} is of Hugging Face's format; convert it with convert.py")
+    if isinstance(found, Run):
+        return Description(model=found.config.model, bos=found.bos, eos=found.eos)
+    return found
+
+
+def write_run(folder: Path, run: Run) -> None:
+    """Describe the run that a folder is to hold."""
+    _write(folder / CONFIG, RUN_KIND, run)
+
+
+def write_description(folder: Path, description: Description) -> None:
+    """Describe the converted model that a new folder is to hold."""
+    _write(folder / CONFIG, MODEL_KIND, description)
+
+
+def _read(folder: Path) -> Run | Description | None:
+    """What a folder's `config.json` describes; None: a model of Hugging Face's."""
+    path = folder / CONFIG
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; make a checkpoint folder of it with convert.py")
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist; expected a checkpoint folder")
+    if not path.is_file():
+        raise UserError(
+            f"{folder} holds no run (it has no {CONFIG}); train one with train.py, or convert"
+            " another project's weights with convert.py"
+        )
+    try:
+        tree = json.loads(path.read_bytes())
+        is_foreign = "model_type" in tree and "kind" not in tree
+        return None if is_foreign else _parsed(tree)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}; restore it from a copy") from error
+
+
+def _parsed(tree: dict[str, Any]) -> Run | Description:
+    if tree["version"] != VERSION or tree["kind"] not in (RUN_KIND, MODEL_KIND):
+        raise ValueError(f"it describes neither a run nor a model of version {VERSION}")
+    separators = {name: bool(tree[name]) for name in ("bos", "eos")}
+    if tree["kind"] == MODEL_KIND:
+        return _model_parsed(tree, separators)
+    return Run(config=parse(Config, tree["config"]), **separators)
+
+
+def _model_parsed(tree: dict[str, Any], separators: dict[str, bool]) -> Description:
+    quantization, template = tree.get("quantization"), tree.get("chat_template", "")
+    if not isinstance(template, str):
+        raise ValueError(f"chat_template={template!r} is not text")
+    return Description(
+        model=parse(ModelConfig, tree["model"], "model."),
+        quantization=quantization and parse(Quantization, quantization, "quantization."),
+        chat_template=template,
+        **separators,
+    )
+
+
+def _write(path: Path, kind: str, content: Run | Description) -> None:
+    tree = {"kind": kind, "version": VERSION, **dataclasses.asdict(content)}
+    write_atomically(path, (json.dumps(tree, indent=1) + "\n").encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file in one step: a reader sees the old or the new, never half."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -1,1 +1,0 @@
-"""From any format to any other, proven equal."""

@@ -1,0 +1,68 @@
+"""The words that many plots share: who is in a story, how it opens, and the days it happens on."""
+
+from llama_jax.data.stories.grammar import Table, script, table
+
+# fmt: off
+GIRLS = (
+    "Lily", "Mia", "Anna", "Sue", "Emma", "Nora", "Ella", "Amy", "Zoe", "Ruby", "Lucy", "Molly",
+    "Clara", "Maya", "Ida", "Dot", "Hazel", "Penny", "Bella",
+)
+BOYS = (
+    "Tim", "Ben", "Tom", "Max", "Sam", "Leo", "Jack", "Finn", "Noah", "Oliver", "Henry", "Theo",
+    "Eli", "Oscar", "Hugo", "Pip", "Rusty", "Chip", "Otto",
+)
+# fmt: on
+
+
+def cast(first: str, second: str, elder: str = "Mom") -> Table:
+    """Who is in the stories of a plot: two children, either of whom may be the hero, and an elder.
+
+    A plot has its children to itself, as in a series of picture books. They take different
+    pronouns, so that "he" and "she" are never in doubt; grown-ups have none at all.
+    """
+
+    def row(hero: str, friend: str) -> str:
+        girl, boy = "she / her / her", "he / him / his"
+        he, child, friend_he = (girl, "girl", boy) if hero in GIRLS else (boy, "boy", girl)
+        return f"{hero} / {he} / {child} / {friend} / {friend_he} / {elder}"
+
+    slots = "hero / he / him / his / child / friend / friend_he / friend_him / friend_his / elder"
+    return table("\n".join([slots, row(first, second), row(second, first)]))
+
+
+HOMES = table(
+    """
+    trait / home
+    little, kind, happy, curious, cheerful, gentle, clever, lively, playful, sweet, young, good \
+    / a small house, a cozy house, a quiet village, a little town, a big city, a tall house, \
+    a red house, a farm house, a white house
+    """
+)
+
+OPENING = script(
+    """
+    - Once upon a time, there was {a trait} {child} named {hero}.
+    - Once upon a time, there lived {a trait} {child} named {hero}.
+    - Once upon a time, {a trait} {child} named {hero} lived in {home}.
+    - There once was {a trait} {child} named {hero}.
+    - {hero} was {a trait} {child} who lived in {home}.
+    """
+)
+
+FAIR_DAYS = table(
+    """
+    day
+    sunny day, warm day, bright morning, warm afternoon, fine spring day, summer day, \
+    lovely morning, quiet Sunday, cool autumn day, Saturday morning
+    """
+)
+
+ANIMAL_OPENING = script(
+    """
+    - Once upon a time, when animals could talk, there was {a trait} {animal} named {hero}.
+    - Once upon a time, when animals could talk, there lived {a trait} {animal} named {hero}.
+    - Once upon a time, when animals could talk, {a trait} {animal} named {hero} lived {den}.
+    - There once was {a trait} {animal} named {hero}.
+    - {hero} was {a trait} {animal} who lived {den}.
+    """
+)

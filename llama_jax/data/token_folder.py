@@ -1,0 +1,339 @@
+"""A token folder: the tokens of a corpus on disk, memory-mapped, with all that explains them.
+
+    meta.json                    what follows, with counts, hashes and a fingerprint of it all
+    tokenizer.model              the SentencePiece model that made the tokens
+    train-00000.bin              tokens: uint16 (vocabulary up to 65,536) or uint32, little-endian
+    train-00000.documents.npy    uint64: where in that shard documents start
+    validation-00000.bin         ...
+
+Documents follow one another, each after BOS or before EOS as meta.json says. All shards of a split
+but the last have the same length, so a document may go on in the next. Knows neither text nor
+batches; `token_writer` writes such folders.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from llama_jax.errors import UserError
+
+META, TOKENIZER = "meta.json", "tokenizer.model"
+KIND, VERSION = "llama_jax tokens", 1
+SPLITS: tuple[str, ...] = ("train", "validation")
+AGAIN = "remove the folder and prepare it again"
+WHOLE = 64 * 2**20  # bytes; a folder up to this size is checked whole when opened
+SAMPLES, SAMPLE = 16, 2**16  # of larger ones, this many blocks of this many bytes of each shard
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One file of tokens."""
+
+    path: Path
+    tokens: int
+    documents: int  # that start in it
+    sha256: str  # of the whole file
+    sample_sha256: str  # of the blocks of `sample`
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Split:
+    """The training or validation part of a corpus."""
+
+    tokens: int
+    documents: int
+    characters: int  # of the text that the tokens stand for
+    shards: tuple[Shard, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)  # hashed as an object: a key of caches
+class TokenFolder:
+    """A token folder whose files have been checked; made by `TokenFolder.open`."""
+
+    path: Path
+    dtype: np.dtype[Any]  # of the tokens on disk
+    vocab_size: int
+    tokenizer_sha256: str
+    bos: bool  # BOS stands before each document
+    eos: bool  # EOS stands after each document
+    source: str  # where the text came from, in words
+    splits: Mapping[str, Split]  # "train" and "validation"
+    fingerprint: str  # equal for two folders exactly if they hold the same tokens
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "TokenFolder":
+        """Read a folder's description, and check its files against it.
+
+        Folders up to 64 MiB are checked whole; of larger ones all sizes, and sampled blocks of
+        every shard.
+
+        Raises:
+          UserError: if the folder is missing, damaged, or changed since it was written.
+        """
+        folder = _described(Path(path))
+        tokenizer = folder.tokenizer_path
+        if not tokenizer.is_file():
+            raise UserError(f"{tokenizer} is missing; {AGAIN}")
+        if hashlib.sha256(tokenizer.read_bytes()).hexdigest() != folder.tokenizer_sha256:
+            raise UserError(f"{tokenizer} is not the tokenizer of these tokens; {AGAIN}")
+        shards = [shard for split in folder.splits.values() for shard in split.shards]
+        for shard in shards:
+            _check_size(folder, shard)
+        is_small = sum(shard.tokens for shard in shards) * folder.dtype.itemsize <= WHOLE
+        for shard in shards:
+            _check_content(folder, shard, is_small)
+        return folder
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The SentencePiece model of the tokens."""
+        return self.path / TOKENIZER
+
+    def arrays(self, split: str) -> tuple[np.ndarray, ...]:
+        """The tokens of each shard of a split, memory-mapped, read-only.
+
+        Nobody may shorten the files while they are in use: the operating system then kills the
+        reader (SIGBUS).
+        """
+        return tuple(
+            np.memmap(shard.path, dtype=self.dtype, mode="r") for shard in self.splits[split].shards
+        )
+
+    def document_starts(self, split: str) -> tuple[np.ndarray, ...]:
+        """For each shard of a split, the positions (uint64) at which documents start."""
+        shards = self.splits[split].shards
+        return tuple(np.load(starts_path(shard.path), mmap_mode="r") for shard in shards)
+
+
+def starts_path(shard: Path) -> Path:
+    """The file with the document starts of a shard."""
+    return shard.with_suffix(".documents.npy")
+
+
+def fingerprint(meta: Mapping[str, Any]) -> str:
+    """The hash of a description without its own fingerprint and the words about the source."""
+    told = {key: value for key, value in meta.items() if key not in ("fingerprint", "source")}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def sample(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Blocks spread evenly over a file, first and last included, each with its position."""
+    last = max(0, path.stat().st_size - SAMPLE + 7) // 8 * 8
+    with path.open("rb") as stream:
+        for index in range(SAMPLES):
+            stream.seek(last * index // (SAMPLES - 1) // 8 * 8)
+            yield stream.tell(), stream.read(SAMPLE)
+
+
+def sample_hash(path: Path) -> str:
+    """The hash of a file's `sample`."""
+    return hashlib.sha256(b"".join(block for _, block in sample(path))).hexdigest()
+
+
+def _described(path: Path) -> TokenFolder:
+    """A folder as its meta.json describes it, unchecked."""
+    make = f"make it with: python prepare.py TEXT --output {path}"
+    if not (path / META).is_file():
+        raise UserError(f"{path} has no {META}; {make}")
+    damaged = f"{path / META} is damaged; {AGAIN}"
+    try:
+        meta = json.loads((path / META).read_bytes())
+        if (meta["kind"], meta["version"]) != (KIND, VERSION):
+            found = f"{meta['kind']!r} version {meta['version']!r}"
+            raise UserError(f"{path / META} is {found}; expected {KIND!r} version {VERSION}")
+        if fingerprint(meta) != meta["fingerprint"]:
+            raise UserError(damaged)
+        return TokenFolder(
+            path=path,
+            dtype=np.dtype(meta["dtype"]).newbyteorder("<"),
+            vocab_size=meta["vocab_size"],
+            tokenizer_sha256=meta["tokenizer_sha256"],
+            bos=meta["bos"],
+            eos=meta["eos"],
+            source=meta["source"],
+            splits={name: _split(path, meta["splits"][name]) for name in SPLITS},
+            fingerprint=meta["fingerprint"],
+        )
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise error if isinstance(error, UserError) else UserError(damaged) from error
+
+
+def _split(folder: Path, split: Mapping[str, Any]) -> Split:
+    """A split from its part of meta.json."""
+    shards = [
+        Shard(path=folder / Path(shard["file"]).name, **{k: shard[k] for k in shard if k != "file"})
+        for shard in split["shards"]
+    ]
+    return Split(**{**split, "shards": tuple(shards)})
+
+
+def _check_size(folder: TokenFolder, shard: Shard) -> None:
+    """Refuse a shard that is missing or not as long as its description says."""
+    for path in (shard.path, starts_path(shard.path)):
+        if not path.is_file():
+            raise UserError(f"{path} is missing; {AGAIN}")
+    size, expected = shard.path.stat().st_size, shard.tokens * folder.dtype.itemsize
+    if size != expected:
+        tokens = f"{shard.tokens:,} tokens of {folder.dtype.itemsize} bytes"
+        raise UserError(f"{shard.path} has {size:,} bytes; expected {tokens}; {AGAIN}")
+
+
+def _check_content(folder: TokenFolder, shard: Shard, whole: bool) -> None:
+    """Refuse a shard with ids outside the vocabulary, or other than when it was written."""
+    digest = hashlib.sha256()
+    for start, block in [(0, shard.path.read_bytes())] if whole else sample(shard.path):
+        tokens = np.frombuffer(block, folder.dtype)
+        if len(tokens) and tokens.max() >= folder.vocab_size:
+            at = int(np.argmax(tokens >= folder.vocab_size))
+            where = f"id {tokens[at]} at position {start // folder.dtype.itemsize + at:,}"
+            limit = f"the vocabulary ends at {folder.vocab_size - 1}"
+            raise UserError(f"{shard.path} has {where}, but {limit}; {AGAIN}")
+        digest.update(block)
+    if digest.hexdigest() != (shard.sha256 if whole else shard.sample_sha256):
+        raise UserError(f"{shard.path} is not what was written; {AGAIN}")
+
+
+# Writes a token folder (see `tokens`), shard by shard, in little memory.
+#
+# Does not know where the tokens come from, nor how the folder gets its final name.
+
+LARGEST_UINT16_VOCAB = 2**16  # pieces
+
+
+@dataclasses.dataclass
+class _OpenShard:
+    """The shard that a split is being written to."""
+
+    path: Path
+    stream: BinaryIO
+    digest: Any
+    tokens: int = 0
+    starts: list[np.ndarray] = dataclasses.field(default_factory=list)
+
+
+class TokenWriter:
+    """Takes tokens in order and leaves shards; `finish` writes the description."""
+
+    def __init__(self, folder: Path, vocab_size: int, shard_tokens: int) -> None:
+        """Write to an existing folder that already has its tokenizer; shards of `shard_tokens`."""
+        self._folder = folder
+        self._vocab_size = vocab_size
+        self._dtype = np.dtype("<u2" if vocab_size <= LARGEST_UINT16_VOCAB else "<u4")
+        self._shard_tokens = shard_tokens
+        self._open: dict[str, _OpenShard] = {}
+        self._shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+        self._characters = dict.fromkeys(SPLITS, 0)
+
+    def add(self, split: str, tokens: np.ndarray, starts: np.ndarray, characters: int) -> None:
+        """Append tokens to a split; documents start at the positions `starts` among them."""
+        self._characters[split] += characters
+        while len(tokens):
+            shard = self._open.get(split) or self._new_shard(split)
+            room = self._shard_tokens - shard.tokens
+            data = tokens[:room].astype(self._dtype).tobytes()
+            shard.stream.write(data)
+            shard.digest.update(data)
+            shard.starts.append(starts[starts < room] + shard.tokens)
+            shard.tokens += min(room, len(tokens))
+            tokens, starts = tokens[room:], starts[starts >= room] - room
+            if shard.tokens == self._shard_tokens:
+                self._close_shard(split)
+
+    def finish(self, bos: bool, eos: bool, source: str) -> None:
+        """Close the shards and write meta.json, which makes the folder complete."""
+        for split in list(self._open):
+            self._close_shard(split)
+        tokenizer = (self._folder / TOKENIZER).read_bytes()
+        meta = {
+            "kind": KIND,
+            "version": VERSION,
+            "source": source,
+            "dtype": self._dtype.name,
+            "vocab_size": self._vocab_size,
+            "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
+            "bos": bos,
+            "eos": eos,
+            "splits": {split: self._totals(split) for split in SPLITS},
+        }
+        meta["fingerprint"] = fingerprint(meta)
+        (self._folder / META).write_text(json.dumps(meta, indent=2) + "\n")
+
+    def close(self) -> None:
+        """Let go of open files; for a writer that will not finish."""
+        for shard in self._open.values():
+            shard.stream.close()
+
+    def _new_shard(self, split: str) -> _OpenShard:
+        path = self._folder / f"{split}-{len(self._shards[split]):05d}.bin"
+        self._open[split] = _OpenShard(path, path.open("wb"), hashlib.sha256())
+        return self._open[split]
+
+    def _close_shard(self, split: str) -> None:
+        shard = self._open.pop(split)
+        shard.stream.close()
+        starts = np.concatenate(shard.starts).astype("<u8")
+        np.save(starts_path(shard.path), starts)
+        self._shards[split].append(
+            {
+                "file": shard.path.name,
+                "tokens": shard.tokens,
+                "documents": len(starts),
+                "sha256": shard.digest.hexdigest(),
+                "sample_sha256": sample_hash(shard.path),
+            }
+        )
+
+    def _totals(self, split: str) -> dict[str, Any]:
+        shards = self._shards[split]
+        return {
+            "tokens": sum(shard["tokens"] for shard in shards),
+            "documents": sum(shard["documents"] for shard in shards),
+            "characters": self._characters[split],
+            "shards": shards,
+        }
+
+
+# Where the documents of a token folder start, read and checked.
+#
+# Does not know what documents are for.
+
+
+def document_starts(folder: TokenFolder, split: str) -> np.ndarray:
+    """Where the documents of a split start, counted over all its files, as int64.
+
+    Raises:
+      UserError: if the folder does not tell, or tells what cannot be.
+    """
+    positions, before = [], 0
+    for shard in folder.splits[split].shards:
+        positions.append(_starts_in(shard) + before)
+        before += shard.tokens
+    starts = np.concatenate(positions) if positions else np.zeros(0, np.int64)
+    if before and starts[:1].tolist() != [0]:
+        raise UserError(
+            f"the {split} split of {folder.path} does not say where its documents start, so they"
+            " cannot be packed; prepare it again, or set --config.data.packing=none"
+        )
+    return starts
+
+
+def _starts_in(shard: Shard) -> np.ndarray:
+    """The positions at which documents start in one file, as int64."""
+    path = starts_path(shard.path)
+    try:
+        starts = np.load(path)
+        is_sane = (starts.dtype, starts.shape) == (np.dtype("<u8"), (shard.documents,))
+    except (ValueError, EOFError, OSError, AttributeError):
+        is_sane = False
+    if is_sane:
+        starts = starts.astype(np.int64)
+        is_sane = bool((np.diff(starts, prepend=-1, append=shard.tokens) > 0).all())
+    if not is_sane:
+        raise UserError(f"{path} is damaged; {AGAIN}")
+    return starts

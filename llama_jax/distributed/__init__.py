@@ -1,0 +1,1 @@
+"""Device meshes, sharding, data parallelism and runs of several processes."""

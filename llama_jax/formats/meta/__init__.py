@@ -1,0 +1,1 @@
+"""Meta's release folders: params.json and consolidated.NN.pth."""

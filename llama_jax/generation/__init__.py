@@ -1,1 +1,0 @@
-"""Prompts in, tokens and texts out: the engine, and what is asked of it."""

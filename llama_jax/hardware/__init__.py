@@ -1,0 +1,1 @@
+"""Accelerators, their memory and speed, and the programs compiled for them."""

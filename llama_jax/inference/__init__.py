@@ -1,0 +1,1 @@
+"""Generation: requests, the engine, prefill and decode loops, sampling and scoring."""

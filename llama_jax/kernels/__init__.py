@@ -1,0 +1,1 @@
+"""Implementations chosen by backend: attention kernels, matmuls and int4 storage."""

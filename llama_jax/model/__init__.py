@@ -1,0 +1,1 @@
+"""The Llama model as mathematics: modules, attention, positions and the key/value cache."""

@@ -1,1 +1,0 @@
-"""Arrays over a mesh of devices: where they lie, and what is sent when."""

@@ -1,1 +1,0 @@
-"""What sample.py asks and shows on a terminal."""

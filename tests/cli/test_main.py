@@ -1,0 +1,111 @@
+"""Flags in, one-line errors and exit codes out."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from llama_jax.cli import main as cli
+from llama_jax.cli.main import Parser
+from llama_jax.errors import UsageError
+
+
+def door(body, *words, **options):
+    """Run a door whose main has this body, in a process of its own."""
+    script = "import sys\nfrom llama_jax.cli.main import run, Parser\n"
+    script += "from llama_jax.errors import *\n"
+    script += f"def main(argv):\n{textwrap.indent(body, '    ')}\nrun(main)"
+    options = {"capture_output": True, "text": True, "timeout": 60} | options
+    return subprocess.run([sys.executable, "-c", script, *words], **options)
+
+
+@pytest.fixture(autouse=True)
+def findable(monkeypatch):
+    """Doors in processes of their own find the package."""
+    package = sys.modules["llama_jax"].__path__[0]
+    monkeypatch.setenv("PYTHONPATH", package.removesuffix("llama_jax"))
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "line"),
+    [
+        ("print('done')", 0, ""),
+        ("return 5", 5, ""),
+        ("raise UserError('bad\\n  file')", 1, "error: bad file\n"),
+        ("raise UsageError('bad flag')", 2, "error: bad flag\n"),
+        ("raise NonFiniteLossError('loss is nan')", 3, "error: loss is nan\n"),
+        ("open('absent')", 1, "error: No such file or directory: absent\n"),
+        ("raise KeyboardInterrupt", 130, ""),
+        ("Parser().parse_args(argv)", 0, ""),
+    ],
+)
+def test_a_door_ends_with_a_code_and_at_most_one_line(body, code, line):
+    done = door(body)
+    assert (done.returncode, done.stderr) == (code, line)
+
+
+def test_debug_shows_the_traceback_and_is_no_word_of_the_doors():
+    done = door("print(argv)\nraise UserError('bad')", "a", "--debug", "b")
+    assert done.stdout == "['a', 'b']\n"
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "UserError: bad" in done.stderr
+
+
+def test_a_fault_of_ours_keeps_its_traceback():
+    done = door("return {}['x']")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("lines", [1, 9999])  # found out when flushing, and while printing
+def test_a_reader_that_leaves_is_no_error(lines):
+    script = "import sys\nfrom llama_jax.cli.main import run\nsys.stdin.read()\n"
+    script += f"run(lambda argv: [print('x' * 80) for _ in range({lines})] and 0)"
+    command, pipe = [sys.executable, "-c", script], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+def test_a_full_device_is_explained():
+    line = cli.one_line(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9663676416"))
+    assert line.startswith("out of memory: 9.0 GiB more were needed; when sampling, try --quantize")
+    assert cli.one_line(RuntimeError("else")) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--temprature=1"], "'--temprature=1' is not understood; did you mean '--temperature'?"),
+        (["--temp=1"], "'--temp=1' is not understood"),
+        (["--zzz"], "'--zzz' is not understood; see --help"),
+        (["--temperature=hot"], "invalid float value: 'hot'; see --help"),
+    ],
+)
+def test_the_parser_names_the_nearest_flag(words, says):
+    parser = Parser()
+    parser.add_argument("--temperature", type=float, default=1.0)
+    with pytest.raises(UsageError) as error:
+        parser.parse_args(words)
+    assert says in str(error.value)
+
+
+def test_a_misspelt_flag_beside_the_configs_is_named_and_the_configs_are_left_alone():
+    parser = Parser()
+    parser.add_argument("--profile")
+    parser.add_argument("--help_config_section")
+    words = ["--config=a.py", "--config.run.profile=1", "--noconfig.run.profile", "--steps=3", "x"]
+    assert parser.parse_known_args(words)[1] == words
+    with pytest.raises(UsageError, match="'--profil=1:2' is not understood; did you mean '--prof"):
+        parser.parse_known_args([*words, "--profil=1:2"])
+
+
+@pytest.mark.parametrize("value", ["-1:2", "-.5", "-1"])
+def test_a_value_may_begin_like_a_negative_number(value):
+    parser = Parser()
+    parser.add_argument("--profile")
+    assert parser.parse_args(["--profile", value]).profile == value

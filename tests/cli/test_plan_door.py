@@ -1,0 +1,80 @@
+"""The door plan.py as a user meets it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llama_jax.cli import plan
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def refused(words, capsys):
+    """The exit code and the one line on stderr."""
+    from llama_jax.cli import main as cli
+
+    argv, sys.argv = sys.argv, ["plan.py", *words]
+    try:
+        with pytest.raises(SystemExit) as left:
+            cli.run(plan.main)
+    finally:
+        sys.argv = argv
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    return left.value.code, err
+
+
+def test_a_laptop_learns_at_once_whether_a_run_fits():
+    words = ["--config", "configs/7b.py", "--target", "v5p-64", "--fast"]
+    command = [sys.executable, "plan.py", *words, "--config.optimizer.accumulation_steps=32"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("v5p-64: 32 × TPU v5p, slice 2x4x4\n")
+    assert "32 microbatches of 1 a chip" in done.stdout and "\nfits: " in done.stdout
+
+
+def test_sampling_is_planned_too(capsys):
+    words = ["--target=v5e-8", "--mode=decode", "--batch=8", "--quantize=int8", "--fast"]
+    assert plan.main(["--config=configs/15m.py", *words]) == 0
+    assert "8 texts × 256 tokens; weights int8" in capsys.readouterr().out
+
+
+def test_a_search_lists_flags(capsys):
+    assert plan.main(["--config=configs/demo.py", "--target=v6e-8", "--search", "--fast"]) == 0
+    assert "--config.run.remat=block" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--fast"], "--target is missing"),
+        (["--target", "v5x-8", "--fast"], "did you mean"),
+        (["--target", "v5e-8", "--fsat"], "'--fsat' is not understood"),
+        (["--target", "v5e-8", "--fast", "--config.mesh.tensor=3"], "do not arrange 8 devices"),
+        (["--target", "v5e-8", "--fast", "--config.mesh.fsdp=8", "--config.mesh.data=1",
+          "--config.data.batch_size=4"], "does not divide"),
+        (["--target", "v5e-8", "--fast", "--config", "configs/9b.py"], "does not exist"),
+        (["--target", "v5e-1", "--fast", "--mode", "decode", "--context", "9000"], "out of range"),
+        (["--target", "v5e-1", "--mode", "guess"], "invalid choice"),
+        (["--target", "H200-1", "--fast", "--config.run.attention=splash"], "splash"),
+        (["--target", "v5e-1", "--fast", "--batch", "8"], "--batch is about sampling"),
+        (["--target", "v5e-1", "--search", "--mode", "decode"], "--search ranks ways to train"),
+        (["--table", "--bogus", "3", "--target", "nothing"], "leave out '--bogus'"),
+        (["--table", "--config", "configs/7b.py"], "leave out '--config'"),
+        (["--fast", "--table"], "leave out '--fast'"),
+        (["--table", "--search"], "leave out '--search'"),
+    ],
+)  # fmt: skip
+def test_mistakes_end_in_one_line(words, complaint, capsys):
+    code, line = refused(words, capsys)
+    assert code == 2 and complaint in line
+
+
+def test_without_libtpu_its_installation_is_named(capsys, monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, line = refused(["--target", "v5e-8", "--config.mesh.fsdp=1"], capsys)
+    assert code == 1 and "pip install '.[plan]'" in line

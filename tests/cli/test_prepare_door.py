@@ -1,0 +1,137 @@
+"""The door prepare.py as a user meets it: what it makes, and what it says to mistakes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llama_jax.data.token_folder import TokenFolder
+from llama_jax.text.tokenizer import train_tokenizer
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DOOR = [sys.executable, str(REPOSITORY / "prepare.py")]
+STORIES = [f"Story {n} of a small boat with {n * 7} red sails.\nThe end." for n in range(41)]
+
+
+def prepare(folder, *words):
+    """Run the door in a folder."""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "LLAMA_JAX_CACHE": "cache"}
+    return subprocess.run(
+        [*DOOR, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join(STORIES))
+    return tmp_path
+
+
+def test_a_text_becomes_a_token_folder(place):
+    done = prepare(place, "text.txt", "--output", "data/mine", "--vocab_size=300")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "train: 39 documents" in done.stdout
+    assert "written to data/mine" in done.stdout
+    folder = TokenFolder.open(place / "data" / "mine")
+    assert [split.documents for split in folder.splits.values()] == [39, 2]
+    assert sorted(path.name for path in (place / "data").iterdir()) == ["mine"]
+
+    tokenizer = "data/mine/tokenizer.model"
+    again = prepare(place, "text.txt", "--output=again", "--tokenizer", tokenizer, "--workers=1")
+    assert again.returncode == 0
+    assert TokenFolder.open(place / "again").fingerprint == folder.fingerprint
+
+
+def test_the_embedded_corpus_needs_no_flags(place):
+    done = prepare(place, "stories", "--stories=2000")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert TokenFolder.open(place / "data" / "stories").splits["train"].documents == 2000
+
+
+MISTAKES = {
+    (): (2, "required: input"),
+    ("text.txt",): (2, "--output is missing"),
+    ("missing.txt", "--output=out"): (1, "missing.txt does not exist"),
+    ("storys",): (1, "storys does not exist; did you mean 'stories'?"),
+    ("empty", "--output=out"): (1, "empty holds no text"),
+    ("blank.txt", "--output=out"): (1, "blank.txt holds no text but blanks"),
+    ("latin.txt", "--output=out"): (1, "latin.txt is not UTF-8: byte 0xe9 at position 3"),
+    ("bad.jsonl", "--output=out"): (1, "bad.jsonl:2 is not JSON"),
+    ("image.png", "--output=out"): (1, "image.png is of an unknown kind"),
+    ("text.txt", "--output=out"): (1, "vocab_size=4096 is too large"),
+    ("text.txt", "--output=out", "--vocab_size=9"): (1, "vocab_size=9 is too small"),
+    ("text.txt", "--output=out", "--vocab_size=0"): (2, "--vocab_size 0 is out of range"),
+    ("text.txt", "--output=out", "--vocab_size=x"): (2, "invalid int value"),
+    ("text.txt", "--output=text.txt"): (1, "text.txt exists already"),
+    ("text.txt", "--output=text.txt/out"): (1, "cannot write to text.txt/out"),
+    ("text.txt", "--output=out", "--tokenizer=none.model"): (1, "none.model does not exist"),
+    ("text.txt", "--output=out", "--tokenizer=text.txt"): (1, "not a SentencePiece model"),
+    ("text.txt", "--output=out", "--tokenizer=a", "--vocab_size=9"): (2, "exclude each other"),
+    ("text.txt", "--output=out", "--validation=1"): (2, "--validation 1.0 is no fraction"),
+    ("text.txt", "--output=out", "--validation=nan"): (2, "--validation nan is no fraction"),
+    ("text.txt", "--output=out", "--split_at="): (2, "--split_at needs one line"),
+    ("text.txt", "--output=out", "--shard_tokens=0"): (2, "--shard_tokens 0 is out of range"),
+    ("text.txt", "--output=out", "--workers=-1"): (2, "--workers -1 is out of range"),
+    ("text.txt", "--output=out", "--errors=ignore"): (2, "invalid choice: 'ignore'"),
+    ("text.txt", "--output=out", "--stories=9"): (2, "--stories is for the corpus"),
+    ("text.txt", "--output=out", "--vocabsize=9"): (2, "did you mean '--vocab_size'"),
+    ("stories", "--stories=0"): (2, "--stories 0 is out of range"),
+    ("stories", "--validation=0.1"): (2, "--validation is not for `stories`"),
+    ("shakespeare", "--split_at=none"): (2, "--split_at is for files of your own"),
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES, ids=" ".join)
+def test_a_mistake_is_one_line_and_leaves_nothing(place, words):
+    (place / "empty").mkdir()
+    (place / "blank.txt").write_text(" \n\ufeff"[:2])
+    (place / "latin.txt").write_bytes("café\n".encode("latin-1"))
+    (place / "bad.jsonl").write_text('{"text": "good"}\n{"text": \n')
+    (place / "image.png").write_bytes(b"\x89PNG")
+    before = sorted(place.rglob("*"))
+    done = prepare(place, *words)
+    code, message = MISTAKES[words]
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert done.stdout == ""
+    assert sorted(place.rglob("*")) == before
+
+
+def test_debug_shows_the_traceback(place):
+    done = prepare(place, "missing.txt", "--output=out", "--debug")
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_run_leaves_nothing_that_looks_finished(place, how):
+    train_tokenizer(STORIES, 300, place / "t.model")
+    (place / "large.txt").write_text("\n<|endoftext|>\n".join(STORIES * 20_000))
+    words = ["large.txt", "--output=data/large", "--tokenizer=t.model", "--workers=1"]
+    process = subprocess.Popen(
+        [*DOOR, *words],
+        cwd=place,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 30
+    while not list(place.glob("data/.large.partial-*/train-00000.bin")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(how)
+    stderr = process.communicate()[1]
+    assert process.returncode == (130 if how == signal.SIGINT else -how)
+    assert stderr == b""
+    assert not (place / "data" / "large").exists()
+    if how == signal.SIGINT:
+        assert not (place / "data").exists()
+
+    done = prepare(place, "text.txt", "--output=data/large", "--tokenizer=t.model")
+    assert done.returncode == 0
+    assert [path.name for path in (place / "data").iterdir()] == ["large"]
+    TokenFolder.open(place / "data" / "large")

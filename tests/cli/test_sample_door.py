@@ -1,0 +1,404 @@
+"""The door sample.py as a user meets it: what it writes where, and what it says to mistakes."""
+
+import dataclasses
+import io
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from llama_jax.checkpoints.run_folder import Run, describe
+from llama_jax.checkpoints.save import CheckpointWriter
+from llama_jax.cli import main as cli
+from llama_jax.cli import sample as sample_command
+from llama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
+from llama_jax.inference.request import SamplingOptions, Wishes
+from llama_jax.model.transformer import Llama
+from llama_jax.text.tokenizer import train_tokenizer
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DOOR = [sys.executable, str(REPOSITORY / "sample.py")]
+STORIES = [f"Tim had {n} red sails. The sea was blue and the sun was warm." for n in range(50)]
+SIZES = {"dim": 24, "num_layers": 1, "num_heads": 6, "num_kv_heads": 2, "tied_embeddings": False}
+SPEED = re.compile(r"\n\[first token after \d+\.\d\d s, then [\d,]+ tokens/s\]\n")
+FULL = "[stopped where the model's context is full]\n"
+ENOUGH = "[stopped after --max_tokens]\n"
+SHORT = ("--max_tokens=8", "--seed=1", "--top_p=1")
+TWO = ("--prompt=Tim had", "--prompt=", "--max_tokens=40", "--seed=3")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a run in ckpt/ that has learnt nothing, and a tokenizer of another size."""
+    folder = tmp_path_factory.mktemp("place")
+    tokenizer = train_tokenizer(STORIES, 300, folder / "t.model")
+    train_tokenizer(STORIES, 290, folder / "other.model")
+    config = Config(
+        model=ModelConfig(vocab_size=tokenizer.vocab_size, context_length=48, **SIZES),
+        data=DataConfig(path="data", batch_size=1, sequence_length=2),
+        optimizer=OptimizerConfig(steps=1, learning_rate=1e-3, warmup_steps=0),
+    )
+    (folder / "ckpt").mkdir()
+    describe(folder / "ckpt", Run(config=config, bos=True, eos=False), tokenizer.path)
+    nothing = {"count": jnp.int32(0)}
+    writer = CheckpointWriter(folder / "ckpt", keep_last=2)
+    for step in (5, 10):
+        writer.save(step, Llama(config.model, rngs=nnx.Rngs(step)), nothing, {}, 1.0)
+    writer.close()
+    return folder
+
+
+@pytest.fixture
+def sample(place, monkeypatch, capsys, tmp_path):
+    """Run the door in this process; returns exit code, stdout and stderr."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(jax.config, "update", lambda *setting: None)  # no cache for other tests
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["sample.py", *words])
+        with pytest.raises(SystemExit) as end:
+            cli.run(sample_command.main)
+        return end.value.code, *capsys.readouterr()
+
+    return run
+
+
+def in_another_process(place, *words, pipe=""):
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": ""}
+    environment |= {"LLAMA_JAX_CACHE": str(place / "cache")}
+    command = f"{shlex.join([*DOOR, *words])} {pipe}; exit ${{PIPESTATUS[0]}}"
+    return subprocess.run(
+        ["bash", "-c", command],
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_flags_are_by_default_what_the_library_has():
+    parser = sample_command.parser()
+    for kind in (SamplingOptions, Wishes):
+        for field in dataclasses.fields(kind):
+            if field.default is not dataclasses.MISSING and field.name not in ("stop", "n"):
+                assert parser.get_default(field.name) == field.default, field.name
+
+
+def test_text_goes_to_stdout_and_nothing_else_does(place):
+    first = in_another_process(place, *TWO)
+    assert first.returncode == 0, first.stderr
+    told, untold = first.stdout.removesuffix("\n").split("\n\n")
+    assert told.startswith("Tim had") and len(told) > 7 and untold
+    assert SPEED.match(first.stderr)
+    said = SPEED.sub("", first.stderr).splitlines()
+    assert all(re.fullmatch(r"\[sample [12]: stopped [^]]+\]", line) for line in said)
+
+    again = in_another_process(place, *TWO)
+    assert again.stdout == first.stdout
+
+
+def test_a_reader_that_leaves_is_no_error(place):
+    done = in_another_process(place, *TWO, pipe="| head -c 5")
+    assert (done.returncode, done.stdout) == (0, "Tim h")
+    assert "Traceback" not in done.stderr and "Broken" not in done.stderr
+
+
+def test_a_prompt_is_continued_in_order(sample):
+    code, alone, said = sample(*SHORT, "--prompt=The sea")
+    assert (code, alone[:7], alone[-1]) == (0, "The sea", "\n")
+    assert SPEED.sub("", said) == ENOUGH
+    code, both, _ = sample(*SHORT, "--prompt=The sea", "--prompt=Tim had 7 red sails. The")
+    assert both.startswith(alone + "\nTim had 7 red sails. The")
+    code, other, _ = sample(*SHORT, "--prompt=Tim had 7 red sails. The", "--prompt=The sea")
+    assert other.split("\n\n")[0] + "\n" == both.removeprefix(alone + "\n")
+
+
+def test_an_empty_prompt_starts_from_bos(sample):
+    code, text, _ = sample(*SHORT, "--prompt=")
+    assert code == 0 and len(text) > 1
+    assert sample(*SHORT)[1] == text
+
+
+def test_sample_j_has_the_seed_plus_j(sample):
+    words = ("--prompt=Tim", "--max_tokens=8", "--temperature=2", "--top_p=1")
+    _, both, _ = sample(*words, "--num_samples=2", "--seed=4")
+    first, second = both.removesuffix("\n").split("\n\n")
+    assert sample(*words, "--seed=5")[1] == second + "\n"
+    assert sample(*words, "--seed=4")[1] == first + "\n" != second + "\n"
+
+
+def test_a_full_context_is_said(sample):
+    code, _, said = sample("--prompt=Tim", *SHORT, "--max_tokens=1000")
+    assert (code, SPEED.sub("", said)) == (0, FULL)
+
+
+def test_one_token_has_no_speed(sample):
+    code, _, said = sample("--prompt=Tim", *SHORT, "--max_tokens=1")
+    assert code == 0
+    assert re.fullmatch(r"\n\[first token after [\d.]+ s, then one token\]\n\[.*\]\n", said)
+
+
+def test_the_ways_to_name_a_checkpoint(sample, place, monkeypatch):
+    monkeypatch.setenv("HOME", str(place))
+    newest = sample(*SHORT)
+    assert newest[0] == 0
+    for path in ("ckpt/", f"{place}/ckpt", "~/ckpt", "./ckpt/../ckpt", "ckpt/10", "ckpt/10/"):
+        assert sample(*SHORT, "--ckpt", path)[:2] == newest[:2], path
+    older = sample(*SHORT, "--ckpt=ckpt/5")
+    assert older[0] == 0 and older[1] != newest[1]
+    monkeypatch.chdir(place / "ckpt")
+    assert sample(*SHORT, "--ckpt=.")[:2] == newest[:2]
+    assert sample(*SHORT, "--ckpt=5")[:2] == older[:2]
+    monkeypatch.chdir(place / "ckpt" / "5")
+    assert sample(*SHORT, "--ckpt=.")[:2] == older[:2]
+
+
+def changes(folder):
+    """When each file and folder last changed."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_nothing_is_written_into_a_checkpoint(place, tmp_path):
+    shutil.copytree(place / "ckpt", tmp_path / "ckpt")
+    before = changes(tmp_path)
+    for path in before:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    done = in_another_process(place, *TWO, "--ckpt", str(tmp_path / "ckpt"))
+    assert done.returncode == 0, done.stderr
+    assert changes(tmp_path) == before
+    for path in before:
+        path.chmod(0o755)
+
+
+def test_a_damaged_checkpoint_is_passed_over(sample, place, tmp_path):
+    shutil.copytree(place / "ckpt", tmp_path / "ckpt")
+    shutil.rmtree(tmp_path / "ckpt" / "10" / "model")
+    code, text, said = sample(*SHORT, "--ckpt", str(tmp_path / "ckpt"))
+    assert (code, text) == (0, sample(*SHORT, "--ckpt=ckpt/5")[1])
+    warning = said.splitlines()[0]
+    assert warning.startswith("warning: ") and warning.endswith("falling back to the one before it")
+
+
+USAGE = {
+    ("--temperature=-1",): "temperature=-1.0 is out of range; expected 0 (greedy) or more",
+    ("--temperature=nan",): "temperature=nan is out of range",
+    ("--temperature=warm",): "argument --temperature: invalid float value: 'warm'",
+    ("--top_p=0",): "top_p=0.0 is out of range; expected more than 0, up to 1",
+    ("--top_p=2",): "top_p=2.0 is out of range",
+    ("--top_k=-1",): "top_k=-1 is out of range; expected 0 (off) or more",
+    ("--max_tokens=0",): "max_tokens=0 is out of range; expected 1 or more",
+    ("--num_samples=0",): "num_samples=0 is out of range; expected 1 to 10000",
+    ("--num_samples=3000000000",): "num_samples=3000000000 is out of range",
+    ("--seed=-1",): "seed=-1 is out of range; expected 0 to",
+    ("--temprature=1",): "'--temprature=1' is not understood; did you mean '--temperature'?",
+    ("once",): "'once' is not understood; see --help",
+    ("--prompt",): "argument --prompt: expected one argument",
+    ("--min_p=2",): "min_p=2.0 is out of range; expected 0 (off) to 1",
+    ("--repetition_penalty=0",): "repetition_penalty=0.0 is out of range",
+    ("--logit_bias=the",): "--logit_bias=the is not understood; expected ID=BIAS",
+    ("--stop=",): "stop",
+    ("--chat", "--score"): "--chat and --score do not go together; choose one",
+    ("--chat", "--prompt=Tim"): "--chat makes no use of --prompt; leave it out",
+    ("--score", "--top_k=3"): "--score makes no use of --top_k; leave it out",
+    ("--messages=m.json", "--system=s"): "--messages makes no use of --system; leave it out",
+    ("--system=Be kind.",): "--system goes with --chat or --messages; add one of them",
+    ("--truncate",): "--truncate goes with --chat or --messages",
+    ("--speculate",): "speculate guesses what the likeliest token is; it goes with temperature 0",
+    ("--chat", "--speculate"): "speculate guesses what the likeliest token is",
+    ("--logit_bias=3=1", "--logit_bias=3=2"): "--logit_bias=3=2 is the second for token 3",
+    ("--prompt=Tim", "--prompt_file=x"): "--prompt and --prompt_file do not go together",
+    ("--rng=dice",): "argument --rng: invalid choice: 'dice'",
+    ("--rng=xorshift",): "seed=0 is out of range; expected 1 to",
+    ("--rng=xorshift", "--seed=1", "--num_samples=2"): "--rng=xorshift tells one sample",
+    ("--rng=xorshift", "--seed=1", "--prompt=a", "--prompt=b"): "--rng=xorshift tells one sample",
+    ("--rng=xorshift", "--seed=1", "--top_k=5"): "top_k=5 does not go with rng='xorshift'",
+    ("--rng=xorshift", "--seed=1", "--min_p=.1", "--chat"): "min_p=0.1 does not go with rng=",
+    ("--rng=xorshift", "--seed=1", "--logit_bias=3=1"): "logit_bias={3: 1.0} does not go with",
+    ("--rng=xorshift", "--seed=1", "--speculate"): "speculate=True does not go with rng='xorshift'",
+    ("--rng=xorshift", "--seed=1", "--logprobs=1"): "logprobs=1 does not go with rng='xorshift'",
+    ("--tensor=3000",): "tensor=3000 is out of range; expected 1 to",
+    ("--template=chatml", "--chat"): "template='chatml' is unknown; expected one of llama2, alpaca",
+    ("--cache_dtype=int4",): "cache_dtype='int4' is unknown; expected 'int8' or ''",
+}
+
+
+@pytest.mark.parametrize("words", USAGE, ids=" ".join)
+def test_a_wrong_flag_is_one_line(sample, words):
+    code, text, said = sample("--ckpt=missing", *words)
+    assert (code, text) == (2, "")
+    assert said.startswith(f"error: {USAGE[words]}") and said.count("\n") == 1
+
+
+def swap_tokenizer(folder):
+    shutil.copy(folder.parent / "other.model", folder / "tokenizer.model")
+
+
+def remove_steps(folder):
+    for step in ("5", "10"):
+        shutil.rmtree(folder / step)
+
+
+def spoil_steps(folder):
+    for step in ("5", "10"):
+        shutil.rmtree(folder / step / "model")
+
+
+def leave_half_a_step(folder):
+    remove_steps(folder)
+    (folder / "5.orbax-checkpoint-tmp-7").mkdir()
+
+
+DAMAGES = {
+    "missing": (shutil.rmtree, "ckpt does not exist; expected a checkpoint folder"),
+    "empty": (lambda folder: (shutil.rmtree(folder), folder.mkdir()), "ckpt holds no run"),
+    "foreign": (lambda folder: (folder / "config.json").write_text('{"dim": 8}'), "is damaged"),
+    "no steps": (remove_steps, "ckpt has no finished checkpoint"),
+    "half a step": (leave_half_a_step, "ckpt has no finished checkpoint"),
+    "spoilt": (spoil_steps, "none of the checkpoints in"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.model").unlink(), "does not exist"),
+    "another tokenizer": (swap_tokenizer, "has 290 pieces and the model 300; restore"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_checkpoint_that_cannot_be_used_is_one_line(sample, place, tmp_path, name):
+    shutil.copytree(place / "ckpt", tmp_path / "ckpt")
+    shutil.copy(place / "other.model", tmp_path)
+    damage, message = DAMAGES[name]
+    damage(tmp_path / "ckpt")
+    code, text, said = sample("--ckpt", str(tmp_path / "ckpt"))
+    assert (code, text) == (1, "")
+    lines = [line for line in said.splitlines() if not line.startswith("warning: ")]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+
+
+def test_a_checkpoint_that_is_a_file_is_one_line(sample):
+    code, text, said = sample("--ckpt=t.model")
+    assert (code, text) == (1, "")
+    assert said.startswith("error: t.model ") and said.count("\n") == 1
+
+
+def test_a_prompt_too_long_is_one_line(sample):
+    code, text, said = sample("--prompt=Tim", "--prompt=" + "sea " * 99)
+    assert (code, text) == (1, "")
+    assert re.fullmatch(r"error: the prompt has \d+ tokens; expected 1 to 47,.* 48\n", said)
+
+
+def test_a_prompt_from_a_file_or_stdin(sample, tmp_path, monkeypatch):
+    expected = sample(*SHORT, "--prompt=Tim had")[1]
+    (tmp_path / "p.txt").write_text("Tim had")
+    assert sample(*SHORT, "--prompt_file", str(tmp_path / "p.txt"))[1] == expected
+    monkeypatch.setattr("sys.stdin", io.StringIO("Tim had"))
+    assert sample(*SHORT, "--prompt_file=-")[1] == expected
+    (tmp_path / "p.txt").write_bytes(b"Tim \xff")
+    code, _, said = sample("--prompt_file", str(tmp_path / "p.txt"))
+    assert (code, said.count("\n")) == (1, 1) and "is not UTF-8 at byte 4" in said
+    monkeypatch.setattr("sys.stdin", io.StringIO("Tim had\r\n"))  # as `echo` ends it
+    assert sample(*SHORT, "--prompt_file=-")[1] == expected
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Tim \xff"), "utf-8"))
+    assert sample("--prompt_file=-")[2] == (
+        "error: --prompt_file=- is not UTF-8 at byte 4; convert it\n"
+    )
+    monkeypatch.setattr("sys.stdin", None)
+    assert sample("--prompt_file=-")[2].startswith("error: --prompt_file=- reads standard input, ")
+    code, _, said = sample("--prompt_file=missing.txt")
+    assert (code, said) == (1, "error: --prompt_file=missing.txt: No such file or directory\n")
+
+
+def test_a_text_ends_before_its_stop_and_without_its_prompt(sample):
+    free = sample(*SHORT, "--temperature=0", "--prompt=Tim")[1]
+    new = free.removeprefix("Tim").rstrip("\n")
+    stop = new[3:6]
+    code, text, _ = sample(*SHORT, "--temperature=0", "--prompt=Tim", "--no_echo", "--stop", stop)
+    assert (code, text) == (0, new[: new.index(stop)] + "\n")
+
+
+def test_log_probabilities_go_to_stderr(sample):
+    plain = sample(*SHORT, "--temperature=0", "--prompt=Tim")[1]
+    code, text, said = sample(*SHORT, "--temperature=0", "--prompt=Tim", "--logprobs=2")
+    assert (code, text) == (0, plain)
+    lines = [line for line in said.splitlines() if line.startswith("[1] ")]
+    assert len(lines) == 8
+    assert all(float(line.split()[1]) <= 0 and line.count("'") >= 6 for line in lines)
+
+
+@pytest.mark.parametrize("words", [("--speculate",), ("--rng=xorshift",)])
+def test_other_ways_to_the_same_greedy_text(sample, words):
+    greedy = ("--temperature=0", "--prompt=Tim had", "--max_tokens=20", "--seed=1")
+    assert sample(*greedy, *words)[:2] == sample(*greedy)[:2]
+
+
+def test_an_int8_cache_writes(sample):
+    code, text, _ = sample(*SHORT, "--cache_dtype=int8", "--prompt=Tim")
+    assert code == 0 and text.startswith("Tim") and len(text) > 8
+
+
+def test_scores_and_embeddings_are_lines(sample):
+    code, text, _ = sample("--score", "--prompt=Tim had 7 red sails.", "--prompt=zzzz qqqq")
+    told, odd = ([float(word) for word in line.split("\t")] for line in text.splitlines())
+    assert code == 0
+    for total, tokens, perplexity in (told, odd):
+        assert perplexity == pytest.approx(math.exp(-total / tokens), rel=1e-3)
+    code, text, _ = sample("--embed", "--prompt=Tim", "--prompt=sea")
+    vectors = [json.loads(line) for line in text.splitlines()]
+    assert code == 0 and [len(vector) for vector in vectors] == [24, 24]
+
+
+def test_a_chat_reads_lines_and_answers(sample, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Tim\n/reset\nTim\n/exit\n"))
+    code, text, said = sample("--chat", "--temperature=0", "--max_tokens=4", "--template=llama2")
+    assert code == 0
+    first, again = text.splitlines()
+    assert first == again, "the same question of a new dialogue"
+    assert "[a new dialogue]" in said
+
+
+def test_the_messages_of_a_file_are_answered(sample, tmp_path, monkeypatch):
+    said = [{"role": "user", "content": "Tim"}]
+    (tmp_path / "m.json").write_text(json.dumps(said))
+    words = ("--temperature=0", "--max_tokens=4", "--template=llama2")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Tim\n"))
+    code, text, _ = sample("--chat", *words)
+    assert sample("--messages", str(tmp_path / "m.json"), *words)[:2] == (0, text) == (code, text)
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(said)))
+    assert sample("--messages=-", *words)[:2] == (0, text)
+
+    turns = [{"role": role, "content": "Tim"} for role in ("user", "assistant")] * 20
+    (tmp_path / "m.json").write_text(json.dumps([*turns, *said]))
+    code, _, told = sample("--messages", str(tmp_path / "m.json"), "--truncate", *words)
+    assert code == 0
+    assert re.match(r"\[the dialogue has \d+ tokens, .* exchanges were left out\]\n", told)
+    assert sample("--messages=") == (1, "", "error: --messages=: Is a directory\n")
+
+
+WRONG_MESSAGES = {
+    "no file": (None, "No such file or directory"),
+    "no JSON": ("[{]", "is not JSON: Expecting property name"),
+    "no list": ('{"role": "user"}', "is not a list; expected a list of messages"),
+    "a role": ('[{"role": "bot", "content": "x"}]', "messages[0].role='bot' is unknown"),
+    "no content": ('[{"role": "user"}]', "messages[0] has no content"),
+    "out of order": ('[{"role": "assistant", "content": "x"}]', "is out of order"),
+    "too deep": ("[" * 100_000, "is not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_MESSAGES)
+def test_a_malformed_message_file_is_one_line(sample, tmp_path, name):
+    content, message = WRONG_MESSAGES[name]
+    if content is not None:
+        (tmp_path / "m.json").write_text(content)
+    code, text, said = sample("--messages", str(tmp_path / "m.json"))
+    assert (code, text) == (1, "")
+    assert message in said and said.startswith("error: ") and said.count("\n") == 1

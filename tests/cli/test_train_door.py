@@ -1,0 +1,357 @@
+"""The door train.py as a user meets it: what it says, what it leaves, and how it is interrupted."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from tiny_run import DOOR, REPOSITORY, make_config, make_tokens, write_config
+
+from llama_jax.checkpoints.restore import finished_steps
+from llama_jax.cli import main as cli
+from llama_jax.cli import startup as compilation_cache
+from llama_jax.cli import train
+from llama_jax.training.metrics import read_metrics
+
+STEPS = 40
+SLOW_DISK = """
+import os, runpy, sys, time
+rename = os.rename
+def held(source, target, **options):
+    if os.path.basename(target).isdigit() and int(os.path.basename(target)) > 10:
+        print("saving", flush=True)
+        time.sleep(600)
+    return rename(source, target, **options)
+os.rename = os.replace = held
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with tokens, a config and compiled programs, shared by all tests of this file."""
+    place = tmp_path_factory.mktemp("door")
+    make_tokens(place / "tokens")
+    config = make_config("tokens", "ckpt", optimizer__steps=STEPS, run__sample_tokens=8)
+    write_config(place / "tiny.py", config)
+    return place
+
+
+def started(place, *words, devices=1, script="", **options):
+    """The door in a process of its own, its output read through pipes.
+
+    With a script, that runs the door.
+    """
+    environment = os.environ | {
+        "PYTHONPATH": str(REPOSITORY),
+        "LLAMA_JAX_CACHE": str(place / "cache"),
+    }
+    environment |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    command = [*DOOR[:1], *(["-c", script] if script else []), *DOOR[1:], "--config", "tiny.py"]
+    command += words
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=place, env=environment, **pipes | options)
+
+
+def finished(place, *words, **options):
+    """Its exit code, stdout and stderr."""
+    process = started(place, *words, **options)
+    stdout, stderr = process.communicate(timeout=100)
+    return process.returncode, stdout, stderr
+
+
+def at(folder):
+    return f"--config.run.checkpoint_dir={folder}"
+
+
+def wait_for(process, beginning):
+    """Read its lines until one begins like this; the lines read."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(beginning):
+            return lines
+    raise AssertionError(f"it ended without a line {beginning!r}: {lines} {process.stderr.read()}")
+
+
+def checksums(folder, step=STEPS):
+    """What a checkpoint's meta says of every array: equal for equal bits."""
+    return json.loads((folder / str(step) / "meta" / "metadata").read_text())["checksums"]
+
+
+def losses(folder):
+    return {step: record["loss"] for step, record in read_metrics(folder).items()}
+
+
+@pytest.fixture(scope="module")
+def straight(place):
+    """A run that nobody interrupted, and what it said."""
+    return place / "straight", finished(place, at("straight"))
+
+
+def test_a_run_ends_well_and_says_so_in_plain_lines(place, straight):
+    folder, (code, stdout, stderr) = straight
+    assert (code, stderr) == (0, "")
+    lines = stdout.splitlines()
+    assert all(any(line.startswith(word) for line in lines) for word in ("device", "model", "data"))
+    assert "run       straight: a new run, 40 steps in all" in lines
+    steps = [line for line in lines if line.startswith("step ") and "lr" in line]
+    assert [line.split()[1] for line in steps] == [f"{step}/40" for step in range(5, 41, 5)]
+    assert len([line for line in lines if "validation loss" in line]) == 4
+    assert any(line.startswith("  | ") for line in lines)  # what it writes by now
+    assert lines[-1].startswith("finished 40 steps in ")
+    assert lines[-1].endswith("sample with: python sample.py --ckpt straight")
+    assert "\r" not in stdout and "\x1b" not in stdout
+    found = {path.name for path in folder.iterdir()} - {"loss.png"}
+    steps = {str(step) for step in finished_steps(folder)}
+    assert found == {"config.json", "tokenizer.model", "metrics.jsonl", ".lock"} | steps
+    assert {"30", "35", "40"} <= steps and 3 <= len(steps) <= 4
+    assert list(losses(folder)) == list(range(1, 41))
+    assert (folder / "tokenizer.model").read_bytes() == (
+        place / "tokens" / "tokenizer.model"
+    ).read_bytes()
+
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    code, stdout, stderr = finished(place, at("straight"))
+    assert (code, stderr) == (0, "")
+    assert stdout.splitlines()[-1] == "finished: all 40 steps were made already"
+    changed = {path.name for path, content in before.items() if path.read_bytes() != content}
+    assert changed <= {".lock"}
+
+
+def test_killed_at_any_moment_the_same_command_goes_on_bit_by_bit(place, straight):
+    folder, random = place / "killed", np.random.default_rng()
+    for beginning in ("compiled", "step 20/"):
+        process = started(place, at("killed"))
+        wait_for(process, beginning)
+        time.sleep(random.uniform(0, 0.15))
+        process.kill()
+        process.communicate()
+        if beginning == "step 20/":
+            assert process.returncode in (-signal.SIGKILL, 0)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1, "lo')  # as cut off in the middle of a line
+    code, stdout, stderr = finished(place, at("killed"))
+    assert (code, stderr) == (0, "")
+    assert "resuming from step" in stdout or "were made already" in stdout
+    assert checksums(folder) == checksums(straight[0])
+    assert losses(folder) == losses(straight[0])
+    assert not list(folder.glob("*tmp*"))
+
+
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [
+        (signal.SIGTERM, "device"),  # before compiling
+        pytest.param(signal.SIGINT, "step 10/", marks=pytest.mark.slow),  # when validating
+    ],
+)
+def test_a_signal_saves_and_the_same_command_goes_on(place, straight, number, moment):
+    name = f"stopped-{number.name}"
+    process = started(place, at(name))
+    wait_for(process, moment)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=100)
+    assert (process.returncode, stderr) == (128 + number, "")
+    last = stdout.splitlines()[-1]
+    assert last.startswith("stopped at step ") and last.endswith("goes on from there")
+    step = int(last.split()[3].rstrip(","))
+    assert step < STEPS and (step == 0) == (moment == "device")
+    assert finished_steps(place / name)[-1] == step
+    if moment != "device":
+        code, stdout, stderr = finished(place, at(name))
+        assert (code, stderr) == (0, "")
+        assert f"resuming from step {step}" in stdout
+        assert checksums(place / name) == checksums(straight[0])
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_at_once_and_a_second_process_is_refused(place):
+    process = started(place, at("busy"), "--config.optimizer.steps=1000000")
+    wait_for(process, "step     ")
+    code, stdout, stderr = finished(place, at("busy"), "--config.optimizer.steps=1000000")
+    assert (code, stdout) == (1, "")
+    assert stderr == f"error: busy is in use by process {process.pid}; wait for it, or stop it\n"
+    steps = finished_steps(place / "busy")
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)  # both may be handled before a step is over
+    process.communicate(timeout=30)
+    assert process.returncode in (130, 143)
+    assert finished_steps(place / "busy")[-1] >= steps[-1]
+
+
+@pytest.mark.slow
+def test_a_second_signal_while_saving_ends_at_once_and_older_checkpoints_are_whole(place, straight):
+    process = started(place, at("saving"), script=SLOW_DISK)
+    wait_for(process, "saving")
+    process.send_signal(signal.SIGTERM)  # stops, and waits for the disk
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=100)
+    assert (process.returncode, stderr) == (143, "")
+    assert finished_steps(place / "saving") == [5, 10]
+    assert list((place / "saving").glob("*tmp*"))
+    code, stdout, stderr = finished(place, at("saving"))
+    assert (code, stderr) == (0, "")
+    assert "resuming from step 10" in stdout
+    assert checksums(place / "saving") == checksums(straight[0])
+    assert not list((place / "saving").glob("*tmp*"))
+
+
+def test_a_loss_that_is_not_finite_has_an_exit_code_of_its_own(place):
+    absurd = ("--config.optimizer.learning_rate=10", "--config.optimizer.weight_decay=10")
+    code, stdout, stderr = finished(place, at("absurd"), *absurd)
+    assert code == 3
+    (line,) = stderr.splitlines()
+    match = re.match(r"error: step (\d+) has loss .* The last good step is (\d+), saved in", line)
+    assert int(match[2]) == int(match[1]) - 1 == finished_steps(place / "absurd")[-1]
+    assert list(losses(place / "absurd")) == list(range(1, int(match[1])))
+    assert "finished" not in stdout
+
+
+def refused(place, monkeypatch, capfd, *words):
+    """The code and the one line that these words are refused with, in this process."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "2")
+    monkeypatch.setattr(compilation_cache, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    with pytest.raises(SystemExit) as end:
+        cli.run(train.main)
+    stdout, stderr = capfd.readouterr()
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
+    assert "compiled" not in stdout
+    return end.value.code, stderr
+
+
+TINY = ("--config=tiny.py", "--config.mesh.fsdp=2", "--config.run.checkpoint_dir=fresh")
+LONG = (*TINY, "--config.model.context_length=4096", "--config.data.sequence_length=4096")
+MISTAKES = {
+    ("--config=tny.py",): (2, "config file 'tny.py' does not exist"),
+    ("--config=broken.py",): (2, "broken.py:1: "),
+    (*TINY, "--config.optimizer.leraning_rate=1"): (2, "did you mean 'optimizer.learning_rate'"),
+    (*TINY, "--config.data.batch_size=many"): (2, "expected a whole number"),
+    (*TINY, "batch_size=4"): (2, "did you mean --config.data.batch_size=4"),
+    (*TINY, "--profil", "1:2"): (2, "'--profil' is not understood; did you mean '--profile'?"),
+    (*TINY, "--distribute"): (2, "did you mean '--distributed'?"),
+    (*TINY, "--profile", "-1:2"): (2, "--profile '-1:2' is not understood; expected START:STOP"),
+    ("--config=headless.py",): (2, "key 'model' is missing in headless.py; expected a section"),
+    (*TINY, "--distributed", "--coordinator", ""): (2, "go together; give all three of them"),
+    (*TINY, "--config.data.batch_size=0"): (2, "data.batch_size=0 is out of range"),
+    (*TINY, "--config.optimizer.learning_rate=nan"): (2, "learning_rate=nan is out of range"),
+    (*TINY, "--config.model.dim=25"): (2, "model.dim=25 does not divide into model.num_heads=6"),
+    (*TINY, "--config.model.num_kv_heads=4"): (2, "does not divide over model.num_kv_heads=4"),
+    (*TINY, "--config.model.dim=18"): (2, "gives an odd head dim of 3"),
+    (*TINY, "--config.data.batch_size=12"): (
+        2,
+        "over 8 devices × optimizer.accumulation_steps=1; the nearest that does is 16",
+    ),
+    (*TINY, "--config.optimizer.accumulation_steps=2"): (2, "the nearest that does is 16"),
+    (*TINY, "--config.mesh.tensor=3"): (2, "do not arrange 8 devices"),
+    (*TINY, "--config.optimizer.warmup_steps=41"): (2, "warmup_steps=41 is longer than the run"),
+    (*TINY, "--profile=5:5"): (2, "--profile '5:5' ends before it begins"),
+    (*TINY, "--profile=5:41"): (2, "--profile '5:41' goes beyond the run of optimizer.steps=40"),
+    (*TINY, "--config.data.path=missing"): (
+        1,
+        "missing has no meta.json; make it with: python prepare.py",
+    ),
+    (*TINY, "--config.model.vocab_size=300"): (2, "set --config.model.vocab_size=320"),
+    (*TINY, "--config.model.vocab_size=300", "--config.data.corpus=stories"): (
+        2,
+        "move it away and it is made anew, or set --config.model.vocab_size=320",
+    ),
+    (*TINY, "--config.data.path=beyond"): (1, "train-00000.bin has id 320 at position 3"),
+    (*TINY, "--config.data.path=cut"): (1, "expected"),
+    (*LONG, "--config.data.path=short"): (1, "the train split of short has"),
+    (*TINY, "--config.data.path=unheld", at("other-fresh")): (
+        1,
+        "the validation split of unheld has 0 tokens",
+    ),
+    (*TINY, "--process_id=1"): (2, "--process_id needs --distributed"),
+    (*TINY, "--distributed", "--num_processes=two"): (2, "invalid int value: 'two'"),
+    (*TINY, "--distributed", "--num_processes=2"): (2, "go together; give all three of them"),
+    ("--config=tiny.py", at("tiny.py")): (2, "tiny.py is a file"),
+    ("--config=tiny.py", at("tiny.py/below")): (
+        2,
+        "tiny.py/below cannot be written (Not a directory)",
+    ),
+    ("--config=tiny.py", at("/proc/nothing")): (2, "/proc/nothing cannot be written"),
+    ("--config=tiny.py", at("foreign")): (
+        1,
+        "foreign is not empty and holds no run (it has '.lock.txt')",
+    ),
+    ("--config=tiny.py", at("alien")): (
+        1,
+        "alien/config.json is damaged: it describes no llama_jax run",
+    ),
+    ("--config=tiny.py", at("straight"), "--config.run.seed=9"): (
+        1,
+        "straight holds another run: run.seed is 0 there and 9 here",
+    ),
+    ("--config=tiny.py", at("straight"), "--config.model.dropout=0"): (
+        1,
+        "straight holds another run: model.dropout",
+    ),
+    ("--config=tiny.py", at("straight"), "--config.data.path=other"): (
+        1,
+        "are not those that step 40 of straight was trained on",
+    ),
+    ("--config=tiny.py", at("straight"), "--config.data.path=apart"): (
+        1,
+        "tokenizer is not the one that straight was trained with",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def mistakes(place, straight):
+    """The place with everything that can be wrong in it."""
+    tokens = place / "tokens"
+    (place / "broken.py").write_text("def (")
+    (place / "headless.py").write_text(
+        "from ml_collections import ConfigDict\nget_config = ConfigDict\n"
+    )
+    make_tokens(place / "other", tokenizer=tokens / "tokenizer.model", colours=("pink", "grey"))
+    make_tokens(place / "apart", colours=("pink", "grey"))
+    make_tokens(place / "short", tokenizer=tokens / "tokenizer.model", stories=2)
+    for name in ("beyond", "cut", "unheld"):
+        shutil.copytree(tokens, place / name)
+    shard = place / "beyond" / "train-00000.bin"
+    content = bytearray(shard.read_bytes())
+    content[6:8] = (320).to_bytes(2, "little")
+    shard.write_bytes(content)
+    os.truncate(place / "cut" / "train-00000.bin", 100)
+    from llama_jax.data.token_folder import fingerprint
+
+    meta = json.loads((place / "unheld" / "meta.json").read_text())
+    meta["splits"]["validation"] |= {"tokens": 0, "documents": 0, "shards": []}
+    meta["fingerprint"] = fingerprint(meta)
+    (place / "unheld" / "meta.json").write_text(json.dumps(meta))
+    for name, file in (("foreign", ".lock.txt"), ("alien", "config.json")):
+        (place / name).mkdir()
+        (place / name / file).write_text('{"model_type": "llama"}')
+    return place
+
+
+@pytest.mark.parametrize("words", MISTAKES, ids=" ".join)
+def test_a_mistake_is_one_line_and_loses_nothing(mistakes, monkeypatch, capfd, words):
+    mine = [
+        path for name in ("straight", "foreign", "alien") for path in (mistakes / name).rglob("*")
+    ]
+    mine = {path: path.read_bytes() for path in mine if path.is_file() and path.name != ".lock"}
+    code, line = refused(mistakes, monkeypatch, capfd, *words)
+    expected_code, expected = MISTAKES[words]
+    assert expected in line
+    assert code == expected_code
+    now = {path: path.read_bytes() for path in mine}
+    assert [path for path in mine if now[path] != mine[path]] == []
+    assert sorted(path.name for path in (mistakes / "foreign").iterdir()) == [".lock.txt"]

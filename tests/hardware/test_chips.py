@@ -1,0 +1,49 @@
+"""The table of chips, and which device is which chip."""
+
+import pytest
+
+from llama_jax.hardware.accelerators import CHIPS, GIB, chip_of
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("TPU v2", "v2"),
+        ("TPU v4", "v4"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("TPU7x", "tpu7x"),
+        ("NVIDIA A100-SXM4-40GB", "A100-40"),
+        ("NVIDIA A100-SXM4-80GB", "A100-80"),
+        ("NVIDIA A100 80GB PCIe", "A100-80"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100-PCIe"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA L4", "L4"),
+        ("Tesla T4", "T4"),
+    ],
+)
+def test_a_device_kind_names_its_chip(kind, name):
+    chip = chip_of(kind)
+    assert chip is not None and chip.name == name
+
+
+@pytest.mark.parametrize("kind", ["cpu", "NVIDIA L40S", "NVIDIA GH200 480GB", "TPU v55"])
+def test_a_kind_that_only_looks_alike_is_unknown(kind):
+    assert chip_of(kind) is None
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+def test_figures_are_in_the_range_of_chips(chip):
+    assert 20e12 < chip.flops < 1e16
+    assert 0.7 * chip.memory < chip.usable < chip.memory
+    assert 7 * GIB < chip.memory < 300 * GIB
+    assert 2e11 < chip.bandwidth < 1e13
+    assert 3e10 <= chip.link < chip.bandwidth
+    assert bool(chip.capability) != chip.is_tpu
+
+
+def test_what_a_tpu_compiler_allows_is_what_libtpu_says():
+    assert CHIPS["v5e"].usable == 15.75 * GIB
+    assert CHIPS["v6e"].usable == 31.25 * GIB

@@ -1,0 +1,266 @@
+"""What a compiled program sends between devices is read from its text, on every backend."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from llama_jax.config import MeshConfig
+from llama_jax.distributed.mesh import make_mesh
+from llama_jax.hardware.hlo import Program, arrays_of, bytes_of, collectives, device_groups
+
+pytestmark = pytest.mark.optimized
+
+SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+def program(entry, *others):
+    """A program of some lines in its entry computation, and other computations."""
+    lines = "\n".join(f"  {line}" for line in entry)
+    return "\n".join(["HloModule m", *others, "ENTRY %main (p: f32[8]) -> f32[8] {", lines, "}"])
+
+
+def computation(name, *lines):
+    return "\n".join([f"%{name} (p: (s32[], f32[8])) -> f32[] {{", *(f"  {x}" for x in lines), "}"])
+
+
+GATHER = (
+    "%all-gather.3 = bf16[4,6]{1,0:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=1,"
+    " replica_groups={{0,1},{2,3}}, dimensions={0}, use_global_device_ids=true,"
+    ' metadata={op_name="jit(f)/dot" stack_frame_id=5}'
+)
+
+
+def test_kind_shape_bytes_and_group_of_a_gather():
+    (found,) = collectives(program([GATHER]))
+    assert (found.kind, found.dtypes, found.shapes) == ("all-gather", ("bf16",), ((4, 6),))
+    assert (found.bytes, found.group, found.times) == (48, 2, 1)
+    assert found.groups == ((0, 1), (2, 3))
+    assert found.operation == "jit(f)/dot"
+
+
+def test_a_tuple_is_one_collective():
+    line = (
+        "%all-reduce.1 = (f32[], /*index=1*/s8[3,5]{1,0}) all-reduce(%a, %b), channel_id=2,"
+        " replica_groups={}, to_apply=%add"
+    )
+    (found,) = collectives(program([line]))
+    assert (found.dtypes, found.shapes, found.bytes) == (("f32", "s8"), ((), (3, 5)), 19)
+    assert (found.groups, found.group) == ((), 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups", "sent"),
+    [  # of a result of 24 bytes
+        ("all-gather", "{{0,1,2,3}}", 18),
+        ("all-reduce", "{{0,1,2,3}}", 36),
+        ("reduce-scatter", "{{0,1,2,3}}", 72),
+        ("all-to-all", "{{0,1,2,3}}", 18),
+        ("all-reduce", "{{0,1}}", 24),
+        ("all-reduce", "{}", 42),
+    ],
+)
+def test_bytes_that_go_round_the_ring(kind, groups, sent):
+    line = f"%c = f32[6]{{0}} {kind}(%p), replica_groups={groups}"
+    (found,) = collectives(program([line]))
+    assert found.kind == kind
+    assert found.sent(8) == sent
+
+
+def test_a_permute_sends_its_result():
+    line = "%c = f32[6]{0} collective-permute(%p), source_target_pairs={{0,1},{1,0}}"
+    (found,) = collectives(program([line]))
+    assert (found.kind, found.sent(8), found.groups) == ("collective-permute", 24, ((0, 1), (1, 0)))
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        (
+            "%s = (f32[2]{0}, f32[8]{0}) all-gather-start(%p), replica_groups=[2,4]<=[8]",
+            "%d = f32[8]{0} all-gather-done(%s)",
+        ),
+        (
+            "%s = f32[8]{0} all-reduce-start(%p), replica_groups=[2,4]<=[8], to_apply=%add",
+            "%d = f32[8]{0} all-reduce-done(%s)",
+        ),
+        (
+            "%s = (f32[8]{0}, f32[8]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%p),"
+            " source_target_pairs={{0,1},{1,2},{2,0}}",
+            "%d = f32[8]{0} collective-permute-done(%s)",
+        ),
+    ],
+    ids=["gather", "reduce", "permute"],
+)
+def test_a_start_and_its_end_are_one(lines):
+    (found,) = collectives(program(lines))
+    assert (found.bytes, found.shapes) == (32, ((8,),))
+    assert found.group == (2 if found.kind == "collective-permute" else 4)
+
+
+def test_the_asynchronous_wrapper_is_looked_into_once():
+    inner = computation("wrapped", "%r = f32[2]{0} reduce-scatter(%q), replica_groups=[1,4]<=[4]")
+    outer = (
+        "%s = ((f32[8]{0}), f32[2]{0}) async-start(%p), calls=%wrapped",
+        "%u = ((f32[8]{0}), f32[2]{0}) async-update(%s), calls=%wrapped",
+        "%d = f32[2]{0} async-done(%u), calls=%wrapped",
+    )
+    (found,) = collectives(program(outer, inner))
+    assert (found.kind, found.times, found.sent(4)) == ("reduce-scatter", 1, 24)
+
+
+def test_what_a_tpu_does_a_part_at_a_time_counts_once():
+    """Fusions that start, advance and end a gather each show it, with the same chain."""
+    gather = (
+        "%g = f32[8]{0} all-gather(%q), channel_id=7, replica_groups=[1,4]<=[4],"
+        ' frontend_attributes={chain_id="2"}'
+    )
+    fusions = [computation(name, gather) for name in ("begin", "middle", "end")]
+    calls = [
+        f"%{n} = f32[8]{{0}} fusion(%p), kind=kCustom, calls=%{n}" for n in ("begin", "middle")
+    ]
+    loop = "%w = (s32[]) while(%t), body=%body, condition=%test"
+    trips = ', backend_config={"known_trip_count":{"n":"3"}}'
+    body = computation("body", "%x = f32[8]{0} fusion(%p), kind=kCustom, calls=%end")
+    (found,) = collectives(program([*calls, loop + trips], body, *fusions))
+    assert (found.kind, found.bytes) == ("all-gather", 32)
+
+
+def test_a_reduce_scatter_of_a_tpu_reads_as_an_all_reduce_of_which_a_part_is_taken():
+    fused = computation(
+        "all-reduce-scatter.1",
+        "%all-reduce.4 = f32[8]{0} all-reduce(%q), replica_groups=[1,4]<=[4], to_apply=%add",
+        "ROOT %part = f32[2]{0} dynamic-slice(%all-reduce.4, %i), dynamic_slice_sizes={2}",
+    )
+    call = "%f = f32[2]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1"
+    (found,) = collectives(program([call], fused))
+    assert (found.kind, found.shapes, found.sent(4)) == ("reduce-scatter", ((2,),), 24)
+
+
+# How often.
+
+
+def test_loops_within_loops_multiply():
+    inner = computation("inner", GATHER)
+    outer = computation(
+        "outer",
+        "%w = (s32[]) while(%t), condition=%c, body=%inner,"
+        ' backend_config={"known_trip_count":{"n":"3"},"known_init_step":{"init":"0","step":"1"}}',
+    )
+    loop = "%w = (s32[]) while(%t), condition=%c, body=%outer"
+    trips = ', backend_config={"known_trip_count":{"n":"5"}}'
+    found = collectives(program([GATHER, loop + trips], inner, outer))
+    assert sorted(one.times for one in found) == [1, 15]
+
+
+@pytest.mark.parametrize(("bound", "step", "turns"), [(4, 1, 4), (4, 2, 2), (5, 2, 3)])
+def test_turns_are_read_from_the_condition_where_they_are_not_noted(bound, step, turns):
+    test = computation(
+        "test",
+        f"%bound = s32[]{{:T(128)}} constant({bound})",
+        "%i = s32[]{:T(128)} get-tuple-element(%p), index=1",
+        "ROOT %lt = pred[] compare(%i, %bound), direction=LT",
+    )
+    body = computation(
+        "body",
+        GATHER,
+        f"%step = s32[] constant({step})",
+        "%j = s32[] get-tuple-element(%p), index=1",
+        "%next = s32[] add(%j, %step)",
+        "ROOT %t = (bf16[4,6], s32[]) tuple(%all-gather.3, %next)",
+    )
+    loop = "%w = (bf16[4,6], s32[]) while(%t), condition=%test, body=%body"
+    (found,) = collectives(program([loop], test, body))
+    assert found.times == turns
+
+
+def test_a_loop_that_says_nothing_counts_as_one_turn():
+    loop = "%w = (s32[]) while(%t), condition=%test, body=%body"
+    test = computation("test", "ROOT %b = pred[] call(%p), to_apply=%other")
+    (found,) = collectives(program([loop], test, computation("body", GATHER)))
+    assert found.times == 1
+
+
+def test_branches_count_and_what_is_never_called_does_not():
+    branches = [computation(name, GATHER) for name in ("one", "two", "unused")]
+    choice = "%c = f32[] conditional(%p, %a, %b), branch_computations={%one, %two}"
+    assert len(collectives(program([choice], *branches))) == 2
+
+
+# Who with whom.
+
+
+@pytest.mark.parametrize(
+    ("notation", "groups"),
+    [
+        ("replica_groups={{0,2},{1,3}}", ((0, 2), (1, 3))),
+        ("replica_groups=[2,4]<=[8]", ((0, 1, 2, 3), (4, 5, 6, 7))),
+        ("replica_groups=[2,2]<=[2,2]T(1,0)", ((0, 2), (1, 3))),
+        ("replica_groups=[4,2]<=[2,2,2]T(2,1,0)", ((0, 4), (2, 6), (1, 5), (3, 7))),
+        ("replica_groups=mesh['a'=2,'b'=3] {'b'}", ((0, 1, 2), (3, 4, 5))),
+        ("replica_groups=mesh['a'=2,'b'=3] {'a'}", ((0, 3), (1, 4), (2, 5))),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", ((0, 1, 2, 3),)),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}", ((0, 2), (1, 3))),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=(3,1,2,0) {'b'}", ((3, 1), (2, 0))),
+        ("replica_groups=mesh['a'=8] {'a':(2)2}", ((0, 2), (1, 3), (4, 6), (5, 7))),
+        ("replica_groups={}", ()),
+        ("", ()),
+    ],
+)
+def test_groups_in_every_notation(notation, groups):
+    found = device_groups(f"channel_id=1, {notation}, use_global_device_ids=true")
+    assert set(map(frozenset, found)) == set(map(frozenset, groups))
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes"),
+    [
+        ("{{0,1},{2,3},{4,5},{6,7}}", ("tensor",)),
+        ("{{0,2},{1,3},{4,6},{5,7}}", ("fsdp",)),
+        ("{{0,4},{1,5},{2,6},{3,7}}", ("data",)),
+        ("{{0,2,4,6},{1,3,5,7}}", ("data", "fsdp")),
+        ("{}", ("data", "fsdp", "tensor")),
+    ],
+)
+def test_the_axes_of_the_mesh_that_are_crossed(groups, axes):
+    line = f"%c = f32[6]{{0}} all-reduce(%p), replica_groups={groups}"
+    assert collectives(program([line]))[0].axes(SIZES) == axes
+
+
+# The text itself.
+
+
+def test_arrays_of_a_type():
+    text = "(bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, pred[], /*index=2*/f8e4m3fn[3]{0}, u4[5], token[])"
+    arrays = [("bf16", (8, 128)), ("pred", ()), ("f8e4m3fn", (3,)), ("u4", (5,)), ("token", ())]
+    assert arrays_of(text) == arrays
+    assert [bytes_of(*array) for array in arrays] == [2048, 1, 3, 3, 0]
+
+
+def test_instructions_of_a_program():
+    read = Program(program(["%p = f32[8]{0} parameter(0)", "ROOT %n = f32[8]{0} negate(%p)"]))
+    assert read.entry == "main"
+    root = read.computations["main"]["n"]
+    assert (root.opcode, root.operands, root.is_root) == ("negate", ("p",), True)
+
+
+def test_a_program_that_was_really_compiled():
+    """Weights cut four ways and gathered in a loop of five turns; a sum over all eight devices."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+
+    def run(x_BD, weights_LDD):
+        def step(x_BD, weight_DD):
+            return jnp.tanh(x_BD @ weight_DD), None
+
+        return jnp.sum(jax.lax.scan(step, x_BD, weights_LDD)[0])
+
+    shapes = (8, 12), (5, 12, 12)
+    specs = PartitionSpec(("data", "fsdp")), PartitionSpec(None, "fsdp")
+    places = [NamedSharding(mesh, spec) for spec in specs]
+    given = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    text = jax.jit(run, in_shardings=places).lower(*given).compile().as_text()
+    sizes = dict(mesh.shape)
+    gathers = [one for one in collectives(text) if one.kind == "all-gather"]
+    assert [(one.times, one.axes(sizes), one.bytes) for one in gathers] == [(5, ("fsdp",), 576)]
+    sums = [one for one in collectives(text) if one.kind == "all-reduce"]
+    assert [(one.times, one.axes(sizes), one.bytes) for one in sums] == [(1, ("data", "fsdp"), 4)]

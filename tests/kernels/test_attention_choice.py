@@ -1,0 +1,81 @@
+"""Which attention runs where: the fastest that can, or the one asked for, or a refusal."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from llama_jax.config import ModelConfig
+from llama_jax.errors import UsageError
+from llama_jax.kernels.attention import BACKENDS, chosen_backend, self_attention
+
+V = 53
+
+
+def device(platform, **more):
+    return SimpleNamespace(platform=platform, device_kind=f"some {platform}", **more)
+
+
+CPU, TPU = device("cpu"), device("tpu")
+H100, T4, A100 = (device("gpu", compute_capability=number) for number in ("9.0", "7.5", "8.0"))
+AMD = device("gpu", compute_capability="gfx942")
+
+
+def model_config(compute_dtype="bfloat16", head_dim=64):
+    sizes = {"vocab_size": V, "num_layers": 1, "context_length": 8, "num_heads": 6}
+    return ModelConfig(dim=6 * head_dim, num_kv_heads=2, compute_dtype=compute_dtype, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("place", "config", "dropout", "name"),
+    [
+        (CPU, model_config(), 0, "blockwise"),
+        (CPU, model_config(), 0.1, "xla"),
+        (TPU, model_config("float32", 6), 0, "splash"),
+        (TPU, model_config(), 0.1, "xla"),
+        (H100, model_config(), 0, "cudnn"),
+        (H100, model_config(head_dim=256), 0, "cudnn"),
+        (A100, model_config(head_dim=128), 0, "cudnn"),
+        (A100, model_config(head_dim=256), 0, "xla"),
+        (H100, model_config(head_dim=12), 0, "xla"),
+        (H100, model_config("float32"), 0, "xla"),
+        (T4, model_config(), 0, "xla"),
+        (AMD, model_config(), 0, "xla"),
+        (device("abacus"), model_config(), 0, "xla"),
+    ],
+)
+def test_by_itself_the_fastest_that_can(place, config, dropout, name):
+    assert chosen_backend("auto", config, place, dropout) == name
+    assert self_attention("auto", config, dropout, place) is BACKENDS[name]
+
+
+@pytest.mark.parametrize(
+    ("asked", "place", "config", "dropout", "message"),
+    [
+        ("splash", CPU, model_config(), 0, "needs a TPU .* on some cpu; .*'auto'"),
+        ("splash", H100, model_config(), 0, "needs a TPU .* on some gpu"),
+        ("splash", TPU, model_config(), 0.5, "model.dropout is 0.5; .*'xla'"),
+        ("blockwise", CPU, model_config(), 0.5, "cannot drop attention weights"),
+        ("cudnn", CPU, model_config(), 0, "needs an NVIDIA GPU .* on some cpu; .*'auto'"),
+        ("cudnn", TPU, model_config(), 0, "needs an NVIDIA GPU"),
+        ("cudnn", AMD, model_config(), 0, "needs an NVIDIA GPU"),
+        ("cudnn", T4, model_config(), 0, "compute capability 8 or more"),
+        ("cudnn", H100, model_config(), 0.5, "cannot drop"),
+        ("cudnn", H100, model_config("float32"), 0, "model.compute_dtype='float32'; use"),
+        ("cudnn", H100, model_config(head_dim=12), 0, "multiples of 8 up to 256 .* is 12; use"),
+        ("cudnn", A100, model_config(head_dim=256), 0, "up to 128 .* is 256"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_one_line(asked, place, config, dropout, message):
+    with pytest.raises(UsageError, match=f"^run.attention='{asked}' .*{message}") as raised:
+        chosen_backend(asked, config, place, dropout)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("asked", ["xla", "blockwise"])
+@pytest.mark.parametrize("place", [CPU, TPU, H100])
+def test_the_plain_ones_run_everywhere(asked, place):
+    assert chosen_backend(asked, model_config("float32"), place) == asked
+
+
+def test_without_a_device_it_is_this_process_that_counts():
+    assert self_attention("auto", model_config()) is BACKENDS["blockwise"]

@@ -1,0 +1,337 @@
+"""Attention by each kernel: the oracle's values and gradients, alone, packed and on a mesh."""
+
+import functools
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from tiny_model import make_model
+
+from llama_jax.config import MeshConfig
+from llama_jax.distributed.mesh import make_mesh, shard_heads
+from llama_jax.errors import UsageError
+from llama_jax.kernels import blockwise, splash
+from llama_jax.kernels.attention import BACKENDS
+from llama_jax.kernels.cudnn import cudnn_attention
+from llama_jax.kernels.splash import block_length, splash_attention
+from llama_jax.training.loss import summed_nll
+
+pytestmark = pytest.mark.optimized
+
+B, T, N, H = 3, 150, 6, 4  # T is no multiple of any kernel's block
+LENGTHS = [
+    [40, 61, 20],
+    [150],
+    [1, 127, 2],
+]  # of the documents in each row; what is left is padding
+SEGMENTS_BT = np.stack(
+    [np.repeat([*range(1, len(row) + 1), 0], [*row, T - sum(row)]) for row in LENGTHS]
+).astype(np.int32)
+
+
+def splash_here(q, k, v, segments=None, *_):
+    """The TPU's kernel, step by step on CPU."""
+    return splash_attention(q, k, v, segments, interpret=True)
+
+
+KERNELS = {
+    "xla": BACKENDS["xla"],
+    "blockwise": BACKENDS["blockwise"],
+    "splash": splash_here,
+}
+HERE = list(KERNELS)
+QUICK = {"xla_backend_optimization_level": 0}  # of the compiler: halves the time of these tests
+# float32 rounds each of up to T = 150 products and sums of order 1 by 6e-8: 1e-5 is far above that
+# and far below what one wrong key would change, about 1/T.
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks():
+    """Blocks so small that T has several, of every kernel."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blockwise, "SMALLEST_BLOCK", 64)
+        patch.setattr(splash, "LARGEST_BLOCK", 128)
+        yield
+
+
+def arrays(K, dtype="float32", heads=N, rows=B):
+    """Queries, keys, values and the gradient of the output."""
+    random = np.random.default_rng(K)
+    shapes = [(rows, T, heads_, H) for heads_ in (heads, K, K, heads)]
+    return [jnp.asarray(random.standard_normal(shape), dtype) for shape in shapes]
+
+
+def oracle(q, k, v, slope, segments):
+    """Output and gradients of q, k, v in NumPy float64, each document of each row by itself."""
+    q, k, v, slope = (np.asarray(x, np.float64) for x in (q, k, v, slope))
+    results = [np.zeros(x.shape) for x in (q, q, k, v)]
+    group = q.shape[2] // k.shape[2]
+    for b, n in np.ndindex(q.shape[0], q.shape[2]):
+        for document in np.unique(segments[b]):
+            at = np.flatnonzero(segments[b] == document)
+            kv = n // group
+            parts = q[b, at, n], k[b, at, kv], v[b, at, kv], slope[b, at, n]
+            for result, head, part in zip(results, (n, n, kv, kv), one_head(*parts)):
+                result[b, at, head] += part
+    return results
+
+
+def one_head(q, k, v, slope):
+    """The same of one head and one document, [t, H] each (Dao 2023, section 2.1)."""
+    scale = 1 / np.sqrt(q.shape[1])
+    scores = np.where(np.tri(len(q), dtype=bool), q @ k.T * scale, -np.inf)
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    weights /= weights.sum(axis=1, keepdims=True)
+    weight_slope = slope @ v.T
+    shared = (weight_slope * weights).sum(axis=1, keepdims=True)
+    score_slope = weights * (weight_slope - shared) * scale
+    return weights @ v, score_slope @ k, score_slope.T @ q, weights.T @ slope
+
+
+@functools.cache
+def compiled(name):
+    """(q, k, v, slope, segments or none) → output and gradients, by a kernel that runs here."""
+    return jax.jit(partial(value_and_gradients, KERNELS[name]), compiler_options=QUICK)
+
+
+def value_and_gradients(kernel, q, k, v, slope, segments):
+    out, pull = jax.vjp(lambda q, k, v: kernel(q, k, v, segments), q, k, v)
+    return out, *pull(slope)
+
+
+def check(results, expected, **tolerance):
+    for name, result, right in zip(("out", "dq", "dk", "dv"), results, expected, strict=True):
+        np.testing.assert_allclose(result, right, err_msg=name, **tolerance or CLOSE)
+
+
+def test_the_oracle_agrees_with_the_loops():
+    q, k, v, slope = (np.asarray(x, np.float64)[:, :9] for x in arrays(2))
+    out = oracle(q, k, v, slope, np.zeros((B, 9)))[0]
+    np.testing.assert_allclose(out[1], reference.attention(q[1], k[1], v[1]), rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "K", "packed"),
+    [(name, K, packed) for name in HERE for K, packed in [(2, True), (2, False), (1, True)]],
+)
+def test_each_kernel_agrees_with_the_oracle(name, K, packed):
+    given = arrays(K)
+    results = compiled(name)(*given, jnp.asarray(SEGMENTS_BT) if packed else None)
+    check(results, oracle(*given, SEGMENTS_BT if packed else np.zeros((B, T))))
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_another_document_changes_not_a_bit(name):
+    """Even keys and values so large that the smallest weight on them would show."""
+    q, k, v, slope = arrays(2)
+    others = (SEGMENTS_BT != 2)[:, :, None, None]
+    run, segments = compiled(name), jnp.asarray(SEGMENTS_BT)
+    first = run(q, k, v, slope, segments)
+    second = run(q, jnp.where(others, 1e3 * k, k), jnp.where(others, 1e6, v), slope, segments)
+    for result, same in zip(first, second):
+        result, same = (np.asarray(x)[SEGMENTS_BT == 2] for x in (result, same))
+        np.testing.assert_array_equal(result, same)
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_bfloat16_stays_near_the_oracle(name):
+    given = arrays(2, "bfloat16")
+    results = compiled(name)(*given, jnp.asarray(SEGMENTS_BT))
+    assert {result.dtype for result in results} == {jnp.dtype("bfloat16")}
+    for result, right in zip(results, oracle(*given, SEGMENTS_BT)):
+        # Of the whole: bfloat16 keeps 8 bits, so each number and its parts are off by up to 2^-9.
+        error = np.linalg.norm(np.asarray(result, np.float64) - right) / np.linalg.norm(right)
+        assert error < 1e-2
+
+
+# The whole model.
+
+ROWS = [[9, 4], [5, 8], [12]]  # lengths of the documents of each row of 15
+WIDTH, V = 15, 53
+
+
+@pytest.fixture(scope="module")
+def documents():
+    """A model, its documents, and their logits and summed gradients, each in a row of its own."""
+    random = np.random.default_rng(7)
+    texts = [random.integers(0, V, length) for row in ROWS for length in row]
+    alone = np.zeros((len(texts), WIDTH), np.int32)
+    for row, text in zip(alone, texts):
+        row[: len(text)] = text
+    weights = np.arange(1, WIDTH + 1)[None] < [[len(text)] for text in texts]
+    model = make_model()
+    _, (gradients, logits) = learn(model, alone, None, weights, BACKENDS["xla"])
+    return model, texts, [row[: len(text)] for row, text in zip(logits, texts)], gradients
+
+
+@partial(jax.jit, static_argnames="attention", compiler_options=QUICK)
+def learn(model, tokens, segments, weights, attention):
+    """The loss, and its gradients and the logits."""
+
+    def nll(model):
+        hidden, _ = model.hidden(tokens, segments_BT=segments, attention=attention)
+        targets = jnp.roll(tokens, -1, axis=1)
+        total = summed_nll(hidden, model.output_VD, targets, weights.astype(jnp.float32))
+        return total, model.logits(hidden)
+
+    (total, logits), gradients = jax.value_and_grad(nll, has_aux=True)(model)
+    return total, (gradients, logits)
+
+
+def packed(texts):
+    """Tokens, segments and weights of the rows; a document's last token predicts nothing."""
+    tokens, segments = np.zeros((2, len(ROWS), WIDTH), np.int32)
+    weights, texts = np.zeros((len(ROWS), WIDTH), bool), iter(texts)
+    for row, lengths in enumerate(ROWS):
+        start = 0
+        for number, length in enumerate(lengths, 1):
+            at = slice(start, start + length)
+            tokens[row, at], segments[row, at] = next(texts), number
+            weights[row, start : start + length - 1] = True
+            start += length
+    return tokens, segments, weights
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_packed_documents_learn_as_separate_ones(documents, name):
+    model, texts, logits, gradients = documents
+    tokens, segments, weights = packed(texts)
+    _, (found, rows) = learn(model, tokens, segments, weights, KERNELS[name])
+    ends = [np.cumsum([0, *lengths]) for lengths in ROWS]
+    cut = [rows[r, a:b] for r, edges in enumerate(ends) for a, b in itertools.pairwise(edges)]
+    for result, right in zip(cut, logits, strict=True):
+        np.testing.assert_allclose(result, right, **CLOSE)
+    for result, right in zip(jax.tree.leaves(found), jax.tree.leaves(gradients), strict=True):
+        np.testing.assert_allclose(result, right, rtol=1e-5, atol=2e-5)
+
+
+# On a mesh.
+
+
+def mesh_of(data, fsdp, tensor):
+    return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "heads"),
+    [
+        ("blockwise", (2, 2, 2), 8),  # the tensor axis divides all heads
+        ("blockwise", (1, 2, 4), 8),  # those of queries only: those of keys are repeated
+        ("blockwise", (2, 1, 4), 6),  # neither
+        ("splash", (1, 2, 4), 8),
+    ],
+)
+def test_on_a_mesh_as_on_one_device(name, shape, heads):
+    given, segments = arrays(2, heads=heads, rows=4), SEGMENTS_BT[[0, 1, 2, 0]]
+    with jax.set_mesh(mesh_of(*shape)):
+        run = jax.jit(partial(value_and_gradients, KERNELS[name]), compiler_options=QUICK)
+        results = run(*given, jnp.asarray(segments))
+    check(results, oracle(*given, segments))
+
+
+@pytest.mark.parametrize(
+    ("heads", "K", "tensor", "there"),
+    [
+        (8, 4, 4, (2, 1)),
+        (8, 2, 4, (2, 1)),
+        (8, 1, 8, (1, 1)),
+        (12, 3, 4, (3, 3)),
+        (6, 2, 4, (6, 2)),
+    ],
+)
+def test_devices_share_the_heads_wherever_they_can(heads, K, tensor, there):
+    seen = []
+
+    def spy(q, k, segments):
+        seen.append((q.shape, k.shape, segments.shape))
+        return q
+
+    with jax.set_mesh(mesh_of(8 // tensor, 1, tensor)):
+        q, k = (jnp.zeros((8, 5, n, H)) for n in (heads, K))
+        jax.eval_shape(partial(shard_heads, spy), q, k, jnp.zeros((8, 5), jnp.int32))
+    rows = tensor
+    assert seen[-1] == ((rows, 5, there[0], H), (rows, 5, there[1], H), (rows, 5))
+
+
+# Kernels of devices that are not here: the programs that would run there.
+
+
+@pytest.mark.parametrize(
+    ("T", "block"), [(1, 128), (128, 128), (150, 256), (512, 512), (640, 384), (1025, 384)]
+)
+def test_splash_blocks_are_few_and_fill_little_up(monkeypatch, T, block):
+    monkeypatch.setattr(splash, "LARGEST_BLOCK", 512)
+    assert block_length(T) == block
+
+
+def program(kernel, platform, segments, dtype="bfloat16", T=T, mesh=None):
+    """The text of the program that computes output and gradients on a platform."""
+    given = [jax.ShapeDtypeStruct((4, T, n, 8), dtype) for n in (8, 2, 2, 8)]
+    ids = jax.ShapeDtypeStruct((4, T), "int32") if segments else None
+    with jax.set_mesh(mesh_of(*mesh or (8, 1, 1))):
+        traced = jax.jit(partial(value_and_gradients, kernel)).trace(*given, ids)
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_the_splash_kernels_run_on_a_tpu(segments):
+    text = program(splash_attention, "tpu", segments, mesh=(2, 1, 4))
+    assert text.count("stablehlo.custom_call @tpu_custom_call") == 3  # forward, dq, and dk with dv
+    assert "256x256" not in text  # scores, of 150 positions filled up to two blocks
+
+
+@pytest.fixture
+def with_cudnn(monkeypatch):
+    """A machine that seems to have cuDNN, so that programs for GPUs can be written on it."""
+    library = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(library, "check_cudnn_version", lambda: 91000)
+
+
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("length", [150, 151])
+def test_the_cudnn_kernels_run_on_a_gpu(with_cudnn, segments, length):
+    text = program(cudnn_attention, "cuda", segments, T=length, mesh=(2, 1, 4))
+    called = "__cudnn$fmhaScaleBiasSoftmax" if segments else "__cudnn$fmhaSoftmax"
+    assert text.count(f"@{called}(") == text.count(f"@{called}Backward(") == 1
+    assert text.count("CAUSAL") == 2
+    assert "dot_general" not in text
+
+
+@pytest.mark.parametrize("length", [150, 149])
+def test_what_cudnn_is_asked_for_is_what_the_oracle_computes(monkeypatch, length):
+    """The same request, answered by the library's plain implementation, which runs here."""
+    whole = jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *a, implementation, **more: whole(*a, **more)
+    )
+    given, segments = [x[:, :length] for x in arrays(2)], SEGMENTS_BT[:, :length]
+    run = jax.jit(partial(value_and_gradients, cudnn_attention), compiler_options=QUICK)
+    check(run(*given, jnp.asarray(segments)), oracle(*given, segments))
+
+
+def test_cudnn_never_computes_in_another_way():
+    given = [jnp.zeros((2, 4, 2, 8), "bfloat16")] * 3
+    with pytest.raises(UsageError, match=r"^cuDNN's attention is not .*; use run.attention='xla'$"):
+        cudnn_attention(*given)
+
+
+@pytest.mark.skipif("cuda" not in str(jax.config.jax_platforms), reason="no GPU")
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("K", [2, 1])
+def test_cudnn_agrees_with_the_oracle(K, packed):
+    """Run with JAX_PLATFORMS=cuda,cpu."""
+    random = np.random.default_rng(K)
+    shapes = [(B, T, heads, 64) for heads in (N, K, K, N)]
+    given = [jnp.asarray(random.standard_normal(shape), "bfloat16") for shape in shapes]
+    segments = SEGMENTS_BT if packed else np.zeros((B, T), np.int32)
+    results = jax.jit(partial(value_and_gradients, cudnn_attention))(
+        *given, jnp.asarray(segments) if packed else None
+    )
+    for result, right in zip(results, oracle(*given, segments)):
+        error = np.linalg.norm(np.asarray(result, np.float64) - right) / np.linalg.norm(right)
+        assert error < 2e-2  # bfloat16, and weights rounded to it before their products

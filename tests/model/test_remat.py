@@ -1,0 +1,112 @@
+"""Policies of recomputing: the same gradients, less memory, and just the work that they name."""
+
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_model import TINY, make_model
+
+from llama_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
+from llama_jax.data.loader import abstract_batch
+from llama_jax.errors import UsageError
+from llama_jax.kernels.attention import BACKENDS
+from llama_jax.model import execution as remat
+from llama_jax.planning.compile import target_mesh
+from llama_jax.planning.targets import parse_target
+from llama_jax.training.step import abstract_state, jit_train_step
+
+AGAIN = ("block", "save-qkv", "offload")
+B, T = 4, 32
+TOKENS_BT = np.random.default_rng(0).integers(0, TINY["vocab_size"], (B, T), np.int32)
+
+
+def gradients(policy, **changes):
+    """A traced function of the model's parameters, and those parameters."""
+    model = make_model(**changes)
+    weights_D = jnp.arange(1.0, TINY["dim"] + 1)
+
+    def objective(model):
+        hidden_BTD, _ = model.hidden(TOKENS_BT, remat=policy, attention=BACKENDS["xla"])
+        return jnp.sum(jnp.sin(hidden_BTD) @ weights_D)
+
+    return jax.jit(jax.grad(objective)).trace(model), model
+
+
+@functools.cache
+def compiled(policy):
+    return gradients(policy)[0].lower().compile()
+
+
+def matrix_products(policy):
+    """How many there are in the program of a model of one layer."""
+    return gradients(policy, num_layers=1)[0].lower().as_text().count("stablehlo.dot_general")
+
+
+@pytest.mark.parametrize("policy", AGAIN)
+def test_gradients_are_those_of_keeping_everything(policy):
+    model = make_model()
+    expected, found = (jax.tree.leaves(compiled(name)(model)) for name in ("none", policy))
+    for one, other in zip(expected, found):
+        np.testing.assert_allclose(other, one, rtol=1e-6, atol=1e-6 * np.abs(one).max())
+
+
+def test_each_policy_does_the_work_again_that_it_should():
+    """A block has nine products: q, k, v, scores, mixing, o, gate, up and down.
+
+    Of the last one no backward pass needs the outcome.
+    """
+    none = matrix_products("none")
+    assert none == 3 * 9 + 1  # forward once, backward twice; and that of the objective
+    assert matrix_products("block") - none == 8
+    assert matrix_products("save-qkv") - none == 8 - 3
+    assert matrix_products("offload") - none == 8 - 3
+
+
+def test_memory_falls_as_less_is_kept():
+    taken = {name: compiled(name).memory_analysis().temp_size_in_bytes for name in ("none", *AGAIN)}
+    heads = TINY["num_heads"] + 2 * TINY["num_kv_heads"]
+    qkv = TINY["num_layers"] * B * T * heads * TINY["dim"] // TINY["num_heads"] * 4
+    assert taken["save-qkv"] - taken["block"] == pytest.approx(qkv, rel=0.05)
+    assert taken["none"] > 2 * taken["save-qkv"]
+    assert taken["offload"] == taken["save-qkv"]  # the memory of a CPU is the host's
+
+
+def test_offloading_moves_queries_keys_and_values_to_a_tpus_host_and_back():
+    traced, _ = gradients("offload")
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    for place in ("pinned_host", "device"):
+        assert text.count(f'_xla_buffer_placement = "{place}"') == 3
+    assert "pinned_host" not in gradients("save-qkv")[0].lower().as_text()
+
+
+def test_devices_that_cannot_reach_the_host_are_told_in_one_line(monkeypatch):
+    memory = SimpleNamespace(kind="device")
+    device = SimpleNamespace(addressable_memories=lambda: [memory], device_kind="Abacus")
+    monkeypatch.setattr(remat.jax, "local_devices", lambda: [device])
+    with pytest.raises(UsageError) as error:
+        remat.require_possible("offload")
+    assert str(error.value) == (
+        "run.remat='offload' needs memory of kind pinned_host and Abacus has only device;"
+        " use run.remat='save-qkv', or 'block' for the least memory"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("policy", "is_on_host"), [("offload", True), ("save-qkv", False)])
+def test_the_tpu_compiler_makes_the_step_of_a_cut_model(policy, is_on_host):
+    pytest.importorskip("libtpu")
+    config = Config(
+        model=ModelConfig(**TINY | {"vocab_size": 54}),
+        data=DataConfig(path="nowhere", batch_size=8, sequence_length=T),
+        optimizer=OptimizerConfig(steps=2, learning_rate=1e-3, warmup_steps=1),
+        mesh=MeshConfig(data=1, fsdp=4),
+        run=RunConfig(remat=policy),
+    )
+    mesh = target_mesh(config.mesh, parse_target("v5e-4"))
+    with jax.set_mesh(mesh):
+        state = abstract_state(config)
+        step = jit_train_step(config, mesh).lower(state, abstract_batch(config)).compile()
+    assert ("S(5)" in step.as_text()) == is_on_host  # the memory space of the host

@@ -1,0 +1,43 @@
+"""Arranged for decoding, a model is the model it was; that its logits are, test_model shows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from llama_jax.model import unstacked as arrangement
+from llama_jax.model.layers import Linear
+from llama_jax.model.unstacked import OutputsFirstLinear, unstack
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rows", [(1, 1), (5, 7)])
+@pytest.mark.parametrize(("inputs", "outputs"), [((24,), (6, 4)), ((6, 4), (20,))])
+def test_outputs_first_is_the_same_product(inputs, outputs, rows, dtype):
+    axes = ("embed", "heads", "head_dim")
+    linear = Linear(inputs, outputs, axes, std=0.2, rngs=nnx.Rngs(0))
+    turned = OutputsFirstLinear(linear)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((*rows, *inputs)), dtype)
+    assert turned.kernel.shape == outputs + inputs
+    assert turned.kernel.axes == axes[len(inputs) :] + axes[: len(inputs)]
+    assert turned(x).dtype == dtype
+    out, expected = (np.asarray(f(x), np.float32) for f in (turned, linear))
+    np.testing.assert_allclose(out, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def test_unstacking_leaves_the_model_as_it_was(tiny_model):
+    before = jax.tree.structure(tiny_model)
+    unstacked = unstack(tiny_model)
+    assert jax.tree.structure(tiny_model) == before
+    assert unstacked.embedding[...] is tiny_model.embedding[...]
+    assert unstack(unstacked) is unstacked
+
+
+def test_matrices_are_turned_on_cpu_alone(tiny_model, monkeypatch):
+    kinds = {type(block.ffn.down) for block in unstack(tiny_model).blocks}
+    monkeypatch.setattr(arrangement, "platform", lambda: "tpu")
+    elsewhere = {type(block.ffn.down) for block in unstack(tiny_model).blocks}
+    assert (kinds, elsewhere) == ({OutputsFirstLinear}, {Linear})

@@ -1,0 +1,313 @@
+"""Models of small integers: what they say, hold, free and store, beside the float ones."""
+
+import gc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_model import make_model
+from tiny_run import make_config, make_tokens, quick_runs
+from tiny_weights import built
+
+from llama_jax.checkpoints.load import load
+from llama_jax.config import MeshConfig, ModelConfig
+from llama_jax.data.token_folder import TokenFolder
+from llama_jax.distributed.mesh import make_mesh, shardings
+from llama_jax.errors import UsageError
+from llama_jax.formats.llama2c import model as llama2c
+from llama_jax.inference.engine import Engine
+from llama_jax.inference.sampler import make_sampler
+from llama_jax.inference.scoring import token_logprobs
+from llama_jax.kernels.int4 import floats
+from llama_jax.model.layers import Linear
+from llama_jax.model.parameters import named_leaves
+from llama_jax.model.transformer import count_parameters
+from llama_jax.model.unstacked import OutputsFirstLinear, unstack
+from llama_jax.quantization import Quantization, abstract_quantized, held_bytes, quantize
+from llama_jax.quantization import surgery as allocation
+from llama_jax.quantization.modules import QuantizedLinear, QuantizedMatrix
+from llama_jax.quantization.rounding import to_int4, to_int8
+from llama_jax.quantization.surgery import groups_of
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.training.run import fit
+
+pytestmark = pytest.mark.optimized
+
+FLOAT32 = jnp.dtype(jnp.float32)
+SIZES = {"dim": 128, "num_heads": 8, "num_kv_heads": 2, "hidden_dim": 192, "vocab_size": 56}
+WAYS = [("int8", 32), ("int4", 32), ("int4", 64)]
+SHARE = {"int8": 0.3, "int4": 0.2}  # of float32's memory, at most
+QUICK = {"xla_backend_optimization_level": 0}  # of the compiler
+
+
+forward = jax.jit(lambda model, tokens_BT: model(tokens_BT)[0], compiler_options=QUICK)
+score = jax.jit(token_logprobs.__wrapped__, compiler_options=QUICK)
+
+
+def model_of(**changes):
+    return make_model(**SIZES | {"num_layers": 2} | changes)
+
+
+def normal(shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def relative_error(found, right):
+    return float(np.linalg.norm(np.asarray(found) - right) / np.linalg.norm(right))
+
+
+def test_int8_by_hand():
+    kernel = jnp.asarray([[1.0, -2.54, 0.5], [0, 0, 0], [0.127, 0.01, -0.05]])
+    found = to_int8(kernel)
+    np.testing.assert_array_equal(found.whole, [[50, -127, 25], [0, 0, 0], [127, 10, -50]])
+    np.testing.assert_allclose(found.scale, [0.02, 0, 0.001], rtol=1e-6)
+
+
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_numbers_on_a_line_are_kept_by_int4(group_size):
+    whole = np.random.default_rng(0).integers(0, 16, (3, 128))
+    whole[:, ::32], whole[:, 1::32] = 0, 15
+    groups = np.arange(3 * 128 // group_size).reshape(3, -1)
+    slopes = np.repeat(2.0 ** (groups % 5), group_size, axis=1)
+    kernel = (whole * slopes - 4 * slopes).astype(np.float32)
+    found = to_int4(jnp.asarray(kernel), group_size)
+    assert found.scale.shape == found.lowest.shape == groups.shape
+    np.testing.assert_array_equal(floats(found, 128, FLOAT32), kernel)
+
+
+def test_int4_of_zeros_and_of_equal_numbers():
+    kernel = np.zeros((2, 70), np.float32)
+    kernel[1] = 0.5
+    np.testing.assert_array_equal(floats(to_int4(jnp.asarray(kernel), 32), 70, FLOAT32), kernel)
+
+
+@pytest.mark.parametrize(("kind", "most"), [("int8", 0.008), (32, 0.075), (64, 0.09)])
+def test_random_numbers_keep_most_of_themselves(kind, most):
+    kernel = normal((40, 192))
+    found = to_int8(kernel) if kind == "int8" else to_int4(kernel, kind)
+    assert 0.001 < relative_error(floats(found, 192, FLOAT32), kernel) < most
+
+
+def test_int4_is_nearer_than_the_range_in_sixteen():
+    kernel = normal((40, 32))
+    low, high = kernel.min(axis=1, keepdims=True), kernel.max(axis=1, keepdims=True)
+    step = (high - low) / 15
+    plain = np.round((kernel - low) / step) * step + low
+    found = floats(to_int4(kernel, 32), 32, FLOAT32)
+    assert relative_error(found, kernel) < 0.95 * relative_error(plain, kernel)
+
+
+@pytest.mark.parametrize(("kind", "most"), [("int8", 0.01), ("int4", 0.12)])
+def test_a_linear_layer_shows_the_same_face(kind, most):
+    model = model_of()
+    old, new = unstack(model), quantize(model, kind)
+    for name, x in (("wq", normal((3, 5, 128))), ("wo", normal((3, 5, 8, 16)))):
+        linear, ours = (getattr(m.blocks[1].attention, name) for m in (old, new))
+        assert isinstance(linear, Linear | OutputsFirstLinear)
+        assert isinstance(ours, QuantizedLinear)
+        assert (ours.inputs, ours.outputs) == (linear.inputs, linear.outputs)
+        found, right = ours(jnp.asarray(x)), linear(jnp.asarray(x))
+        assert (found.shape, found.dtype) == (right.shape, right.dtype)
+        assert relative_error(found, np.asarray(right)) < most
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("kind", "most"), [("int8", 0.06), ("int4", 0.3)])
+def test_logits_are_near_with_stacked_and_unstacked_blocks(kind, most, tied):
+    model = model_of(tied_embeddings=tied)
+    tokens_BT = jnp.asarray(np.random.default_rng(0).integers(0, 56, (3, 11)))
+    before = jax.tree.map(np.asarray, model)
+    right = forward(model, tokens_BT)
+    found = forward(quantize(model, kind), tokens_BT)
+    assert relative_error(found, np.asarray(right)) < most
+    again = forward(quantize(unstack(model), kind), tokens_BT)
+    np.testing.assert_array_equal(found, again)
+    jax.tree.map(np.testing.assert_array_equal, model, before)  # it is as it was
+
+
+def test_bfloat16_models():
+    model = model_of(compute_dtype="bfloat16")
+    narrow = jax.tree.map(lambda array: array.astype(jnp.bfloat16), model)
+    tokens_BT = jnp.asarray([[1, 2, 3, 4]])
+    right = forward(model, tokens_BT)
+    found = forward(quantize(narrow, "int8"), tokens_BT)
+    assert relative_error(found, np.asarray(right)) < 0.06
+
+
+@pytest.mark.parametrize(("kind", "group_size"), WAYS)
+@pytest.mark.parametrize("changes", [{}, {"tied_embeddings": False}, {"vocab_size": 4000}])
+def test_held_memory_falls(kind, group_size, changes):
+    model = model_of(**changes)
+    found = quantize(model, kind, group_size)
+    held = sum(len(np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(found))
+    assert held == held_bytes(found)
+    assert held <= SHARE[kind] * held_bytes(model)
+
+
+@pytest.mark.parametrize(("layers", "vocabulary"), [(6, 32000), (12, 32000), (32, 32000)])
+@pytest.mark.parametrize(("kind", "group_size"), WAYS)
+def test_held_memory_of_real_shapes(kind, group_size, layers, vocabulary):
+    dim, heads, hidden = {6: (288, 6, 768), 12: (768, 12, 2048), 32: (4096, 32, 11008)}[layers]
+    config = ModelConfig(
+        vocab_size=vocabulary,
+        dim=dim,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=heads,
+        hidden_dim=hidden,
+        context_length=64,
+        tied_embeddings=layers < 32,
+    )
+    leaves = jax.tree.leaves(abstract_quantized(config, kind, group_size))
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    table = vocabulary * dim * (1 if layers < 32 else 2)
+    numbers = table + layers * (4 * dim * dim + 3 * dim * hidden + 2 * dim) + dim
+    assert held <= SHARE[kind] * 4 * numbers
+
+
+def test_the_float_arrays_are_freed():
+    def alive():
+        gc.collect()
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    before = alive()
+    model = model_of(num_layers=4)
+    full = alive() - before
+    model = quantize(model, "int8")
+    assert alive() - before == held_bytes(model) < 0.3 * full
+
+
+@pytest.mark.parametrize(("kind", "group_size"), WAYS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_stored_by_name_and_restored_into_shapes(kind, group_size, tied):
+    model = quantize(model_of(tied_embeddings=tied), kind, group_size)
+    stored = {name: np.asarray(leaf) for name, leaf in named_leaves(model).items()}
+    shapes = abstract_quantized(model.config, kind, group_size)
+    assert stored["blocks.1.attention.wk.kernel"].dtype == np.int8
+    assert stored["blocks.1.ffn.up.kernel"].dtype == (np.int8 if kind == "int8" else np.uint8)
+    assert {name: (leaf.shape, leaf.dtype) for name, leaf in stored.items()} == {
+        name: (leaf.shape, leaf.dtype) for name, leaf in named_leaves(shapes).items()
+    }
+    arrays = [jnp.asarray(stored[name]) for name in named_leaves(shapes)]
+    restored = jax.tree.unflatten(jax.tree.structure(shapes), arrays)
+    tokens_BT = jnp.asarray([[1, 2, 3]])
+    np.testing.assert_array_equal(forward(restored, tokens_BT), forward(model, tokens_BT))
+
+
+def continued(model, prompts):
+    rows = [[] for _ in prompts]
+    greedy = make_sampler(temperature=0)
+    for chunk in Engine(model).generate(prompts, greedy, max_tokens=8, seeds=[0] * len(prompts)):
+        for row, ids in zip(rows, chunk.rows):
+            row += ids
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
+def test_eight_devices_say_what_one_says(kind):
+    model = model_of(num_layers=1)
+    model.embedding[...] *= 0.1  # or it would just repeat its last token
+    model = quantize(model, kind)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    placed = jax.device_put(model, shardings(model, mesh))
+    parts = placed.blocks[0].ffn.gate
+    for array in (parts.kernel[...], parts.scale[...]):
+        assert array.sharding.shard_shape(array.shape)[0] == 96
+    assert parts.kernel[...].addressable_shards[0].data.size == parts.kernel[...].size // 4
+    prompts = [[5], [1, 2, 3, 4, 5, 6, 7]]
+    with jax.set_mesh(mesh):
+        found = continued(placed, prompts)
+    assert found == continued(model, prompts)
+    assert len({token for row in found for token in row}) > 3
+
+
+@pytest.mark.parametrize(("kind", "group_size"), WAYS)
+def test_bytes_are_known_before_they_are_made(kind, group_size):
+    config = model_of(num_layers=3, hidden_dim=200).config
+    groups = groups_of(config, Quantization(kind, group_size))
+    leaves = jax.tree.leaves(abstract_quantized(config, kind, group_size))
+    assert allocation._bytes(config, groups) == sum(x.size * x.dtype.itemsize for x in leaves)
+    assert allocation._numbers(config) == count_parameters(config)
+
+
+def test_which_matrices_of_int4_are_int8():
+    model = quantize(model_of(), "int4")
+    attention = model.blocks[0].attention
+    kinds = {name: layer.kernel.dtype for name, layer in vars(attention).items() if is_ours(layer)}
+    assert kinds == {"wq": np.uint8, "wk": np.int8, "wv": np.int8, "wo": np.uint8}
+    assert model.embedding.kernel.dtype == np.int8
+    assert model.blocks[0].ffn.down.kernel.dtype == np.uint8
+    large = abstract_quantized(model_of(vocab_size=4000).config, "int4")
+    assert large.embedding.kernel.dtype == np.uint8, "in int8 it would not fit in a fifth"
+    assert large.blocks[1].ffn.down.kernel.dtype == np.int8, "there is room for this"
+    deep = abstract_quantized(model_of(num_layers=12).config, "int4", 64)
+    assert [block.ffn.down.kernel.dtype for block in deep.blocks] == [np.uint8] * 11 + [np.int8]
+
+
+def is_ours(layer):
+    return isinstance(layer, QuantizedMatrix)
+
+
+@pytest.mark.parametrize(
+    ("kind", "group_size", "told"),
+    [("int5", 32, "quantize='int5' is unknown"), ("int4", 48, "group_size=48 is not supported")],
+)
+def test_what_is_refused(kind, group_size, told):
+    with pytest.raises(UsageError, match=told):
+        quantize(make_model(), kind, group_size)
+
+
+def test_a_quantised_model_is_not_quantised_again():
+    with pytest.raises(UsageError, match="quantised already"):
+        quantize(quantize(make_model(), "int8"), "int8")
+
+
+def perplexity(model, tokens_BT):
+    return float(np.exp(-np.mean(score(model, tokens_BT))))
+
+
+@pytest.fixture(scope="module")
+def stories(shared_data):
+    """A model that others trained, and the beginnings of stories."""
+    tokenizer = Tokenizer(shared_data / "tok512.model")
+    told = (shared_data / "tinystories.txt").read_text().split("<|endoftext|>")
+    ids = [tokenizer.encode(story.strip(), bos=True, eos=False) for story in told[:80]]
+    tokens_BT = np.asarray([row[:192] for row in ids if len(row) >= 192])
+    assert len(tokens_BT) > 40
+    return built(llama2c.read(shared_data / "stories260K.bin")), tokens_BT
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A model trained here for some seconds, and text that it did not see."""
+    folder = tmp_path_factory.mktemp("run")
+    tokens = make_tokens(folder / "tokens", stories=400)
+    changes = {"model__dim": 96, "model__hidden_dim": 192, "model__dropout": 0.0}
+    config = make_config(
+        tokens.path, folder / "ckpt", optimizer__steps=60, run__eval_every=60, **changes
+    )
+    with quick_runs(folder / "cache"):
+        assert fit(config) == 0
+    [ids, *_] = TokenFolder.open(tokens.path).arrays("validation")
+    return load(folder / "ckpt").model, np.asarray(ids[: len(ids) // 32 * 32]).reshape(-1, 32)
+
+
+BOUNDS = [
+    ("int8", 32, 0.005),
+    ("int4", 32, 0.05),
+    pytest.param("int4", 64, 0.05, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("kind", "group_size", "most"), BOUNDS)
+@pytest.mark.parametrize("which", ["stories", pytest.param("trained", marks=pytest.mark.slow)])
+def test_perplexity_hardly_rises(which, kind, group_size, most, request):
+    model, tokens_BT = request.getfixturevalue(which)
+    quantized = quantize(model, kind, group_size)
+    before, after = (perplexity(m, jnp.asarray(tokens_BT)) for m in (model, quantized))
+    print(which, kind, group_size, before, after / before - 1)
+    assert 1 < before < 8
+    assert after < (1 + most) * before
+    if which == "stories":
+        assert held_bytes(quantized) <= SHARE[kind] * held_bytes(model)

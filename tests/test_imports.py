@@ -1,0 +1,160 @@
+"""Which rooms of the package may import which, and which libraries each may import."""
+
+import ast
+import graphlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = {  # what each may import; what is not listed is refused
+    "errors": "",
+    "config": "errors",
+    "files": "errors",
+    "text": "errors",
+    "hardware": "errors config",
+    "kernels": "errors",
+    "model": "kernels config errors",
+    "distributed": "config errors",
+    "quantization": "model kernels config errors",
+    "data": "text distributed config errors files",
+    "checkpoints": "model quantization text distributed config errors files",
+    "inference": "model quantization kernels text distributed config errors",
+    "training": "model data checkpoints distributed hardware quantization kernels inference text"
+    " config errors files",
+    "formats": "checkpoints quantization model text config errors files",
+    "planning": "training inference data distributed hardware quantization kernels model config"
+    " errors",
+    "llm": "inference checkpoints distributed text config errors",
+    "cli": "llm inference checkpoints training data formats planning quantization model hardware"
+    " distributed text config errors files",
+}
+BEING_REMOVED = {
+    ("checkpoints", "training"),
+    ("formats", "training"),
+    ("hardware", "model"),
+    ("kernels", "config"),
+    ("kernels", "distributed"),
+    ("kernels", "model"),
+    ("model", "distributed"),
+}
+DOORS = [path.stem for path in sorted(ROOT.glob("*.py")) if path.stem != "setup"]
+ONLY_IN = {  # libraries that one room, or a few modules, may import
+    "orbax": {"checkpoints"},
+    "tensorstore": {"checkpoints"},
+    "grain": {"data"},
+    "optax": {"training"},
+    "sentencepiece": {"text", "formats"},
+    "gguf": {"formats"},
+    "safetensors": set(),
+    "absl": {"config", "cli.config_flags", "configs"},
+    "ml_collections": {"config", "cli.config_flags", "configs"},
+    "matplotlib": {"training.plot"},
+    "tensorboardX": {"training.metrics"},
+    "torch": {"formats.verify"},
+    "transformers": {"formats.verify"},
+}
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(path): path for path in sorted((ROOT / "llama_jax").rglob("*.py"))}
+OUTSIDE = {module_name(path): path for path in sorted((ROOT / "configs").glob("*.py"))}
+OUTSIDE |= {door: ROOT / f"{door}.py" for door in DOORS}
+EVERYTHING = FILES | OUTSIDE
+
+
+def imports(source, name, is_package=False):
+    """Every module that a source imports, anywhere in it, by its whole name."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            home = name.split(".")
+            home = home[: len(home) - node.level + is_package] if node.level else []
+            base = ".".join([*home, *filter(None, [node.module])])
+            inside = [f"{base}.{alias.name}" for alias in node.names]
+            found += [module if module in FILES else base for module in inside]
+    return sorted(set(found))
+
+
+def imports_of(name):
+    path = EVERYTHING[name]
+    return imports(path.read_text(), name, path.name == "__init__.py")
+
+
+def unit(name):
+    """The part of the package that a module belongs to, or the script or folder outside it."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "llama_jax" and len(parts) > 1 else parts[0]
+
+
+def ours(names):
+    return [name for name in names if name.split(".")[0] == "llama_jax"]
+
+
+def test_the_table_lists_every_room():
+    assert {unit(name) for name in FILES} - {"llama_jax"} == set(ROOMS)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_rooms_import_only_what_the_table_lists(name):
+    room = unit(name)
+    for imported in {unit(imported) for imported in ours(imports_of(name))} - {room, "llama_jax"}:
+        allowed = imported in ROOMS[room].split() or (room, imported) in BEING_REMOVED
+        assert allowed, f"{name} imports {imported}"
+
+
+def test_nothing_imports_in_a_circle():
+    graph = {name: {i for i in imports_of(name) if i != name} for name in FILES}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_package_knows_no_door(name):
+    assert not set(DOORS) & {imported.split(".")[0] for imported in imports_of(name)}
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_libraries_stay_where_they_belong(name):
+    for imported in imports_of(name):
+        places = ONLY_IN.get(imported.split(".")[0])
+        allowed = places is None or {unit(name), name.removeprefix("llama_jax.")} & places
+        assert allowed, f"{name} imports {imported}"
+
+
+def test_config_knows_no_jax():
+    for name in ("errors", "config", "cli.config_flags", "cli.main"):
+        libraries = {imported.split(".")[0] for imported in imports_of(f"llama_jax.{name}")}
+        assert not libraries & {"jax", "flax", "numpy"}
+
+
+@pytest.mark.parametrize("module", ["llama_jax", "llama_jax.cli.main", "llama_jax.config"])
+def test_importing_it_loads_no_jax(module):
+    script = f"import sys, {module}; print(sorted({{'jax', 'flax', 'torch'}} & set(sys.modules)))"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import torch.nn as nn", ["torch.nn"]),
+        (
+            "def f():\n    from llama_jax.model import transformer as model",
+            ["llama_jax.errors"],
+        ),
+        ("from llama_jax.errors import UserError", ["llama_jax.errors"]),
+        ("from .errors import UserError", ["llama_jax.errors"]),
+        ("from . import errors", ["llama_jax.errors"]),
+    ],
+)
+def test_imports_are_found_however_they_are_written(source, found):
+    assert imports(source, "llama_jax.llm") == found

@@ -1,0 +1,103 @@
+"""What a run tells: times, lines and records."""
+
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from llama_jax.training import metrics
+from llama_jax.training import metrics as tensorboard
+from llama_jax.training.metrics import Console, MetricsFile, read_metrics, spelled_duration
+
+
+@pytest.mark.parametrize(
+    ("seconds", "spelled"),
+    [(0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (184, "3m04s"), (3600, "1h00m"), (90061, "25h01m")],
+)
+def test_durations_are_spelled_for_people(seconds, spelled):
+    assert spelled_duration(seconds) == spelled
+
+
+def test_records_are_merged_by_step_and_the_later_sitting_wins(tmp_path):
+    with MetricsFile(tmp_path, tensorboard=False) as file:
+        file.write({"step": 2, "loss": 2.0})
+        file.write({"step": 1, "loss": 3.0})
+        file.write({"step": 2, "validation_loss": math.nan})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')  # killed here
+    with MetricsFile(tmp_path, tensorboard=False) as file:
+        file.write({"step": 2, "loss": 2.5})
+    assert read_metrics(tmp_path) == {
+        1: {"step": 1, "loss": 3.0},
+        2: {"step": 2, "loss": 2.5, "validation_loss": "nan"},
+    }
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        assert "NaN" not in line
+
+
+def test_records_are_on_disk_at_once(tmp_path):
+    with MetricsFile(tmp_path, tensorboard=False) as file:
+        file.write({"step": 1, "loss": 3.0})
+        assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 3.0}
+
+
+def test_tensorboard_gets_every_number_that_is_measured(tmp_path, monkeypatch):
+    class Events:
+        def __init__(self, folder):
+            self.folder, self.scalars = folder, []
+
+        def add_scalar(self, *scalar):
+            self.scalars.append(scalar)
+
+        def close(self):
+            self.scalars.append("closed")
+
+    made = []
+    monkeypatch.setattr(tensorboard, "event_writer", lambda *w: made.append(Events(*w)) or made[0])
+    with MetricsFile(tmp_path, tensorboard=True) as file:
+        file.write({"step": 3, "loss": 2.0, "goodput": 0.5, "sitting": 1})
+    assert made[0].folder == tmp_path / "tensorboard"
+    assert made[0].scalars == [("loss", 2.0, 3), ("goodput", 0.5, 3), "closed"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_costs_one_warning_and_not_the_run(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with MetricsFile(tmp_path, tensorboard=False) as file:
+        for step in range(3):
+            file.write({"step": step, "loss": 1.0})
+    line = "warning: metrics.jsonl is not written: No space left on device; training goes on\n"
+    assert capsys.readouterr().err == line
+
+
+def test_without_a_terminal_the_console_says_plain_lines(capsys):
+    console = Console(total=9, start=0)
+    console.line("hello")
+    console.progress(3, "step 3/9  loss 1.0")
+    console.close()
+    assert capsys.readouterr() == ("hello\nstep 3/9  loss 1.0\n", "")
+
+
+def test_on_a_terminal_the_line_stands_behind_a_bar(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(metrics.sys, "stderr", terminal)
+    console = Console(total=40, start=0)
+    console.progress(10, "step 10/40  loss 1.0  1,000 tok/s  left 5s")
+    console.close()
+    assert "10/40  loss 1.0  1,000 tok/s  left 5s" in terminal.getvalue()
+    assert terminal.getvalue().count("left") == 1  # and nothing of tqdm's own besides
+
+
+def test_only_process_0_speaks_and_writes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(metrics.jax, "process_index", lambda: 1)
+    console = Console(total=9, start=0)
+    console.line("hello")
+    console.close()
+    metrics.warn("hello")
+    with MetricsFile(tmp_path, tensorboard=False) as file:
+        file.write({"step": 1})
+    assert capsys.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == []
