@@ -127,7 +127,7 @@ def test_numbers_that_are_none_are_told_or_refused(run):
 
 
 def test_a_large_model_is_verified_only_when_asked(run, monkeypatch):
-    monkeypatch.setattr("llama_jax.cli.convert.is_cheap", lambda source: False)
+    monkeypatch.setattr("llama_jax.formats.verify.is_cheap", lambda source: False)
     _, told, _ = run("--input in.ckpt --output large")
     assert "not verified: that takes 0 GB of memory and a while; --verify does it" in told
     _, told, _ = run("--input in.ckpt --output large2 --verify")

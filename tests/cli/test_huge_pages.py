@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from llama_jax.cli.main import SETTING, VARIABLE
+from llama_jax.cli.startup import SETTING, VARIABLE
 
 SCRIPT = f"""
 import os, sys
