@@ -35,10 +35,6 @@ BEING_REMOVED = {
     ("checkpoints", "training"),
     ("formats", "training"),
     ("hardware", "model"),
-    ("kernels", "config"),
-    ("kernels", "distributed"),
-    ("kernels", "model"),
-    ("model", "distributed"),
 }
 DOORS = [path.stem for path in sorted(ROOT.glob("*.py")) if path.stem != "setup"]
 ONLY_IN = {  # libraries that one room, or a few modules, may import

@@ -1,14 +1,14 @@
-"""Data parallelism written out: who sums gradients, and who gathers which parameters, and when.
+"""Data parallelism and FSDP, written out with `jax.shard_map`.
 
-Every device does its own rows of the batch, with `jax.shard_map` in charge of the axes `data` and
-`fsdp`, because the compiler left to itself sums gradients anew for every microbatch. Along `fsdp`
-parameters are cut too (ZeRO stage 3, Rajbhandari et al. 2020): a block's are gathered when it runs,
-forward and backward, and its gradients summed straight into the parts. The axis `tensor` stays with
-the compiler.
+Each device computes its own sequences of the batch; the axes `data` and `fsdp` are manual, because
+XLA left to itself all-reduces gradients anew for every microbatch. Along `fsdp` parameters are
+sharded too (ZeRO stage 3, Rajbhandari et al. 2020): a block's are all-gathered when it runs,
+forward and backward, and its gradients are reduce-scattered to the shards. The axis `tensor` stays
+automatic.
 
-Along `fsdp` a block's parameters and gradients, and the embedding's rows and theirs, cross the
-network in the compute dtype (their sums over microbatches are float32); the output matrix's
-gradient, and along `data` all gradients, cross it in float32.
+Along `fsdp`, a block's parameters and gradients and the embedding's rows and their gradients are
+sent in the compute dtype (sums over microbatches are float32); the gradient of the output matrix,
+and along `data` all gradients, are sent in float32.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from llama_jax.distributed.mesh import RULES, automatic, batch_parts, by_hand, partition_spec, specs
+from llama_jax.distributed.mesh import RULES, automatic, batch_shards, manual, partition_spec, specs
 
 Tree = TypeVar("Tree")
 
@@ -27,16 +27,16 @@ ROW_AXES = ("data", "fsdp")
 
 
 def sums_over_rows(function: Callable[[Any, Tree], Any], model: Any, batch: Tree) -> Any:
-    """`function(model, batch)`, scalars that are sums over rows, each device doing its own rows."""
+    """`function(model, batch)`, scalars summed over sequences, each device computing its own."""
     return _over_rows(lambda *given: (function(*given), ()), model, batch, ())[0]
 
 
 def gradients_over_rows(
     function: Callable[[Any, Tree], tuple[Any, Any]], model: Any, batch: Tree
 ) -> tuple[Any, Any]:
-    """The same for `function(model, batch)` → (sums, gradients).
+    """`function(model, batch)` → (sums, gradients), each device computing its own sequences.
 
-    Gradients are summed once over `data`, and come back lying as the parameters do.
+    Gradients are summed once over `data` and have the sharding of the parameters.
     """
     return _over_rows(function, model, batch, model)
 
@@ -45,9 +45,9 @@ def _over_rows(
     function: Callable[[Any, Tree], tuple[Any, Any]], model: Any, batch: Tree, gradients: Any
 ) -> tuple[Any, Any]:
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or batch_parts(mesh) == 1:
+    if mesh.empty or batch_shards(mesh) == 1:
         return function(model, batch)
-    # An axis of one part is taken along: then nothing is left to the compiler's partitioner.
+    # Axes of size 1 are made manual too: then nothing is left to XLA's partitioner.
     axes = {*ROW_AXES} | {name for name, size in mesh.shape.items() if size == 1}
 
     def part(model: Any, batch: Tree) -> tuple[Any, Any]:
@@ -68,13 +68,13 @@ def _over_rows(
 
 
 def _only(spec: PartitionSpec, axes: set[str]) -> PartitionSpec:
-    """What a spec says of some axes of the mesh."""
+    """A spec restricted to some axes of the mesh."""
     return PartitionSpec(*(name if name in axes else None for name in spec))
 
 
 def _summed(gradients: Tree) -> Tree:
-    """Each device's gradients added up over the axes along which its parameter is copied."""
-    sizes = by_hand()
+    """Gradients summed over the axes along which their parameter is replicated."""
+    sizes = manual()
 
     def of(leaf: nnx.Variable) -> nnx.Variable:
         cut = "fsdp" in [RULES[axis] for axis in leaf.axes]
@@ -84,17 +84,17 @@ def _summed(gradients: Tree) -> Tree:
     return jax.tree.map(of, gradients, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
-def are_cut() -> bool:
-    """Whether parameters are in parts that `whole` has to put together."""
-    return by_hand().get("fsdp", 1) > 1
+def is_sharded() -> bool:
+    """Whether the program being traced sees shards of parameters along `fsdp`."""
+    return manual().get("fsdp", 1) > 1
 
 
-def whole(tree: Tree, dtype: Any) -> Tree:
-    """A tree of parameters, each whole along `fsdp` and in `dtype`; uncut, just `tree`.
+def gather(tree: Tree, dtype: Any) -> Tree:
+    """A tree of parameters all-gathered along `fsdp` and cast to `dtype`.
 
-    Differentiated, it sums the gradient over the devices along `fsdp`, each keeping its part.
+    Its gradient is a reduce-scatter: each device keeps the sum for its own shard.
     """
-    if not are_cut():
+    if not is_sharded():
         return tree
 
     def of(leaf: nnx.Variable) -> nnx.Variable:
@@ -104,14 +104,14 @@ def whole(tree: Tree, dtype: Any) -> Tree:
 
 
 def _gathered(part: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """A parameter whose last dims lie along `axes`, put together from its parts along `fsdp`."""
+    """A parameter with the logical `axes`, all-gathered along `fsdp`."""
     cut = [dim - len(axes) for dim, axis in enumerate(axes) if RULES[axis] == "fsdp"]
     if not cut:
         return part
 
     def gather(part: jax.Array) -> jax.Array:
-        # Along the first dim, where parts follow each other in memory: along others the transpose,
-        # a reduce-scatter, becomes an all-reduce on TPU, which sends twice as much.
+        # Along the first dim, where shards are contiguous: along others the transpose, a
+        # reduce-scatter, becomes an all-reduce on TPU, which sends twice as much.
         parts = jax.lax.all_gather(jnp.moveaxis(part, cut[0], 0), "fsdp", axis=0, tiled=True)
         return jnp.moveaxis(parts, 0, cut[0])
 
@@ -119,18 +119,18 @@ def _gathered(part: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     spec = partition_spec(axes, part.shape, mesh)
     if all(name is None for name in spec):
         return gather(part)
-    # Each part of the tensor axis by itself: else the compiler makes the parameter whole there too.
+    # Each shard of the tensor axis by itself: else XLA gathers the parameter there too.
     return jax.shard_map(
         gather, in_specs=spec, out_specs=spec, axis_names=set(automatic(mesh)), check_vma=False
     )(part)
 
 
 def lookup(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any) -> jax.Array:
-    """The rows [B, T, D] of a table for some ids, in `dtype`.
+    """The rows [B, T, D] of a table for token ids, in `dtype`; the table is never gathered.
 
-    A table that is cut stays where it is. Along `fsdp`, each device looks up its part of the rows
-    for the ids of all devices, and they exchange those; along `tensor`, it looks up the ids that
-    are in its part of the vocabulary, and they add up what they found.
+    Along `fsdp`, each device looks up its columns for the ids of all devices, and an all-to-all
+    exchanges them; along `tensor`, it looks up the ids in its shard of the vocabulary, and a psum
+    adds what the devices found.
     """
     mesh = jax.sharding.get_abstract_mesh()
     parts = automatic(mesh).get("tensor", 1)
@@ -155,18 +155,18 @@ def lookup(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _lookup(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any) -> jax.Array:
-    """The same of a table that is at most cut along `fsdp`."""
-    if not are_cut():
+    """`lookup` in a table that is sharded along `fsdp` at most."""
+    if not is_sharded():
         return table_VD[ids_BT].astype(dtype)
     everyones_BT = jax.lax.all_gather(ids_BT, "fsdp", axis=0, tiled=True)
     parts_BTD = table_VD[everyones_BT].astype(dtype)
     return jax.lax.all_to_all(parts_BTD, "fsdp", split_axis=0, concat_axis=2, tiled=True)
 
 
-def row_numbers(rows: int) -> jax.Array:
-    """Which rows of the whole batch those are that this device sees; int32 [rows]."""
+def example_ids(count: int) -> jax.Array:
+    """The index in the whole batch of each sequence that this device has; int32 [count]."""
     first = jnp.int32(0)
     for name in ROW_AXES:
-        if name in by_hand():
-            first = first * by_hand()[name] + jax.lax.axis_index(name)
-    return first * rows + jnp.arange(rows, dtype=jnp.int32)
+        if name in manual():
+            first = first * manual()[name] + jax.lax.axis_index(name)
+    return first * count + jnp.arange(count, dtype=jnp.int32)

@@ -1,14 +1,14 @@
-"""Where arrays lie: one table from the logical axes of tensors to the axes of the device mesh.
+"""The device mesh, and sharding: one table from logical axes of tensors to axes of the mesh.
 
 Mesh axes are always `data`, `fsdp` and `tensor`, of size 1 when unused. The model names logical
 axes only; this file is the one place that knows what they mean on devices.
 
-The compiler cuts arrays along an axis by itself, unless a `jax.shard_map` has taken the axis over:
-then a program sees its own part of each array, and the axis is gone from every rule here.
+XLA partitions arrays along an automatic axis by itself. Along a manual axis, inside a
+`jax.shard_map` over it, a program sees its own shard of each array, and every rule here ignores the
+axis.
 """
 
 import contextlib
-import contextvars
 import functools
 import itertools
 import math
@@ -28,7 +28,7 @@ Rules = dict[str, str | tuple[str, ...] | None]
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# What each logical axis of a parameter or an activation is cut along.
+# The mesh axes that each logical axis of a parameter or an activation is sharded over.
 RULES: Rules = {
     "batch": ("data", "fsdp"),
     "length": None,  # positions of a sequence, between blocks
@@ -41,18 +41,6 @@ RULES: Rules = {
     "vocab": "tensor",
 }
 SEQUENCE_RULES: Rules = RULES | {"length": "tensor"}  # with mesh.sequence
-
-_rules = contextvars.ContextVar("rules", default=RULES)
-
-
-@contextlib.contextmanager
-def rules_of(config: MeshConfig) -> Iterator[None]:
-    """Within it, arrays are placed as `config` wants; outside, as without `mesh.sequence`."""
-    token = _rules.set(SEQUENCE_RULES if config.sequence else RULES)
-    try:
-        yield
-    finally:
-        _rules.reset(token)
 
 
 def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
@@ -89,7 +77,7 @@ def _named(sizes: tuple[int, ...]) -> str:
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh that a config asks for, over all devices or those given.
+    """The mesh of a config, over all devices or those passed.
 
     Raises:
       UsageError: when the sizes do not multiply to the number of devices.
@@ -100,26 +88,29 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 
 def automatic(mesh: Mesh | AbstractMesh) -> dict[str, int]:
-    """The axes, with their sizes, that arrays are cut along by the compiler."""
+    """The mesh axes, with sizes, along which XLA partitions arrays by itself."""
     types = dict(zip(mesh.axis_names, mesh.axis_types))
     return {name: size for name, size in mesh.shape.items() if types[name] != AxisType.Manual}
 
 
-def by_hand() -> dict[str, int]:
-    """The axes, with their sizes, of which the program being traced sees one part."""
+def manual() -> dict[str, int]:
+    """The manual axes, with sizes, of the program being traced: it sees one shard along them."""
     mesh = jax.sharding.get_abstract_mesh()
     return {name: size for name, size in mesh.shape.items() if name not in automatic(mesh)}
 
 
 def partition_spec(
-    axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh
+    axes: tuple[str, ...],
+    shape: tuple[int, ...],
+    mesh: Mesh | AbstractMesh,
+    rules: Rules = RULES,
 ) -> PartitionSpec:
-    """The spec of an array whose last dims lie along `axes`; leading ones (layers) are whole.
+    """The spec of an array whose last dims have the logical `axes`; leading dims are replicated.
 
-    A dim that its mesh axes do not divide is left whole: 8 kv heads on 16 devices are copied.
+    A dim that its mesh axes do not divide is replicated too, such as 8 kv heads on 16 devices.
     """
     axes = ("",) * (len(shape) - len(axes)) + axes
-    sizes, rules, entries = automatic(mesh), _rules.get(), []
+    sizes, entries = automatic(mesh), []
     for axis, size in zip(axes, shape):
         target = rules[axis] if axis else None
         named = (target,) if isinstance(target, str) else target or ()
@@ -154,7 +145,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def placed(shapes: Tree, places: Any) -> Tree:
-    """Descriptions of arrays, `jax.ShapeDtypeStruct`, that also say where each of them lies."""
+    """`jax.ShapeDtypeStruct`s with a sharding each."""
 
     def described(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
@@ -162,37 +153,41 @@ def placed(shapes: Tree, places: Any) -> Tree:
     return jax.tree.map(described, shapes, places)
 
 
-def batch_parts(mesh: Mesh | AbstractMesh) -> int:
-    """How many parts the batch is cut into."""
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
+    """How many shards the batch has."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def constrain(x: jax.Array, *axes: str) -> jax.Array:
-    """`x`, told to lie along `axes` on the mesh that is set; without a mesh, just `x`."""
+def constrain(x: jax.Array, *axes: str, rules: Rules = RULES) -> jax.Array:
+    """`x` with its sharding constrained to its logical `axes` on the mesh that is set, if any."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or math.prod(automatic(mesh).values()) == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh, rules))
 
 
-# Iterators each of whose steps runs on a mesh, while their users keep their own.
-#
-# A mesh is set for a thread; a generator that set it for its whole life would set it for whoever
-# asks for its next item too.
+def constrain_sequence(x: jax.Array, *axes: str) -> jax.Array:
+    """`constrain` for `mesh.sequence`: between blocks, positions are sharded over `tensor`."""
+    return constrain(x, *axes, rules=SEQUENCE_RULES)
+
 
 Arguments = ParamSpec("Arguments")
 Item = TypeVar("Item")
 
 
 def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """Inside, arrays may be cut over the mesh; without one, nothing changes."""
+    """`jax.set_mesh`, or nothing where there is no mesh."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def steps_on_mesh(
     method: Callable[Arguments, Iterator[Item]],
 ) -> Callable[Arguments, Iterator[Item]]:
-    """A generator method of an object with a `mesh`, run step by step with that mesh set."""
+    """A generator method of an object with a `mesh`, each step of which runs with that mesh set.
+
+    A mesh is set for a thread: set for the generator's whole life, it would also be set for the
+    code that consumes the items.
+    """
 
     @functools.wraps(method)
     def stepped(*arguments: Arguments.args, **options: Arguments.kwargs) -> Iterator[Item]:
@@ -213,37 +208,41 @@ def steps_on_mesh(
     return stepped
 
 
-# Attention on a mesh: each device does its own rows and heads.
-#
-# For attention that the compiler cannot cut by itself: a loop or a kernel. Does not know which.
+@functools.cache  # one function a kernel: a new one would be traced again
+def shard_heads(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """An attention kernel of which each device computes its own sequences and heads.
 
-
-def shard_heads(attention: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """`attention` of [B, T, heads, H] arrays, each device doing its own rows and heads.
-
-    Arrays [B, T], the numbers of documents, may follow. Heads that the tensor axis does not divide
-    are repeated where that helps (8 kv heads on 16 devices: each does the queries of half a group),
-    else left whole.
+    For kernels that XLA cannot partition by itself: a loop, a custom call. The result takes
+    queries, keys and values [B, T, heads, H] and perhaps the documents of positions [B, T]. Heads
+    that the tensor axis does not divide are repeated where that helps (8 kv heads on 16 devices:
+    each serves half a group of queries), else every device computes all of them.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    sizes = automatic(mesh)
-    if mesh.empty or math.prod(sizes.values()) == 1:
-        return attention(*arrays)
-    parts, most = mesh.shape["tensor"], max(x.shape[2] for x in arrays if x.ndim == 4)
-    repeated = tuple(_repeated_heads(x, parts, most) if x.ndim == 4 else x for x in arrays)
-    divides = all(x.shape[2] % parts == 0 for x in repeated if x.ndim == 4)
-    batch = partition_spec(("batch",), arrays[0].shape[:1], mesh)[0]
-    spec = PartitionSpec(batch, None, "tensor" if divides else None, None)
-    rows = PartitionSpec(batch, None)
-    in_specs = tuple(spec if x.ndim == 4 else rows for x in arrays)
-    given = repeated if divides else arrays
-    return jax.shard_map(
-        attention, in_specs=in_specs, out_specs=spec, axis_names=set(sizes), check_vma=False
-    )(*given)
+
+    def sharded(*arrays: jax.Array | None) -> jax.Array:
+        present = tuple(x for x in arrays if x is not None)
+        mesh = jax.sharding.get_abstract_mesh()
+        sizes = automatic(mesh)
+        if mesh.empty or math.prod(sizes.values()) == 1:
+            return kernel(*present)
+        shards, most = mesh.shape["tensor"], max(x.shape[2] for x in present if x.ndim == 4)
+        repeated = tuple(_repeated_heads(x, shards, most) if x.ndim == 4 else x for x in present)
+        divides = all(x.shape[2] % shards == 0 for x in repeated if x.ndim == 4)
+        batch = partition_spec(("batch",), present[0].shape[:1], mesh)[0]
+        spec = PartitionSpec(batch, None, "tensor" if divides else None, None)
+        documents = PartitionSpec(batch, None)
+        return jax.shard_map(
+            kernel,
+            in_specs=tuple(spec if x.ndim == 4 else documents for x in present),
+            out_specs=spec,
+            axis_names=set(sizes),
+            check_vma=False,
+        )(*(repeated if divides else present))
+
+    return sharded
 
 
-def _repeated_heads(x_BTNH: jax.Array, parts: int, most: int) -> jax.Array:
-    """`x` with each head as often as it takes for `parts` to divide them, if `most` allows it."""
+def _repeated_heads(x_BTNH: jax.Array, shards: int, most: int) -> jax.Array:
+    """`x` with each head repeated until `shards` divides them, if `most` is a multiple of that."""
     heads = x_BTNH.shape[2]
-    times = parts // math.gcd(heads, parts)
+    times = shards // math.gcd(heads, shards)
     return x_BTNH if most % (heads * times) else jnp.repeat(x_BTNH, times, axis=2)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.inference.prefill import WITH_CACHE
 from llama_jax.inference.sampler import Sampler, TokenCounts, TokenLogprobs, top_logprobs
 from llama_jax.model.cache import KVCache
 from llama_jax.model.transformer import Llama
@@ -79,7 +80,7 @@ def decode(
     """The state up to `CHUNK` tokens on, fewer once all rows are done, and those tokens [B, C]."""
 
     def step(state: GenerationState) -> tuple[GenerationState, Chosen]:
-        logits_B1V, cache = model(state.token_B[:, None], state.cache)
+        logits_B1V, cache = model(state.token_B[:, None], state.cache, execution=WITH_CACHE)
         assert cache is not None
         # A row that is done stays where it is: what it writes lies beyond its length.
         done_B = state.done_B

@@ -26,7 +26,7 @@ from llama_jax.inference.decode import (
     chunk_of,
     decode,
 )
-from llama_jax.inference.prefill import padded, read_prompts, slots_for, stretches
+from llama_jax.inference.prefill import WITH_CACHE, padded, read_prompts, slots_for, stretches
 from llama_jax.inference.sampler import Sampler, TokenCounts
 from llama_jax.inference.speculation import GUESSES, decode_guessing, require_plainly_greedy
 from llama_jax.model.cache import KVCache
@@ -210,7 +210,7 @@ _begin = partial(jax.jit, donate_argnames="state", static_argnames="logprobs")(b
 @partial(jax.jit, donate_argnames="cache")
 def _one(model: Llama, token_B1: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
     """The logits [B, V] after one more token, and the cache with it."""
-    logits_B1V, filled = model(token_B1, cache)
+    logits_B1V, filled = model(token_B1, cache, execution=WITH_CACHE)
     assert filled is not None
     return logits_B1V[:, 0], filled
 

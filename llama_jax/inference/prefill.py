@@ -12,11 +12,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.distributed.fsdp import lookup
+from llama_jax.distributed.mesh import constrain, shard_heads
+from llama_jax.kernels.attention import KERNELS, choose_kernel
 from llama_jax.model.cache import KVCache
+from llama_jax.model.execution import Execution
 from llama_jax.model.transformer import Llama
 
 LONGEST_STRETCH = 512  # tokens of each row read at once; bounds the memory of a long prompt
 SHORTEST_STRETCH = 16
+
+# How programs with a cache run, on one device or on a mesh with a tensor axis.
+WITH_CACHE = Execution(constrain=constrain, lookup=lookup)
+
+
+def whole_sequence_execution(model: Llama) -> Execution:
+    """How a pass over whole sequences runs, without a cache: by this device's fastest kernel."""
+    config = model.config
+    kernel = choose_kernel(
+        "auto", jax.local_devices()[0], head_dim=config.head_dim, dtype=config.compute_dtype
+    )
+    attention = KERNELS[kernel] if kernel == "xla" else shard_heads(KERNELS[kernel])
+    return dataclasses.replace(WITH_CACHE, attention=attention)
 
 
 def stretches(length: int, longest: int = LONGEST_STRETCH) -> list[int]:
@@ -82,7 +99,7 @@ def _read(
     """One stretch, which begins at slot `start`; hidden states of last tokens that lie in it."""
     C = ids_BC.shape[1]
     here = dataclasses.replace(cache, length_B=jnp.full(length_B.shape, start, jnp.int32))
-    hidden_BCD, filled = model.hidden(ids_BC, here)
+    hidden_BCD, filled = model.hidden(ids_BC, here, execution=WITH_CACHE)
     assert filled is not None
     at_B = length_B - 1 - start
     found_B1D = jnp.take_along_axis(hidden_BCD, jnp.clip(at_B, 0, C - 1)[:, None, None], axis=1)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.errors import UserError
-from llama_jax.inference.prefill import padded, stretches
+from llama_jax.inference.prefill import padded, stretches, whole_sequence_execution
 from llama_jax.model.transformer import Llama
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -24,7 +24,7 @@ def token_logprobs(model: Llama, tokens_BT: jax.Array) -> jax.Array:
 
     Padding may follow a row: later tokens change nothing before them.
     """
-    hidden_BTD, _ = model.hidden(tokens_BT)
+    hidden_BTD, _ = model.hidden(tokens_BT, execution=whole_sequence_execution(model))
     B, T = tokens_BT.shape
     pieces = -(-(T - 1) // POSITIONS)
     fill = ((0, 0), (0, pieces * POSITIONS - (T - 1)))
@@ -51,7 +51,7 @@ def embeddings(
 
     `normalize` scales each to length 1, so that a dot product of two is their cosine.
     """
-    hidden_BTD, _ = model.hidden(tokens_BT)
+    hidden_BTD, _ = model.hidden(tokens_BT, execution=whole_sequence_execution(model))
     is_token_BT = jnp.arange(tokens_BT.shape[1])[None] < length_B[:, None]
     kept_BTD = jnp.where(is_token_BT[:, :, None], hidden_BTD.astype(jnp.float32), 0.0)
     mean_BD = kept_BTD.sum(axis=1) / length_B[:, None]

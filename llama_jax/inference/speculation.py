@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from llama_jax.config import require
 from llama_jax.inference.decode import CHUNK, NOTHING, GenerationState
 from llama_jax.inference.filters import likeliest
+from llama_jax.inference.prefill import WITH_CACHE
 from llama_jax.inference.sampler import Sampler
 from llama_jax.model.transformer import Llama
 
@@ -88,7 +89,7 @@ def _guess_and_read(model: Llama, stops_S: jax.Array, progress: Progress) -> Pro
     state, length_B = progress.state, progress.state.cache.length_B
     guess_BG = guess(progress.history_BS, length_B + 1)
     read_BT = jnp.concatenate([state.token_B[:, None], guess_BG], axis=1)
-    logits_BTV, cache = model(read_BT, state.cache)
+    logits_BTV, cache = model(read_BT, state.cache, execution=WITH_CACHE)
     assert cache is not None
     chosen_BT = likeliest(logits_BTV)
     room_B = jnp.where(state.done_B, 0, state.limit_B - length_B - 1)

@@ -1,26 +1,71 @@
 """Causal attention within whole sequences, by one of several kernels that compute the same.
 
-Each takes [B, T, heads, H] queries, keys and values and, for rows packed with several documents,
-`segments_BT`: the number of each position's document. A query looks at the positions up to its own,
-of its own document. Which kernel runs is asked for by name or chosen once, by `chosen_backend`, and
-said in the log; none falls back to another by itself.
+Each takes queries [B, T, N, H], keys and values [B, T, K, H] with K dividing N and, for sequences
+packed with several documents, `segments_BT`: the index of each position's document. A query attends
+to positions up to its own, of its own document. `choose_kernel` decides which one runs; none falls
+back to another by itself.
+
+Masks are boolean, True where a query may attend.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from llama_jax.config import ModelConfig
 from llama_jax.errors import UsageError
 from llama_jax.kernels import cudnn
-from llama_jax.kernels.blockwise import causal_attention
+from llama_jax.kernels.blockwise import blockwise_attention
 from llama_jax.kernels.splash import splash_attention
-from llama_jax.model.attention import attend, causal_mask
-from llama_jax.model.cache import merged_rows
 
-# (queries, keys, values, segments or none, dropout rate, dropout key or none) → [B, T, N, H]
-SelfAttention = Callable[..., jax.Array]
+# (q_BTNH, k_BTKH, v_BTKH, segments_BT or None, dropout of weights or None) -> [B, T, N, H]
+AttentionKernel = Callable[..., jax.Array]
+Dropout = Callable[[jax.Array], jax.Array]
+
+
+def causal_mask(positions_BT: jax.Array, key_length: int) -> jax.Array:
+    """[B, T, S]: True where slot s holds a token at or before the query's position."""
+    return jnp.arange(key_length)[None, None] <= positions_BT[:, :, None]
+
+
+def merge_heads_and_batch(x_BTKH: jax.Array) -> jax.Array:
+    """Keys or values as [R, T, H] with R = K·B, the layout that `attend` and the cache use."""
+    B, T, K, H = x_BTKH.shape
+    return x_BTKH.transpose(2, 0, 1, 3).reshape(K * B, T, H)
+
+
+def attend(
+    q_BTNH: jax.Array,
+    keys_RSH: jax.Array,
+    values_RSH: jax.Array,
+    mask_BTS: jax.Array,
+    dropout: Dropout | None = None,
+) -> jax.Array:
+    """Grouped-query softmax attention, [B, T, N, H], with float32 scores.
+
+    Each of the K key/value heads serves G = N/K query heads (Ainslie et al. 2023). Keys and values
+    come as `merge_heads_and_batch` makes them, R = K·B; queries are brought to [R, G·T, H].
+
+    Args:
+      dropout: applied to the attention weights [K, B, G, T, S].
+    """
+    B, T, N, H = q_BTNH.shape
+    K = keys_RSH.shape[0] // B
+    q_KBGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(2, 0, 3, 1, 4)
+    q_RMH = q_KBGTH.reshape(K * B, -1, H)  # M = G·T
+    scores_RMS = jnp.einsum("RMH,RSH->RMS", q_RMH, keys_RSH, preferred_element_type=jnp.float32) * (
+        1.0 / math.sqrt(H)
+    )
+    scores_KBGTS = jnp.where(
+        mask_BTS[None, :, None], scores_RMS.reshape(K, B, N // K, T, -1), -jnp.inf
+    )
+    weights_KBGTS = jax.nn.softmax(scores_KBGTS, axis=-1).astype(values_RSH.dtype)
+    if dropout is not None:
+        weights_KBGTS = dropout(weights_KBGTS)
+    weights_RMS = weights_KBGTS.reshape(scores_RMS.shape)
+    out_RMH = jnp.einsum("RMS,RSH->RMH", weights_RMS, values_RSH)
+    return out_RMH.reshape(K, B, N // K, T, H).transpose(1, 3, 0, 2, 4).reshape(B, T, N, H)
 
 
 def xla_attention(
@@ -28,69 +73,52 @@ def xla_attention(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     segments_BT: jax.Array | None = None,
-    dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
+    dropout: Dropout | None = None,
 ) -> jax.Array:
-    """The plain form, which holds all scores at once; everywhere, and the only one with dropout."""
+    """The reference: holds all scores at once. Runs everywhere; the only one with dropout."""
     T = q_BTNH.shape[1]
     mask_BTS = causal_mask(jnp.arange(T)[None], T)
     if segments_BT is not None:
         mask_BTS = mask_BTS & (segments_BT[:, :, None] == segments_BT[:, None, :])
-    keys_RSH, values_RSH = merged_rows(k_BTKH), merged_rows(v_BTKH)
-    return attend(q_BTNH, keys_RSH, values_RSH, mask_BTS, dropout_rate, dropout_key)
+    keys_RSH, values_RSH = merge_heads_and_batch(k_BTKH), merge_heads_and_batch(v_BTKH)
+    return attend(q_BTNH, keys_RSH, values_RSH, mask_BTS, dropout)
 
 
-def _without_dropout(kernel: Callable[..., jax.Array]) -> SelfAttention:
-    """A kernel that drops no weights, with the face of one that could."""
-
-    def attention(
-        q_BTNH: jax.Array,
-        k_BTKH: jax.Array,
-        v_BTKH: jax.Array,
-        segments_BT: jax.Array | None = None,
-        dropout_rate: float = 0.0,
-        dropout_key: jax.Array | None = None,
-    ) -> jax.Array:
-        assert dropout_key is None, "only the `xla` attention drops weights"
-        return kernel(q_BTNH, k_BTKH, v_BTKH, segments_BT)
-
-    return attention
-
-
-BACKENDS: dict[str, SelfAttention] = {
+KERNELS: dict[str, AttentionKernel] = {
     "xla": xla_attention,
-    "blockwise": _without_dropout(causal_attention),
-    "cudnn": _without_dropout(cudnn.cudnn_attention),
-    "splash": _without_dropout(splash_attention),
+    "blockwise": blockwise_attention,
+    "cudnn": cudnn.cudnn_attention,
+    "splash": splash_attention,
 }
 FASTEST = {"cpu": "blockwise", "gpu": "cudnn", "tpu": "splash"}  # by platform; elsewhere `xla`
 
 
-def chosen_backend(
-    asked: str, config: ModelConfig, device: jax.Device, dropout: float = 0.0
+def choose_kernel(
+    name: str, device: jax.Device, *, head_dim: int, dtype: str, dropout: float = 0.0
 ) -> str:
-    """The name of the kernel to run: the one asked for, or for "auto" the fastest there is.
+    """The name of the kernel to run: `name`, or for "auto" the fastest that can.
 
     Args:
-      asked: a name, or "auto".
-      config: the model, whose numerics not every kernel takes.
+      name: a key of `KERNELS`, or "auto".
       device: one of those the program is for; they need not be this machine's.
+      head_dim: width of a head.
+      dtype: name of the compute dtype.
       dropout: the fraction of attention weights dropped.
 
     Raises:
-      UsageError: when the one asked for cannot do what is wanted.
+      UsageError: when the named kernel cannot do this.
     """
-    name = FASTEST.get(device.platform, "xla") if asked == "auto" else asked
-    refusal = _refusal(name, config, device, dropout)
-    if not refusal:
-        return name
-    if asked == "auto":
+    chosen = FASTEST.get(device.platform, "xla") if name == "auto" else name
+    reason = _refusal(chosen, device, head_dim, dtype, dropout)
+    if not reason:
+        return chosen
+    if name == "auto":
         return "xla"
-    raise UsageError(f"run.attention={asked!r} {refusal}")
+    raise UsageError(f"run.attention={name!r} {reason}")
 
 
-def _refusal(name: str, config: ModelConfig, device: jax.Device, dropout: float) -> str:
-    """Why a kernel cannot do what is wanted, with the way out; "" if it can."""
+def _refusal(name: str, device: jax.Device, head_dim: int, dtype: str, dropout: float) -> str:
+    """Why a kernel cannot do what is requested, and what to do instead; "" if it can."""
     if dropout and name != "xla":
         return (
             f"cannot drop attention weights and model.dropout is {dropout:g};"
@@ -98,11 +126,4 @@ def _refusal(name: str, config: ModelConfig, device: jax.Device, dropout: float)
         )
     if name == "splash" and device.platform != "tpu":
         return f"needs a TPU and this run is on {device.device_kind}; use run.attention='auto'"
-    return cudnn.refusal(config, device) if name == "cudnn" else ""
-
-
-def self_attention(
-    asked: str, config: ModelConfig, dropout: float = 0.0, device: jax.Device | None = None
-) -> SelfAttention:
-    """The kernel that `chosen_backend` names, for this process's devices or for `device`."""
-    return BACKENDS[chosen_backend(asked, config, device or jax.local_devices()[0], dropout)]
+    return cudnn.refusal(device, head_dim, dtype) if name == "cudnn" else ""

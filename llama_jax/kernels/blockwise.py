@@ -1,8 +1,9 @@
 """Causal self-attention a block of queries at a time (Dao 2023, FlashAttention-2).
 
-Equal to `grouped_query.attend` under a causal mask, but scores exist only for one row and one block
-of queries, and those above the diagonal are never made. On CPU this is several times faster than
-the whole [T, S] matrix, because a block stays in cache: 8 times at B=32, T=256, eight heads of 8.
+Equal to `kernels.attention.attend` under a causal mask, but scores exist only for one sequence and
+one block of queries, and those above the diagonal are never computed. On CPU this is several times
+faster than the whole [T, S] matrix, because a block stays in the processor's cache: 8 times at
+B=32, T=256, eight heads of 8.
 """
 
 import math
@@ -11,13 +12,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from llama_jax.distributed.mesh import shard_heads
-
 SMALLEST_BLOCK = 64  # queries; the fastest of 32, 64, 128 and 256 on CPU
 MOST_BLOCKS = 16  # blocks are unrolled, so their number is bounded to keep compiling short
 
 
-def causal_attention(
+def blockwise_attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
@@ -25,15 +24,8 @@ def causal_attention(
 ) -> jax.Array:
     """Causal softmax attention [B, T, N, H] of T queries over the same T positions.
 
-    With `segments_BT`, the number of each position's document, none sees another.
+    With `segments_BT`, the index of each position's document, no document attends to another.
     """
-    segments = () if segments_BT is None else (segments_BT,)
-    return shard_heads(_causal_attention, q_BTNH, k_BTKH, v_BTKH, *segments)
-
-
-def _causal_attention(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None = None
-) -> jax.Array:
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)

@@ -1,15 +1,13 @@
 """Causal self-attention on NVIDIA GPUs by cuDNN's flash attention, as `jax.nn` offers it.
 
 Scores never exist in the GPU's memory. The mask of packed documents does, as bfloat16 [B, 1, T, T],
-and so does its gradient, which nothing reads: the library has no public way to tell cuDNN where
-documents begin. Knows what the kernel demands of a config and a device.
+and so does its gradient, which nothing reads: `jax.nn` has no public way to tell cuDNN where
+documents begin.
 """
 
 import jax
 import jax.numpy as jnp
 
-from llama_jax.config import ModelConfig
-from llama_jax.distributed.mesh import shard_heads
 from llama_jax.errors import UsageError
 
 OLDEST_GPU = 8.0  # compute capability: Ampere; before it, cuDNN has no flash attention
@@ -28,56 +26,48 @@ def cudnn_attention(
       q_BTNH: queries, bfloat16.
       k_BTKH: keys, K dividing N.
       v_BTKH: values.
-      segments_BT: int32, the number of each position's document: none sees another. None: one.
+      segments_BT: int32, the index of each position's document; None: one document.
 
     Raises:
       UsageError: when the library refuses; it never computes in another way instead.
     """
-    segments = () if segments_BT is None else (segments_BT,)
-    try:
-        return shard_heads(_cudnn_attention, q_BTNH, k_BTKH, v_BTKH, *segments)
-    except RuntimeError as error:  # NotImplementedError too: shapes, versions; no cuDNN at all
-        reason = str(error).split("\n")[0]
-        raise UsageError(
-            f"cuDNN's attention is not to be had here: {reason}; use run.attention='xla'"
-        ) from error
-
-
-def _cudnn_attention(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None = None
-) -> jax.Array:
-    """`cudnn_attention` on one device."""
     T = q_BTNH.shape[1]
-    even = ((0, 0), (0, T % 2))  # cuDNN trains on even lengths only; no query looks past its own
+    even = ((0, 0), (0, T % 2))  # cuDNN trains on even lengths only; no query attends past itself
     q, k, v = (jnp.pad(x, (*even, (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH))
     mask_B1TS = None
     if segments_BT is not None:
         filled_BT = jnp.pad(segments_BT, even)
         mask_B1TS = (filled_BT[:, :, None] == filled_BT[:, None, :])[:, None]
-    out_BTNH = jax.nn.dot_product_attention(
-        q, k, v, mask=mask_B1TS, is_causal=True, implementation="cudnn"
-    )
+    try:
+        out_BTNH = jax.nn.dot_product_attention(
+            q, k, v, mask=mask_B1TS, is_causal=True, implementation="cudnn"
+        )
+    except RuntimeError as error:  # NotImplementedError too: shapes, versions; no cuDNN at all
+        reason = str(error).split("\n")[0]
+        raise UsageError(
+            f"cuDNN's attention is not available here: {reason}; use run.attention='xla'"
+        ) from error
     return out_BTNH[:, :T]
 
 
-def refusal(config: ModelConfig, device: jax.Device) -> str:
-    """Why this model cannot attend by cuDNN on this device, with the way out; "" if it can."""
+def refusal(device: jax.Device, head_dim: int, dtype: str) -> str:
+    """Why cuDNN cannot compute such attention on a device, and what to do; "" if it can."""
     capability = _capability(device)
     if capability < OLDEST_GPU:
         return (
             f"needs an NVIDIA GPU of compute capability {OLDEST_GPU:g} or more and this run is on"
             f" {device.device_kind}; use run.attention='auto'"
         )
-    if config.compute_dtype != "bfloat16":
+    if dtype != "bfloat16":
         return (
-            f"computes in bfloat16 and model.compute_dtype={config.compute_dtype!r}; use"
+            f"computes in bfloat16 and model.compute_dtype={dtype!r}; use"
             " model.compute_dtype='bfloat16' or run.attention='xla'"
         )
     widest = 256 if capability >= WIDE_HEADS_GPU else 128
-    if config.head_dim % 8 or config.head_dim > widest:
+    if head_dim % 8 or head_dim > widest:
         return (
             f"takes head dims that are multiples of 8 up to {widest} on this GPU and"
-            f" model.dim / model.num_heads is {config.head_dim}; use run.attention='xla'"
+            f" this model's are {head_dim}; use run.attention='xla'"
         )
     return ""
 

@@ -1,70 +1,98 @@
-"""What a block's forward pass keeps for its backward pass, by name: memory against arithmetic.
+"""How a forward pass is run, as one value that the model takes beside its inputs.
 
-- `none`: everything.
-- `block`: only the block's input; the rest is computed again.
-- `save-qkv`: the input, and queries, keys and values; attention and feed-forward again.
-- `offload`: as `save-qkv`, but queries, keys and values wait in the host's memory. A CPU's memory
-  is the host's, so there it is `save-qkv`.
+The model is mathematics; which attention kernel runs, what is kept for the backward pass, how
+activations are sharded and when parameters are gathered comes in as `Execution`. A program makes
+one and passes it down: `training.step` for training, `inference.prefill` for generation.
 
-Does not know the model: what a policy means by name, the model names.
+Rematerialisation policies, from most memory to least:
+
+- `none`: keep every intermediate.
+- `save-qkv`: keep each block's input and its queries, keys and values; recompute the rest.
+- `offload`: as `save-qkv`, with queries, keys and values in the host's memory. On CPU that is the
+  device's memory, so there it equals `save-qkv`.
+- `block`: keep only each block's input; recompute the rest.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
 
-from llama_jax.distributed.fsdp import are_cut
-from llama_jax.errors import UsageError
+from llama_jax.kernels.attention import AttentionKernel, xla_attention
 
-QKV = ("queries", "keys", "values")
-HOST = "pinned_host"  # the memory of the host that a device reads and writes by itself
-
-
-def named(name: str, x: jax.Array) -> jax.Array:
-    """`x`, which a policy can mean by name."""
-    return checkpoint_name(x, name)
+QKV = ("queries", "keys", "values")  # names that `model.attention` gives by `checkpoint_name`
+HOST_MEMORY = "pinned_host"  # the kind of host memory that a device reads and writes by itself
 
 
-def require_possible(policy: str) -> None:
-    """What a policy takes must be here.
+def unconstrained(x: jax.Array, *axes: str) -> jax.Array:
+    """`x` itself: on one device there is nothing to shard."""
+    return x
 
-    Raises:
-      UsageError: for "offload", when this process's devices do not reach the host's memory.
+
+def table_lookup(table_VD: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The rows [*ids, D] of an unsharded table, in `dtype`."""
+    return table_VD[ids].astype(dtype)
+
+
+def first_examples(count: int) -> jax.Array:
+    """The index of each sequence in the whole batch, int32 [B], where one device has all of it."""
+    return jnp.arange(count, dtype=jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How to run `Llama.hidden`. The defaults are for one device.
+
+    Hashable, so that it can be a static argument of `jax.jit`; made of functions that are created
+    once, since a new closure would compile again.
     """
-    device = jax.local_devices()[0]
-    kinds = [memory.kind for memory in device.addressable_memories()]
-    if policy == "offload" and HOST not in kinds:
-        raise UsageError(
-            f"run.remat='offload' needs memory of kind {HOST} and {device.device_kind} has only"
-            f" {', '.join(kinds)}; use run.remat='save-qkv', or 'block' for the least memory"
-        )
+
+    attention: AttentionKernel = xla_attention  # within whole sequences; a cache has its own way
+    remat: str = "none"
+    unroll: int = 1  # blocks per iteration of the scan over layers
+    # (x, *logical axes) -> x with the sharding that those axes have on the mesh
+    constrain: Callable[..., jax.Array] = unconstrained
+    # (parameters, dtype) -> the same, all-gathered and cast; None where no parameter is sharded so
+    gather: Callable[[Any, Any], Any] | None = None
+    lookup: Callable[[jax.Array, jax.Array, Any], jax.Array] = table_lookup
+    # (sequences on this device) -> their indices in the whole batch; dropout is drawn by them
+    example_ids: Callable[[int], jax.Array] = first_examples
+
+    def gathered(self, parameters: Any, dtype: Any) -> Any:
+        """The parameters as a block needs them."""
+        return parameters if self.gather is None else self.gather(parameters, dtype)
+
+    def rematerialized(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """`step`, the body of a scan over blocks, with the policy `remat` applied."""
+        if self.remat == "none":
+            if self.gather is None:
+                return step
+            return jax.checkpoint(step, policy=_all_but_gathered_parameters)
+        # A scan keeps its iterations apart anyway; barriers against merging them only cost.
+        return jax.checkpoint(step, policy=_policy(self.remat), prevent_cse=False)
 
 
-def rematerialised(step: Callable[..., Any], policy: str) -> Callable[..., Any]:
-    """`step`, the body of a scan, with what its backward pass needs kept or computed again."""
-    if policy == "none":
-        return jax.checkpoint(step, policy=_all_but_parameters) if are_cut() else step
-    # A scan keeps its turns apart by itself; barriers against common subexpressions only cost.
-    return jax.checkpoint(step, policy=_what_to_save(policy), prevent_cse=False)
-
-
-def _what_to_save(policy: str) -> Callable[..., Any] | None:
+def _policy(remat: str) -> Callable[..., Any] | None:
+    """The `jax.checkpoint` policy of a name."""
     policies = jax.checkpoint_policies
-    if policy == "block":
+    if remat == "block":
         return None
-    if policy == "save-qkv":
+    if remat == "save-qkv":
         return policies.save_only_these_names(*QKV)
-    assert policy == "offload", policy
+    assert remat == "offload", remat
     return policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=list(QKV),
         offload_src="device",
-        offload_dst=HOST,
+        offload_dst=HOST_MEMORY,
     )
 
 
-def _all_but_parameters(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Keep everything but what is only a gathered parameter in another shape: those are too big."""
+def _all_but_gathered_parameters(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Keep everything but gathered parameters and copies of them in another shape or dtype.
+
+    One device has no room for all parameters; the backward pass gathers them again.
+    """
     return primitive.name not in ("all_gather", "convert_element_type", "reshape", "transpose")

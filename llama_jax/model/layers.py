@@ -1,21 +1,21 @@
-"""The parts that own parameters, and dropout. They know shapes and arithmetic, nothing of Llama.
+"""Layers that own parameters, and dropout.
 
 Shape letters, here and in the whole package: B batch · T query length · S key length ·
 D residual width · N query heads · K kv heads · G query heads per kv head · H head width ·
 F feed-forward width · V vocabulary · L layers.
 
-Every parameter is described once, where it is made: shape, initialiser and the logical `axes` its
-dims lie along. Shardings, weight decay, checkpoints and conversions all derive from that line.
+Every parameter is described once, where it is made: shape, initialiser and the logical `axes` of
+its dims. Sharding, weight decay, checkpoints and conversion all derive from that line.
 """
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llama_jax.distributed.fsdp import lookup, row_numbers
 from llama_jax.kernels.matmul import FLOAT32, times_transposed
 
 
@@ -27,10 +27,10 @@ def parameter(
 
 
 class Linear(nnx.Module):
-    """A matrix from one group of dims to another, such as [D] to [N, H], applied in x's dtype.
+    """A linear map from one group of dims to another, such as [D] to [N, H], in x's dtype.
 
-    The kernel keeps its dims apart for sharding and conversion; the product merges them. As a
-    plain 2-D matmul, forward and gradients run up to three times as fast on CPU as an einsum.
+    The kernel keeps its dims apart for sharding and conversion; the matmul merges them. As a plain
+    2-D matmul, forward and gradients run up to three times as fast on CPU as an einsum.
     """
 
     def __init__(
@@ -52,24 +52,29 @@ class Linear(nnx.Module):
 
 
 class Table(Protocol):
-    """A table [V, D] that is no plain parameter, such as a quantised one."""
+    """An embedding table [V, D] that is no plain parameter, such as a quantised one."""
 
     def rows(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """The rows [*ids, D] of some tokens."""
+        """The embeddings [*ids, D] of token ids."""
 
     def __call__(self, x_RD: jax.Array) -> jax.Array:
         """Float32 logits [R, V]."""
 
 
-def rows_of(table: nnx.Param | Table, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The rows [*ids, D] of a table that has one for each token."""
+def embed(
+    table: nnx.Param | Table,
+    ids: jax.Array,
+    dtype: jnp.dtype,
+    lookup: Callable[[jax.Array, jax.Array, jnp.dtype], jax.Array],
+) -> jax.Array:
+    """The embeddings [*ids, D] of token ids; a plain parameter is read by `lookup`."""
     if isinstance(table, nnx.Param):
         return lookup(table[...], ids, dtype)
     return table.rows(ids, dtype)
 
 
-def times_table(x_RD: jax.Array, table: nnx.Param | Table) -> jax.Array:
-    """Float32 logits [R, V]: how well each row of a table goes with x."""
+def unembed(x_RD: jax.Array, table: nnx.Param | Table) -> jax.Array:
+    """Float32 logits [R, V]: the dot product of each hidden state with each row of the table."""
     if isinstance(table, nnx.Param):
         return times_transposed(x_RD, table[...].astype(x_RD.dtype), FLOAT32)
     return table(x_RD)
@@ -78,7 +83,7 @@ def times_table(x_RD: jax.Array, table: nnx.Param | Table) -> jax.Array:
 class RMSNorm(nnx.Module):
     """Scales vectors to unit mean square, in float32 (Zhang and Sennrich 2019).
 
-    As in Meta's reference the result is cast back before it meets the learned scale.
+    As in Meta's reference, the result is cast back before it is multiplied by the learned scale.
     """
 
     def __init__(self, dim: int, eps: float):
@@ -92,17 +97,23 @@ class RMSNorm(nnx.Module):
         return normed * self.scale[...].astype(x_BTD.dtype)[None, None]
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None, rows: int = 0) -> jax.Array:
+def dropout(
+    x: jax.Array, rate: float, key: jax.Array | None, example_ids_B: jax.Array, batch_dim: int = 0
+) -> jax.Array:
     """`x` with a fraction `rate` of its elements zeroed and the rest scaled up; no key: `x`.
 
-    Dim `rows` is the batch; what is drawn for a row depends on its number in the whole batch, not
-    on which device has it.
+    What is drawn for a sequence depends on its index in the whole batch, so it is the same on
+    whichever device the sequence lies.
+
+    Args:
+      example_ids_B: int32, the index of each sequence of `x` in the whole batch.
+      batch_dim: the dim of `x` that is the batch.
     """
     if key is None or rate == 0.0:
         return x
-    row_shape = x.shape[:rows] + x.shape[rows + 1 :]
+    shape = x.shape[:batch_dim] + x.shape[batch_dim + 1 :]
     draw = jax.vmap(
-        lambda row: jax.random.bernoulli(jax.random.fold_in(key, row), 1.0 - rate, row_shape),
-        out_axes=rows,
+        lambda example: jax.random.bernoulli(jax.random.fold_in(key, example), 1.0 - rate, shape),
+        out_axes=batch_dim,
     )
-    return jnp.where(draw(row_numbers(x.shape[rows])), x / (1.0 - rate), 0.0)
+    return jnp.where(draw(example_ids_B), x / (1.0 - rate), 0.0)

@@ -1,26 +1,31 @@
-"""Llama 2 (Touvron et al. 2023): mathematics only, no mesh, no files, no flags.
+"""Llama 2 (Touvron et al. 2023): mathematics only. How it is run comes in as an `Execution`.
 
-One model, two arrangements of its blocks. Trained and stored, they are one `Block` whose arrays
-have a leading layer dim, run by `lax.scan`: constant compile time. Decoding, they are a list made
-once by `arrangement.unstack`, each layer with its own cache: the cache never goes through a scan.
+One model, two layouts of its blocks. For training and on disk they are one `Block` whose arrays
+have a leading layer dim, run by `lax.scan`: constant compile time. For decoding they are a list of
+blocks, made once by `model.unstacked.unstack`, each layer with its own cache: the cache never goes
+through a scan.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from llama_jax.config import ModelConfig
-from llama_jax.distributed.fsdp import whole
-from llama_jax.distributed.mesh import constrain
-from llama_jax.kernels.attention import SelfAttention, self_attention
-from llama_jax.kernels.matmul import platform
-from llama_jax.model.attention import Attention, Cache, Look, causal_mask, look_into_cache
+from llama_jax.model.attention import (
+    Attention,
+    AttentionFunction,
+    Cache,
+    update_cache_and_attend,
+)
 from llama_jax.model.cache import KVCache
-from llama_jax.model.execution import rematerialised
-from llama_jax.model.layers import Linear, RMSNorm, dropout, parameter, rows_of, times_table
-from llama_jax.model.positions import positions_within, rotation
+from llama_jax.model.execution import Execution
+from llama_jax.model.layers import Linear, RMSNorm, dropout, embed, parameter, unembed
+from llama_jax.model.positions import positions_within, rotary_embedding
+
+ONE_DEVICE = Execution()
 
 
 class FeedForward(nnx.Module):
@@ -32,13 +37,13 @@ class FeedForward(nnx.Module):
         self.up = Linear((D,), (F,), ("embed", "mlp"), std=std, rngs=rngs)
         self.down = Linear((F,), (D,), ("mlp", "embed"), std=residual_std, rngs=rngs)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, execution: Execution) -> jax.Array:
         hidden_BTF = jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD)
-        return self.down(constrain(hidden_BTF, "batch", "", "mlp"))
+        return self.down(execution.constrain(hidden_BTF, "batch", "", "mlp"))
 
 
 class Block(nnx.Module):
-    """Attention and feed-forward, each normed before and added to the residual stream."""
+    """Attention and feed-forward, each normalised before and added to the residual stream."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         # Each block adds to the residual stream twice; scaled so that its variance does not grow
@@ -55,22 +60,26 @@ class Block(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        rotation: tuple[jax.Array, jax.Array],
-        look: Look,
+        rotary: tuple[jax.Array, jax.Array],
+        attention: AttentionFunction,
+        execution: Execution,
         cache: Cache = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
+        """The residual stream [B, T, D] after this block, and the layer's updated cache."""
         keys = [None] * 3 if dropout_key is None else list(jax.random.split(dropout_key, 3))
+        examples_B = execution.example_ids(x_BTD.shape[0])
         normed_BTD = self.attention_norm(x_BTD)
-        mixed_BTD, cache = self.attention(normed_BTD, rotation, look, cache, keys[0])
-        x_BTD += dropout(mixed_BTD, self.dropout_rate, keys[1])
-        x_BTD = constrain(x_BTD, "batch", "length", "residual")
-        x_BTD += dropout(self.ffn(self.ffn_norm(x_BTD)), self.dropout_rate, keys[2])
-        return constrain(x_BTD, "batch", "length", "residual"), cache
+        mixed_BTD, cache = self.attention(normed_BTD, rotary, attention, cache, keys[0])
+        x_BTD += dropout(mixed_BTD, self.dropout_rate, keys[1], examples_B)
+        x_BTD = execution.constrain(x_BTD, "batch", "length", "residual")
+        ffn_BTD = self.ffn(self.ffn_norm(x_BTD), execution)
+        x_BTD += dropout(ffn_BTD, self.dropout_rate, keys[2], examples_B)
+        return execution.constrain(x_BTD, "batch", "length", "residual"), cache
 
 
 class Llama(nnx.Module):
-    """The whole model: tokens in, logits out."""
+    """The whole model: token ids in, logits out."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -85,7 +94,7 @@ class Llama(nnx.Module):
 
     @property
     def output_VD(self) -> jax.Array:
-        """The matrix that turns hidden states into logits."""
+        """The matrix that maps hidden states to logits."""
         return self.embedding[...] if self.config.tied_embeddings else self.output[...]
 
     def hidden(
@@ -95,78 +104,89 @@ class Llama(nnx.Module):
         *,
         segments_BT: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
-        remat: str = "none",
-        attention: SelfAttention | None = None,
+        execution: Execution = ONE_DEVICE,
     ) -> tuple[jax.Array, KVCache | None]:
-        """The normed hidden states [B, T, D] before the output matrix, and the cache one on.
+        """The normalised hidden states [B, T, D] before the output matrix, and the updated cache.
 
-        With a cache, the tokens continue each row after the slots it has filled. Without one, rows
-        may be packed with several documents, numbered by `segments_BT`: none sees another, and
-        positions begin anew with each. Dropout happens only when a key is given. How the backward
-        pass is paid for, `remat` says (see `rematerialised`), and `attention` is the kernel (see
-        `self_attention`; by default the fastest here).
+        Args:
+          tokens_BT: int32 ids. With a cache they continue each sequence after its filled slots.
+          cache: needs an unstacked model.
+          segments_BT: int32, for sequences packed with several documents: the index of each
+            position's document. No document attends to another, and positions start anew with each.
+          dropout_key: dropout happens only when there is one.
+          execution: how to run it.
         """
-        T = tokens_BT.shape[1]
-        config, start_B = self.config, jnp.zeros(1, jnp.int32)
+        config, T = self.config, tokens_BT.shape[1]
         positions_BT = jnp.arange(T, dtype=jnp.int32)[None]
         if cache is not None:
-            start_B = cache.length_B
-            positions_BT = start_B[:, None] + positions_BT
-            look = look_into_cache(causal_mask(positions_BT, cache.slots), start_B)
+            positions_BT = cache.length_B[:, None] + positions_BT
+            attention = update_cache_and_attend(cache, positions_BT)
         else:
             if segments_BT is not None:
                 positions_BT = positions_within(segments_BT)
-            look = self._look_within(attention, segments_BT, dropout_key is not None)
-        turn = rotation(positions_BT, config.head_dim, config.rope_theta, config.rope_scaling)
-        keys = _layer_keys(dropout_key, config.num_layers)
+            attention = self._attention_within(segments_BT, execution)
+        rotary = rotary_embedding(
+            positions_BT, config.head_dim, config.rope_theta, config.rope_scaling
+        )
+        embedding_key, layer_keys = _split_keys(dropout_key, config.num_layers)
 
-        x_BTD = rows_of(self.embedding, tokens_BT, jnp.dtype(config.compute_dtype))
-        x_BTD = dropout(x_BTD, config.dropout, keys[0])
-        x_BTD = constrain(x_BTD, "batch", "length", "residual")
+        dtype = jnp.dtype(config.compute_dtype)
+        x_BTD = embed(self.embedding, tokens_BT, dtype, execution.lookup)
+        examples_B = execution.example_ids(tokens_BT.shape[0])
+        x_BTD = dropout(x_BTD, config.dropout, embedding_key, examples_B)
+        x_BTD = execution.constrain(x_BTD, "batch", "length", "residual")
         if isinstance(self.blocks, Block):
-            assert cache is None, "a cache needs an unstacked model; see `arrangement.unstack`"
-            x_BTD = _scan(self.blocks, x_BTD, turn, look, keys[1], remat)
+            assert cache is None, "a cache needs an unstacked model; see `model.unstacked.unstack`"
+            x_BTD = _scan(self.blocks, x_BTD, rotary, attention, layer_keys, execution)
         else:
             layers = []
             for index, block in enumerate(self.blocks):
                 layer = cache.layers[index] if cache else None
-                key = None if keys[1] is None else keys[1][index]
-                x_BTD, layer = block(x_BTD, turn, look, layer, key)
+                key = None if layer_keys is None else layer_keys[index]
+                x_BTD, layer = block(x_BTD, rotary, attention, execution, layer, key)
                 layers.append(layer)
             if cache is not None:
                 cache = KVCache(tuple(layers), cache.length_B + T)
-        return whole(self.norm, x_BTD.dtype)(x_BTD), cache
+        return execution.gathered(self.norm, x_BTD.dtype)(x_BTD), cache
 
-    def _look_within(
-        self, attention: SelfAttention | None, segments_BT: jax.Array | None, drops: bool
-    ) -> Look:
-        """Attention among the tokens themselves."""
-        rate = self.config.dropout if drops else 0.0
-        kernel = attention or self_attention("auto", self.config, rate)
+    def _attention_within(
+        self, segments_BT: jax.Array | None, execution: Execution
+    ) -> AttentionFunction:
+        """Attention among the tokens themselves, without a cache."""
+        rate = self.config.dropout
 
-        def look(q_BTNH, k_BTKH, v_BTKH, _cache, key):  # type: ignore[no-untyped-def]
-            return kernel(q_BTNH, k_BTKH, v_BTKH, segments_BT, rate, key if rate else None), None
+        def attention(q_BTNH, k_BTKH, v_BTKH, _cache, key):  # type: ignore[no-untyped-def]
+            arrays = (q_BTNH, k_BTKH, v_BTKH, segments_BT)
+            if key is None or not rate:
+                return execution.attention(*arrays), None
+            examples_B = execution.example_ids(q_BTNH.shape[0])
+            drop = partial(dropout, rate=rate, key=key, example_ids_B=examples_B, batch_dim=1)
+            return execution.attention(*arrays, drop), None
 
-        return look
+        return attention
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits [B, T, V] of hidden states."""
         table = self.embedding if self.config.tied_embeddings else self.output
-        logits_RV = times_table(x_BTD.reshape(-1, x_BTD.shape[-1]), table)
+        logits_RV = unembed(x_BTD.reshape(-1, x_BTD.shape[-1]), table)
         return logits_RV.reshape(*x_BTD.shape[:2], -1)
 
     def __call__(
-        self, tokens_BT: jax.Array, cache: KVCache | None = None
+        self,
+        tokens_BT: jax.Array,
+        cache: KVCache | None = None,
+        *,
+        execution: Execution = ONE_DEVICE,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Float32 logits [B, T, V], and the cache one on if one came in."""
-        x_BTD, cache = self.hidden(tokens_BT, cache)
+        """Float32 logits [B, T, V], and the updated cache if one came in."""
+        x_BTD, cache = self.hidden(tokens_BT, cache, execution=execution)
         return self.logits(x_BTD), cache
 
 
-def _layer_keys(
+def _split_keys(
     key: jax.Array | None, num_layers: int
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """A key for the embedding and one for each layer, or nothing."""
+    """A key for the embedding and one for each layer, or None for both."""
     if key is None:
         return None, None
     embedding_key, blocks_key = jax.random.split(key)
@@ -176,27 +196,20 @@ def _layer_keys(
 def _scan(
     blocks: Block,
     x_BTD: jax.Array,
-    turn: tuple[jax.Array, jax.Array],
-    look: Look,
+    rotary: tuple[jax.Array, jax.Array],
+    attention: AttentionFunction,
     keys_L: jax.Array | None,
-    remat: str,
+    execution: Execution,
 ) -> jax.Array:
-    """Run stacked blocks one after the other."""
+    """The residual stream after running stacked blocks one after the other."""
 
     def step(x_BTD: jax.Array, layer: tuple[Block, jax.Array | None]) -> tuple[jax.Array, None]:
         block, key = layer
-        return whole(block, x_BTD.dtype)(x_BTD, turn, look, dropout_key=key)[0], None
+        gathered = execution.gathered(block, x_BTD.dtype)
+        return gathered(x_BTD, rotary, attention, execution, dropout_key=key)[0], None
 
-    step = rematerialised(step, remat)
-    return jax.lax.scan(step, x_BTD, (blocks, keys_L), unroll=_unrolled_layers(remat))[0]
-
-
-def _unrolled_layers(remat: str) -> int:
-    """Blocks a turn of the scan: on CPU, rolling up copies what each layer keeps; 5 % slower.
-
-    Blocks that are computed again stay rolled up: unrolled, all of them are in memory together.
-    """
-    return 16 if platform() == "cpu" and remat == "none" else 1
+    step = execution.rematerialized(step)
+    return jax.lax.scan(step, x_BTD, (blocks, keys_L), unroll=execution.unroll)[0]
 
 
 def abstract(config: ModelConfig) -> Llama:
@@ -205,5 +218,5 @@ def abstract(config: ModelConfig) -> Llama:
 
 
 def count_parameters(config: ModelConfig) -> int:
-    """How many numbers the model learns."""
+    """How many parameters the model has."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(config)))

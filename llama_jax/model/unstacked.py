@@ -1,6 +1,6 @@
-"""A model arranged for decoding: its blocks in a list, its matrices as few rows want them.
+"""The model's layout for decoding: a list of blocks, with matrices as a few rows read them fastest.
 
-The same numbers and the same mathematics as the `model.Llama` it is made of.
+The same parameters and the same mathematics as the stacked `model.transformer.Llama`.
 """
 
 import math
@@ -10,15 +10,15 @@ from typing import Any
 import jax
 from flax import nnx
 
-from llama_jax.kernels.matmul import platform, times_transposed
+from llama_jax.kernels.matmul import prefers_outputs_first, times_transposed
 from llama_jax.model.layers import Linear
 from llama_jax.model.transformer import Block, Llama
 
 
 class OutputsFirstLinear(nnx.Module):
-    """The same product with its kernel stored outputs first, as decoding on CPU wants it.
+    """A `Linear` whose kernel is stored outputs first, which decoding on CPU reads faster.
 
-    A row times such a matrix is a dot product an output, each over adjacent numbers.
+    A row times such a matrix is one dot product per output, each over adjacent numbers.
     """
 
     def __init__(self, linear: Linear):
@@ -37,28 +37,27 @@ class OutputsFirstLinear(nnx.Module):
 
 
 def unstack(model: Llama) -> Llama:
-    """The same model with its blocks as a list, the arrangement that decodes fast."""
+    """The model with its blocks as a list, the layout that decodes fast; arrays are shared."""
     if not isinstance(model.blocks, Block):
         return model
     layers = [
-        _arranged(jax.tree.map(lambda array, i=i: array[i], model.blocks))
+        _for_decoding(jax.tree.map(lambda array, i=i: array[i], model.blocks))
         for i in range(model.config.num_layers)
     ]
-    unstacked = jax.tree.map(lambda leaf: leaf, model)  # a shallow copy: arrays are shared
+    unstacked = jax.tree.map(lambda leaf: leaf, model)  # a shallow copy
     unstacked.blocks = nnx.List(layers)
     return unstacked
 
 
-def _arranged(block: Block) -> Block:
-    """A block whose matrices lie as this backend multiplies few rows fastest."""
-    if platform() != "cpu":
-        return block
-    replace_linears(block, lambda _, layer: OutputsFirstLinear(layer))
+def _for_decoding(block: Block) -> Block:
+    """A block whose matrices are laid out as this backend multiplies a few rows fastest."""
+    if prefers_outputs_first():
+        replace_linears(block, lambda _, layer: OutputsFirstLinear(layer))
     return block
 
 
 def replace_linears(block: Block, make: Callable[[str, Any], nnx.Module]) -> None:
-    """Put what `make` returns, of its name and itself, in the place of each linear layer."""
+    """Replace each linear layer by `make(its name, itself)`."""
     for part in (block.attention, block.ffn):
         for name, layer in vars(part).items():
             if isinstance(layer, Linear | OutputsFirstLinear):

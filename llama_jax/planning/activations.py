@@ -16,11 +16,14 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from llama_jax.config import ModelConfig
-from llama_jax.distributed.mesh import MESH_AXES, shardings
-from llama_jax.kernels.attention import BACKENDS
+from llama_jax.distributed.fsdp import example_ids, gather, lookup
+from llama_jax.distributed.mesh import MESH_AXES, constrain, shardings
+from llama_jax.kernels.attention import xla_attention
 from llama_jax.kernels.splash import LANES
+from llama_jax.model.execution import Execution
 from llama_jax.model.transformer import abstract
 from llama_jax.training.loss import summed_nll
+from llama_jax.training.step import UNROLLED_ON_CPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +63,23 @@ def _kept_arrays(config: ModelConfig, rows: int, forward: Pass) -> Counter[jax.S
     # What is offloaded lies on the host: the device keeps as much as without it.
     remat = "block" if forward.remat == "offload" else forward.remat
 
+    execution = Execution(
+        attention=_kernel(forward),
+        remat=remat,
+        unroll=UNROLLED_ON_CPU if remat == "none" else 1,
+        constrain=constrain,
+        gather=gather if forward.fsdp > 1 else None,
+        lookup=lookup,
+        example_ids=example_ids,
+    )
+
     def residuals(model: Any, tokens_BT: jax.Array, weights_BT: jax.Array) -> list[Any]:
         def loss(model: Any) -> jax.Array:
             hidden_BTD, _ = model.hidden(
                 tokens_BT,
                 segments_BT=tokens_BT if forward.packed else None,
                 dropout_key=jax.random.key(0) if config.dropout else None,
-                remat=remat,
-                attention=_kernel(forward),
+                execution=execution,
             )
             return summed_nll(hidden_BTD, model.output_VD, tokens_BT, weights_BT)
 
@@ -135,7 +147,7 @@ def _bytes(array: Any, copies: int, config: ModelConfig, rows: int, forward: Pas
 
 def _kernel(forward: Pass) -> Callable[..., jax.Array]:
     """The attention kernel, or what stands in for those that keep their scores to themselves."""
-    return BACKENDS["xla"] if forward.backend == "xla" else _Flash(forward.is_tpu, forward.fsdp > 1)
+    return xla_attention if forward.backend == "xla" else _Flash(forward.is_tpu, forward.fsdp > 1)
 
 
 @dataclasses.dataclass(frozen=True)

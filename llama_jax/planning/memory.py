@@ -15,9 +15,9 @@ from jax.sharding import AbstractMesh, AxisType
 
 from llama_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig
 from llama_jax.distributed.fitting import require_fitting
-from llama_jax.distributed.mesh import MESH_AXES, batch_parts, mesh_shape
+from llama_jax.distributed.mesh import MESH_AXES, batch_shards, mesh_shape
 from llama_jax.hardware.accelerators import Chip
-from llama_jax.kernels.attention import chosen_backend
+from llama_jax.kernels.attention import choose_kernel
 from llama_jax.kernels.splash import LANES, block_length
 from llama_jax.planning.activations import Pass, kept_bytes
 from llama_jax.training.loss import CHUNK_TOKENS
@@ -94,7 +94,7 @@ def require_rows(config: Config, mesh: AbstractMesh) -> int:
       UsageError: when the run cannot be cut over the mesh.
     """
     require_fitting(config, mesh.shape)
-    return config.microbatch_size // batch_parts(mesh)
+    return config.microbatch_size // batch_shards(mesh)
 
 
 def model_share(config: ModelConfig, tensor: int) -> ModelShare:
@@ -120,7 +120,13 @@ def attention_backend(config: Config, chip: Chip) -> str:
     platform = "tpu" if chip.is_tpu else "gpu"
     device = PlannedDevice(platform, chip.kinds[0], chip.capability)
     dropout = config.model.dropout
-    return chosen_backend(config.run.attention, config.model, device, dropout)  # type: ignore[arg-type]
+    return choose_kernel(
+        config.run.attention,
+        device,  # type: ignore[arg-type]
+        head_dim=config.model.head_dim,
+        dtype=config.model.compute_dtype,
+        dropout=dropout,
+    )
 
 
 def bytes_on_one(tree: Any, places: Any, *, is_tpu: bool) -> int:

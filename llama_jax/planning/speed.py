@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from llama_jax.config import Config, ModelConfig
-from llama_jax.distributed.mesh import batch_parts
+from llama_jax.distributed.mesh import batch_shards
 from llama_jax.hardware.accelerators import Chip
 from llama_jax.hardware.flops import flops_per_token
 from llama_jax.model.transformer import count_parameters
@@ -78,7 +78,7 @@ def _traffic(config: Config, mesh: AbstractMesh, memory: Memory) -> float:
     width = jnp.dtype(config.model.compute_dtype).itemsize
     microbatches = config.optimizer.accumulation_steps
     weights = _parameters(config.model) / mesh.shape["tensor"]
-    rows = config.microbatch_size / batch_parts(mesh)
+    rows = config.microbatch_size / batch_shards(mesh)
     logits = rows * config.data.sequence_length * config.model.vocab_size / mesh.shape["tensor"]
     each = (
         _passes(config) * weights * width

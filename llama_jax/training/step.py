@@ -18,10 +18,23 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llama_jax.config import Config
 from llama_jax.data.loader import Batch
 from llama_jax.distributed.fitting import require_fitting
-from llama_jax.distributed.fsdp import gradients_over_rows, sums_over_rows
-from llama_jax.distributed.mesh import batch_sharding, rules_of, shardings
-from llama_jax.kernels.attention import SelfAttention, self_attention
-from llama_jax.model.execution import require_possible
+from llama_jax.distributed.fsdp import (
+    example_ids,
+    gather,
+    gradients_over_rows,
+    lookup,
+    sums_over_rows,
+)
+from llama_jax.distributed.mesh import (
+    batch_sharding,
+    constrain,
+    constrain_sequence,
+    shard_heads,
+    shardings,
+)
+from llama_jax.errors import UsageError
+from llama_jax.kernels.attention import KERNELS, choose_kernel
+from llama_jax.model.execution import HOST_MEMORY, Execution
 from llama_jax.model.transformer import Llama
 from llama_jax.training.loss import summed_loss, summed_nll
 from llama_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -62,17 +75,71 @@ def abstract_state(config: Config) -> TrainState:
     return jax.eval_shape(lambda: init_state(config))
 
 
+UNROLLED_ON_CPU = 16  # a rolled-up scan copies what each layer keeps: 5 % slower on CPU
+
+
+def make_execution(config: Config, mesh: Mesh | None = None, *, training: bool = True) -> Execution:
+    """How a run's model is executed on a mesh, or on this process's first device.
+
+    Args:
+      training: whether there is a backward pass, and dropout.
+
+    Raises:
+      UsageError: when the devices lack the attention kernel or what `run.remat` needs.
+    """
+    device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
+    remat = config.run.remat if training else "none"
+    if remat == "offload":
+        _require_host_memory()
+    kernel = attention_kernel(config, device, training=training)
+    return Execution(
+        attention=KERNELS[kernel] if kernel == "xla" else shard_heads(KERNELS[kernel]),
+        remat=remat,
+        # Recomputed blocks stay rolled up: unrolled, all of them would be in memory together.
+        unroll=UNROLLED_ON_CPU if device.platform == "cpu" and remat == "none" else 1,
+        constrain=constrain_sequence if config.mesh.sequence else constrain,
+        gather=gather if mesh is not None and mesh.shape["fsdp"] > 1 else None,
+        lookup=lookup,
+        example_ids=example_ids,
+    )
+
+
+def attention_kernel(config: Config, device: jax.Device, *, training: bool) -> str:
+    """The name of the attention kernel of a run; only training drops attention weights.
+
+    Raises:
+      UsageError: when the device lacks the kernel that the config names.
+    """
+    return choose_kernel(
+        config.run.attention,
+        device,
+        head_dim=config.model.head_dim,
+        dtype=config.model.compute_dtype,
+        dropout=config.model.dropout if training else 0.0,
+    )
+
+
+def _require_host_memory() -> None:
+    """Raise `UsageError` when this process's devices do not reach the host's memory."""
+    device = jax.local_devices()[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if HOST_MEMORY not in kinds:
+        raise UsageError(
+            f"run.remat='offload' needs memory of kind {HOST_MEMORY} and {device.device_kind} has"
+            f" only {', '.join(kinds)}; use run.remat='save-qkv', or 'block' for the least memory"
+        )
+
+
 def train_step(
-    state: TrainState, batch: Batch, config: Config, attention: SelfAttention | None = None
+    state: TrainState, batch: Batch, config: Config, execution: Execution
 ) -> tuple[TrainState, StepMetrics]:
     """One update from a whole batch, microbatch by microbatch.
 
     Losses and gradients are summed over microbatches, then over devices, and divided once by the
-    number of unmasked tokens, so cutting the batch differently changes nothing but rounding.
-    `attention` is the kernel, by default the one that the config means on this process's devices.
+    number of unmasked tokens, so that other microbatches change nothing but rounding.
     """
     key = jax.random.fold_in(jax.random.key(config.run.seed), state.step)
-    (nll, tokens), gradients = summed_gradients(state.model, batch, key, config, attention)
+    (nll, tokens), gradients = summed_gradients(state.model, batch, key, config, execution)
     tokens = jnp.maximum(tokens, 1.0)
     gradients = jax.tree.map(lambda gradient: gradient / tokens, gradients)
     return _update(state, nll / tokens, gradients, config)
@@ -83,22 +150,18 @@ def summed_gradients(
     batch: Batch,
     key: jax.Array,
     config: Config,
-    attention: SelfAttention | None = None,
+    execution: Execution,
 ) -> tuple[tuple[jax.Array, jax.Array], Llama]:
     """((nll, number of unmasked tokens), gradients of the loss), summed over the whole batch.
 
-    `key` decides dropout; `attention` as in `train_step`.
+    Dropout is drawn from `key`.
     """
-    attention = attention or self_attention(
-        config.run.attention, config.model, config.model.dropout
-    )
-    accumulated = partial(_accumulated, key=key, config=config, attention=attention)
-    with rules_of(config.mesh):
-        return gradients_over_rows(accumulated, model, batch)
+    accumulated = partial(_accumulated, key=key, config=config, execution=execution)
+    return gradients_over_rows(accumulated, model, batch)
 
 
 def _accumulated(
-    model: Llama, batch: Batch, *, key: jax.Array, config: Config, attention: SelfAttention
+    model: Llama, batch: Batch, *, key: jax.Array, config: Config, execution: Execution
 ) -> tuple[tuple[jax.Array, jax.Array], Llama]:
     """The nll and number of tokens of some rows, and the gradients of their loss, all summed."""
 
@@ -107,8 +170,7 @@ def _accumulated(
             batch.inputs_BT,
             segments_BT=batch.segments_BT,
             dropout_key=jax.random.fold_in(key, row_B[0]) if config.model.dropout else None,
-            remat=config.run.remat,
-            attention=attention,
+            execution=execution,
         )
         targets = (batch.targets_BT, batch.weights_BT)
         loss, nll = summed_loss(hidden_BTD, model.output_VD, *targets, config.optimizer.z_loss)
@@ -143,23 +205,18 @@ def _update(
 
 
 def evaluation_step(
-    model: Llama, batch: Batch, config: Config, attention: SelfAttention | None = None
+    model: Llama, batch: Batch, execution: Execution
 ) -> tuple[jax.Array, jax.Array]:
-    """The summed negative log-likelihood of a batch and its number of unmasked tokens.
-
-    `attention` as in `train_step`, but that nothing is dropped.
-    """
-    attention = attention or self_attention(config.run.attention, config.model)
+    """The summed negative log-likelihood of a batch and its number of unmasked tokens."""
 
     def sums(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
         hidden_BTD, _ = model.hidden(
-            batch.inputs_BT, segments_BT=batch.segments_BT, attention=attention
+            batch.inputs_BT, segments_BT=batch.segments_BT, execution=execution
         )
         nll = summed_nll(hidden_BTD, model.output_VD, batch.targets_BT, batch.weights_BT)
         return nll, jnp.sum(batch.weights_BT)
 
-    with rules_of(config.mesh):
-        return sums_over_rows(sums, model, batch)
+    return sums_over_rows(sums, model, batch)
 
 
 # What a run does over and over, jitted for its mesh, with shardings stated and the state donated.
@@ -173,20 +230,18 @@ def state_shardings(config: Config, mesh: Mesh) -> TrainState:
     return shardings(abstract_state(config), mesh)
 
 
-def jit_train_step(config: Config, mesh: Mesh) -> Any:
-    """`train_step` for a mesh; it takes the state's memory over.
+def jit_train_step(config: Config, mesh: Mesh, execution: Execution | None = None) -> Any:
+    """`train_step` for a mesh, with the state donated; by default run as `make_execution` has it.
 
     Raises:
       UsageError: when the config does not divide over the mesh, or its devices lack the attention
         or what `run.remat` takes.
     """
     require_fitting(config, mesh.shape)
-    require_possible(config.run.remat)
-    model, device = config.model, mesh.devices.flat[0]
-    attention = self_attention(config.run.attention, model, model.dropout, device)
+    execution = execution or make_execution(config, mesh)
     places, replicated = state_shardings(config, mesh), NamedSharding(mesh, PartitionSpec())
     return jax.jit(
-        partial(train_step, config=config, attention=attention),
+        partial(train_step, config=config, execution=execution),
         in_shardings=(places, batch_sharding(mesh)),
         out_shardings=(places, replicated),
         donate_argnums=0,
@@ -223,10 +278,10 @@ def jit_evaluation_step(
     Raises:
       UsageError: when its devices lack the attention.
     """
-    attention = self_attention(config.run.attention, config.model, device=mesh.devices.flat[0])
+    execution = make_execution(config, mesh, training=False)
     places, replicated = state_shardings(config, mesh).model, NamedSharding(mesh, PartitionSpec())
     return jax.jit(
-        partial(evaluation_step, config=config, attention=attention),
+        partial(evaluation_step, execution=execution),
         in_shardings=(places, batch_sharding(mesh)),
         out_shardings=(replicated, replicated),
     )

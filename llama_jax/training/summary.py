@@ -14,12 +14,11 @@ from jax.sharding import Mesh
 from llama_jax.config import Config
 from llama_jax.data.sequences import rows_of
 from llama_jax.data.token_folder import TokenFolder
-from llama_jax.distributed.mesh import batch_parts
+from llama_jax.distributed.mesh import batch_shards
 from llama_jax.hardware.accelerators import chip_of, machine_name
 from llama_jax.hardware.flops import peak_flops
-from llama_jax.kernels.attention import chosen_backend
 from llama_jax.model.transformer import count_parameters
-from llama_jax.training.step import abstract_state, state_shardings
+from llama_jax.training.step import abstract_state, attention_kernel, state_shardings
 
 KNOBS = 3  # to name
 SHORTEST = 2  # tokens of a sequence that the config allows
@@ -41,14 +40,14 @@ def _knobs(config: Config, mesh: Mesh) -> list[str]:
     """The flags that are not at their end yet; those that keep the results come first."""
     data, optimizer = config.data, config.optimizer
     knobs = []
-    if cuts := _more_microbatches(config, batch_parts(mesh)):
+    if cuts := _more_microbatches(config, batch_shards(mesh)):
         knobs.append(f"--config.optimizer.accumulation_steps={cuts}")
     if config.run.remat != "block":
         knobs.append("--config.run.remat=block")
     if mesh.devices.size > mesh.shape["fsdp"] * mesh.shape["tensor"]:
         knobs.append("--config.mesh.fsdp=-1 --config.mesh.data=1")
-    if data.batch_size > batch_parts(mesh):
-        fewer = max(batch_parts(mesh), data.batch_size // 2)
+    if data.batch_size > batch_shards(mesh):
+        fewer = max(batch_shards(mesh), data.batch_size // 2)
         knobs.append(f"--config.data.batch_size={fewer}")
     if data.sequence_length // 2 >= SHORTEST:
         knobs.append(f"--config.data.sequence_length={data.sequence_length // 2}")
@@ -113,11 +112,12 @@ def _devices(config: Config, mesh: Mesh) -> str:
 
 def _attention(config: Config, device: jax.Device) -> str:
     """The names of the kernels that run."""
-    asked, model = config.run.attention, config.model
-    training = chosen_backend(asked, model, device, model.dropout)
-    validation = chosen_backend(asked, model, device)
+    training = attention_kernel(config, device, training=True)
+    validation = attention_kernel(config, device, training=False)
     other = f" in training, {validation} in validation" if validation != training else ""
-    return f"{training}{other}" + (" (run.attention=auto)" if asked == "auto" else "")
+    return f"{training}{other}" + (
+        " (run.attention=auto)" if config.run.attention == "auto" else ""
+    )
 
 
 def _state_bytes(config: Config, mesh: Mesh) -> int:

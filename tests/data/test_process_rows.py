@@ -10,7 +10,7 @@ from tiny_run import make_tokens
 
 from llama_jax.data import loader as process_rows
 from llama_jax.data.loader import Batch, GlobalBatches, first_rows, shares, training_batches
-from llama_jax.distributed.mesh import MESH_AXES, batch_parts, batch_sharding
+from llama_jax.distributed.mesh import MESH_AXES, batch_sharding, batch_shards
 
 B, T = 24, 5
 
@@ -43,7 +43,7 @@ ORDERS = {
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_processes_read_just_the_rows_that_their_devices_hold(shape, order, processes):
     mesh = mesh_of(shape, ORDERS[order])
-    sharding, length = batch_sharding(mesh), B // batch_parts(mesh)
+    sharding, length = batch_sharding(mesh), B // batch_shards(mesh)
     places = sharding.devices_indices_map((B,))
     seen = set()
     for number in range(processes):

@@ -1,5 +1,6 @@
 """Every arrangement of devices computes what one device does."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -14,19 +15,22 @@ from tiny_model import make_model, parameters
 
 from llama_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig
 from llama_jax.data.loader import Batch
+from llama_jax.distributed.fsdp import lookup
 from llama_jax.distributed.mesh import (
-    batch_parts,
+    SEQUENCE_RULES,
     batch_sharding,
+    batch_shards,
     constrain,
     make_mesh,
     partition_spec,
-    rules_of,
+    shard_heads,
     shardings,
 )
 from llama_jax.errors import UsageError
-from llama_jax.model import transformer as model_module
+from llama_jax.kernels.blockwise import blockwise_attention
+from llama_jax.model.execution import Execution
 from llama_jax.training.loss import summed_nll
-from llama_jax.training.step import jit_evaluation_step, summed_gradients
+from llama_jax.training.step import jit_evaluation_step, make_execution, summed_gradients
 
 AXES = ("data", "fsdp", "tensor")
 SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(shape) == 8]
@@ -77,16 +81,16 @@ def compiled(shape, config):
     changes = {name: getattr(config.model, name) for name in ("tied_embeddings", "dropout")}
     model = make_model(**SIZES | changes)
     key = jax.random.key(5)
-    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
-        # One block to compile instead of three, as on other devices than CPUs.
-        patch.setattr(model_module, "_unrolled_layers", lambda remat: 1)
+    # One block to compile instead of three, as on other devices than CPUs.
+    execution = dataclasses.replace(make_execution(config, mesh), unroll=1)
+    with jax.set_mesh(mesh):
         places = shardings(model, mesh)
         given = (
             jax.device_put(model, places),
             jax.device_put(make_batch(config.data.packing), batch_sharding(mesh)),
         )
         step = jax.jit(
-            lambda *given: summed_gradients(*given, key, config),
+            lambda *given: summed_gradients(*given, key, config, execution),
             out_shardings=(None, places),
         )
         program = step.lower(*given).compile()
@@ -162,8 +166,12 @@ def test_left_to_the_compiler_it_is_the_same():
     """Evaluation code of others, such as scores, runs the model without `data_parallel`."""
     model, batch = make_model(**SIZES), make_batch()
 
+    execution = Execution(
+        attention=shard_heads(blockwise_attention), constrain=constrain, lookup=lookup
+    )
+
     def nll(model, batch):
-        hidden_BTD, _ = model.hidden(batch.inputs_BT)
+        hidden_BTD, _ = model.hidden(batch.inputs_BT, execution=execution)
         return summed_nll(hidden_BTD, model.output_VD, batch.targets_BT, batch.weights_BT)
 
     mesh = mesh_of((2, 2, 2))
@@ -194,13 +202,10 @@ def test_no_device_makes_logits_of_the_whole_vocabulary():
     assert not [shape for shape in shapes if V in shape]
 
 
-def test_rules_hold_inside_their_context_only():
+def test_sequences_are_sharded_by_their_own_rules_only():
     axes, shape, mesh = ("batch", "length", "residual"), (8, 6, 24), mesh_of((2, 2, 2))
     cut, whole = (PartitionSpec(("data", "fsdp"), length, None) for length in ("tensor", None))
-    with rules_of(MeshConfig(sequence=True)):
-        assert partition_spec(axes, shape, mesh) == cut
-        with rules_of(MeshConfig()):
-            assert partition_spec(axes, shape, mesh) == whole
+    assert partition_spec(axes, shape, mesh, SEQUENCE_RULES) == cut
     assert partition_spec(axes, shape, mesh) == whole
 
 
@@ -246,7 +251,7 @@ def test_dims_lie_along_the_mesh_where_it_divides_them(axes, shape, spec):
 
 def test_a_batch_is_cut_over_data_and_fsdp():
     mesh = mesh_of((2, 2, 2))
-    assert batch_parts(mesh) == 4
+    assert batch_shards(mesh) == 4
     assert batch_sharding(mesh).shard_shape((8, 7)) == (2, 7)
 
 

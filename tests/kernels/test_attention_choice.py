@@ -6,9 +6,15 @@ import pytest
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import UsageError
-from llama_jax.kernels.attention import BACKENDS, chosen_backend, self_attention
+from llama_jax.kernels.attention import choose_kernel
 
 V = 53
+
+
+def chosen(name, config, device, dropout=0.0):
+    return choose_kernel(
+        name, device, head_dim=config.head_dim, dtype=config.compute_dtype, dropout=dropout
+    )
 
 
 def device(platform, **more):
@@ -44,8 +50,7 @@ def model_config(compute_dtype="bfloat16", head_dim=64):
     ],
 )
 def test_by_itself_the_fastest_that_can(place, config, dropout, name):
-    assert chosen_backend("auto", config, place, dropout) == name
-    assert self_attention("auto", config, dropout, place) is BACKENDS[name]
+    assert chosen("auto", config, place, dropout) == name
 
 
 @pytest.mark.parametrize(
@@ -61,21 +66,17 @@ def test_by_itself_the_fastest_that_can(place, config, dropout, name):
         ("cudnn", T4, model_config(), 0, "compute capability 8 or more"),
         ("cudnn", H100, model_config(), 0.5, "cannot drop"),
         ("cudnn", H100, model_config("float32"), 0, "model.compute_dtype='float32'; use"),
-        ("cudnn", H100, model_config(head_dim=12), 0, "multiples of 8 up to 256 .* is 12; use"),
-        ("cudnn", A100, model_config(head_dim=256), 0, "up to 128 .* is 256"),
+        ("cudnn", H100, model_config(head_dim=12), 0, "multiples of 8 up to 256 .* are 12; use"),
+        ("cudnn", A100, model_config(head_dim=256), 0, "up to 128 .* are 256"),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_one_line(asked, place, config, dropout, message):
     with pytest.raises(UsageError, match=f"^run.attention='{asked}' .*{message}") as raised:
-        chosen_backend(asked, config, place, dropout)
+        chosen(asked, config, place, dropout)
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("asked", ["xla", "blockwise"])
 @pytest.mark.parametrize("place", [CPU, TPU, H100])
 def test_the_plain_ones_run_everywhere(asked, place):
-    assert chosen_backend(asked, model_config("float32"), place) == asked
-
-
-def test_without_a_device_it_is_this_process_that_counts():
-    assert self_attention("auto", model_config()) is BACKENDS["blockwise"]
+    assert chosen(asked, model_config("float32"), place) == asked

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from llama_jax.kernels import blockwise
-from llama_jax.kernels.blockwise import causal_attention
-from llama_jax.model.attention import attend, causal_mask
-from llama_jax.model.cache import merged_rows
+from llama_jax.kernels.attention import attend, causal_mask, merge_heads_and_batch
+from llama_jax.kernels.blockwise import blockwise_attention
 
 pytestmark = pytest.mark.optimized
 
@@ -33,7 +32,7 @@ def at_once(q, k, v):
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     T = q.shape[1]
     mask = causal_mask(jnp.arange(T)[None], T)
-    return attend(q, merged_rows(k), merged_rows(v), mask)
+    return attend(q, merge_heads_and_batch(k), merge_heads_and_batch(v), mask)
 
 
 def value_and_gradients(attention, q, k, v, slope):
@@ -48,7 +47,7 @@ def value_and_gradients(attention, q, k, v, slope):
 @pytest.mark.parametrize("T", LENGTHS)
 def test_blocks_equal_the_whole(blocks_of_8, T, K):
     given = arrays(T, K)
-    results = value_and_gradients(causal_attention, *given)
+    results = value_and_gradients(blockwise_attention, *given)
     expected = value_and_gradients(at_once, *given)
     for name, result, right in zip(("out", "dq", "dk", "dv"), results, expected):
         np.testing.assert_allclose(result, right, rtol=1e-5, atol=1e-5, err_msg=name)
@@ -57,7 +56,7 @@ def test_blocks_equal_the_whole(blocks_of_8, T, K):
 @pytest.mark.parametrize("T", [5, 19])
 def test_bfloat16_stays_near_float32(blocks_of_8, T):
     given = arrays(T, 2, "bfloat16")
-    results = value_and_gradients(causal_attention, *given)
+    results = value_and_gradients(blockwise_attention, *given)
     expected = value_and_gradients(at_once, *given)
     for name, result, right in zip(("out", "dq", "dk", "dv"), results, expected):
         error = np.abs(result - right).max() / np.abs(right).max()
@@ -66,7 +65,7 @@ def test_bfloat16_stays_near_float32(blocks_of_8, T):
 
 def test_results_keep_the_dtype(blocks_of_8):
     q, k, v, _ = arrays(5, 2, "bfloat16")
-    out, pull = jax.eval_shape(lambda q, k, v: jax.vjp(causal_attention, q, k, v), q, k, v)
+    out, pull = jax.eval_shape(lambda q, k, v: jax.vjp(blockwise_attention, q, k, v), q, k, v)
     assert {x.dtype for x in (out, *jax.eval_shape(lambda f, s: f(s), pull, out))} == {q.dtype}
 
 
@@ -79,7 +78,7 @@ def test_blocks_tile_the_sequence_and_are_few(T):
 
 def test_large_scores_do_not_overflow(blocks_of_8):
     q, k, v, slope = arrays(19, 2)
-    results = value_and_gradients(causal_attention, 100 * q, 100 * k, v, slope)
+    results = value_and_gradients(blockwise_attention, 100 * q, 100 * k, v, slope)
     assert all(np.isfinite(result).all() for result in results)
 
 
@@ -91,6 +90,6 @@ def test_scores_above_the_diagonal_are_never_made(blocks_of_8, packed):
     quick = {"xla_backend_optimization_level": 0}
     counts = [
         jax.jit(f).lower(*given).compile(quick).cost_analysis()["flops"]
-        for f, given in ((causal_attention, (q, k, v, *segments)), (at_once, (q, k, v)))
+        for f, given in ((blockwise_attention, (q, k, v, *segments)), (at_once, (q, k, v)))
     ]
     assert counts[0] < 0.7 * counts[1]

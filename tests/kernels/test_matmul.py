@@ -12,7 +12,7 @@ from llama_jax.kernels import matmul as products
 from llama_jax.kernels.matmul import (
     by_blocks,
     convert,
-    form_for,
+    implementation_for,
     multiply_and_reduce,
     sum_lanes,
     times_quantized,
@@ -68,15 +68,24 @@ def test_bfloat16_rows(form, group_size):
 
 
 def test_which_form_is_chosen(monkeypatch):
-    assert [form_for(count, INT8) for count in (1, 4, 5)] == [sum_lanes, sum_lanes, by_blocks]
+    assert [implementation_for(count, INT8) for count in (1, 4, 5)] == [
+        sum_lanes,
+        sum_lanes,
+        by_blocks,
+    ]
     with jax.set_mesh(make_mesh(MeshConfig(tensor=8))):
-        assert form_for(1, INT8) == form_for(9, INT4) == convert
+        assert implementation_for(1, INT8) == implementation_for(9, INT4) == convert
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
-        assert form_for(1, INT8) == sum_lanes
+        assert implementation_for(1, INT8) == sum_lanes
     for backend in ("gpu", "tpu"):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        assert form_for(1, INT8) == form_for(5, INT8) == form_for(5, INT4) == convert
-        assert form_for(4, INT4) == multiply_and_reduce
+        assert (
+            implementation_for(1, INT8)
+            == implementation_for(5, INT8)
+            == implementation_for(5, INT4)
+            == convert
+        )
+        assert implementation_for(4, INT4) == multiply_and_reduce
 
 
 @pytest.mark.parametrize("count", [1, 9])

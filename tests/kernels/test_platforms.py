@@ -1,7 +1,6 @@
 """Which kind of device a program is traced for."""
 
 import jax
-import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from llama_jax.kernels.matmul import platform
@@ -29,12 +28,3 @@ def test_a_mesh_of_other_devices_decides(monkeypatch):
 
     monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: Elsewhere)
     assert platform() == "tpu"
-
-
-@pytest.mark.parametrize("remat", ["none", "block"])
-def test_layers_are_unrolled_for_cpus_alone(remat, monkeypatch):
-    from llama_jax.model import transformer as model
-
-    assert (model._unrolled_layers(remat) > 1) == (remat == "none")
-    monkeypatch.setattr(model, "platform", lambda: "tpu")
-    assert model._unrolled_layers(remat) == 1

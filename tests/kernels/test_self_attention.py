@@ -15,9 +15,11 @@ from llama_jax.config import MeshConfig
 from llama_jax.distributed.mesh import make_mesh, shard_heads
 from llama_jax.errors import UsageError
 from llama_jax.kernels import blockwise, splash
-from llama_jax.kernels.attention import BACKENDS
+from llama_jax.kernels.attention import xla_attention
+from llama_jax.kernels.blockwise import blockwise_attention
 from llama_jax.kernels.cudnn import cudnn_attention
 from llama_jax.kernels.splash import block_length, splash_attention
+from llama_jax.model.execution import Execution
 from llama_jax.training.loss import summed_nll
 
 pytestmark = pytest.mark.optimized
@@ -33,14 +35,14 @@ SEGMENTS_BT = np.stack(
 ).astype(np.int32)
 
 
-def splash_here(q, k, v, segments=None, *_):
+def splash_here(q, k, v, segments=None):
     """The TPU's kernel, step by step on CPU."""
     return splash_attention(q, k, v, segments, interpret=True)
 
 
 KERNELS = {
-    "xla": BACKENDS["xla"],
-    "blockwise": BACKENDS["blockwise"],
+    "xla": xla_attention,
+    "blockwise": shard_heads(blockwise_attention),
     "splash": splash_here,
 }
 HERE = list(KERNELS)
@@ -165,7 +167,7 @@ def documents():
         row[: len(text)] = text
     weights = np.arange(1, WIDTH + 1)[None] < [[len(text)] for text in texts]
     model = make_model()
-    _, (gradients, logits) = learn(model, alone, None, weights, BACKENDS["xla"])
+    _, (gradients, logits) = learn(model, alone, None, weights, xla_attention)
     return model, texts, [row[: len(text)] for row, text in zip(logits, texts)], gradients
 
 
@@ -174,7 +176,9 @@ def learn(model, tokens, segments, weights, attention):
     """The loss, and its gradients and the logits."""
 
     def nll(model):
-        hidden, _ = model.hidden(tokens, segments_BT=segments, attention=attention)
+        hidden, _ = model.hidden(
+            tokens, segments_BT=segments, execution=Execution(attention=attention)
+        )
         targets = jnp.roll(tokens, -1, axis=1)
         total = summed_nll(hidden, model.output_VD, targets, weights.astype(jnp.float32))
         return total, model.logits(hidden)
@@ -253,7 +257,7 @@ def test_devices_share_the_heads_wherever_they_can(heads, K, tensor, there):
 
     with jax.set_mesh(mesh_of(8 // tensor, 1, tensor)):
         q, k = (jnp.zeros((8, 5, n, H)) for n in (heads, K))
-        jax.eval_shape(partial(shard_heads, spy), q, k, jnp.zeros((8, 5), jnp.int32))
+        jax.eval_shape(shard_heads(spy), q, k, jnp.zeros((8, 5), jnp.int32))
     rows = tensor
     assert seen[-1] == ((rows, 5, there[0], H), (rows, 5, there[1], H), (rows, 5))
 
@@ -280,7 +284,7 @@ def program(kernel, platform, segments, dtype="bfloat16", T=T, mesh=None):
 
 @pytest.mark.parametrize("segments", [False, True])
 def test_the_splash_kernels_run_on_a_tpu(segments):
-    text = program(splash_attention, "tpu", segments, mesh=(2, 1, 4))
+    text = program(shard_heads(splash_attention), "tpu", segments, mesh=(2, 1, 4))
     assert text.count("stablehlo.custom_call @tpu_custom_call") == 3  # forward, dq, and dk with dv
     assert "256x256" not in text  # scores, of 150 positions filled up to two blocks
 
@@ -295,7 +299,7 @@ def with_cudnn(monkeypatch):
 @pytest.mark.parametrize("segments", [False, True])
 @pytest.mark.parametrize("length", [150, 151])
 def test_the_cudnn_kernels_run_on_a_gpu(with_cudnn, segments, length):
-    text = program(cudnn_attention, "cuda", segments, T=length, mesh=(2, 1, 4))
+    text = program(shard_heads(cudnn_attention), "cuda", segments, T=length, mesh=(2, 1, 4))
     called = "__cudnn$fmhaScaleBiasSoftmax" if segments else "__cudnn$fmhaSoftmax"
     assert text.count(f"@{called}(") == text.count(f"@{called}Backward(") == 1
     assert text.count("CAUSAL") == 2

@@ -10,10 +10,11 @@ import reference
 from tiny_model import plain
 
 from llama_jax.config import RopeScaling
-from llama_jax.kernels.attention import BACKENDS
-from llama_jax.model.attention import attend, causal_mask, look_into_cache
-from llama_jax.model.cache import LayerCache, merged_rows
-from llama_jax.model.positions import rotation
+from llama_jax.kernels.attention import KERNELS, attend, causal_mask, merge_heads_and_batch
+from llama_jax.model.attention import update_cache_and_attend
+from llama_jax.model.cache import KVCache, LayerCache
+from llama_jax.model.layers import dropout
+from llama_jax.model.positions import rotary_embedding
 
 B, T, D, N, H = 5, 7, 24, 6, 4
 
@@ -24,10 +25,10 @@ def heads(K, dtype="float32", T=T):
     return [jnp.asarray(random.standard_normal((B, T, n, H)), dtype) for n in (N, K, K)]
 
 
-def attend_causally(q, k, v, **dropout):
+def attend_causally(q, k, v, drop=None):
     positions_BT = jnp.arange(q.shape[1])[None]
     mask = causal_mask(positions_BT, q.shape[1])
-    return attend(q, merged_rows(k), merged_rows(v), mask, **dropout)
+    return attend(q, merge_heads_and_batch(k), merge_heads_and_batch(v), mask, drop)
 
 
 def test_a_query_may_look_at_its_own_slot_and_those_before():
@@ -52,7 +53,7 @@ def test_no_query_sees_what_the_mask_hides():
     hidden = np.zeros((1, T, T), bool)
     hidden[:, :, 3] = True
     mask = jnp.asarray(np.tri(T, dtype=bool) & ~hidden | np.eye(T, dtype=bool))
-    out = [attend(q, *map(merged_rows, (k, x)), mask) for x in (v, v.at[:, 3].set(1e6))]
+    out = [attend(q, *map(merge_heads_and_batch, (k, x)), mask) for x in (v, v.at[:, 3].set(1e6))]
     others = [t for t in range(T) if t != 3]
     np.testing.assert_array_equal(out[0][:, others], out[1][:, others])
     assert (out[0][:, 3] != out[1][:, 3]).any()
@@ -61,7 +62,14 @@ def test_no_query_sees_what_the_mask_hides():
 def test_attention_weights_are_dropped_at_their_rate():
     q, k, _ = heads(6, T=40)
     q, rate = 0 * q, 0.25  # even weights, so that each output is a mean of kept ones
-    out = attend_causally(q, k, jnp.ones_like(k), dropout_rate=rate, dropout_key=jax.random.key(0))
+    out = attend_causally(
+        q,
+        k,
+        jnp.ones_like(k),
+        partial(
+            dropout, rate=rate, key=jax.random.key(0), example_ids_B=jnp.arange(B), batch_dim=1
+        ),
+    )
     kept = np.asarray(out)[:, -1, :, 0] * 40 * (1 - rate)  # of 40 weights in each row and head
     np.testing.assert_allclose(kept, kept.round(), atol=1e-3)
     deviation = np.sqrt(40 * rate * (1 - rate) / kept.size)
@@ -72,12 +80,13 @@ def test_attention_weights_are_dropped_at_their_rate():
 def test_the_layer_agrees_with_the_oracle(tiny_model, kernel):
     layer = jax.tree.map(lambda array: array[1], tiny_model.blocks.attention)
     x_BTD = jnp.asarray(np.random.default_rng(1).standard_normal((B, T, D)), jnp.float32)
-    turn = rotation(jnp.arange(T)[None], H, 10000.0, RopeScaling())
+    turn = rotary_embedding(jnp.arange(T)[None], H, 10000.0, RopeScaling())
     if kernel is None:
-        look = look_into_cache(causal_mask(jnp.arange(T)[None], 11), jnp.zeros(B, jnp.int32))
         cache = LayerCache(*[jnp.zeros((2 * B, 11, H))] * 2)
+        whole = KVCache((cache,), jnp.zeros(B, jnp.int32))
+        look = update_cache_and_attend(whole, jnp.arange(T)[None])
     else:
-        look, cache = lambda *given: (BACKENDS[kernel](*given[:3]), None), None
+        look, cache = lambda *given: (KERNELS[kernel](*given[:3]), None), None
     out, filled = jax.jit(lambda x, cache: layer(x, turn, look, cache))(x_BTD, cache)
     assert (filled is None) == (cache is None)
     weights = {name: array[1] for name, array in plain(tiny_model).items() if name[0] == "w"}

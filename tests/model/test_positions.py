@@ -6,14 +6,14 @@ import pytest
 import reference
 
 from llama_jax.config import RopeScaling
-from llama_jax.model.positions import frequencies, rotate, rotation
+from llama_jax.model.positions import frequencies, rotary_embedding, rotate
 
 THETA = 500.0
 X_BTNH = np.random.default_rng(0).standard_normal((5, 7, 6, 4), np.float32)
 
 
 def turned(x, positions_BT):
-    turn = rotation(jnp.asarray(positions_BT), x.shape[-1], THETA, RopeScaling())
+    turn = rotary_embedding(jnp.asarray(positions_BT), x.shape[-1], THETA, RopeScaling())
     return rotate(jnp.asarray(x), *turn)
 
 

@@ -12,11 +12,10 @@ from tiny_model import TINY, make_model
 from llama_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
 from llama_jax.data.loader import abstract_batch
 from llama_jax.errors import UsageError
-from llama_jax.kernels.attention import BACKENDS
-from llama_jax.model import execution as remat
+from llama_jax.model.execution import Execution
 from llama_jax.planning.compile import target_mesh
 from llama_jax.planning.targets import parse_target
-from llama_jax.training.step import abstract_state, jit_train_step
+from llama_jax.training.step import abstract_state, jit_train_step, make_execution
 
 AGAIN = ("block", "save-qkv", "offload")
 B, T = 4, 32
@@ -29,7 +28,7 @@ def gradients(policy, **changes):
     weights_D = jnp.arange(1.0, TINY["dim"] + 1)
 
     def objective(model):
-        hidden_BTD, _ = model.hidden(TOKENS_BT, remat=policy, attention=BACKENDS["xla"])
+        hidden_BTD, _ = model.hidden(TOKENS_BT, execution=Execution(remat=policy))
         return jnp.sum(jnp.sin(hidden_BTD) @ weights_D)
 
     return jax.jit(jax.grad(objective)).trace(model), model
@@ -82,12 +81,24 @@ def test_offloading_moves_queries_keys_and_values_to_a_tpus_host_and_back():
     assert "pinned_host" not in gradients("save-qkv")[0].lower().as_text()
 
 
+def step_config(policy):
+    return Config(
+        model=ModelConfig(**TINY | {"vocab_size": 54}),
+        data=DataConfig(path="nowhere", batch_size=8, sequence_length=T),
+        optimizer=OptimizerConfig(steps=2, learning_rate=1e-3, warmup_steps=1),
+        mesh=MeshConfig(data=1, fsdp=4),
+        run=RunConfig(remat=policy),
+    )
+
+
 def test_devices_that_cannot_reach_the_host_are_told_in_one_line(monkeypatch):
     memory = SimpleNamespace(kind="device")
-    device = SimpleNamespace(addressable_memories=lambda: [memory], device_kind="Abacus")
-    monkeypatch.setattr(remat.jax, "local_devices", lambda: [device])
+    device = SimpleNamespace(
+        addressable_memories=lambda: [memory], device_kind="Abacus", platform="abacus"
+    )
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
     with pytest.raises(UsageError) as error:
-        remat.require_possible("offload")
+        make_execution(step_config("offload"))
     assert str(error.value) == (
         "run.remat='offload' needs memory of kind pinned_host and Abacus has only device;"
         " use run.remat='save-qkv', or 'block' for the least memory"
@@ -98,13 +109,7 @@ def test_devices_that_cannot_reach_the_host_are_told_in_one_line(monkeypatch):
 @pytest.mark.parametrize(("policy", "is_on_host"), [("offload", True), ("save-qkv", False)])
 def test_the_tpu_compiler_makes_the_step_of_a_cut_model(policy, is_on_host):
     pytest.importorskip("libtpu")
-    config = Config(
-        model=ModelConfig(**TINY | {"vocab_size": 54}),
-        data=DataConfig(path="nowhere", batch_size=8, sequence_length=T),
-        optimizer=OptimizerConfig(steps=2, learning_rate=1e-3, warmup_steps=1),
-        mesh=MeshConfig(data=1, fsdp=4),
-        run=RunConfig(remat=policy),
-    )
+    config = step_config(policy)
     mesh = target_mesh(config.mesh, parse_target("v5e-4"))
     with jax.set_mesh(mesh):
         state = abstract_state(config)

@@ -12,11 +12,11 @@ from flax import nnx
 from tiny_model import TINY, make_model, plain
 
 from llama_jax.config import ModelConfig
-from llama_jax.kernels import attention as self_attention
-from llama_jax.model import attention as grouped_query
+from llama_jax.kernels.blockwise import blockwise_attention
 from llama_jax.model import layers
 from llama_jax.model import transformer as model
 from llama_jax.model.cache import KVCache
+from llama_jax.model.execution import Execution
 from llama_jax.model.transformer import Llama, abstract, count_parameters
 from llama_jax.model.unstacked import unstack
 from llama_jax.training.loss import summed_nll
@@ -45,7 +45,9 @@ def close(got, expected, tolerance=1e-5):
 
 
 def mean_nll(model, tokens_BT, dropout_key=None, remat="none"):
-    hidden_BTD, _ = model.hidden(tokens_BT, dropout_key=dropout_key, remat=remat)
+    hidden_BTD, _ = model.hidden(
+        tokens_BT, dropout_key=dropout_key, execution=Execution(remat=remat)
+    )
     targets_BT = jnp.roll(tokens_BT, -1, axis=1)
     total = summed_nll(hidden_BTD, model.output_VD, targets_BT, jnp.ones(tokens_BT.shape))
     return total / tokens_BT.size
@@ -69,9 +71,10 @@ def test_logits_agree_with_the_oracle(changes):
     close(run(model, TOKENS_BT)[0], oracle(model, TOKENS_BT, **numerics))
 
 
-def test_logits_agree_with_the_oracle_off_the_cpu_path_too(tiny_model, monkeypatch):
-    monkeypatch.setattr(self_attention, "FASTEST", {})
-    close(jax.jit(lambda tokens: tiny_model(tokens)[0])(TOKENS_BT), oracle(tiny_model, TOKENS_BT))
+def test_logits_by_the_cpu_kernel_agree_with_the_oracle_too(tiny_model):
+    execution = Execution(attention=blockwise_attention, unroll=16)
+    forward = jax.jit(lambda tokens: tiny_model(tokens, execution=execution)[0])
+    close(forward(TOKENS_BT), oracle(tiny_model, TOKENS_BT))
 
 
 def test_bfloat16_stays_near_the_oracle():
@@ -191,15 +194,14 @@ def dropping():
     def run(key, active):
         keys = []
 
-        def dropout(x, rate, key, **given):
+        def dropout(x, rate, key, *examples, **named):
             site = len(keys)
             keys.append(jax.random.key_data(key))
             shapes.append(x.shape)
-            return jnp.where(active[site], layers.dropout(x, rate, key, **given), x)
+            return jnp.where(active[site], layers.dropout(x, rate, key, *examples, **named), x)
 
         with pytest.MonkeyPatch.context() as patch:
-            for module in (model, grouped_query):
-                patch.setattr(module, "dropout", dropout)
+            patch.setattr(model, "dropout", dropout)
             return small.hidden(TOKENS_BT, dropout_key=key)[0], jnp.stack(keys)
 
     return run, shapes
@@ -235,7 +237,7 @@ def test_without_a_key_nothing_is_random():
 
 
 def test_layers_do_not_share_dropout():
-    embedding_key, keys_L = model._layer_keys(jax.random.key(0), L)
+    embedding_key, keys_L = model._split_keys(jax.random.key(0), L)
     data = [jax.random.key_data(key).tolist() for key in (embedding_key, *keys_L)]
     assert len(set(map(tuple, data))) == L + 1
 

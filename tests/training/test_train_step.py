@@ -15,13 +15,13 @@ from llama_jax.data.loader import Batch
 from llama_jax.distributed.mesh import make_mesh
 from llama_jax.errors import UsageError
 from llama_jax.hardware.hlo import collectives
-from llama_jax.model import transformer as model_module
 from llama_jax.training.step import (
     abstract_state,
     init_state,
     jit_evaluation_step,
     jit_init,
     jit_train_step,
+    make_execution,
     state_shardings,
 )
 
@@ -164,15 +164,15 @@ def test_a_mesh_that_does_not_divide_is_refused_before_anything_is_traced():
 # What crosses the network, read from the compiled program.
 
 
-def sent_by(config, sizes, monkeypatch):
+def sent_by(config, sizes):
     """The collectives of a step on eight devices."""
     mesh = make_mesh(MeshConfig(**sizes))
     state = abstract_state(config)
+    # Blocks are rolled up, as on other devices than CPUs.
+    execution = dataclasses.replace(make_execution(config, mesh), unroll=1)
     with jax.set_mesh(mesh):
-        # Blocks are rolled up, as on other devices than CPUs.
-        monkeypatch.setattr(model_module, "_unrolled_layers", lambda remat: 1)
         return collectives(
-            jit_train_step(config, mesh).lower(state, make_batch()).compile().as_text()
+            jit_train_step(config, mesh, execution).lower(state, make_batch()).compile().as_text()
         )
 
 
@@ -180,12 +180,12 @@ def parameter_bytes(config):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(first_state(config).model))
 
 
-def test_gradients_cross_the_network_once_however_many_microbatches(monkeypatch):
+def test_gradients_cross_the_network_once_however_many_microbatches():
     config, sizes = make_config(), {"data": 4, "fsdp": 2, "tensor": 1}
     once, twice = (
         [
             (one.kind, one.bytes, one.times)
-            for one in sent_by(make_config(accumulation), sizes, monkeypatch)
+            for one in sent_by(make_config(accumulation), sizes)
             if "data" in one.axes(sizes) and one.bytes > 100  # but for sums of scalars
         ]
         for accumulation in (1, 2)
@@ -199,10 +199,10 @@ def test_gradients_cross_the_network_once_however_many_microbatches(monkeypatch)
     "remat",
     ["none", "block", *(pytest.param(p, marks=pytest.mark.slow) for p in ("save-qkv", "offload"))],
 )
-def test_fsdp_sends_no_more_than_the_textbook(monkeypatch, remat):
+def test_fsdp_sends_no_more_than_the_textbook(remat):
     """Parameters gathered for the forward and for the backward pass, gradients scattered once."""
     config = make_config(remat=remat)
-    found = sent_by(config, {"data": 1, "fsdp": 8}, monkeypatch)
+    found = sent_by(config, {"data": 1, "fsdp": 8})
     sent = sum(one.sent(8) * one.times for one in found)
     textbook = 3 * parameter_bytes(config) * 7 / 8
     assert 0.9 * textbook < sent <= 1.1 * textbook
@@ -212,9 +212,9 @@ def test_fsdp_sends_no_more_than_the_textbook(monkeypatch, remat):
     assert kinds["all-gather"].bytes <= table  # a layer's parameters, never those of all layers
 
 
-def test_on_two_axes_too_no_device_ever_has_all_parameters(monkeypatch):
+def test_on_two_axes_too_no_device_ever_has_all_parameters():
     config, sizes = make_config(), {"data": 1, "fsdp": 4, "tensor": 2}
-    found = sent_by(config, sizes, monkeypatch)
+    found = sent_by(config, sizes)
     assert {one.kind for one in found if one.axes(sizes) == ("tensor",)} == {"all-reduce"}
     gathered = [one for one in found if one.kind == "all-gather"]
     assert {one.axes(sizes) for one in gathered} == {("fsdp",)}
