@@ -15,7 +15,7 @@ from llama_jax.data.loader import Batch, abstract_batch, training_batches, valid
 from llama_jax.data.sequences import fill_row
 from llama_jax.data.token_folder import document_starts
 from llama_jax.distributed.mesh import make_mesh
-from llama_jax.training.step import evaluation_step, init_state, train_step
+from llama_jax.training.step import evaluation_step, init_state, make_execution, train_step
 
 T, VOCAB = 16, 320
 LENGTHS = [5, 1, 9, 40, 3, 17, 18, 2, 33, 7, 12, 4, 6, 29, 8, 13, 11, 3, 10, 16]
@@ -141,7 +141,9 @@ def run(tmp_path_factory):
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         state = jax.jit(lambda: init_state(config))()
-        step = jax.jit(lambda state, batch: train_step(state, batch, config))
+        step = jax.jit(
+            lambda state, batch: train_step(state, batch, config, make_execution(config))
+        )
         compiled = step.lower(state, abstract_batch(config)).compile()
     return config, folder, state, compiled
 
@@ -174,7 +176,7 @@ def test_a_packed_run_learns_and_resumes_where_it_was(run, straight):
 
 def test_the_validation_loss_is_that_of_documents_apart(run, straight):
     config, folder, _, _ = run
-    evaluate = jax.jit(partial(evaluation_step, config=config))
+    evaluate = jax.jit(partial(evaluation_step, execution=make_execution(config, training=False)))
     starts = document_starts(folder, "validation")
     documents = np.split(np.concatenate(folder.arrays("validation")), starts[1:])
     pieces = [

@@ -16,7 +16,6 @@ from llama_jax.data import loader as run_batches
 from llama_jax.data.token_folder import TokenFolder
 from llama_jax.distributed.preemption import StopSignal
 from llama_jax.errors import NonFiniteLossError, OutOfMemoryError, UsageError, UserError
-from llama_jax.model import execution as remat
 from llama_jax.training import loop as trainer
 from llama_jax.training import metrics as reporting
 from llama_jax.training import run
@@ -200,7 +199,7 @@ def test_a_run_that_is_spoilt_at_once_has_saved_its_beginning(config, tmp_path, 
 def test_what_the_devices_cannot_do_is_refused_with_nothing_written(
     tokens, tmp_path, monkeypatch, asked, message
 ):
-    monkeypatch.setattr(remat, "HOST", "moon")
+    monkeypatch.setattr("llama_jax.training.step.HOST_MEMORY", "moon")
     with pytest.raises(UsageError, match=message):
         fit(make_config(tokens, tmp_path / "ckpt", **asked))
     assert not list(tmp_path.iterdir())
