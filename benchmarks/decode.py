@@ -39,21 +39,22 @@ STORY = (
 def ours(model: str, rows: int, new_tokens: int, dtype: str, bits: str = "") -> common.Work:
     """The loop of `Engine.generate`, with matrices in `bits` ("int8", "int4") if asked."""
     from llama_jax.inference.engine import Engine
-    from llama_jax.inference.sampler import make_sampler
+    from llama_jax.inference.request import Request, SamplingParams
 
-    config, greedy = common.model_config(model, CONTEXT, dtype), make_sampler(temperature=0)
+    config = common.model_config(model, CONTEXT, dtype)
     weights = common.random_weights(config, dtype)
     if bits:
         from llama_jax.quantization import quantize
 
         weights = quantize(weights, bits)
-    prompts, seeds = [PROMPT] * rows, [0] * rows
+    greedy = SamplingParams(temperature=0, max_tokens=new_tokens)
+    request = Request.same_params([PROMPT] * rows, greedy)
 
     def work() -> float:
         begun = time.perf_counter()
-        chunks = list(Engine(weights).generate(prompts, greedy, max_tokens=new_tokens, seeds=seeds))
+        deltas = list(Engine(weights).generate(request))
         seconds = time.perf_counter() - begun
-        assert sum(len(row) for chunk in chunks for row in chunk.rows) == rows * new_tokens
+        assert sum(len(delta.ids) for delta in deltas) == rows * new_tokens
         return seconds
 
     return work

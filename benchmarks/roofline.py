@@ -55,28 +55,31 @@ def decoding(model: str, dtype: str, prompt: int, context: int, new: int, bits: 
     """One text gone on with; the seconds of a token in the loop, without prompt and first token."""
     import jax
 
+    from llama_jax.inference.decode import cache_slots
     from llama_jax.inference.engine import Engine
-    from llama_jax.inference.prefill import slots_for
-    from llama_jax.inference.sampler import make_sampler
+    from llama_jax.inference.request import Request, SamplingParams
     from llama_jax.model.cache import KVCache
     from llama_jax.quantization import held_bytes, quantize
 
-    config, greedy = common.model_config(model, context, dtype), make_sampler(temperature=0)
+    config = common.model_config(model, context, dtype)
     weights = common.random_weights(config, dtype)
     if bits:
         weights = quantize(weights, bits)
     read = held_bytes(weights)
     if not config.tied_embeddings:
         read -= sum(leaf.nbytes for leaf in jax.tree.leaves(weights.embedding))
-    slots = slots_for(min(prompt + new, context))
+    slots = cache_slots(min(prompt + new, context))
     cache = jax.eval_shape(lambda: KVCache.empty(config, 1, slots))
     read += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.layers))
 
+    greedy = SamplingParams(temperature=0, max_tokens=new)
+    request = Request(prompts=[_ids(prompt)], params=[greedy])
+
     def work() -> float:
         times, tokens = [], 0
-        for chunk in Engine(weights).generate([_ids(prompt)], greedy, max_tokens=new, seeds=[0]):
+        for delta in Engine(weights).generate(request):
             times.append(time.perf_counter())
-            tokens += len(chunk.rows[0])
+            tokens += len(delta.ids)
         return (times[-1] - times[0]) / (tokens - 1)
 
     return Measured(work, bytes=read)
@@ -87,16 +90,16 @@ def reading(model: str, dtype: str, prompt: int, context: int) -> Measured:
     import jax
 
     from llama_jax.hardware.flops import flops_per_token
-    from llama_jax.inference.prefill import read_prompts, slots_for
+    from llama_jax.inference.decode import cache_slots, prefill
     from llama_jax.model.cache import KVCache
 
     config = common.model_config(model, context, dtype)
     weights = common.random_weights(config, dtype)
 
     def work() -> float:
-        cache = KVCache.empty(config, 1, slots_for(prompt))
+        cache = KVCache.empty(config, 1, cache_slots(prompt))
         begun = time.perf_counter()
-        jax.block_until_ready(read_prompts(weights, cache, [_ids(prompt)]))
+        jax.block_until_ready(prefill(weights, cache, [_ids(prompt)]))
         return time.perf_counter() - begun
 
     return Measured(work, flops=prompt * flops_per_token(config, prompt) / 3)

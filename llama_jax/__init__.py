@@ -8,15 +8,16 @@ from typing import Any
 
 _HOMES = {
     "Config": "config",
+    "Engine": "inference.engine",
     "LLM": "llm",
     "Llama": "model.transformer",
     "Message": "text.chat",
+    "Request": "inference.request",
+    "SamplingParams": "inference.request",
     "Tokenizer": "text.tokenizer",
     "UserError": "errors",
     "fit": "training.run",
     "load": "checkpoints.load",
-    "make_sampler": "inference.sampler",
-    "stream": "inference.completions",
     "unstack": "model.unstacked",
 }
 __all__ = sorted(_HOMES)

@@ -1,13 +1,12 @@
 """A Llama as a library object: complete, chat, score and embed.
 
-    llm = llama_jax.LLM("ckpt/")
-    llm.complete("Once upon a time", max_tokens=64, temperature=0).text
-
-It ties checkpoint, tokenizer, engine and templates together and holds no arithmetic of its own.
+llm = llama_jax.LLM("ckpt/")
+llm.complete("Once upon a time", max_tokens=64, temperature=0).text
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +15,19 @@ import numpy as np
 from llama_jax.checkpoints.load import deploy, tensor_mesh
 from llama_jax.config import require
 from llama_jax.distributed.mesh import on_mesh
-from llama_jax.inference.completions import (
-    Piece,
-    gather,
-    stop_ids,
-    stream,
-    told,
-    without_leading_space,
-)
+from llama_jax.errors import UsageError
+from llama_jax.inference.completions import add_text, collect, stop_ids
 from llama_jax.inference.engine import Engine
-from llama_jax.inference.request import (
-    Request,
-    SamplingOptions,
-    Wishes,
-    request_of_dialogue,
-    texts_of,
-    wishes_of,
-)
+from llama_jax.inference.request import Delta, Request, SamplingParams
 from llama_jax.inference.scoring import embed_texts, score_texts
-from llama_jax.text.chat import find_template, parse_messages, template_of
+from llama_jax.text.chat import TruncationWarning, find_template, fit, parse_messages, template_of
 from llama_jax.text.tokenizer import Tokenizer
 
 CACHE_DTYPES = ("", "int8")
 
 
 class LLM:
-    """A model with its tokenizer, ready to write."""
+    """A model with its tokenizer, ready to generate."""
 
     def __init__(
         self,
@@ -57,13 +43,13 @@ class LLM:
         """Load a checkpoint folder.
 
         Args:
-          quantize: "int8" or "int4" keeps matrices in that many bits; None as they are stored.
-          dtype: of parameters and arithmetic, "float32" or "bfloat16"; "" as it suits the device.
-          max_context: tokens of prompt and completion together; 0: as many as the model is for.
-          cache_dtype: "int8" keeps the key/value cache in a fourth of float32's memory.
-          template: the chat format, "llama2" or "alpaca"; "" the checkpoint's, or "llama2" where
-            that does not tell.
-          tensor: devices that every matrix is cut over.
+          quantize: "int8" or "int4" quantizes the matrices; None leaves them as stored.
+          dtype: of parameters and arithmetic, "float32" or "bfloat16"; "" chooses by device.
+          max_context: tokens of prompt and completion together; 0 is the model's context.
+          cache_dtype: "int8" for a key/value cache of a fourth of float32's memory.
+          template: the chat format, "llama2" or "alpaca"; "" is the checkpoint's, or "llama2" for
+            a checkpoint without one.
+          tensor: number of devices that the matrices are sharded over.
 
         Raises:
           UsageError: naming an argument out of range.
@@ -82,92 +68,43 @@ class LLM:
 
     @property
     def context_length(self) -> int:
-        """Tokens that prompt and completion have together."""
+        """Tokens that prompt and completion may have together."""
         return self.engine.model.config.context_length
 
     def complete(
         self,
         prompt: str | Sequence[str],
         *,
-        max_tokens: int = Wishes.max_tokens,
-        temperature: float = SamplingOptions.temperature,
-        top_k: int = SamplingOptions.top_k,
-        top_p: float = SamplingOptions.top_p,
-        min_p: float = SamplingOptions.min_p,
-        repetition_penalty: float = SamplingOptions.repetition_penalty,
-        presence_penalty: float = SamplingOptions.presence_penalty,
-        frequency_penalty: float = SamplingOptions.frequency_penalty,
-        logit_bias: Mapping[int, float] | None = None,
-        stop: str | Sequence[str] | None = None,
-        seed: int = Wishes.seed,
-        n: int = Wishes.n,
-        logprobs: int | None = None,
+        n: int = 1,
         echo: bool = False,
         stream: bool = False,
-        speculate: bool = False,
-        rng: str = SamplingOptions.rng,
+        **params: Any,
     ) -> Any:
-        """What the model writes after a prompt.
+        """Generate what follows a prompt.
 
         Args:
           prompt: a text, or several; "" starts from nothing.
-          max_tokens: new tokens of each completion at most.
-          temperature: 0 takes the likeliest token; so does, nearly, a small one.
-          top_k: tokens that may be drawn, the likeliest; 0: all.
-          top_p: the likeliest may be drawn, as few as together have this probability; 1: all.
-          min_p: those at least this many times as likely as the likeliest may be drawn; 0: all.
-          repetition_penalty: more than 1 discourages what prompt and completion have already.
-          presence_penalty: off the logits of what the completion has already.
-          frequency_penalty: the same, for each time that it has it.
-          logit_bias: added to logits, by token id; minus infinity forbids a token.
-          stop: texts at which a completion ends; they are not part of it.
-          seed: the same seed gives the same text; completion j of a prompt has `seed` + j.
-          n: completions of each prompt.
-          logprobs: how many of the likeliest tokens to tell of beside each; None: tell nothing.
+          n: completions of each prompt; completion j has `seed` + j.
           echo: begin each text with its prompt.
-          stream: yield pieces as they are made.
-          speculate: guess ahead where a text repeats itself; only for temperature 0.
-          rng: "xorshift" writes what llama2.c would, one text at a time and slowly.
+          stream: yield deltas as they are made.
+          params: those of `SamplingParams`, such as `max_tokens`, `temperature`, `top_k`, `top_p`,
+            `min_p`, `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `logit_bias`,
+            `stop`, `seed`, `logprobs`, `speculate` and `rng`. None stands for the default.
 
         Returns:
           A `Completion`; for a list of prompts, or `n` > 1, a list of them, prompt by prompt. With
-          `stream`, an iterator of `CompletionPiece`.
+          `stream`, an iterator of `Delta`, whose `index` is the place in that list.
 
         Raises:
           UsageError: naming an argument and its range.
           UserError: when a prompt does not leave room in the context.
         """
-        wishes = wishes_of(
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            logit_bias=logit_bias,
-            stop=stop,
-            seed=seed,
-            n=n,
-            logprobs=logprobs,
-            speculate=speculate,
-            rng=rng,
-        )
-        request = self.request(prompt, wishes, echo)
-        pieces = self.pieces(request)
+        request = self.request(prompt, SamplingParams.of(**params), n=n, echo=echo)
+        deltas = self.generate(request)
         if stream:
-            return told(pieces, request)
-        made = gather(pieces, request, self.tokenizer)
-        return made[0] if isinstance(prompt, str) and n == 1 else made
-
-    def request(self, prompt: str | Sequence[str], wishes: Wishes, echo: bool = False) -> Request:
-        """A call of `complete` as rows of ids, for `pieces`."""
-        prompts = texts_of("prompt", prompt)
-        encoded = [self.tokenizer.encode(text, bos=True, eos=False) for text in prompts]
-        rows = [ids for ids in encoded for _ in range(wishes.n)]
-        echoes = [text if echo else "" for text in prompts for _ in range(wishes.n)]
-        return Request(rows, echoes, self._stop_ids, wishes)
+            return deltas
+        completions = collect(deltas, request)
+        return completions[0] if isinstance(prompt, str) and n == 1 else completions
 
     def chat(
         self,
@@ -176,79 +113,98 @@ class LLM:
         template: str = "",
         truncate: bool = False,
         stream: bool = False,
-        **wishes: Any,
+        **params: Any,
     ) -> Any:
-        """The assistant's answer to a dialogue; the next turn is read from where it differs.
+        """Generate the assistant's answer to a dialogue.
+
+        The next call with a longer dialogue reads only what is new.
 
         Args:
-          messages: like [{"role": "user", "content": "Hello"}], system first if there is one.
-          template: of this call, where it is not the one the object was made with.
-          truncate: leave the oldest exchanges out where the dialogue outgrows the context, warn,
-            and tell how many in `Completion.dropped`; otherwise that is an error.
-          stream: yield pieces as they are made.
-          wishes: all that `complete` takes but `n` and `echo`, by the same names.
+          messages: like [{"role": "user", "content": "Hello"}]; a system message comes first.
+          template: the chat format of this call; "" for that of the object.
+          truncate: leave out the oldest exchanges of a dialogue that outgrows the context, with a
+            warning and their number in `Completion.dropped`; otherwise that is an error.
+          stream: yield deltas as they are made.
+          params: those of `SamplingParams`.
 
         Returns:
-          A `Completion`, or with `stream` an iterator of `CompletionPiece`.
+          A `Completion`, or with `stream` an iterator of `Delta`.
 
         Raises:
+          UsageError: naming a parameter and its range.
           UserError: for roles out of order, content with the format's own tags, a malformed
-            message, a checkpoint that tells it learnt no chat format, or a dialogue that leaves
-            less than `max_tokens`, or a quarter of the context if that is less, to the answer.
+            message, a checkpoint that was trained on no chat format, or a dialogue that leaves
+            less than `max_tokens`, or a quarter of the context if that is less, for the answer.
         """
-        request, dropped = request_of_dialogue(
-            parse_messages(messages),
-            template_of(template or self._template),
-            self.tokenizer,
-            wishes_of(**wishes),
-            self._stop_ids,
-            context=self.context_length,
-            truncate=truncate,
+        chosen = template_of(template or self._template)
+        sampling = SamplingParams.of(**params)
+        room = self.context_length - min(sampling.max_tokens, self.context_length // 4)
+        fitted = fit(parse_messages(messages), chosen, self.tokenizer, room, truncate)
+        if fitted.statement:
+            warnings.warn(fitted.statement, TruncationWarning, stacklevel=2)
+        stops = chosen.stops(self.tokenizer)
+        request = Request(
+            prompts=[fitted.ids],
+            params=[sampling],
+            stop_ids=(*stops.ids, *self._stop_ids),
+            stop_strings=stops.strings,
+            strip=True,  # a format's prompt ends before the space that precedes the answer
         )
-        pieces = without_leading_space(self.pieces(request))
+        deltas = self.generate(request)
         if stream:
-            return told(pieces, request)
-        made = gather(pieces, request, self.tokenizer)[0]
-        return dataclasses.replace(made, dropped=dropped)
+            return deltas
+        return dataclasses.replace(collect(deltas, request)[0], dropped=fitted.dropped)
+
+    def request(
+        self,
+        prompt: str | Sequence[str],
+        params: SamplingParams,
+        *,
+        n: int = 1,
+        echo: bool = False,
+    ) -> Request:
+        """Return a call of `complete` as a request for `generate`."""
+        prompts = _texts("prompt", prompt)
+        return Request.same_params(
+            [self.tokenizer.encode(text, bos=True, eos=False) for text in prompts],
+            params,
+            n=n,
+            echo=prompts if echo else (),
+            stop_ids=self._stop_ids,
+        )
+
+    def generate(self, request: Request) -> Iterator[Delta]:
+        """Return an iterator over the deltas of a request, with text; see `Engine.generate`."""
+        return add_text(self.engine.generate(request), request, self.tokenizer)
 
     def score(self, texts: str | Sequence[str]) -> Any:
-        """The log-probability of each token of a text: a `Score`, or a list of them for a list.
+        """Return the log-probability of each token of a text: a `Score`, or a list for a list.
 
         Raises:
           UserError: for a text longer than the context.
         """
         with on_mesh(self.engine.mesh):
-            scores = score_texts(self.engine.model, self.tokenizer, texts_of("texts", texts))
+            scores = score_texts(self.engine.model, self.tokenizer, _texts("texts", texts))
         return scores[0] if isinstance(texts, str) else scores
 
     def embed(self, texts: str | Sequence[str], normalize: bool = True) -> np.ndarray:
-        """The mean hidden state of a text, float32 [D]; of a list of texts, [texts, D].
+        """Return the mean hidden state of a text, float32 [D]; of a list of texts, [texts, D].
 
-        `normalize` scales each to length 1, so that a dot product of two is their cosine.
+        `normalize` scales each to length 1, so that the dot product of two is their cosine.
 
         Raises:
           UserError: for a text longer than the context.
         """
-        listed = texts_of("texts", texts)
+        listed = _texts("texts", texts)
         with on_mesh(self.engine.mesh):
             vectors = embed_texts(self.engine.model, self.tokenizer, listed, normalize)
         return vectors[0] if isinstance(texts, str) else vectors
 
-    def pieces(self, request: Request) -> Iterator[Piece]:
-        """The texts of a request as they grow, rows interleaved."""
-        wishes = request.wishes
-        sampler = wishes.sampling.sampler
-        self.engine.check(request.rows, sampler, wishes.logprobs, wishes.speculate)
-        return stream(
-            self.engine,
-            self.tokenizer,
-            request.rows,
-            sampler,
-            max_tokens=wishes.max_tokens,
-            seeds=request.seeds,
-            stop_ids=request.stop_ids,
-            stops=request.stops,
-            logprobs=wishes.logprobs,
-            speculate=wishes.speculate,
-            choose=wishes.sampling.chooser(wishes.seed),
-        )
+
+def _texts(name: str, texts: str | Sequence[str]) -> list[str]:
+    """Return the texts of an argument as a list."""
+    listed = [texts] if isinstance(texts, str) else texts
+    is_list = isinstance(listed, list | tuple) and all(isinstance(text, str) for text in listed)
+    if not is_list or not listed:
+        raise UsageError(f"{name}={texts!r:.60} is not a text or a list of texts")
+    return list(listed)

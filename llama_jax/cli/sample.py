@@ -1,71 +1,329 @@
-"""Write with a trained Llama: python sample.py --ckpt ckpt/ --prompt "Once upon a time"
+"""Generate text with a trained Llama: python sample.py --ckpt ckpt/ --prompt "Once upon a time"
 
-The text goes to stdout as it is made, and nothing else does; what is said about it goes to stderr.
-Several prompts, or several samples, are made at once and printed one after another, an empty line
-between. `--chat` talks, `--messages` answers one dialogue; `--score` and `--embed` tell of the
-prompts instead of going on with them.
+The text goes to stdout as it is made, everything else to stderr. Several prompts, or several
+samples, share a batch and are printed one after another, an empty line between. `--chat` starts a
+chat, `--messages` answers one dialogue; `--score` and `--embed` print figures of the prompts
+instead of continuing them.
 """
 
+import contextlib
+import dataclasses
+import json
 import logging
+import sys
 import time
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from llama_jax.cli import main as cli
+from llama_jax.config import require
+from llama_jax.errors import UsageError, UserError
+from llama_jax.inference.request import MAX_COMPLETIONS, Delta, Request, SamplingParams
+
+if TYPE_CHECKING:  # JAX would make --help slow
+    from llama_jax.llm import LLM
+
+MODES = ("chat", "messages", "score", "embed")
+PARAMS = tuple(field.name for field in dataclasses.fields(SamplingParams))
+COMPLETION = ("prompt", "prompt_file", "num_samples", "no_echo", "logprobs")  # not for dialogues
+UNUSED = {  # flags that a mode does not use; "" is completion, which has no flag of its own
+    "": ("system", "template", "truncate"),
+    "chat": COMPLETION,
+    "messages": (*COMPLETION, "system"),
+    "score": ("num_samples", "no_echo", "system", "template", "truncate", *PARAMS),
+}
+UNUSED["embed"] = UNUSED["score"]
 
 
 def parser() -> cli.Parser:
-    """The flags."""
+    """Return the parser of the command's flags."""
     parser = cli.Parser(description=__doc__.splitlines()[0])
+    default = SamplingParams()
     model = parser.add_argument_group("model")
-    model.add_argument("--ckpt", default="ckpt", help="folder of a run, or one of its steps")
-    model.add_argument("--dtype", default="", help="float32 or bfloat16; empty: what suits")
-    model.add_argument("--quantize", default=None, help="int8 or int4: matrices in so many bits")
-    model.add_argument("--cache_dtype", default="", help="int8: a cache a fourth of the size")
-    model.add_argument("--max_context", type=int, default=0, help="tokens; 0: the model's")
-    model.add_argument("--tensor", type=int, default=1, help="devices that matrices are cut over")
+    model.add_argument("--ckpt", default="ckpt", help="checkpoint folder of a run, or of one step")
+    model.add_argument("--dtype", default="", help="float32 or bfloat16; empty: by device")
+    model.add_argument("--quantize", default=None, help="quantize the matrices to int8 or int4")
+    model.add_argument("--cache_dtype", default="", help="int8: a smaller key/value cache")
+    model.add_argument("--max_context", type=int, default=0, help="tokens; 0: the model's context")
+    model.add_argument("--tensor", type=int, default=1, help="devices to shard the matrices over")
     text = parser.add_argument_group("text")
-    text.add_argument("--prompt", action="append", help="text to go on from; may be repeated")
-    text.add_argument("--prompt_file", help="a file that holds the prompt; - is stdin")
-    text.add_argument("--max_tokens", type=int, default=256, help="new tokens at most")
-    text.add_argument("--num_samples", type=int, default=1, help="of each prompt")
-    text.add_argument("--stop", action="append", default=[], help="text to end at; may be repeated")
+    text.add_argument("--prompt", action="append", help="text to continue; may be repeated")
+    text.add_argument("--prompt_file", help="file with the prompt; - is stdin")
+    text.add_argument("--max_tokens", type=int, default=default.max_tokens, help="new tokens")
+    text.add_argument("--num_samples", type=int, default=1, help="completions of each prompt")
+    text.add_argument("--stop", action="append", default=[], help="stop string; may be repeated")
     text.add_argument("--no_echo", action="store_true", help="print without the prompt")
-    text.add_argument("--logprobs", type=int, help="tell of so many likeliest tokens, on stderr")
-    text.add_argument("--score", action="store_true", help="print how likely each prompt is")
-    text.add_argument("--embed", action="store_true", help="print a vector of each prompt")
-    choice = parser.add_argument_group("choice of tokens")
-    choice.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
-    choice.add_argument("--top_p", type=float, default=0.9, help="mass of tokens kept; 1 is off")
-    choice.add_argument("--top_k", type=int, default=0, help="tokens kept; 0 is off")
-    choice.add_argument("--min_p", type=float, default=0.0, help="of the likeliest; 0 is off")
-    choice.add_argument("--repetition_penalty", type=float, default=1.0, help="1 is off")
-    choice.add_argument("--presence_penalty", type=float, default=0.0, help="0 is off")
-    choice.add_argument("--frequency_penalty", type=float, default=0.0, help="0 is off")
-    choice.add_argument(
+    text.add_argument("--logprobs", type=int, help="log-probabilities, with so many top tokens")
+    text.add_argument("--score", action="store_true", help="print the prompts' log-probabilities")
+    text.add_argument("--embed", action="store_true", help="print an embedding of each prompt")
+    sampling = parser.add_argument_group("sampling")
+    for name, meaning in {
+        "temperature": "0 is greedy",
+        "top_p": "sample from tokens with this total probability; 1 is off",
+        "top_k": "sample from the k most likely tokens; 0 is off",
+        "min_p": "probability relative to the most likely token; 0 is off",
+        "repetition_penalty": "for tokens of prompt and completion; 1 is off",
+        "presence_penalty": "for tokens of the completion; 0 is off",
+        "frequency_penalty": "per occurrence in the completion; 0 is off",
+        "seed": "the same seed gives the same text",
+    }.items():
+        value = getattr(default, name)
+        sampling.add_argument(f"--{name}", type=type(value), default=value, help=meaning)
+    sampling.add_argument(
         "--logit_bias", action="append", default=[], metavar="ID=BIAS", help="may be repeated"
     )
-    choice.add_argument("--seed", type=int, default=0, help="same seed, same text")
-    choice.add_argument("--speculate", action="store_true", help="guess ahead; needs temperature 0")
-    choice.add_argument(
-        "--rng", default="jax", choices=("jax", "xorshift"), help="xorshift: llama2.c's, slow"
+    sampling.add_argument(
+        "--speculate", action="store_true", help="guess ahead; faster; needs temperature 0"
+    )
+    sampling.add_argument(
+        "--rng",
+        default=default.rng,
+        choices=("jax", "xorshift"),
+        help="xorshift: as llama2.c, slow",
     )
     chat = parser.add_argument_group("chat")
-    chat.add_argument("--chat", action="store_true", help="talk, line by line, on stdin and stdout")
-    chat.add_argument("--messages", help="a JSON file of messages to answer; - is stdin")
-    chat.add_argument("--system", default="", help="how the assistant is to be")
+    chat.add_argument("--chat", action="store_true", help="chat on stdin and stdout, line by line")
+    chat.add_argument("--messages", help="JSON file with messages to answer; - is stdin")
+    chat.add_argument("--system", default="", help="system prompt")
     chat.add_argument("--template", default="", help="llama2 or alpaca; empty: the checkpoint's")
-    chat.add_argument("--truncate", action="store_true", help="forget the oldest when it is full")
+    chat.add_argument("--truncate", action="store_true", help="drop the oldest exchanges if full")
     return parser
 
 
 def main(argv: list[str]) -> None:
-    """Flags in, text out."""
+    """Run the command.
+
+    Raises:
+      UsageError: for flags out of range, or that exclude each other.
+      UserError: when the checkpoint or a prompt cannot be used.
+    """
+    start = time.perf_counter()
     known = parser()
     flags = known.parse_args(argv)
-    given = [name for name, value in vars(flags).items() if value != known.get_default(name)]
-    begun = time.perf_counter()
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every file
-    from llama_jax.cli import answer as asking
+    changed = [name for name, value in vars(flags).items() if value != known.get_default(name)]
+    modes = [mode for mode in MODES if mode in changed]
+    require(len(modes) < 2, f"--{' and --'.join(modes)} exclude each other; choose one")
+    mode = modes[0] if modes else ""
+    _check_used(mode, changed)
+    _check_samples(flags)
+    params = {name: getattr(flags, name) for name in PARAMS}
+    params["logit_bias"] = _parse_biases(flags.logit_bias)
+    sampling = SamplingParams.of(**params)
+    if mode == "chat":
+        from llama_jax.cli.chat import Conversation, run_chat
+
+        run_chat(Conversation(_load(flags), flags.system, truncate=flags.truncate, **params))
+    elif mode == "messages":
+        messages = _read_messages(flags.messages)
+        print_answer(_load(flags), messages, truncate=flags.truncate, **params)
+    else:
+        prompts = _read_prompts(flags)
+        llm = _load(flags)
+        if mode == "score":  # log-probability, tokens but BOS, perplexity
+            for score in llm.score(prompts):
+                print(f"{score.total:.4f}\t{len(score.logprobs)}\t{score.perplexity:.4f}")
+        elif mode == "embed":
+            for vector in llm.embed(prompts):
+                print(json.dumps(vector.tolist()))
+        else:
+            echo = not flags.no_echo
+            request = llm.request(prompts, sampling, n=flags.num_samples, echo=echo)
+            print_samples(llm, request, start=start)
+
+
+def _load(flags: Any) -> "LLM":
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every file
     from llama_jax.cli.startup import use_compilation_cache
+    from llama_jax.llm import LLM
 
     use_compilation_cache()
-    asking.answer(flags, given, begun)
+    return LLM(
+        flags.ckpt,
+        quantize=flags.quantize,
+        dtype=flags.dtype,
+        max_context=flags.max_context,
+        cache_dtype=flags.cache_dtype,
+        template=flags.template,
+        tensor=flags.tensor,
+    )
+
+
+def _check_used(mode: str, changed: Collection[str]) -> None:
+    """Refuse a flag that would have no effect."""
+    for name in UNUSED[mode]:
+        if mode:
+            require(name not in changed, f"--{mode} does not use --{name}; leave it out")
+        else:
+            require(name not in changed, f"--{name} needs --chat or --messages; add one of them")
+
+
+def _check_samples(flags: Any) -> None:
+    """Refuse an impossible number of samples before the model is loaded."""
+    require(
+        1 <= flags.num_samples <= MAX_COMPLETIONS,
+        f"num_samples={flags.num_samples} is out of range; expected 1 to {MAX_COMPLETIONS}",
+    )
+    several = flags.num_samples > 1 or len(flags.prompt or ()) > 1
+    require(
+        not several or flags.rng == "jax",
+        "--rng=xorshift generates one sample of one prompt; leave out --num_samples and other"
+        " prompts",
+    )
+
+
+def _parse_biases(words: Sequence[str]) -> dict[int, float]:
+    """Return biases by token id, from words such as 29892=-5."""
+    biases: dict[int, float] = {}
+    for word in words:
+        token, _, bias = word.partition("=")
+        try:
+            number, amount = int(token), float(bias)
+        except ValueError:
+            raise UsageError(
+                f"--logit_bias={word} is invalid; expected ID=BIAS, such as 29892=-5"
+            ) from None
+        again = f"--logit_bias={word} is the second for token {number}; leave one of them out"
+        require(number not in biases, again)
+        biases[number] = amount
+    return biases
+
+
+# --- input ---
+
+
+def _read_prompts(flags: Any) -> list[str]:
+    """Return the prompts, "" if there is none."""
+    if flags.prompt_file is None:
+        return flags.prompt or [""]
+    require(not flags.prompt, "--prompt and --prompt_file exclude each other; choose one")
+    # The completion follows the last word, not the newline after it.
+    return [_read_text("--prompt_file", flags.prompt_file).removesuffix("\n").removesuffix("\r")]
+
+
+def _read_messages(path: str) -> list[Any]:
+    """Return the messages of a JSON file."""
+    from llama_jax.text.chat import parse_messages
+
+    text = _read_text("--messages", path)
+    try:
+        listing = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--messages={path} is not JSON: {error}") from error
+    try:
+        return list(parse_messages(listing))
+    except UserError as error:
+        raise UserError(f"--messages={path}: {error}") from error
+
+
+def _read_text(flag: str, path: str) -> str:
+    """Return the text of the file that a flag names; of stdin for "-".
+
+    Raises:
+      UserError: naming the flag, when there is no such file or it is not UTF-8.
+    """
+    named = f"{flag}={path}"
+    try:
+        if path == "-":
+            require(
+                sys.stdin is not None, f"{named} reads standard input, which is closed; open it"
+            )
+            return sys.stdin.read()
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{named}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{named} is not UTF-8 at byte {error.start}; convert it") from error
+
+
+# --- output ---
+
+
+def print_samples(llm: "LLM", request: Request, *, start: float) -> None:
+    """Print the completions of a request in order, and their log-probabilities if requested.
+
+    Args:
+      start: `time.perf_counter()` at the start of the program, for the time to the first token.
+    """
+    deltas = list(print_in_order(len(request.prompts), report_speed(llm.generate(request), start)))
+    for index, (prompt, params) in enumerate(zip(request.prompts, request.params)):
+        if any(each.finish_reason == "length" for each in deltas if each.index == index):
+            is_full = len(prompt) + params.max_tokens > llm.context_length
+            which = f"sample {index + 1}: " if len(request.prompts) > 1 else ""
+            why = "where the model's context is full" if is_full else "after --max_tokens"
+            print(f"[{which}stopped {why}]", file=sys.stderr)
+    for delta in sorted(deltas, key=lambda delta: delta.index):
+        for token in delta.logprobs:
+            top = "  ".join(f"{other.text!r} {other.logprob:.3f}" for other in token.top)
+            line = f"[{delta.index + 1}] {token.logprob:8.3f}  {token.text!r}"
+            print(f"{line:<32}{top}".rstrip(), file=sys.stderr)
+
+
+def print_in_order(count: int, deltas: Iterable[Delta]) -> Iterator[Delta]:
+    """Print the first of `count` texts as it grows, then the others, and yield the deltas.
+
+    The others grow at the same time and are printed once those before them have ended.
+    """
+    waiting: list[list[str]] = [[] for _ in range(count)]
+    has_ended = [False] * count
+    current = 0
+    for delta in deltas:
+        waiting[delta.index].append(delta.text)
+        has_ended[delta.index] = bool(delta.finish_reason)
+        while current < count:
+            print("".join(waiting[current]), end="", flush=True)
+            waiting[current].clear()
+            if not has_ended[current]:
+                break
+            print(flush=True)
+            current += 1
+            if current < count:
+                print(flush=True)
+        yield delta
+
+
+def report_speed(deltas: Iterable[Delta], start: float) -> Iterator[Delta]:
+    """Yield the deltas, then print the time to the first token and the speed after it.
+
+    The chunk after the first tokens includes compiling or loading its program; if there are more
+    chunks, the speed is that of the others.
+    """
+    times: list[float] = []  # of the first token, and of the end of each chunk after it
+    tokens: list[int] = []  # of all sequences in each chunk
+    index = -1
+    for delta in deltas:
+        now = time.perf_counter()
+        if delta.index <= index or not times:  # a new chunk
+            times.append(now)
+            tokens.append(0)
+        index, times[-1] = delta.index, now
+        tokens[-1] += len(delta.ids)
+        yield delta
+    skipped = 2 if len(times) > 2 else 1
+    seconds = times[-1] - times[skipped - 1]
+    rate = f"{sum(tokens[skipped:]) / seconds:,.0f} tokens/s" if len(times) > 1 else "one token"
+    print(f"\n[first token after {times[0] - start:.2f} s, then {rate}]", file=sys.stderr)
+
+
+def print_answer(llm: "LLM", messages: Sequence[Any], **options: Any) -> None:
+    """Print the answer to a dialogue as it grows; `options` are those of `LLM.chat`."""
+    with print_warnings():
+        deltas = llm.chat(messages, stream=True, **options)
+    reason = ""
+    for delta in deltas:
+        print(delta.text, end="", flush=True)
+        reason = delta.finish_reason
+    print(flush=True)
+    if reason == "length":
+        print("[stopped after --max_tokens]", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def print_warnings() -> Iterator[None]:
+    """At the end of the block, print a line on stderr for each warning of it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        print(f"[{warning.message}]", file=sys.stderr)

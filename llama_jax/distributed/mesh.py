@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -171,7 +171,6 @@ def constrain_sequence(x: jax.Array, *axes: str) -> jax.Array:
     return constrain(x, *axes, rules=SEQUENCE_RULES)
 
 
-Arguments = ParamSpec("Arguments")
 Item = TypeVar("Item")
 
 
@@ -180,32 +179,23 @@ def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def steps_on_mesh(
-    method: Callable[Arguments, Iterator[Item]],
-) -> Callable[Arguments, Iterator[Item]]:
-    """A generator method of an object with a `mesh`, each step of which runs with that mesh set.
+def iterate_on_mesh(mesh: Mesh, items: Iterator[Item]) -> Iterator[Item]:
+    """Yield the items of a generator, each of whose steps runs with the mesh set.
 
     A mesh is set for a thread: set for the generator's whole life, it would also be set for the
     code that consumes the items.
     """
-
-    @functools.wraps(method)
-    def stepped(*arguments: Arguments.args, **options: Arguments.kwargs) -> Iterator[Item]:
-        mesh = arguments[0].mesh  # type: ignore[attr-defined]
-        steps = method(*arguments, **options)
-        try:
-            while True:
-                with on_mesh(mesh):
-                    try:
-                        item = next(steps)
-                    except StopIteration:
-                        return
-                yield item
-        finally:
-            with on_mesh(mesh):
-                steps.close()  # type: ignore[attr-defined]
-
-    return stepped
+    try:
+        while True:
+            with jax.set_mesh(mesh):
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+            yield item
+    finally:
+        with jax.set_mesh(mesh):
+            items.close()  # type: ignore[attr-defined]
 
 
 @functools.cache  # one function a kernel: a new one would be traced again

@@ -1,1 +1,1 @@
-"""Generation: requests, the engine, prefill and decode loops, sampling and scoring."""
+"""Generation: requests, the engine, prefill and decode programs, sampling and scoring."""

@@ -1,124 +1,86 @@
-"""Text in, text out: prompts of ids are generated on, decoded as they grow, cut at stop strings."""
+"""From deltas to text: decoding, stop strings, and the completions that a library call returns."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
-import numpy as np
-
-from llama_jax.inference.decode import Chunk, Logprob
-from llama_jax.inference.engine import Engine
-from llama_jax.inference.request import Request
-from llama_jax.inference.sampler import Sampler
+from llama_jax.inference.request import Delta, Request, TokenLogprob
 from llama_jax.text.stop_strings import StopStrings
-from llama_jax.text.tokenizer import Decoder, Tokenizer
+from llama_jax.text.tokenizer import Tokenizer
 
 
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """A stretch of text that a row has gained."""
+def add_text(deltas: Iterable[Delta], request: Request, tokenizer: Tokenizer) -> Iterator[Delta]:
+    """Yield the deltas of a request with their text, up to each sequence's first stop string.
 
-    row: int
-    text: str
-    ids: tuple[int, ...]
-    finished: str  # "" while the row goes on; "stop", "length" or "context" when it has ended
-    logprobs: tuple[Logprob, ...] = ()  # as many as ids where they were asked for
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that the row has gained."""
-        return len(self.ids)
-
-
-class _Row:
-    """One row on its way from ids to text."""
-
-    def __init__(self, decoder: Decoder, stops: Sequence[str]):
-        self._decoder, self._stops = decoder, StopStrings(stops)
-        self.ended = False
-
-    def gain(self, row: int, ids: Sequence[int], logprobs: Sequence[Logprob], reason: str) -> Piece:
-        """The piece that new ids make; ids after the one that completes a stop string are lost."""
-        text = ""
-        for used, token in enumerate(ids, start=1):
-            released, stopped = self._stops.push(self._decoder.push([token]))
-            text += released
-            if stopped:
-                self.ended = True
-                return Piece(row, text, tuple(ids[:used]), "stop", tuple(logprobs[:used]))
-        if reason:
-            self.ended = True
-            released, stopped = self._stops.push(self._decoder.flush())
-            text += released if stopped else released + self._stops.flush()
-            reason = "stop" if stopped else reason
-        return Piece(row, text, tuple(ids), reason, tuple(logprobs))
-
-
-def stream(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int]],
-    sampler: Sampler,
-    *,
-    max_tokens: int,
-    seeds: Sequence[int],
-    stop_ids: Sequence[int],
-    stops: Sequence[str] = (),
-    logprobs: int | None = None,
-    speculate: bool = False,
-    choose: Callable[[np.ndarray], int] | None = None,
-) -> Iterator[Piece]:
-    """The texts that continue some prompts of ids, a piece at a time, rows interleaved.
-
-    A character is held back until it is whole, and text that may become a stop string until it
-    has not. A row that ends says so once: "stop" at a stop id or string, "length" after
-    `max_tokens`, "context" where the model's context is full. A function `choose` chooses the
-    tokens of a single prompt in the sampler's place; see `Engine.generate_on_host`.
-
-    Raises:
-      UserError: when a prompt does not leave room in the context; see also `Engine.generate`.
+    A character is held back until it is complete, and text that may become a stop string until it
+    is clear that it does not. Once every sequence has ended no further delta is drawn.
     """
-    rows = [_Row(tokenizer.decoder(after=ids), stops) for ids in prompts]
-    context = engine.model.config.context_length
-    if choose is None:
-        chunks = engine.generate(
-            prompts,
-            sampler,
-            max_tokens=max_tokens,
-            seeds=seeds,
-            stop_ids=stop_ids,
-            logprobs=logprobs,
-            speculate=speculate,
-        )
-    else:
-        [prompt] = prompts
-        chunks = engine.generate_on_host(prompt, choose, max_tokens=max_tokens, stop_ids=stop_ids)
-    for chunk in chunks:
-        for index, (row, prompt) in enumerate(zip(rows, prompts)):
-            if not row.ended:
-                is_full = len(prompt) + max_tokens > context
-                yield row.gain(index, *_part(chunk, index, is_full))
-        if all(row.ended for row in rows):
+    texts = [_Text(request, index, tokenizer) for index in range(len(request.prompts))]
+    running = len(texts)
+    for delta in deltas:
+        text = texts[delta.index]
+        if text.has_ended:  # at a stop string, which the engine does not know
+            continue
+        yield text.extend(delta)
+        running -= text.has_ended
+        if not running:
             return
 
 
-def _part(chunk: Chunk, row: int, is_full: bool) -> tuple[list[int], list[Logprob], str]:
-    """One row of a chunk, its end told as users know it."""
-    reason = chunk.finished[row]
-    reason = "context" if reason == "length" and is_full else reason
-    return chunk.rows[row], chunk.logprobs[row], reason
+class _Text:
+    """The text of one sequence as it grows."""
+
+    def __init__(self, request: Request, index: int, tokenizer: Tokenizer):
+        stops = (*request.stop_strings, *request.params[index].stop)
+        self._decoder = tokenizer.decoder(after=request.prompts[index])
+        self._stops = StopStrings(stops) if stops else None
+        self._echo = request.echo[index] if request.echo else ""
+        self._strips = request.strip
+        self._tokenizer = tokenizer
+        self.has_ended = False
+
+    def extend(self, delta: Delta) -> Delta:
+        """Return the delta with its text; ids after the one that completes a stop string go."""
+        text, used, reason = "", len(delta.ids), delta.finish_reason
+        if self._stops is None:
+            text = self._decoder.push(delta.ids) + (self._decoder.flush() if reason else "")
+        else:
+            for place, token in enumerate(delta.ids, start=1):
+                shown, stopped = self._stops.push(self._decoder.push([token]))
+                text += shown
+                if stopped:
+                    used, reason = place, "stop"
+                    break
+            else:
+                if reason:
+                    shown, stopped = self._stops.push(self._decoder.flush())
+                    text += shown if stopped else shown + self._stops.flush()
+                    reason = "stop" if stopped else reason
+        self.has_ended = bool(reason)
+        logprobs = tuple(self._named(each) for each in delta.logprobs[:used])
+        return Delta(delta.index, delta.ids[:used], logprobs, reason, self._begin(text))
+
+    def _begin(self, text: str) -> str:
+        """Return the text without leading whitespace and with the echoed prompt, at the start."""
+        if self._strips:
+            text = text.lstrip()
+            self._strips = not text
+        text, self._echo = self._echo + text, ""
+        return text
+
+    def _named(self, logprob: TokenLogprob) -> TokenLogprob:
+        name = self._tokenizer.piece_text
+        top = tuple(dataclasses.replace(each, text=name(each.id)) for each in logprob.top)
+        return dataclasses.replace(logprob, top=top, text=name(logprob.id))
 
 
 def stop_ids(tokenizer: Tokenizer, starts_with_bos: bool) -> tuple[int, ...]:
-    """The ids at which a text ends: EOS, and BOS where documents were separated by it."""
+    """Return the ids that end a text: EOS, and BOS if the training documents began with it."""
     return (tokenizer.eos_id, tokenizer.bos_id) if starts_with_bos else (tokenizer.eos_id,)
-
-
-# What a library call returns: texts, and what is known of them.
 
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """Tokens that a completion took."""
+    """Token counts of a completion."""
 
     prompt_tokens: int  # BOS included
     completion_tokens: int
@@ -130,83 +92,35 @@ class Usage:
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenLogprob:
-    """A token and what the model thought of it, before temperature, penalties and filters."""
-
-    id: int
-    text: str  # by itself; bytes that are no whole character show as U+FFFD
-    logprob: float  # nats
-    top: tuple["TokenLogprob", ...] = ()  # the likeliest in its place, likeliest first
-
-
-@dataclasses.dataclass(frozen=True)
 class Completion:
-    """A text that a model wrote."""
+    """A generated text."""
 
     text: str
     token_ids: tuple[int, ...]  # with those that completed a stop string, without a stop token
-    finish_reason: str  # "stop": an end or stop string was met; "length": out of tokens or context
+    finish_reason: str  # "stop": at an end token or stop string; "length": limit or context reached
     usage: Usage
-    logprobs: tuple[TokenLogprob, ...] | None = None  # as many as ids, where they were asked for
-    dropped: int = 0  # exchanges of a dialogue that were left out for want of room
+    logprobs: tuple[TokenLogprob, ...] | None = None  # one per token id, if requested
+    dropped: int = 0  # oldest exchanges of a chat that did not fit and were left out
 
 
-@dataclasses.dataclass(frozen=True)
-class CompletionPiece:
-    """A stretch of a text as it grows."""
-
-    index: int  # of the completion, in the order in which a call without streaming returns them
-    text: str
-    finish_reason: str  # "" while the text goes on, then once "stop" or "length"
-
-
-def gather(pieces: Iterable[Piece], request: Request, tokenizer: Tokenizer) -> list[Completion]:
-    """The completions that pieces add up to, one a row."""
-    texts = list(request.echoes)
-    ids: list[list[int]] = [[] for _ in texts]
-    named: list[list[TokenLogprob]] = [[] for _ in texts]
-    ends = [""] * len(texts)
-    for piece in pieces:
-        texts[piece.row] += piece.text
-        ids[piece.row] += piece.ids
-        named[piece.row] += [_named(tokenizer, *pair) for pair in zip(piece.ids, piece.logprobs)]
-        ends[piece.row] = piece.finished
+def collect(deltas: Iterable[Delta], request: Request) -> list[Completion]:
+    """Return the completions that deltas with text add up to, one per sequence."""
+    gained: list[list[Delta]] = [[] for _ in request.prompts]
+    for delta in deltas:
+        gained[delta.index].append(delta)
     return [
-        Completion(
-            text,
-            tuple(new),
-            _reason(end),
-            Usage(len(prompt), len(new)),
-            None if request.wishes.logprobs is None else tuple(logprobs),
-        )
-        for text, new, end, prompt, logprobs in zip(texts, ids, ends, request.rows, named)
+        _completion(parts, len(prompt), request.logprobs is not None)
+        for parts, prompt in zip(gained, request.prompts)
     ]
 
 
-def told(pieces: Iterable[Piece], request: Request) -> Iterator[CompletionPiece]:
-    """Pieces as users see them; a prompt that is echoed comes first."""
-    for index, echo in enumerate(request.echoes):
-        if echo:
-            yield CompletionPiece(index, echo, "")
-    for piece in pieces:
-        if piece.text or piece.finished:
-            yield CompletionPiece(piece.row, piece.text, _reason(piece.finished))
-
-
-def without_leading_space(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """An answer without the blanks before it: a chat format ends where they begin."""
-    begun = False
-    for piece in pieces:
-        text = piece.text if begun else piece.text.lstrip()
-        begun = begun or bool(text)
-        yield dataclasses.replace(piece, text=text)
-
-
-def _named(tokenizer: Tokenizer, token: int, said: Logprob) -> TokenLogprob:
-    name = tokenizer.piece_text
-    top = tuple(TokenLogprob(i, name(i), value) for i, value in said.top)
-    return TokenLogprob(token, name(token), said.logprob, top)
-
-
-def _reason(end: str) -> str:
-    return "length" if end == "context" else end
+def _completion(deltas: list[Delta], prompt_tokens: int, has_logprobs: bool) -> Completion:
+    ids = tuple(token for delta in deltas for token in delta.ids)
+    logprobs = tuple(each for delta in deltas for each in delta.logprobs)
+    return Completion(
+        text="".join(delta.text for delta in deltas),
+        token_ids=ids,
+        finish_reason=deltas[-1].finish_reason,
+        usage=Usage(prompt_tokens, len(ids)),
+        logprobs=logprobs if has_logprobs else None,
+    )

@@ -1,72 +1,159 @@
-"""The decode loop: one jitted program that adds a stretch of tokens to every row of a batch.
+"""Prefill and decode: the jitted programs that read prompts into a cache and add tokens to them.
 
-Everything it changes is in `GenerationState`, which is donated: the cache is never copied. It does
-not know prompts, text, or who waits for the tokens.
+All that changes is in `GenerationState`, which is donated: the cache is never copied.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.inference.prefill import WITH_CACHE
-from llama_jax.inference.sampler import Sampler, TokenCounts, TokenLogprobs, top_logprobs
+from llama_jax.inference.sampler import Sampler, TokenCounts, TopLogprobs, top_logprobs
 from llama_jax.model.cache import KVCache
 from llama_jax.model.transformer import Llama
 
-CHUNK = 16  # tokens between two looks of the host
-NOTHING = -1  # in place of a token, after a row's end
+DECODE_CHUNK = 16  # tokens per call of `decode`, after which the host sees them
+NO_TOKEN = -1  # in place of a token, after the end of a sequence
+MAX_PREFILL_CHUNK = 512  # tokens of each prompt read at once; bounds the memory of a long prompt
+MIN_PREFILL_CHUNK = 16
+
+
+# --- prefill ---
+
+
+def prefill_chunks(length: int, longest: int = MAX_PREFILL_CHUNK) -> list[int]:
+    """Return the chunk lengths in which `length` tokens are read.
+
+    Only the last chunk is padded, to a power of two, so that few lengths are compiled.
+    """
+    full, rest = divmod(length, longest)
+    if not rest:
+        return [longest] * full
+    last = MIN_PREFILL_CHUNK
+    while last < rest:
+        last *= 2
+    return [longest] * full + [min(last, longest)]
+
+
+def pad_sequences(sequences: Sequence[Sequence[int]], width: int) -> np.ndarray:
+    """Return the ids of sequences, int32 [B, width], with zeros after the shorter ones."""
+    padded_BT = np.zeros((len(sequences), width), np.int32)
+    for padded_T, ids in zip(padded_BT, sequences):
+        padded_T[: len(ids)] = ids
+    return padded_BT
+
+
+def cache_slots(tokens: int) -> int:
+    """Return the slots of a cache for so many tokens: few sizes, two per octave, from 64 on."""
+    size = 64
+    while size < tokens:
+        size *= 2
+    between = size // 4 * 3
+    return between if 64 < between >= tokens else size
+
+
+def prefill(
+    model: Llama, cache: KVCache, prompts: Sequence[Sequence[int]], start: int = 0
+) -> tuple[KVCache, jax.Array]:
+    """Return the cache filled with the prompts, and the float32 logits [B, V] after each.
+
+    What padding writes lies beyond a sequence's length: masked, then overwritten. The cache is
+    donated.
+
+    Args:
+      prompts: from their first token on; at least one id each, and at most as many as slots.
+      start: tokens of every prompt that the cache holds already; fewer than any prompt has.
+    """
+    length_B = np.asarray([len(prompt) for prompt in prompts], np.int32)
+    chunks = prefill_chunks(int(np.max(length_B)) - start)
+    tokens_BT = pad_sequences([prompt[start:] for prompt in prompts], sum(chunks))
+    last_BD = jnp.zeros((len(prompts), model.config.dim), model.config.compute_dtype)
+    at = 0
+    for size in chunks:
+        ids_BC = tokens_BT[:, at : at + size]
+        cache, last_BD = _prefill_chunk(
+            model, cache, ids_BC, last_BD, np.int32(start + at), length_B
+        )
+        at += size
+    return dataclasses.replace(cache, length_B=jnp.asarray(length_B)), _logits(model, last_BD)
+
+
+@partial(jax.jit, donate_argnames="cache")
+def _prefill_chunk(
+    model: Llama,
+    cache: KVCache,
+    ids_BC: jax.Array,
+    last_BD: jax.Array,
+    start: jax.Array,
+    length_B: jax.Array,
+) -> tuple[KVCache, jax.Array]:
+    """Read the chunk at slot `start`; return the hidden states of last tokens found so far."""
+    C = ids_BC.shape[1]
+    here = dataclasses.replace(cache, length_B=jnp.full(length_B.shape, start, jnp.int32))
+    hidden_BCD, filled = model.hidden(ids_BC, here)
+    assert filled is not None
+    at_B = length_B - 1 - start
+    found_B1D = jnp.take_along_axis(hidden_BCD, jnp.clip(at_B, 0, C - 1)[:, None, None], axis=1)
+    is_here_B = (at_B >= 0) & (at_B < C)
+    return filled, jnp.where(is_here_B[:, None], found_B1D[:, 0], last_BD)
+
+
+@jax.jit
+def _logits(model: Llama, last_BD: jax.Array) -> jax.Array:
+    return model.logits(last_BD[:, None])[:, 0]
+
+
+# --- decode ---
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GenerationState:
-    """Where a batch of generations stands."""
+    """The state of a batch of sequences being generated."""
 
     cache: KVCache
-    token_B: jax.Array  # chosen last, not in the cache yet
-    stopped_B: jax.Array  # rows that have met a stop token
-    limit_B: jax.Array  # tokens, prompt included, at which a row ends
+    token_B: jax.Array  # the last token, not in the cache yet
+    stopped_B: jax.Array  # sequences that have met a stop token
+    limit_B: jax.Array  # tokens, prompt included, at which a sequence ends
     keys_B: jax.Array
-    counts: TokenCounts | None  # only where the sampler wants them
+    counts: TokenCounts | None  # if the sampler needs them
 
     @property
     def done_B(self) -> jax.Array:
-        """Rows that have met a stop token or their limit."""
+        """Sequences that have met a stop token or their limit."""
         return are_done(self.stopped_B, self.cache.length_B, self.limit_B)
+
+
+class Tokens(NamedTuple):
+    """New tokens of each sequence, `NO_TOKEN` where there is none."""
+
+    token: jax.Array  # [B] or [B, C], int32
+    logprobs: TopLogprobs | None = None  # if requested
 
 
 Flags = TypeVar("Flags", jax.Array, np.ndarray)
 
 
 def are_done(stopped_B: Flags, length_B: Flags, limit_B: Flags) -> Flags:
-    """Rows that have met a stop token, or whose tokens, with the one chosen last, are all."""
+    """Return which sequences have met a stop token or, with the last token, their limit."""
     return stopped_B | (length_B + 1 >= limit_B)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Chosen:
-    """Tokens of each row, `NOTHING` where there is none, and what the model thought of them."""
-
-    token: jax.Array  # [B] or [B, C], int32
-    logprobs: TokenLogprobs | None  # where they were asked for
-
-
-def begin(
+@partial(jax.jit, donate_argnames="state", static_argnames="logprobs")
+def sample_first_token(
     state: GenerationState,
     logits_BV: jax.Array,
     sampler: Sampler,
     stops_S: jax.Array,
     logprobs: int | None = None,
-) -> tuple[GenerationState, Chosen]:
-    """The state after each row's first token, chosen from the logits that follow its prompt."""
-    nobody_B = jnp.zeros(state.token_B.shape, bool)
-    return choose(state, nobody_B, logits_BV, sampler, stops_S, logprobs)
+) -> tuple[GenerationState, Tokens]:
+    """Return the state after each sequence's first token, chosen from the logits of prefill."""
+    none_done_B = jnp.zeros(state.token_B.shape, bool)
+    return _sample(state, none_done_B, logits_BV, sampler, stops_S, logprobs)
 
 
 @partial(jax.jit, donate_argnames="state", static_argnames="logprobs")
@@ -76,111 +163,74 @@ def decode(
     sampler: Sampler,
     stops_S: jax.Array,
     logprobs: int | None = None,
-) -> tuple[GenerationState, Chosen]:
-    """The state up to `CHUNK` tokens on, fewer once all rows are done, and those tokens [B, C]."""
+) -> tuple[GenerationState, Tokens]:
+    """Return the state up to `DECODE_CHUNK` tokens later, and those tokens [B, C].
 
-    def step(state: GenerationState) -> tuple[GenerationState, Chosen]:
-        logits_B1V, cache = model(state.token_B[:, None], state.cache, execution=WITH_CACHE)
+    Fewer tokens are made when all sequences are done earlier.
+
+    Args:
+      stops_S: ids that end a sequence; they are not returned.
+      logprobs: how many top tokens to report beside each; None reports nothing.
+    """
+
+    def unfinished(carry: tuple[jax.Array, GenerationState, Tokens]) -> jax.Array:
+        return (carry[0] < DECODE_CHUNK) & ~carry[1].done_B.all()
+
+    def step(
+        carry: tuple[jax.Array, GenerationState, Tokens],
+    ) -> tuple[jax.Array, GenerationState, Tokens]:
+        index, state, tokens = carry
+        logits_B1V, cache = model(state.token_B[:, None], state.cache)
         assert cache is not None
-        # A row that is done stays where it is: what it writes lies beyond its length.
+        # A done sequence keeps its length: what it writes lies beyond it.
         done_B = state.done_B
         length_B = jnp.where(done_B, state.cache.length_B, cache.length_B)
         state = dataclasses.replace(state, cache=dataclasses.replace(cache, length_B=length_B))
-        return choose(state, done_B, logits_B1V[:, 0], sampler, stops_S, logprobs)
+        state, new = _sample(state, done_B, logits_B1V[:, 0], sampler, stops_S, logprobs)
+        tokens = jax.tree.map(lambda all_BC, new_B: all_BC.at[:, index].set(new_B), tokens, new)
+        return index + 1, state, tokens
 
-    return _repeated(step, state, logprobs)
-
-
-Step = Callable[[GenerationState], tuple[GenerationState, Chosen]]
-
-
-def _repeated(
-    step: Step, state: GenerationState, logprobs: int | None
-) -> tuple[GenerationState, Chosen]:
-    """Steps until `CHUNK` are made or all rows are done, and what they chose."""
-
-    def going(carry: tuple[jax.Array, GenerationState, Chosen]) -> jax.Array:
-        return (carry[0] < CHUNK) & ~carry[1].done_B.all()
-
-    def turn(
-        carry: tuple[jax.Array, GenerationState, Chosen],
-    ) -> tuple[jax.Array, GenerationState, Chosen]:
-        index, state, all_chosen = carry
-        state, chosen = step(state)
-        put = jax.tree.map(lambda whole, new: whole.at[:, index].set(new), all_chosen, chosen)
-        return index + 1, state, put
-
-    empty = _empty(state.token_B.shape[0], logprobs)
-    _, state, chosen = jax.lax.while_loop(going, turn, (jnp.int32(0), state, empty))
-    return state, chosen
+    start = (jnp.int32(0), state, _no_tokens(state.token_B.shape[0], logprobs))
+    _, state, tokens = jax.lax.while_loop(unfinished, step, start)
+    return state, tokens
 
 
-def _empty(rows: int, logprobs: int | None) -> Chosen:
-    token_BC = jnp.full((rows, CHUNK), NOTHING, jnp.int32)
+def _no_tokens(batch: int, logprobs: int | None) -> Tokens:
+    shape = (batch, DECODE_CHUNK)
+    token_BC = jnp.full(shape, NO_TOKEN, jnp.int32)
     if logprobs is None:
-        return Chosen(token_BC, None)
-    top = (rows, CHUNK, logprobs)
-    zeros_BC = jnp.zeros((rows, CHUNK), jnp.float32)
-    return Chosen(token_BC, TokenLogprobs(zeros_BC, jnp.zeros(top, jnp.int32), jnp.zeros(top)))
+        return Tokens(token_BC)
+    top = (*shape, logprobs)
+    zeros_BC = jnp.zeros(shape, jnp.float32)
+    return Tokens(token_BC, TopLogprobs(zeros_BC, jnp.zeros(top, jnp.int32), jnp.zeros(top)))
 
 
-def choose(
+def _sample(
     state: GenerationState,
     done_B: jax.Array,
     logits_BV: jax.Array,
     sampler: Sampler,
     stops_S: jax.Array,
     logprobs: int | None,
-) -> tuple[GenerationState, Chosen]:
-    """The state with the next token of each row that was not done, and those tokens.
+) -> tuple[GenerationState, Tokens]:
+    """Return the state with the next token of each sequence that is not done, and those tokens.
 
-    `NOTHING` stands where a row was done already, or ends here at a stop token.
+    `NO_TOKEN` stands where a sequence was done already, or ends here at a stop token.
     """
     keys_B = jax.vmap(jax.random.fold_in)(state.keys_B, state.cache.length_B)
     token_B = sampler(logits_BV, keys_B, state.counts)
     stops_B = (token_B[:, None] == stops_S[None]).any(axis=-1)
     stopped_B = state.stopped_B | (stops_B & ~done_B)
     counts = state.counts.add(token_B, ~done_B) if state.counts else None
-    told = None if logprobs is None else top_logprobs(logits_BV, token_B, logprobs)
-    new_B = jnp.where(done_B | stopped_B, NOTHING, token_B)
+    top = None if logprobs is None else top_logprobs(logits_BV, token_B, logprobs)
+    new_B = jnp.where(done_B | stopped_B, NO_TOKEN, token_B)
     state = dataclasses.replace(state, token_B=token_B, stopped_B=stopped_B, counts=counts)
-    return state, Chosen(new_B, told)
+    return state, Tokens(new_B, top)
 
 
-# What the host sees of a stretch of the decode loop.
-
-
-@dataclasses.dataclass(frozen=True)
-class Logprob:
-    """What the model thought of a token: its log-probability, and the likeliest ids with theirs."""
-
-    logprob: float  # nats
-    top: tuple[tuple[int, float], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-    """What a stretch of the loop added: ids of each row, without the stop token."""
-
-    rows: list[list[int]]
-    finished: list[str]  # "" while a row goes on; "stop" at a stop token; "length" at its limit
-    logprobs: list[list[Logprob]]  # as many as ids where they were asked for; else empty
-
-
-def chunk_of(chosen: Chosen, state: GenerationState) -> Chunk:
-    """The host's view of new tokens."""
-    ends = (state.stopped_B, state.cache.length_B, state.limit_B)
-    stopped_B, length_B, limit_B = map(np.asarray, ends)
-    done_B = are_done(stopped_B, length_B, limit_B)  # here: on the device it is three programs more
-    reasons = np.where(stopped_B, "stop", np.where(done_B, "length", ""))
-    ids_BC = np.asarray(chosen.token).reshape(len(done_B), -1)
-    rows = [[int(token) for token in row if token != NOTHING] for row in ids_BC]
-    told: list[list[Logprob]] = [[] for _ in rows]
-    if chosen.logprobs is not None:
-        shape = ids_BC.shape
-        own, top_ids, top = (np.asarray(array) for array in jax.tree.leaves(chosen.logprobs))
-        own, top_ids, top = own.reshape(shape), top_ids.reshape(*shape, -1), top.reshape(*shape, -1)
-        for b, c in zip(*np.nonzero(ids_BC != NOTHING)):
-            pairs = tuple(zip(top_ids[b, c].tolist(), top[b, c].tolist()))
-            told[b].append(Logprob(float(own[b, c]), pairs))
-    return Chunk(rows, [str(reason) for reason in reasons], told)
+@partial(jax.jit, donate_argnames="cache")
+def decode_one(model: Llama, token: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    """Return the logits [V] after one more token of a single sequence, and the cache with it."""
+    logits_11V, filled = model(token.reshape(1, 1), cache)
+    assert filled is not None
+    return logits_11V[0, 0], filled

@@ -1,239 +1,241 @@
-"""Token ids from a model: prompts are read into a cache, then a loop on the device goes on.
+"""The engine: runs a request on a model and returns its tokens as they are made.
 
-The host sees tokens a chunk at a time, for streaming. Prompts of different lengths share a batch:
-each row has its own cache length, key and end. Text is not known here.
+Prompts of different lengths and different sampling parameters share a batch: each sequence has its
+own cache length, key and limit.
 """
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from llama_jax.distributed.mesh import partition_spec, steps_on_mesh
-from llama_jax.errors import UserError, whole_number
+from llama_jax.distributed.mesh import iterate_on_mesh, partition_spec
+from llama_jax.errors import UsageError, UserError
 from llama_jax.inference.decode import (
-    CHUNK,
-    NOTHING,
-    Chosen,
-    Chunk,
+    DECODE_CHUNK,
+    NO_TOKEN,
     GenerationState,
-    begin,
-    chunk_of,
+    Tokens,
+    are_done,
+    cache_slots,
     decode,
+    decode_one,
+    pad_sequences,
+    prefill,
+    prefill_chunks,
+    sample_first_token,
 )
-from llama_jax.inference.prefill import WITH_CACHE, padded, read_prompts, slots_for, stretches
+from llama_jax.inference.request import Delta, Request, TokenLogprob
 from llama_jax.inference.sampler import Sampler, TokenCounts
-from llama_jax.inference.speculation import GUESSES, decode_guessing, require_plainly_greedy
+from llama_jax.inference.speculation import NUM_GUESSES, decode_speculating
+from llama_jax.inference.xorshift import XorshiftSampler
 from llama_jax.model.cache import KVCache
 from llama_jax.model.transformer import Llama
 
 
 class Engine:
-    """A model that generates, and remembers its last single conversation.
+    """Generates with an unstacked model, and reuses the cache of the last single sequence.
 
-    A lone prompt that begins like the one before, as a chat's next turn does, is read only from
-    where it differs: the cache of the earlier call is taken up again.
+    A single prompt that begins like the one before, as in a chat, is read only from where it
+    differs: the cache of the earlier call is continued.
 
-    Threads may call one engine at the same time. Each call has a cache of its own, and only one of
-    them takes up the earlier call's; what they make does not depend on which. The iterator that a
-    call returns is for one thread at a time.
+    Threads may call one engine at the same time. Each call has a cache of its own, and only one
+    gets the earlier call's; results do not depend on which. An iterator that a call returns is for
+    one thread at a time.
     """
 
     def __init__(self, model: Llama, cache_dtype: str = "", mesh: Mesh | None = None):
-        """An engine around an unstacked model.
+        """Make an engine.
 
         Args:
-          cache_dtype: "int8" keeps a cache a fourth the size of float32's, "" one in the model's
+          cache_dtype: "int8" for a cache a fourth the size of float32's, "" for one in the model's
             compute dtype.
-          mesh: what the model's arrays are cut over, if they are.
+          mesh: what the model's arrays are sharded over, if they are.
         """
         self.model, self.cache_dtype, self.mesh = model, cache_dtype, mesh
         self._kept: tuple[list[int], KVCache] | None = None
-        self._taking = threading.Lock()
+        self._lock = threading.Lock()
 
-    @steps_on_mesh
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampler: Sampler,
-        *,
-        max_tokens: int,
-        seeds: Sequence[int],
-        stop_ids: Sequence[int] = (),
-        logprobs: int | None = None,
-        speculate: bool = False,
-    ) -> Iterator[Chunk]:
-        """Continuations of prompts of token ids, chunk by chunk as the loop makes them.
+    def generate(self, request: Request) -> Iterator[Delta]:
+        """Return an iterator over the deltas of a request, a chunk of tokens at a time.
 
-        A row depends on its prompt and seed only, never on its neighbours. A row ends after
-        `max_tokens`, or earlier at a stop id or where the model's context is full.
-
-        Args:
-          prompts: at least one id each.
-          max_tokens: new tokens a row, at least 1.
-          seeds: one a row.
-          stop_ids: ids that end a row; they are not returned.
-          logprobs: how many of the likeliest tokens to tell of beside each; None: tell nothing.
-          speculate: guess ahead (see `speculation`); only for a plain greedy sampler.
+        Each sequence depends on its own prompt and parameters only. It ends after `max_tokens`, or
+        earlier at a stop id or where the model's context is full; its last delta has a
+        `finish_reason`, and every sequence has at least one delta. Stop strings are not looked at
+        here (see `inference.completions`).
 
         Raises:
-          UserError: when a prompt is empty or leaves no room for one token in the context, the
-            vocabulary has not so many tokens to tell of, or a speculating sampler is not plainly
-            greedy.
+          UserError: at once, when a prompt is empty or leaves no room for a token in the context.
+          UsageError: at once, when a token id of `logit_bias`, or `logprobs`, exceeds the
+            vocabulary.
         """
-        self.check(prompts, sampler, logprobs, speculate)
-        context = self.model.config.context_length
-        length_B = np.asarray([len(prompt) for prompt in prompts], np.int32)
-        limit_B = np.minimum(length_B + min(max_tokens, context), context)
-        cache, logits_BV = self._read(prompts, int(limit_B.max()) + (GUESSES + 1) * speculate)
-        stops_S = np.asarray([*stop_ids, NOTHING], np.int32)
-        keys_B = _keys(np.asarray(seeds, np.uint32))
-        vocab_size = self.model.config.vocab_size
-        counts = TokenCounts.of(prompts, vocab_size) if sampler.needs_counts else None
-        state = GenerationState(
-            cache,
-            jnp.asarray(length_B),
-            jnp.zeros(len(prompts), bool),
-            jnp.asarray(limit_B),
-            keys_B,
-            counts,
-        )
-        state, chosen = _begin(state, logits_BV, sampler, stops_S, logprobs)
-        new: list[list[int]] = [[] for _ in prompts]
-        history = _history(prompts, chosen, cache.slots) if speculate else None
-        try:
-            while True:
-                chunk = chunk_of(chosen, state)
-                for row, ids in zip(new, chunk.rows):
-                    row += ids
-                yield chunk
-                if all(chunk.finished):
-                    return
-                if history is None:
-                    state, chosen = decode(self.model, state, sampler, stops_S, logprobs)
-                else:
-                    state, history, ids_BW = decode_guessing(self.model, state, history, stops_S)
-                    chosen = Chosen(ids_BW, None)
-        finally:
-            # An interrupt may have come after the state was donated and before the next was here.
-            if len(prompts) == 1 and not state.cache.length_B.is_deleted():
-                whole = [*prompts[0], *new[0]][: int(state.cache.length_B[0])]
-                self._kept = whole, state.cache
+        self._check(request)
+        on_host = request.rng == "xorshift"
+        deltas = self._generate_on_host(request) if on_host else self._generate(request)
+        return iterate_on_mesh(self.mesh, deltas) if self.mesh else deltas
 
-    @steps_on_mesh
-    def generate_on_host(
-        self,
-        prompt: Sequence[int],
-        choose: Callable[[np.ndarray], int],
-        *,
-        max_tokens: int,
-        stop_ids: Sequence[int] = (),
-    ) -> Iterator[Chunk]:
-        """One continuation whose tokens the host chooses from float32 logits [V], one at a time.
-
-        Slow, and therefore only for choosers that cannot be told as a `Sampler`.
-
-        Raises:
-          UserError: when the prompt is empty or leaves no room for one token in the context.
-        """
-        self._check_lengths([prompt])
-        limit = min(len(prompt) + max_tokens, self.model.config.context_length)
-        cache, logits_BV = self._read([prompt], limit)
-        for length in range(len(prompt) + 1, limit + 1):
-            token = choose(np.asarray(logits_BV)[0])
-            if token in stop_ids:
-                yield Chunk([[]], ["stop"], [[]])
-                return
-            yield Chunk([[token]], ["length" if length == limit else ""], [[]])
-            logits_BV, cache = _one(self.model, jnp.full((1, 1), token, jnp.int32), cache)
-
-    def _check_lengths(self, prompts: Sequence[Sequence[int]]) -> None:
-        context = self.model.config.context_length
-        for prompt in prompts:
+    def _check(self, request: Request) -> None:
+        context, vocab_size = self.model.config.context_length, self.model.config.vocab_size
+        for prompt in request.prompts:
             if not 0 < len(prompt) < context:
                 raise UserError(
                     f"the prompt has {len(prompt)} tokens; expected 1 to {context - 1}, since the"
                     f" model's context holds {context}"
                 )
+        for params in request.params:
+            for token in params.logit_bias:
+                if token >= vocab_size:
+                    raise UsageError(
+                        f"logit_bias has the token id {token}; expected 0 to {vocab_size - 1}"
+                    )
+        if (request.logprobs or 0) > vocab_size:
+            raise UsageError(
+                f"logprobs={request.logprobs} is out of range; expected 0 to {vocab_size}"
+            )
 
-    def check(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampler: Sampler,
-        logprobs: int | None = None,
-        speculate: bool = False,
-    ) -> None:
-        """Raise what `generate` would, which raises only once its first chunk is asked for."""
-        self._check_lengths(prompts)
-        most = self.model.config.vocab_size
-        sampler.require_ids_below(most)
-        if logprobs is not None:
-            whole_number("logprobs", logprobs, lambda n: 0 <= n <= most, f"0 to {most}")
-        if speculate:
-            require_plainly_greedy(sampler, logprobs)
+    def _generate(self, request: Request) -> Iterator[Delta]:
+        """Prefill, then decode on the device until every sequence has ended."""
+        prompts, state, logits_BV = request.prompts, *self._prefill(request)
+        sampler = Sampler.of(request.params)
+        stops_S = np.asarray([*request.stop_ids, NO_TOKEN], np.int32)
+        if sampler.needs_counts:
+            counts = TokenCounts.of(prompts, self.model.config.vocab_size)
+            state = dataclasses.replace(state, counts=counts)
+        state, tokens = sample_first_token(state, logits_BV, sampler, stops_S, request.logprobs)
+        history_BS = _history(prompts, tokens, state.cache.slots) if request.speculate else None
+        generated: list[list[int]] = [[] for _ in prompts]
+        running = set(range(len(prompts)))
+        try:
+            while True:
+                for delta in _deltas(tokens, state):
+                    if delta.index in running:
+                        generated[delta.index] += delta.ids
+                        if delta.finish_reason:
+                            running.remove(delta.index)
+                        yield delta
+                if not running:
+                    return
+                if history_BS is None:
+                    state, tokens = decode(self.model, state, sampler, stops_S, request.logprobs)
+                else:
+                    state, history_BS, new_BW = decode_speculating(
+                        self.model, state, history_BS, stops_S
+                    )
+                    tokens = Tokens(new_BW)
+        finally:
+            # An interrupt may have come between donating the state and having the next one.
+            if len(prompts) == 1 and not state.cache.length_B.is_deleted():
+                cached = [*prompts[0], *generated[0]][: int(state.cache.length_B[0])]
+                self._kept = cached, state.cache
 
-    def _read(self, prompts: Sequence[Sequence[int]], tokens: int) -> tuple[KVCache, jax.Array]:
-        """A cache with the prompts in it and room for `tokens`, and the logits after them."""
-        start, cache = self._take_kept(prompts)
-        room = max(tokens, start + sum(stretches(max(map(len, prompts)) - start)))
-        slots = slots_for(room)
+    def _generate_on_host(self, request: Request) -> Iterator[Delta]:
+        """Prefill, then choose token after token of a single sequence on the host.
+
+        Slow, because the logits come to the host; only for a sampler that cannot be a `Sampler`.
+        """
+        [params], stop_ids = request.params, request.stop_ids
+        sampler = XorshiftSampler(params.temperature, params.top_p, params.seed)
+        state, logits_BV = self._prefill(request)
+        cache, logits_V = state.cache, logits_BV[0]
+        remaining = int(state.limit_B[0]) - len(request.prompts[0])
+        for left in reversed(range(remaining)):
+            token = sampler.choose(np.asarray(logits_V))
+            if token in stop_ids:
+                yield Delta(0, finish_reason="stop")
+                return
+            yield Delta(0, (token,), finish_reason="" if left else "length")
+            logits_V, cache = decode_one(self.model, jnp.int32(token), cache)
+
+    def _prefill(self, request: Request) -> tuple[GenerationState, jax.Array]:
+        """Return the state after reading the prompts, and the logits [B, V] after each."""
+        prompts, context = request.prompts, self.model.config.context_length
+        lengths = [len(prompt) for prompt in prompts]
+        limits = [min(n + each.max_tokens, context) for n, each in zip(lengths, request.params)]
+        start, cache = self._take_kept_cache(prompts)
+        # A pass of speculation writes its guesses before it is known how many of them stay.
+        tokens = max(limits) + (NUM_GUESSES + 1) * request.speculate
+        slots = cache_slots(max(tokens, start + sum(prefill_chunks(max(lengths) - start))))
         if cache is None:
             cache = KVCache.empty(self.model.config, len(prompts), slots, self.cache_dtype)
-            cache = _cut(cache, self.mesh)
+            cache = _shard(cache, self.mesh) if self.mesh else cache
         elif cache.slots < slots:
             cache = cache.with_slots(slots)
-        return read_prompts(self.model, cache, prompts, start)
+        cache, logits_BV = prefill(self.model, cache, prompts, start)
+        seeds = [params.seed if params.rng == "jax" else 0 for params in request.params]
+        state = GenerationState(
+            cache=cache,
+            token_B=jnp.asarray(lengths, jnp.int32),  # replaced by the first token
+            stopped_B=jnp.zeros(len(prompts), bool),
+            limit_B=jnp.asarray(limits, jnp.int32),
+            keys_B=_keys(np.asarray(seeds, np.uint32)),
+            counts=None,
+        )
+        return state, logits_BV
 
-    def _take_kept(self, prompts: Sequence[Sequence[int]]) -> tuple[int, KVCache | None]:
-        """The kept cache, and how many ids of a lone prompt it holds; (0, None) if of no use.
+    def _take_kept_cache(self, prompts: Sequence[Sequence[int]]) -> tuple[int, KVCache | None]:
+        """Return how many tokens of a single prompt the kept cache holds, and it; or (0, None).
 
-        Either way it is not kept any longer: its memory goes to the new call.
+        It is not kept any longer in either case: its memory goes to the new call.
         """
-        with self._taking:  # two calls that had one cache would donate it twice
+        with self._lock:  # two calls with one cache would donate it twice
             kept, self._kept = self._kept, None
         if kept is None or len(prompts) > 1:
             return 0, None
         ids, cache = kept
-        start = _common(ids, prompts[0])
+        start = _common_prefix(ids, prompts[0])
         return (start, cache) if start else (0, None)
 
 
 _keys = jax.jit(jax.vmap(jax.random.key))
-_begin = partial(jax.jit, donate_argnames="state", static_argnames="logprobs")(begin)
 
 
-@partial(jax.jit, donate_argnames="cache")
-def _one(model: Llama, token_B1: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-    """The logits [B, V] after one more token, and the cache with it."""
-    logits_B1V, filled = model(token_B1, cache, execution=WITH_CACHE)
-    assert filled is not None
-    return logits_B1V[:, 0], filled
+def _shard(cache: KVCache, mesh: Mesh) -> KVCache:
+    """Return the cache sharded by kv heads."""
 
-
-def _cut(cache: KVCache, mesh: Mesh | None) -> KVCache:
-    """A cache of which each device has its own kv heads."""
-    if mesh is None:
-        return cache
-
-    def cut(array: jax.Array) -> jax.Array:  # R is kv heads times rows
+    def shard(array: jax.Array) -> jax.Array:  # [R, S, H]; R is kv heads times sequences
         spec = partition_spec(("kv_heads", "length", "head_dim"), array.shape, mesh)
         return jax.device_put(array, NamedSharding(mesh, spec))
 
-    return dataclasses.replace(cache, layers=jax.tree.map(cut, cache.layers))
+    return dataclasses.replace(cache, layers=jax.tree.map(shard, cache.layers))
 
 
-def _common(kept: Sequence[int], prompt: Sequence[int]) -> int:
-    """Ids that two sequences begin with alike, at most all but the last of the prompt."""
+def _common_prefix(kept: Sequence[int], prompt: Sequence[int]) -> int:
+    """Return the length of the common prefix, at most all but the last token of the prompt."""
     most = min(len(kept), len(prompt) - 1)
     return next((i for i in range(most) if kept[i] != prompt[i]), most)
 
 
-def _history(prompts: Sequence[Sequence[int]], chosen: Chosen, slots: int) -> jax.Array:
-    """The ids so far of each row, the first chosen one included."""
-    rows = [[*ids, max(int(first), 0)] for ids, first in zip(prompts, np.asarray(chosen.token))]
-    return jnp.asarray(padded(rows, slots + CHUNK + GUESSES + 1))
+def _history(prompts: Sequence[Sequence[int]], tokens: Tokens, slots: int) -> jax.Array:
+    """Return the ids of each sequence, the first new one included, as speculation needs them."""
+    rows = [[*ids, max(int(first), 0)] for ids, first in zip(prompts, np.asarray(tokens.token))]
+    return jnp.asarray(pad_sequences(rows, slots + DECODE_CHUNK + NUM_GUESSES + 1))
+
+
+def _deltas(tokens: Tokens, state: GenerationState) -> list[Delta]:
+    """Return a delta per sequence from arrays on the device."""
+    ends = (state.stopped_B, state.cache.length_B, state.limit_B)
+    stopped_B, length_B, limit_B = map(np.asarray, ends)
+    done_B = are_done(stopped_B, length_B, limit_B)  # here: on the device it is three programs more
+    ids_BC = np.asarray(tokens.token).reshape(len(done_B), -1)
+    logprobs: list[list[TokenLogprob]] = [[] for _ in ids_BC]
+    if tokens.logprobs is not None:
+        shape = ids_BC.shape
+        own, top_ids, top = (np.asarray(array) for array in jax.tree.leaves(tokens.logprobs))
+        own, top_ids, top = own.reshape(shape), top_ids.reshape(*shape, -1), top.reshape(*shape, -1)
+        for b, c in zip(*np.nonzero(ids_BC != NO_TOKEN)):
+            pairs = zip(top_ids[b, c].tolist(), top[b, c].tolist())
+            others = tuple(TokenLogprob(token, value) for token, value in pairs)
+            logprobs[b].append(TokenLogprob(int(ids_BC[b, c]), float(own[b, c]), others))
+    return [
+        Delta(
+            index,
+            tuple(token for token in ids if token != NO_TOKEN),
+            tuple(logprobs[index]),
+            "stop" if stopped_B[index] else "length" if done_B[index] else "",
+        )
+        for index, ids in enumerate(ids_BC.tolist())
+    ]

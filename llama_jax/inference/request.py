@@ -1,34 +1,49 @@
-"""How tokens are to be chosen, as users say it: the library, the command and a chat alike.
+"""What a caller wants generated, and what comes back: `SamplingParams`, `Request`, `Delta`.
 
-What the numbers mean `sampling` knows, and `xorshift` for llama2.c's way.
+A `Request` travels unchanged from the library, or a command, to `inference.engine`. Nothing here
+imports JAX, so that a command line can check its flags before anything is loaded.
 """
 
 import dataclasses
-import functools
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+import numbers
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from llama_jax.config import require
-from llama_jax.errors import nearest, whole_number
-from llama_jax.inference.sampler import Sampler, make_sampler
-from llama_jax.inference.speculation import require_plainly_greedy
-from llama_jax.text.chat import Message, Template, TruncationWarning, fit
+from llama_jax.errors import UsageError, finite_number, nearest, whole_number
 from llama_jax.text.stop_strings import texts_of_stops
-from llama_jax.text.tokenizer import Tokenizer
 
 RNGS = ("jax", "xorshift")
-OF_XORSHIFT = ("temperature", "top_p", "rng")  # what llama2.c's way knows
+XORSHIFT_PARAMS = ("temperature", "top_p", "seed", "rng", "max_tokens", "stop")
+MAX_STOPS = 32  # stop strings per completion; a chat format adds its own
+MAX_COMPLETIONS = 10_000  # per prompt; they are generated in one batch
+MAX_TOKEN_ID = 2**31 - 1  # int32
+MIN_TEMPERATURE = 2.0**-126  # the smallest normal float32; a lower temperature is 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
-    """The settings of `sampler.make_sampler`, and whose random numbers are drawn.
+class SamplingParams:
+    """How the tokens of a completion are chosen, where it ends, and what is reported of it.
+
+    The order in which the parameters apply is that of `inference.sampler`.
+
+    Attributes:
+      temperature: logits are divided by it; 0 takes the most likely token.
+      top_k: sample from the k most likely tokens; 0 is off.
+      top_p: sample from the fewest tokens that together have this probability; 1 is off.
+      min_p: sample from tokens at least this many times as likely as the first; 0 is off.
+      repetition_penalty: more than 1 discourages tokens of the prompt and the completion.
+      presence_penalty: subtracted from the logits of tokens that the completion has.
+      frequency_penalty: subtracted for each time that the completion has the token.
+      logit_bias: added to logits, by token id; minus infinity forbids a token.
+      seed: the same seed gives the same text.
+      rng: "jax", or "xorshift" for the sampler of llama2.c: one sequence at a time, on the host.
+      max_tokens: new tokens at most.
+      stop: texts that end the completion and are not part of it.
+      logprobs: report each token's log-probability and those of so many top tokens; None: neither.
+      speculate: guess ahead where the text repeats itself; faster, same text; needs temperature 0.
 
     Raises:
-      UsageError: when made with a number out of range, or one that does not go with `rng`.
+      UsageError: naming the argument and its range, or two that exclude each other.
     """
 
     temperature: float = 1.0
@@ -38,168 +53,207 @@ class SamplingOptions:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)  # by token id
-    rng: str = "jax"  # "xorshift": as llama2.c chooses, one text at a time
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+    rng: str = "jax"
+    max_tokens: int = 256
+    stop: str | Sequence[str] = ()
+    logprobs: int | None = None
+    speculate: bool = False
 
     def __post_init__(self) -> None:
-        require(self.rng in RNGS, f"rng={self.rng!r} is unknown; expected 'jax' or 'xorshift'")
+        number, integer = self._check_number, self._check_integer
+        number("temperature", lambda t: t >= 0, "0 (greedy) or more")
+        integer("top_k", lambda k: k >= 0, "0 (off) or more")
+        number("top_p", lambda p: 0 < p <= 1, "more than 0, up to 1 (off)")
+        number("min_p", lambda p: 0 <= p <= 1, "0 (off) to 1")
+        number("repetition_penalty", lambda r: r > 0, "more than 0; 1 is off")
+        for name in ("presence_penalty", "frequency_penalty"):
+            number(name, lambda _: True, "a finite number; 0 is off")
+        _check_bias(self.logit_bias)
+        integer("max_tokens", lambda n: n >= 1, "1 or more")
+        if self.logprobs is not None:
+            integer("logprobs", lambda n: n >= 0, "0 or more")
+        if self.stop != ():
+            object.__setattr__(self, "stop", texts_of_stops(self.stop, MAX_STOPS))
+        if self.rng not in RNGS:
+            raise UsageError(f"rng={self.rng!r} is unknown; expected 'jax' or 'xorshift'")
         if self.rng == "xorshift":
-            off = SamplingOptions()
-            for name, value in vars(self).items():
-                require(
-                    name in OF_XORSHIFT or value == getattr(off, name),
-                    f"{name}={value!r} does not go with rng='xorshift', which knows temperature,"
-                    " top_p and seed alone; leave one of them out",
-                )
-        self.sampler  # noqa: B018  raises
+            self._check_xorshift()
+        else:
+            integer("seed", lambda s: 0 <= s < 2**32, f"0 to {2**32 - 1}")
+        if self.speculate and not self._is_plain_greedy():
+            raise UsageError(
+                "speculate=True guesses the most likely token; use it with temperature=0 and"
+                " without penalties, logit_bias and logprobs"
+            )
 
-    @functools.cached_property
-    def sampler(self) -> Sampler:
-        """What chooses on the device."""
-        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del settings["rng"]
-        return make_sampler(**settings)
-
-    def chooser(self, seed: int) -> Callable[[np.ndarray], int] | None:
-        """What chooses a text's tokens on the host; None where the sampler does on the device.
+    @classmethod
+    def of(cls, **named: Any) -> "SamplingParams":
+        """Return parameters from keyword arguments of a call; None stands for the default.
 
         Raises:
-          UsageError: for a seed that xorshift cannot start from.
+          TypeError: for an unknown name.
+          UsageError: as the class does.
         """
-        if self.rng == "jax":
-            return None
-        from llama_jax.inference.xorshift import XorshiftSampler
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in named:
+            if name not in known:
+                raise TypeError(f"{name!r} is an unknown argument{nearest(name, known)}")
+        return cls(**{name: value for name, value in named.items() if value is not None})
 
-        return XorshiftSampler(self.temperature, self.top_p, seed).choose
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is taken."""
+        return self.temperature < MIN_TEMPERATURE
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether tokens that occurred already are treated differently."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+    def with_seed(self, seed: int) -> "SamplingParams":
+        """Return the same parameters with another seed."""
+        return self if seed == self.seed else dataclasses.replace(self, seed=seed)
+
+    def _check_number(self, name: str, accepts: Any, expected: str) -> None:
+        finite_number(name, getattr(self, name), accepts, expected)
+
+    def _check_integer(self, name: str, accepts: Any, expected: str) -> None:
+        whole_number(name, getattr(self, name), accepts, expected)
+
+    def _check_xorshift(self) -> None:
+        # From state 0 the generator never moves.
+        self._check_integer("seed", lambda s: 1 <= s < 2**64, f"1 to {2**64 - 1}")
+        for field in dataclasses.fields(self):
+            value, default = getattr(self, field.name), field.default
+            is_off = not value if field.name == "logit_bias" else value == default
+            if field.name not in XORSHIFT_PARAMS and not is_off:
+                raise UsageError(
+                    f"{field.name}={value!r} does not go with rng='xorshift', which supports only"
+                    " temperature, top_p, seed, max_tokens and stop; leave one of them out"
+                )
+
+    def _is_plain_greedy(self) -> bool:
+        plain = not (self.has_penalties or self.logit_bias)
+        return self.is_greedy and plain and self.logprobs is None
 
 
-# What a library call asks for: its wishes checked, and its prompts told as rows of token ids.
-
-MOST_COMPLETIONS = 10_000  # of a prompt; they are made side by side
-MOST_STOPS = 32  # that a user may give; a chat format has its own beside them
+def _check_bias(logit_bias: Any) -> None:
+    if not isinstance(logit_bias, Mapping):
+        raise UsageError(f"logit_bias={logit_bias!r} is not a mapping; expected {{id: bias}}")
+    for token, bias in logit_bias.items():
+        expected = f"token ids of 0 to {MAX_TOKEN_ID - 1}"
+        whole_number("logit_bias", token, lambda i: 0 <= i < MAX_TOKEN_ID, expected)
+        if not (isinstance(bias, numbers.Real) and bias == -float("inf")):
+            expected = "a finite number or minus infinity"
+            finite_number(f"logit_bias[{token}]", bias, lambda _: True, expected)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Wishes:
-    """What texts are to be like, whatever they continue.
-
-    Raises:
-      UsageError: when made with one that is out of range, or two that do not go together.
-    """
-
-    sampling: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
-    max_tokens: int = 256  # new ones of each text, at most
-    stop: str | Sequence[str] = ()  # texts at which one ends; they are not part of it
-    seed: int = 0  # of a prompt's first text; the others have those that follow
-    n: int = 1  # texts of each prompt
-    logprobs: int | None = None  # likeliest tokens told of beside each; None: nothing is told
-    speculate: bool = False  # guess ahead where a text repeats itself; only for temperature 0
-
-    def __post_init__(self) -> None:
-        whole_number("max_tokens", self.max_tokens, lambda most: most >= 1, "1 or more")
-        whole_number("n", self.n, lambda n: 1 <= n <= MOST_COMPLETIONS, f"1 to {MOST_COMPLETIONS}")
-        texts_of_stops(self.stop, MOST_STOPS)
-        if self.sampling.rng == "jax":
-            most = 2**32 - self.n
-            whole_number("seed", self.seed, lambda seed: 0 <= seed <= most, f"0 to {most}")
-            if self.speculate:
-                require_plainly_greedy(self.sampling.sampler, self.logprobs)
-        else:
-            self._require_one_plain_text()
-
-    def _require_one_plain_text(self) -> None:
-        self.sampling.chooser(self.seed)
-        others = {"n": 1, "logprobs": None, "speculate": False}
-        for name, off in others.items():
-            value = getattr(self, name)
-            message = f"{name}={value} does not go with rng={self.sampling.rng!r}"
-            require(value == off, f"{message}, which writes one plain text; leave one of them out")
-
-
-def wishes_of(**named: Any) -> Wishes:
-    """Wishes, those about sampling named beside the others; None wishes for nothing of that name.
-
-    Raises:
-      TypeError: for a name that is unknown.
-      UsageError: as `Wishes` and `SamplingOptions` do.
-    """
-    about_sampling = [field.name for field in dataclasses.fields(SamplingOptions)]
-    known = {field.name for field in dataclasses.fields(Wishes)}.union(about_sampling)
-    for name in named:
-        if name not in known:
-            raise TypeError(f"{name!r} is an unknown argument{nearest(name, known)}")
-    given = {name: value for name, value in named.items() if value is not None}
-    sampling = {name: given.pop(name) for name in about_sampling if name in given}
-    return Wishes(sampling=SamplingOptions(**sampling), **given)
-
-
-@dataclasses.dataclass(frozen=True)
 class Request:
-    """One call's rows and how to go on with them.
+    """A batch of sequences to generate, each with parameters of its own.
+
+    Attributes:
+      prompts: token ids of each sequence, at least one; a prompt with several completions is
+        repeated.
+      params: one per sequence; they agree in `rng`, `logprobs` and `speculate`.
+      stop_ids: token ids that end any sequence and are not returned.
+      stop_strings: texts that end any sequence, in addition to its own `stop`.
+      echo: a text per sequence that its text begins with; () for none.
+      strip: whether to drop the whitespace that a text begins with.
 
     Raises:
-      UsageError: when made of several rows for a chooser that writes one text.
+      UsageError: when the sequences cannot share a batch.
     """
 
-    rows: list[list[int]]  # ids, those of a prompt as often as texts of it are wished
-    echoes: list[str]  # what each text begins with
-    stop_ids: tuple[int, ...]
-    wishes: Wishes
-    stop_strings: tuple[str, ...] = ()  # beside those that were wished for
+    prompts: Sequence[Sequence[int]]
+    params: Sequence[SamplingParams]
+    stop_ids: Sequence[int] = ()
+    stop_strings: Sequence[str] = ()
+    echo: Sequence[str] = ()
+    strip: bool = False
 
     def __post_init__(self) -> None:
-        require(
-            len(self.rows) == 1 or self.wishes.sampling.rng == "jax",
-            f"rng={self.wishes.sampling.rng!r} writes one text at a time, not {len(self.rows)}",
+        if len(self.prompts) != len(self.params) or not self.params:
+            raise UsageError(
+                f"the request has {len(self.prompts)} prompts and {len(self.params)} params;"
+                " expected one of each per sequence"
+            )
+        for name in ("rng", "logprobs", "speculate"):
+            values = {getattr(params, name) for params in self.params}
+            if len(values) > 1:
+                found = ", ".join(sorted(map(repr, values)))
+                raise UsageError(f"{name} differs within a request: {found}; use one value")
+        if self.rng == "xorshift" and len(self.params) > 1:
+            raise UsageError(
+                f"rng='xorshift' generates one sequence at a time, not {len(self.params)}"
+            )
+
+    @classmethod
+    def same_params(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        n: int = 1,
+        echo: Sequence[str] = (),
+        **others: Any,
+    ) -> "Request":
+        """Return a request for `n` completions of each prompt; completion j has `seed` + j.
+
+        Args:
+          echo: a text per prompt, or ().
+
+        Raises:
+          UsageError: for an `n` out of range, or seeds that would be.
+        """
+        whole_number("n", n, lambda n: 1 <= n <= MAX_COMPLETIONS, f"1 to {MAX_COMPLETIONS}")
+        if params.rng == "jax":
+            expected = f"0 to {2**32 - n}"
+            whole_number("seed", params.seed, lambda seed: seed <= 2**32 - n, expected)
+        return cls(
+            prompts=[ids for ids in prompts for _ in range(n)],
+            params=[params.with_seed(params.seed + j) for j in range(n)] * len(prompts),
+            echo=[text for text in echo for _ in range(n)],
+            **others,
         )
 
     @property
-    def stops(self) -> tuple[str, ...]:
-        """All texts at which one of its texts ends."""
-        return (*self.stop_strings, *texts_of_stops(self.wishes.stop))
+    def rng(self) -> str:
+        """The random number generator of all sequences."""
+        return self.params[0].rng
 
     @property
-    def seeds(self) -> list[int]:
-        """One a row: text j of a prompt has the first one's plus j."""
-        return [self.wishes.seed + row % self.wishes.n for row in range(len(self.rows))]
+    def logprobs(self) -> int | None:
+        """How many top tokens are reported beside each token; None: no log-probabilities."""
+        return self.params[0].logprobs
+
+    @property
+    def speculate(self) -> bool:
+        """Whether to guess ahead."""
+        return self.params[0].speculate
 
 
-def texts_of(name: str, texts: str | Sequence[str]) -> list[str]:
-    """The texts of an argument, refused if they are something else."""
-    listed = [texts] if isinstance(texts, str) else texts
-    is_list = isinstance(listed, list | tuple) and all(isinstance(text, str) for text in listed)
-    require(is_list and len(listed) > 0, f"{name}={texts!r:.60} is not a text or a list of texts")
-    return list(listed)
+@dataclasses.dataclass(frozen=True)
+class TokenLogprob:
+    """A token's log-probability under the model, before temperature, penalties and filters."""
+
+    id: int
+    logprob: float  # nats
+    top: tuple["TokenLogprob", ...] = ()  # the most likely tokens in its place, falling
+    text: str = ""  # of this token alone; bytes of an incomplete character are U+FFFD
 
 
-# A dialogue as a request: told in a chat format, shortened where that is allowed.
+@dataclasses.dataclass(frozen=True)
+class Delta:
+    """What a sequence of a request has gained.
 
-
-def request_of_dialogue(
-    messages: Sequence[Message],
-    template: Template,
-    tokenizer: Tokenizer,
-    wishes: Wishes,
-    stop_ids: tuple[int, ...],
-    *,
-    context: int,
-    truncate: bool,
-) -> tuple[Request, int]:
-    """The request whose one text is the answer, and how many of the oldest exchanges it lacks.
-
-    The answer is left `max_tokens` of the context, or a quarter of it if that is less. A warning
-    says what was left out.
-
-    Raises:
-      UserError: as `shortening.fit`.
-      UsageError: when more than one answer is wished for.
+    `inference.engine` makes deltas of token ids; `inference.completions.add_text` adds the text.
     """
-    require(wishes.n == 1, f"n={wishes.n} does not go with a chat, which gives one answer")
-    room = context - min(wishes.max_tokens, context // 4)
-    fitted = fit(messages, template, tokenizer, room, truncate)
-    if fitted.statement:
-        warnings.warn(fitted.statement, TruncationWarning, stacklevel=3)
-    ends = template.stops(tokenizer)
-    all_ids = (*ends.ids, *stop_ids)
-    request = Request([fitted.ids], [""], all_ids, wishes, stop_strings=ends.strings)
-    return request, fitted.dropped
+
+    index: int  # of the sequence in the request
+    ids: tuple[int, ...] = ()  # without a stop token
+    logprobs: tuple[TokenLogprob, ...] = ()  # as many as ids, if requested
+    finish_reason: str = ""  # in the last delta: "stop" at a stop id or string, else "length"
+    text: str = ""  # "" while a character or a possible stop string is incomplete

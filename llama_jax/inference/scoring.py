@@ -1,4 +1,4 @@
-"""What a model thinks of given tokens: log-probabilities, and embeddings of whole sequences."""
+"""Scoring and embedding: log-probabilities of given texts, and mean hidden states as vectors."""
 
 import dataclasses
 import itertools
@@ -11,58 +11,54 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.errors import UserError
-from llama_jax.inference.prefill import padded, stretches, whole_sequence_execution
+from llama_jax.inference.decode import pad_sequences, prefill_chunks
 from llama_jax.model.transformer import Llama
 from llama_jax.text.tokenizer import Tokenizer
 
-POSITIONS = 64  # of each row, whose logits exist at once
+MAX_BATCH = 16  # texts per forward pass
+LOGITS_CHUNK = 64  # positions per sequence whose logits exist at once
 
 
-@jax.jit
-def token_logprobs(model: Llama, tokens_BT: jax.Array) -> jax.Array:
-    """Nats [B, T - 1] of each token after the first, given those before it; float32.
+@partial(jax.jit, static_argnames="chunk")
+def token_logprobs(model: Llama, tokens_BT: jax.Array, chunk: int = LOGITS_CHUNK) -> jax.Array:
+    """Return nats [B, T - 1] of each token after the first, given those before it; float32.
 
-    Padding may follow a row: later tokens change nothing before them.
+    Sequences may be padded at the end: later tokens change nothing before them.
     """
-    hidden_BTD, _ = model.hidden(tokens_BT, execution=whole_sequence_execution(model))
+    hidden_BTD, _ = model.hidden(tokens_BT)
     B, T = tokens_BT.shape
-    pieces = -(-(T - 1) // POSITIONS)
-    fill = ((0, 0), (0, pieces * POSITIONS - (T - 1)))
+    chunks = -(-(T - 1) // chunk)
+    fill = ((0, 0), (0, chunks * chunk - (T - 1)))
 
-    def cut(x: jax.Array) -> jax.Array:
+    def split(x: jax.Array) -> jax.Array:
         filled = jnp.pad(x, fill + ((0, 0),) * (x.ndim - 2))
-        return filled.reshape(B, pieces, POSITIONS, *x.shape[2:]).swapaxes(0, 1)
+        return filled.reshape(B, chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
 
-    def piece(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def of_chunk(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
         hidden_BCD, targets_BC = pair
         logits_BCV = model.logits(hidden_BCD)
-        chosen_BC1 = jnp.take_along_axis(logits_BCV, targets_BC[:, :, None], axis=-1)
-        return chosen_BC1[:, :, 0] - jax.nn.logsumexp(logits_BCV, axis=-1)
+        target_BC1 = jnp.take_along_axis(logits_BCV, targets_BC[:, :, None], axis=-1)
+        return target_BC1[:, :, 0] - jax.nn.logsumexp(logits_BCV, axis=-1)
 
-    told = jax.lax.map(piece, (cut(hidden_BTD[:, :-1]), cut(tokens_BT[:, 1:])))
-    return told.swapaxes(0, 1).reshape(B, -1)[:, : T - 1]
+    logprobs = jax.lax.map(of_chunk, (split(hidden_BTD[:, :-1]), split(tokens_BT[:, 1:])))
+    return logprobs.swapaxes(0, 1).reshape(B, -1)[:, : T - 1]
 
 
 @partial(jax.jit, static_argnames="normalize")
 def embeddings(
     model: Llama, tokens_BT: jax.Array, length_B: jax.Array, normalize: bool = True
 ) -> jax.Array:
-    """The mean over each row's tokens of the last hidden states, float32 [B, D].
+    """Return the mean over each sequence's tokens of the last hidden states, float32 [B, D].
 
-    `normalize` scales each to length 1, so that a dot product of two is their cosine.
+    `normalize` scales each to length 1, so that the dot product of two is their cosine.
     """
-    hidden_BTD, _ = model.hidden(tokens_BT, execution=whole_sequence_execution(model))
+    hidden_BTD, _ = model.hidden(tokens_BT)
     is_token_BT = jnp.arange(tokens_BT.shape[1])[None] < length_B[:, None]
     kept_BTD = jnp.where(is_token_BT[:, :, None], hidden_BTD.astype(jnp.float32), 0.0)
     mean_BD = kept_BTD.sum(axis=1) / length_B[:, None]
     if not normalize:
         return mean_BD
     return mean_BD / jnp.linalg.norm(mean_BD, axis=-1, keepdims=True)
-
-
-# What a model makes of whole texts: how likely they are, and where they lie as vectors.
-
-AT_ONCE = 16  # texts read in one pass, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,17 +72,17 @@ class Score:
 
 
 def score_texts(model: Llama, tokenizer: Tokenizer, texts: Sequence[str]) -> list[Score]:
-    """The score of each text.
+    """Return the score of each text.
 
     Raises:
       UserError: for a text longer than the context.
     """
     scores: dict[int, Score] = {}
-    for batch in _batches(model, tokenizer, texts):
-        told_BT = np.asarray(token_logprobs(model, batch.tokens_BT), np.float64)
+    for batch in batches(model, tokenizer, texts):
+        logprobs_BT = np.asarray(token_logprobs(model, batch.tokens_BT), np.float64)
         for row, (place, length) in enumerate(zip(batch.places, batch.lengths)):
             ids = batch.tokens_BT[row, :length].tolist()
-            scores[place] = _score(ids, told_BT[row, : length - 1])
+            scores[place] = _score(ids, logprobs_BT[row, : length - 1])
     return [scores[place] for place in range(len(texts))]
 
 
@@ -98,51 +94,53 @@ def _score(ids: list[int], logprobs: np.ndarray) -> Score:
 def embed_texts(
     model: Llama, tokenizer: Tokenizer, texts: Sequence[str], normalize: bool
 ) -> np.ndarray:
-    """The mean hidden state of each text, float32 [texts, D], of length 1 if `normalize`.
+    """Return the mean hidden state of each text, float32 [texts, D], of length 1 if `normalize`.
 
     Raises:
       UserError: for a text longer than the context.
     """
     vectors_ND = np.zeros((len(texts), model.config.dim), np.float32)
-    for batch in _batches(model, tokenizer, texts):
+    for batch in batches(model, tokenizer, texts):
         vectors_BD = np.asarray(embeddings(model, batch.tokens_BT, batch.length_B, normalize))
         vectors_ND[batch.places] = vectors_BD[: len(batch.places)]
     return vectors_ND
 
 
 @dataclasses.dataclass(frozen=True)
-class _Batch:
+class Batch:
     """Texts that are read together."""
 
-    places: list[int]  # in the list that was given
+    places: list[int]  # in the list of texts
     lengths: list[int]  # ids of each
-    tokens_BT: np.ndarray  # padded, with rows after theirs that are nobody's
+    tokens_BT: np.ndarray  # padded, with filler sequences after those of the texts
 
     @property
     def length_B(self) -> np.ndarray:
-        """Ids of each row; 1 of a row that is nobody's, for a mean over none would be NaN."""
-        nobodys = len(self.tokens_BT) - len(self.lengths)
-        return np.asarray(self.lengths + [1] * nobodys, np.int32)
+        """Ids of each sequence; 1 for filler, since a mean over none would be NaN."""
+        filler = len(self.tokens_BT) - len(self.lengths)
+        return np.asarray(self.lengths + [1] * filler, np.int32)
 
 
-def _batches(model: Llama, tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[_Batch]:
-    """Texts of like length together, in few shapes, so that little is padding or compiles anew."""
+def batches(model: Llama, tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[Batch]:
+    """Yield texts of similar length together, in few shapes: little padding, few compilations.
+
+    Raises:
+      UserError: for a text longer than the context.
+    """
     rows = [tokenizer.encode(text, bos=True, eos=False) for text in texts]
-    _require_room(rows, model.config.context_length)
-    widths = [sum(stretches(len(ids))) for ids in rows]
+    context = model.config.context_length
+    for ids in rows:
+        if len(ids) > context:
+            raise UserError(
+                f"a text has {len(ids)} tokens; expected at most {context}, the model's context"
+            )
+    widths = [sum(prefill_chunks(len(ids))) for ids in rows]
     by_width = sorted(range(len(rows)), key=widths.__getitem__)
     for width, group in itertools.groupby(by_width, key=widths.__getitem__):
-        alike = list(group)
-        for start in range(0, len(alike), AT_ONCE):
-            places = alike[start : start + AT_ONCE]
-            ids = [rows[place] for place in places]
-            nobodys = 2 ** (len(ids) - 1).bit_length() - len(ids)
-            yield _Batch(places, [len(row) for row in ids], padded(ids + [[]] * nobodys, width))
-
-
-def _require_room(rows: Sequence[Sequence[int]], most: int) -> None:
-    for ids in rows:
-        if len(ids) > most:
-            raise UserError(
-                f"a text has {len(ids)} tokens; expected at most {most}, the model's context"
-            )
+        similar = list(group)
+        for start in range(0, len(similar), MAX_BATCH):
+            places = similar[start : start + MAX_BATCH]
+            batch = [rows[place] for place in places]
+            filler = 2 ** (len(batch) - 1).bit_length() - len(batch)
+            tokens_BT = pad_sequences(batch + [[]] * filler, width)
+            yield Batch(places, [len(ids) for ids in batch], tokens_BT)

@@ -14,9 +14,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.config import COMPUTE_DTYPES, MeshConfig, ModelConfig, require
 from llama_jax.distributed.mesh import partition_spec, placed, shardings
-from llama_jax.inference.decode import NOTHING, GenerationState, decode
-from llama_jax.inference.prefill import slots_for
-from llama_jax.inference.sampler import make_sampler
+from llama_jax.inference.decode import NO_TOKEN, GenerationState, cache_slots, decode
+from llama_jax.inference.request import SamplingParams
+from llama_jax.inference.sampler import Sampler
 from llama_jax.kernels.splash import LANES
 from llama_jax.model.cache import KVCache
 from llama_jax.model.transformer import Llama, abstract
@@ -174,7 +174,7 @@ def abstract_engine(
 
 def _state(config: ModelConfig, sampling: Sampling) -> GenerationState:
     """A batch before its first token."""
-    slots = slots_for(config.context_length)
+    slots = cache_slots(config.context_length)
     cache = KVCache.empty(config, sampling.batch, slots, sampling.cache_dtype)
     count_B = jnp.zeros(sampling.batch, jnp.int32)
     keys_B = jax.vmap(jax.random.key)(count_B)
@@ -203,5 +203,6 @@ def _compiled(plan: DecodingPlan) -> Compiled:
     mesh = target_mesh(MeshConfig(data=1, tensor=-1), plan.target)
     with jax.set_mesh(mesh):
         model, state = abstract_engine(plan.model, plan.sampling, mesh)
-        sampler, stops_S = make_sampler(temperature=1.0, top_p=0.9), np.asarray([NOTHING], np.int32)
+        sampler = Sampler.of([SamplingParams()] * plan.sampling.batch)
+        stops_S = np.asarray([NO_TOKEN], np.int32)
         return compiled(lambda: decode.lower(model, state, sampler, stops_S), plan.estimated)

@@ -12,9 +12,9 @@ from llama_jax.config import Config
 from llama_jax.data.loader import Batch, batches_to_validate_on
 from llama_jax.data.token_folder import TokenFolder
 from llama_jax.distributed.preemption import StopSignal
-from llama_jax.inference.completions import stop_ids, stream
+from llama_jax.inference.completions import add_text, stop_ids
 from llama_jax.inference.engine import Engine
-from llama_jax.inference.sampler import make_sampler
+from llama_jax.inference.request import Request, SamplingParams
 from llama_jax.model.transformer import Llama
 from llama_jax.model.unstacked import unstack
 from llama_jax.text.tokenizer import Tokenizer
@@ -66,16 +66,15 @@ class Validation:
     def _sample(self, model: Llama, seed: int) -> str:
         """What the model writes now, as lines to show."""
         prompt = self._config.run.sample_prompt
-        pieces = stream(
-            Engine(_unstack(model)),
-            self._tokenizer,
-            [self._tokenizer.encode(prompt, bos=True, eos=False)],
-            make_sampler(temperature=0.8, top_p=0.9),
-            max_tokens=self._config.run.sample_tokens,
-            seeds=[seed],
+        max_tokens = self._config.run.sample_tokens
+        request = Request(
+            prompts=[self._tokenizer.encode(prompt, bos=True, eos=False)],
+            params=[SamplingParams(temperature=0.8, max_tokens=max_tokens, seed=seed)],
             stop_ids=stop_ids(self._tokenizer, self._data.bos),
+            echo=[prompt],
         )
-        text = prompt + "".join(piece.text for piece in pieces)
+        deltas = Engine(_unstack(model)).generate(request)
+        text = "".join(delta.text for delta in add_text(deltas, request, self._tokenizer))
         return textwrap.indent(textwrap.fill(text, 96), "  | ")
 
 
