@@ -57,7 +57,11 @@ def cache_slots(tokens: int) -> int:
 
 
 def prefill(
-    model: Llama, cache: KVCache, prompts: Sequence[Sequence[int]], start: int = 0
+    model: Llama,
+    cache: KVCache,
+    prompts: Sequence[Sequence[int]],
+    start: int = 0,
+    longest: int = MAX_PREFILL_CHUNK,
 ) -> tuple[KVCache, jax.Array]:
     """Return the cache filled with the prompts, and the float32 logits [B, V] after each.
 
@@ -67,15 +71,16 @@ def prefill(
     Args:
       prompts: from their first token on; at least one id each, and at most as many as slots.
       start: tokens of every prompt that the cache holds already; fewer than any prompt has.
+      longest: tokens of each prompt read at once.
     """
     length_B = np.asarray([len(prompt) for prompt in prompts], np.int32)
-    chunks = prefill_chunks(int(np.max(length_B)) - start)
+    chunks = prefill_chunks(int(np.max(length_B)) - start, longest)
     tokens_BT = pad_sequences([prompt[start:] for prompt in prompts], sum(chunks))
     last_BD = jnp.zeros((len(prompts), model.config.dim), model.config.compute_dtype)
     at = 0
     for size in chunks:
         ids_BC = tokens_BT[:, at : at + size]
-        cache, last_BD = _prefill_chunk(
+        cache, last_BD = read_chunk(
             model, cache, ids_BC, last_BD, np.int32(start + at), length_B
         )
         at += size
@@ -83,7 +88,7 @@ def prefill(
 
 
 @partial(jax.jit, donate_argnames="cache")
-def _prefill_chunk(
+def read_chunk(
     model: Llama,
     cache: KVCache,
     ids_BC: jax.Array,

@@ -131,7 +131,8 @@ class Sampler:
         assert self.temperature_B is not None
         logits_BV = logits_BV.astype(jnp.float32)
         below_BV = logits_BV - logits_BV.max(axis=-1, keepdims=True)
-        weights_BV = exponential(below_BV / self.temperature_B[:, None])  # the largest is 1
+        # Explicit, since XLA turns this division into multiplication in some programs only.
+        weights_BV = exponential(below_BV * (1 / self.temperature_B)[:, None])  # the largest is 1
         if self.top_k_B is not None:
             weights_BV = keep_top_k(weights_BV, self.top_k_B)
         masses_BV = masses(weights_BV)
@@ -172,9 +173,12 @@ def penalize_repetition(
 
     How often the token occurs makes no difference; 1 is neutral.
     """
-    penalty_B1 = penalty_B[:, None]
+    penalty_B1, is_positive_BV = penalty_B[:, None], logits_BV > 0
+    # As one number per row, XLA would divide in some programs and multiply by the reciprocal in
+    # others.
+    divisor_BV = jnp.where(is_positive_BV, penalty_B1, 1.0)
+    lower_BV = jnp.where(is_positive_BV, logits_BV / divisor_BV, logits_BV * penalty_B1)
     seen_BV = counts.prompt_BV + counts.generated_BV > 0
-    lower_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
     return jnp.where(seen_BV, lower_BV, logits_BV)
 
 

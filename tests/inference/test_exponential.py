@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from llama_jax.inference.filters import exponential
+from llama_jax.inference.sampler import exponential
 
 pytestmark = pytest.mark.optimized
 
-below_the_largest = jax.jit(lambda x: exponential((x - x.max(axis=-1, keepdims=True)) / 0.8))
+relative = jax.jit(lambda x: exponential((x - x.max(axis=-1, keepdims=True)) / 0.8))
 
 
 def test_against_float64():
@@ -30,8 +30,8 @@ def test_at_the_ends():
 
 
 @pytest.mark.parametrize("V", [53, 256, 700, 2048, 8192])  # `jnp.exp` fails from 256 to 2048
-def test_a_row_alone_has_the_bits_it_has_among_others(V):
+def test_a_row_has_the_same_bits_in_any_batch(V):
     x = 4 * np.random.default_rng(V).normal(size=(17, V)).astype(np.float32)
-    together = np.asarray(below_the_largest(x))
+    together = np.asarray(relative(x))
     for row in range(17):
-        np.testing.assert_array_equal(below_the_largest(x[row : row + 1])[0], together[row])
+        np.testing.assert_array_equal(relative(x[row : row + 1])[0], together[row])

@@ -1,4 +1,4 @@
-"""Log-probabilities, against probabilities worked by hand and float64."""
+"""Log-probabilities against probabilities worked by hand and float64."""
 
 import jax
 import jax.numpy as jnp

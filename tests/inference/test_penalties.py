@@ -1,4 +1,4 @@
-"""Bias, penalties and the counts they need, by hand."""
+"""Biases, penalties and the token counts they need, by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def test_prompts_are_counted():
     assert counts.generated_BV.tolist() == np.zeros((3, V)).tolist()
 
 
-def test_generated_tokens_are_counted_in_active_rows():
+def test_generated_tokens_of_active_sequences_are_counted():
     counts, add = TokenCounts.of(PROMPTS, V), jax.jit(TokenCounts.add)
     counts = add(counts, jnp.asarray([2, 2, 6]), jnp.asarray([True, False, True]))
     counts = add(counts, jnp.asarray([2, 0, 1]), jnp.asarray([True, True, False]))
@@ -44,8 +44,8 @@ COUNTS = TokenCounts(jnp.asarray(PROMPT), jnp.asarray(GENERATED))
     ("penalty", "expected"),
     [(2, [2, 1, -4, 1.5, 0, -2]), (1, LOGITS[0]), (0.5, [2, 4, -1, 6, 0, -0.5])],
 )
-def test_repetition_in_prompt_and_continuation(penalty, expected):
-    found = penalize_repetition(LOGITS, COUNTS, penalty)
+def test_repetition_penalty_covers_prompt_and_completion(penalty, expected):
+    found = penalize_repetition(LOGITS, COUNTS, jnp.asarray([penalty]))
     np.testing.assert_array_equal(found[0], expected)
 
 
@@ -59,13 +59,15 @@ def test_repetition_in_prompt_and_continuation(penalty, expected):
         (0, 0, LOGITS[0]),
     ],
 )
-def test_presence_and_frequency_in_the_continuation_only(presence, frequency, expected):
-    found = penalize_presence(LOGITS, COUNTS, presence, frequency)
+def test_presence_and_frequency_cover_the_completion_only(presence, frequency, expected):
+    found = penalize_presence(LOGITS, COUNTS, jnp.asarray([presence]), jnp.asarray([frequency]))
     np.testing.assert_array_equal(found[0], expected)
 
 
-def test_a_bias_is_added_in_every_row():
+def test_each_sequence_has_its_own_biases():
     logits_BV = jnp.asarray(np.arange(12.0, dtype=np.float32).reshape(2, 6))
-    ids_I, bias_I = np.asarray([4, 0, 2**31 - 1], np.int32), np.asarray([0.5, -9, 100], np.float32)
-    found = jax.jit(add_bias)(logits_BV, ids_I, bias_I)
-    assert found.tolist() == [[-9, 1, 2, 3, 4.5, 5], [-3, 7, 8, 9, 10.5, 11]]
+    none = 2**31 - 1
+    ids_BI = np.asarray([[4, 0, none], [1, none, none]], np.int32)
+    bias_BI = np.asarray([[0.5, -9, 100], [-3, 0, 0]], np.float32)
+    found = jax.jit(add_bias)(logits_BV, ids_BI, bias_BI)
+    assert found.tolist() == [[-9, 1, 2, 3, 4.5, 5], [6, 4, 8, 9, 10, 11]]

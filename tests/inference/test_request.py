@@ -1,88 +1,133 @@
-"""What a call may ask for: every wish in range, and no two that do not go together."""
+"""SamplingParams and Request: values in range, and none that exclude each other."""
 
-import math
-
+import numpy as np
 import pytest
 
 from llama_jax.errors import UsageError
-from llama_jax.inference.request import Request, SamplingOptions, Wishes
-from llama_jax.inference.sampler import make_sampler
-
-XORSHIFT = SamplingOptions(rng="xorshift")
-
-
-def test_options_are_those_of_the_sampler():
-    options = {"temperature": 0.5, "top_k": 3, "top_p": 0.7, "min_p": 0.1}
-    options |= {"repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.4}
-    found = SamplingOptions(**options, logit_bias={5: 1.0}).sampler
-    expected = make_sampler(**options, logit_bias={5: 1.0})
-    for name, value in vars(expected).items():
-        assert hasattr(value, "shape") or vars(found)[name] == value, name
-    assert found.bias_ids_I[0] == 5 and SamplingOptions().sampler.top_p == 0.9
-    assert SamplingOptions().chooser(1) is None and XORSHIFT.chooser(1) is not None
+from llama_jax.inference.request import Request, SamplingParams
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "value", "expected"),
+    [("temperature", value, "0 (greedy) or more") for value in (-1, -1e-9, np.nan, np.inf, "hot")]
+    + [("top_k", value, "0 (off) or more") for value in (-1, -(2**40), 2.0, np.nan, None)]
+    + [("top_p", value, "more than 0, up to 1 (off)") for value in (0, -0.5, 1.001, np.nan, np.inf)]
+    + [("min_p", value, "0 (off) to 1") for value in (-0.1, 1.01, np.nan, -np.inf)]
+    + [("repetition_penalty", value, "more than 0; 1 is off") for value in (0, -1, np.nan, np.inf)]
+    + [
+        (name, value, "a finite number; 0 is off")
+        for name in ("presence_penalty", "frequency_penalty")
+        for value in (np.nan, np.inf, -np.inf, "1")
+    ]
+    + [("max_tokens", value, "1 or more") for value in (0, -5, 1.5)]
+    + [("seed", value, "0 to 4294967295") for value in (-1, 2**32, 0.5)]
+    + [("logprobs", value, "0 or more") for value in (-1, 1.5, True)],
+)
+def test_a_value_out_of_range_is_named(name, value, expected):
+    with pytest.raises(UsageError, match=f"^{name}=") as error:
+        SamplingParams(**{name: value})
+    message = str(error.value)
+    shown = repr(value) if isinstance(value, str) else value
+    assert message.startswith(f"{name}={shown} is ") and message.endswith(f"; expected {expected}")
+
+
+@pytest.mark.parametrize(
+    ("bias", "message"),
     [
-        ("top_k", 5),
-        ("min_p", 0.1),
-        ("repetition_penalty", 1.1),
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", -0.5),
-        ("logit_bias", {3: 1.0}),
+        ([1, 2], "logit_bias=[1, 2] is not a mapping"),
+        ({-1: 1.0}, "logit_bias=-1 is out of range; expected token ids"),
+        ({2**31: 1.0}, "logit_bias=2147483648 is out of range; expected token ids"),
+        ({"5": 1.0}, "logit_bias='5' is "),
+        ({5: np.nan}, "logit_bias[5]=nan is out of range; expected a finite number or minus"),
+        ({5: np.inf}, "logit_bias[5]=inf is out of range; expected a finite number or minus"),
+        ({5: np.ones(2)}, "logit_bias[5]=array([1., 1.]) is "),
     ],
 )
-def test_what_xorshift_would_ignore_is_refused(name, value):
-    with pytest.raises(ValueError, match=f"^{name}=.* does not go with rng='xorshift'") as error:
-        SamplingOptions(**{name: value}, rng="xorshift")
+def test_an_invalid_bias_is_refused(bias, message):
+    with pytest.raises(UsageError) as error:
+        SamplingParams(logit_bias=bias)
+    assert str(error.value).startswith(message)
+
+
+XORSHIFT_REFUSES = {
+    "top_k": 5,
+    "min_p": 0.1,
+    "repetition_penalty": 1.1,
+    "presence_penalty": 0.5,
+    "frequency_penalty": -0.5,
+    "logit_bias": {3: 1.0},
+    "logprobs": 0,
+}
+
+
+@pytest.mark.parametrize(("name", "value"), XORSHIFT_REFUSES.items())
+def test_what_xorshift_does_not_support_is_refused(name, value):
+    with pytest.raises(UsageError, match=f"^{name}=.* does not go with rng='xorshift'") as error:
+        SamplingParams(**{name: value}, rng="xorshift", seed=1)
     assert "\n" not in str(error.value)
-    SamplingOptions(**{name: value})
+    SamplingParams(**{name: value})
 
 
-@pytest.mark.parametrize(("name", "value"), [("n", 2), ("logprobs", 0), ("speculate", True)])
-def test_xorshift_writes_one_plain_text(name, value):
-    with pytest.raises(UsageError, match=f"^{name}={value} does not go with rng='xorshift'"):
-        Wishes(sampling=XORSHIFT, seed=1, **{name: value})
-    wishes = Wishes(sampling=XORSHIFT, seed=2**40)
-    with pytest.raises(UsageError, match="one text at a time, not 2"):
-        Request([[1], [1]], ["", ""], (), wishes)
-    with pytest.raises(UsageError, match="seed=0 is out of range"):
-        Wishes(sampling=XORSHIFT)
-
-
-def test_an_unknown_rng_is_refused():
-    with pytest.raises(UsageError, match="rng='dice' is unknown"):
-        SamplingOptions(rng="dice")
+@pytest.mark.parametrize("seed", [0, -1, 2**64, 1.0, True])
+def test_seeds_of_xorshift(seed):
+    with pytest.raises(UsageError, match=f"^seed={seed} is .*; expected 1 to {2**64 - 1}"):
+        SamplingParams(rng="xorshift", seed=seed)
+    SamplingParams(rng="xorshift", seed=2**40)
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    "others",
     [
-        ("max_tokens", 0),
-        ("max_tokens", -5),
-        ("max_tokens", 1.5),
-        ("n", 0),
-        ("n", 10**5),
-        ("seed", -1),
-        ("seed", 2**32),
+        {"temperature": 1.0},
+        {"temperature": 0, "repetition_penalty": 1.3},
+        {"temperature": 0, "logit_bias": {1: 1.0}},
+        {"temperature": 0, "logprobs": 0},
     ],
 )
-def test_a_number_out_of_range_is_named(name, value):
-    message = rf"^{name}={value} is (out of range|no whole number); expected "
-    with pytest.raises(UsageError, match=message):
-        Wishes(**{name: value})
+def test_only_plain_greedy_sampling_speculates(others):
+    with pytest.raises(UsageError, match=r"speculate=True .* temperature=0 and without penalties"):
+        SamplingParams(**others, speculate=True)
+    SamplingParams(temperature=1e-300, speculate=True)
 
 
-def test_numbers_that_are_none_are_refused_before_anything_is_read():
-    with pytest.raises(UsageError, match="temperature=nan"):
-        SamplingOptions(temperature=math.nan)
+def test_other_invalid_values_are_refused():
+    with pytest.raises(UsageError, match="rng='dice' is unknown"):
+        SamplingParams(rng="dice")
     with pytest.raises(UsageError, match="stop"):
-        Wishes(stop=[""])
+        SamplingParams(stop=[""])
+    with pytest.raises(UsageError, match="stop"):
+        SamplingParams(stop="")
 
 
-def test_texts_of_a_prompt_have_seeds_that_follow():
-    request = Request([[1], [1], [2], [2]], [""] * 4, (), Wishes(seed=7, n=2))
-    assert request.seeds == [7, 8, 7, 8]
-    own = Request([[1]], [""], (), Wishes(stop="a"), stop_strings=("[INST]",))
-    assert own.stops == ("[INST]", "a")
+def test_keyword_arguments_of_a_call():
+    nothing = dict.fromkeys(["stop", "logit_bias", "seed", "temperature"])
+    assert SamplingParams.of(**nothing, top_k=3) == SamplingParams(top_k=3)
+    assert SamplingParams.of(stop="a").stop == ("a",)
+    with pytest.raises(TypeError, match=r"'top_q' is an unknown argument; did you mean 'top_[pk]'"):
+        SamplingParams.of(top_q=1)
+
+
+def test_completions_of_a_prompt_have_consecutive_seeds():
+    request = Request.same_params([[1], [2]], SamplingParams(seed=7), n=2, echo=["a", "b"])
+    assert request.prompts == [[1], [1], [2], [2]] and request.echo == ["a", "a", "b", "b"]
+    assert [params.seed for params in request.params] == [7, 8, 7, 8]
+    for n in (0, 10**5, 1.5):
+        with pytest.raises(UsageError, match=rf"^n={n} is .*; expected 1 to 10000"):
+            Request.same_params([[1]], SamplingParams(), n=n)
+    with pytest.raises(UsageError, match=f"^seed={2**32 - 1} is out of range; expected 0 to"):
+        Request.same_params([[1]], SamplingParams(seed=2**32 - 1), n=2)
+
+
+def test_sequences_of_a_request_fit_together():
+    plain = SamplingParams()
+    for other, message in [
+        (SamplingParams(logprobs=1), "logprobs differs within a request: 1, None"),
+        (SamplingParams(rng="xorshift", seed=1), "rng differs within a request"),
+        (SamplingParams(temperature=0, speculate=True), "speculate differs within a request"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            Request(prompts=[[1], [2]], params=[plain, other])
+    with pytest.raises(UsageError, match="2 prompts and 1 params"):
+        Request(prompts=[[1], [2]], params=[plain])
+    with pytest.raises(UsageError, match="one sequence at a time, not 2"):
+        Request.same_params([[1]], SamplingParams(rng="xorshift", seed=1), n=2)

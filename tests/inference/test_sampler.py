@@ -1,4 +1,4 @@
-"""Samplers against distributions worked by hand and against chance; their order and arguments."""
+"""The sampler against distributions by hand and frequencies; order of steps; batches."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,8 @@ from scipy.stats import chisquare
 
 from llama_jax.config import MeshConfig
 from llama_jax.distributed.mesh import make_mesh
-from llama_jax.errors import UsageError
-from llama_jax.inference.sampler import TokenCounts, make_sampler
+from llama_jax.inference.request import SamplingParams
+from llama_jax.inference.sampler import Sampler, TokenCounts
 
 pytestmark = pytest.mark.optimized
 
@@ -26,16 +26,21 @@ EVERYTHING = {
     "logit_bias": {3: 2.0, 7: -np.inf},
 }
 sample = jax.jit(lambda sampler, *rest: sampler(*rest))
-weigh = jax.jit(lambda sampler, *rest: sampler.masses(*rest))
+weigh = jax.jit(lambda sampler, *rest: sampler.masses(sampler.adjust(*rest)))
+
+
+def make_sampler(batch=1, **settings):
+    """A sampler that treats every sequence alike; what is not set is off."""
+    return Sampler.of([SamplingParams(**{"top_p": 1.0} | settings)] * batch)
 
 
 def counted(prompt, generated):
-    """Counts of one row: how often each token is in its prompt and after it."""
+    """Counts of one sequence: how often each token occurs in its prompt and after it."""
     return TokenCounts(jnp.asarray([prompt], jnp.int32), jnp.asarray([generated], jnp.int32))
 
 
 def probabilities(logits, counts=None, **settings):
-    """What a sampler makes of one row of logits."""
+    """The probabilities that one sequence's logits become."""
     masses = np.asarray(
         weigh(make_sampler(**settings), jnp.asarray(logits, jnp.float32)[None], counts)
     )
@@ -49,7 +54,7 @@ def keys(count, seed=0):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     {
-        "nothing": ({}, [0, 0.5, 0.4, 0.1]),
+        "all off": ({}, [0, 0.5, 0.4, 0.1]),
         "top_p": ({"top_p": 0.6}, [0, 5 / 9, 4 / 9, 0]),
         "top_p of the first": ({"top_p": 0.49}, [0, 1, 0, 0]),
         "top_p near 0": ({"top_p": 1e-9}, [0, 1, 0, 0]),
@@ -65,7 +70,7 @@ def keys(count, seed=0):
         "cold": ({"temperature": 0.5}, [0, 25 / 42, 16 / 42, 1 / 42]),
         "hot": ({"temperature": 1e9}, [0, 1 / 3, 1 / 3, 1 / 3]),
         "hotter than float32": ({"temperature": 1e300}, [0, 1 / 3, 1 / 3, 1 / 3]),
-        "near absolute zero": ({"temperature": 1e-37}, [0, 1, 0, 0]),
+        "colder than float32": ({"temperature": 1e-37}, [0, 1, 0, 0]),
         "bias": ({"logit_bias": {3: np.log(5.0), 2: -np.log(4.0)}}, [0, 5 / 11, 1 / 11, 5 / 11]),
         "forbidden": ({"logit_bias": {1: -np.inf}}, [0, 0, 0.8, 0.2]),
         "as good as forbidden": ({"logit_bias": {1: -1e300}}, [0, 0, 0.8, 0.2]),
@@ -87,10 +92,10 @@ def test_distributions_worked_by_hand(settings, expected):
             {"frequency_penalty": np.log(2), "presence_penalty": np.log(2)},
             [0, 0.5, 0.025, 0.1],
         ),
-        "less than nothing": ({"presence_penalty": -np.log(2)}, [0, 0.5, 0.8, 0.1]),
+        "a negative penalty": ({"presence_penalty": -np.log(2)}, [0, 0.5, 0.8, 0.1]),
         "beyond float32": ({"presence_penalty": 1e300, "frequency_penalty": 1e300}, [0, 5, 0, 1]),
-        "repetition of no end": ({"repetition_penalty": 1e300}, [0, 0, 0, 1]),
-        "repetition for nothing": ({"repetition_penalty": 1e-300}, [0, 1, 1, 0.1]),
+        "a huge repetition penalty": ({"repetition_penalty": 1e300}, [0, 0, 0, 1]),
+        "a tiny repetition penalty": ({"repetition_penalty": 1e-300}, [0, 1, 1, 0.1]),
     }.values(),
 )
 def test_penalties_worked_by_hand(settings, expected):
@@ -115,7 +120,7 @@ ORDER = {
         ([0, 0], [1, 0]),
         [1, 1],
     ),
-    # ln 4 - ln 2 = ln 2, then doubled to ln 4; the other way about it would be ln 8
+    # ln 4 - ln 2 = ln 2, then doubled to ln 4; in the other order it would be ln 8
     "presence, then temperature": (
         [LN[4], 0.0],
         {"presence_penalty": LN[2], "temperature": 0.5},
@@ -134,7 +139,7 @@ ORDER = {
 
 
 @pytest.mark.parametrize(("logits", "settings", "counts", "expected"), ORDER.values(), ids=ORDER)
-def test_the_order(logits, settings, counts, expected):
+def test_the_order_of_steps(logits, settings, counts, expected):
     found = probabilities(logits, counts and counted(*counts), **settings)
     np.testing.assert_allclose(found, np.asarray(expected) / np.sum(expected), atol=1e-6)
 
@@ -143,9 +148,9 @@ def test_the_order(logits, settings, counts, expected):
     "settings",
     [{"temperature": 0}, {"temperature": 1e-300}, {"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1}],
 )
-def test_the_likeliest_token_is_chosen(settings):
+def test_the_most_likely_token_is_chosen(settings):
     logits_BV = np.random.default_rng(0).normal(size=(64, 300)).astype(np.float32)
-    tokens_B = sample(make_sampler(**settings), logits_BV, keys(64))
+    tokens_B = sample(make_sampler(64, **settings), logits_BV, keys(64))
     assert tokens_B.dtype == jnp.int32
     np.testing.assert_array_equal(tokens_B, logits_BV.argmax(axis=-1))
 
@@ -162,17 +167,17 @@ def test_the_likeliest_token_is_chosen(settings):
         ({"repetition_penalty": 2, "frequency_penalty": 0.25}, 2),
     ],
 )
-def test_greedy_minds_bias_and_penalties(settings, expected, dtype):
+def test_greedy_sampling_applies_biases_and_penalties(settings, expected, dtype):
     logits = jnp.asarray([[1.5, 1.25, 1.0]], dtype)
     counts = counted([1, 0, 0], [0, 0, 0]) if len(settings) < 2 else counted([1, 0, 0], [0, 2, 0])
     sampler = make_sampler(temperature=0, **settings)
     assert sample(sampler, logits, keys(1), counts).tolist() == [expected]
 
 
-def test_temperature_0_does_not_divide():
+def test_a_greedy_batch_computes_no_probabilities():
     with jax.debug_nans(True), jax.debug_infs(True):
         assert make_sampler(temperature=0)(jnp.asarray([[1.0, 3.0, 2.0]]), keys(1)).tolist() == [1]
-    text = str(jax.make_jaxpr(make_sampler(temperature=0))(jnp.ones((2, 5)), keys(2)))
+    text = str(jax.make_jaxpr(make_sampler(2, temperature=0))(jnp.ones((2, 5)), keys(2)))
     assert " div " not in text and " exp " not in text and "random" not in text
 
 
@@ -203,13 +208,13 @@ TOGETHER = EVERYTHING | {"top_k": 9, "top_p": 0.95}
 
 
 @pytest.mark.parametrize("settings", [*SEPARATE, TOGETHER], ids=lambda s: "+".join(s) or "plain")
-def test_tokens_are_as_frequent_as_they_should_be(settings):
+def test_tokens_have_the_expected_frequencies(settings):
     random = np.random.default_rng(4)
     logits = (1.5 * random.normal(size=12)).astype(np.float32)
     prompt, generated = random.integers(0, 2, 12), random.integers(0, 3, 12)
     rows = 10_000
     counts = TokenCounts(*(jnp.asarray(np.tile(c, (rows, 1))) for c in (prompt, generated)))
-    sampler, logits_BV = make_sampler(**settings), np.tile(logits, (rows, 1))
+    sampler, logits_BV = make_sampler(rows, **settings), np.tile(logits, (rows, 1))
     drawn = [
         sample(sampler, logits_BV, keys(rows, seed), counts if sampler.needs_counts else None)
         for seed in range(10)
@@ -226,43 +231,54 @@ def batch(V, rows=17):
     return (2 * random.normal(size=(rows, V)).astype(np.float32), keys(rows), counts)
 
 
+# Sampling parameters of a batch, each step used by some and off or neutral for others.
+DIFFERENT = [
+    EVERYTHING,
+    {"temperature": 0},
+    {},
+    {"temperature": 0.37, "top_p": 0.5},
+    {"temperature": 1.7, "top_k": 5, "top_p": 1.0},
+    {"temperature": 0, "repetition_penalty": 1.3, "logit_bias": {2: 0.7}},
+    {"presence_penalty": 0.7, "frequency_penalty": 0.13, "top_p": 1.0},
+    {"min_p": 0.05, "top_p": 1.0, "logit_bias": dict.fromkeys(range(12), -0.3)},
+    {"repetition_penalty": 1.7, "temperature": 0.9, "top_k": 300},
+]
+
+
 @pytest.mark.parametrize("V", [53, 700])  # at 700, float32 sums and `jnp.exp` depend on the batch
-def test_a_row_depends_on_its_own_logits_counts_and_key_to_the_bit(V):
-    sampler, everything = make_sampler(**EVERYTHING), batch(V)
-    both = jax.jit(
-        lambda logits, keys, counts: (
-            sampler(logits, keys, counts),
-            sampler.masses(logits, counts),
-        )
-    )
-    tokens, masses = both(*everything)
+@pytest.mark.parametrize("different", [False, True])
+def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(V, different):
+    """A sequence depends on its own logits, counts, key and parameters."""
+    rows = [DIFFERENT[row % len(DIFFERENT)] if different else EVERYTHING for row in range(17)]
+    logits_BV, row_keys, counts = everything = batch(V)
+    sampler = Sampler.of([SamplingParams(**settings) for settings in rows])
+    tokens, masses = sample(sampler, *everything), weigh(sampler, logits_BV, counts)
     assert len(set(tokens.tolist())) > 6
-    backwards = jax.tree.map(lambda leaf: leaf[::-1], everything)
-    np.testing.assert_array_equal(both(*backwards)[0], tokens[::-1])
-    for first, last in [(0, 1), (9, 10), (16, 17), (3, 8)]:
-        some = jax.tree.map(lambda leaf, a=first, b=last: leaf[a:b], everything)
-        found_tokens, found_masses = both(*some)
-        np.testing.assert_array_equal(found_tokens, tokens[first:last])
-        np.testing.assert_array_equal(found_masses, masses[first:last])
+    for row in range(len(DIFFERENT)) if different else (0, 16):
+        alone = Sampler.of([SamplingParams(**rows[row])])
+        one = jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], (logits_BV, row_keys, counts))
+        assert sample(alone, *one)[0] == tokens[row], rows[row]
+        if not SamplingParams(**rows[row]).is_greedy:
+            np.testing.assert_array_equal(weigh(alone, one[0], one[2])[0], masses[row])
 
 
-def test_no_exponential_is_left_to_the_compiler():
-    # Its last bit depends on the batch; the masses of a test's few rows seldom show it.
-    text = str(jax.make_jaxpr(make_sampler(temperature=0.5))(jnp.ones((2, 5)), keys(2)))
+def test_the_exponential_is_our_own():
+    # The last bit of XLA's depends on the batch, which few rows seldom show.
+    text = str(jax.make_jaxpr(make_sampler(2, temperature=0.5))(jnp.ones((2, 5)), keys(2)))
     assert " exp " not in text and " exp2 " not in text and "round" in text
 
 
-def test_a_vocabulary_over_eight_devices_gives_the_same_tokens():
-    sampler, (logits_BV, row_keys, counts) = make_sampler(**EVERYTHING), batch(704)
+def test_a_vocabulary_sharded_over_eight_devices_gives_the_same_tokens():
+    sampler, (logits_BV, row_keys, counts) = make_sampler(17, **EVERYTHING), batch(704)
     mesh = make_mesh(MeshConfig(tensor=8), jax.devices()[:8])
-    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "tensor"))
-    spread_out = jax.device_put((logits_BV, counts), spread)
-    assert len(spread_out[0].sharding.device_set) == 8
-    found = sample(sampler, spread_out[0], row_keys, spread_out[1])
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "tensor"))
+    sharded = jax.device_put((logits_BV, counts), sharding)
+    assert len(sharded[0].sharding.device_set) == 8
+    found = sample(sampler, sharded[0], row_keys, sharded[1])
     np.testing.assert_array_equal(found, sample(sampler, logits_BV, row_keys, counts))
 
 
-def test_numbers_do_not_recompile():
+def test_other_values_do_not_recompile():
     traced = []
 
     @jax.jit
@@ -281,70 +297,20 @@ def test_numbers_do_not_recompile():
         "frequency_penalty": -1,
         "logit_bias": {1: 5, 2: 0.5, 3: -np.inf},
     }
-    for settings in (EVERYTHING, others):
-        traces(make_sampler(**settings), logits_BV, row_keys, counts)
+    mixed = Sampler.of([SamplingParams(**settings) for settings in (EVERYTHING, others, {})])
+    for sampler in (make_sampler(3, **EVERYTHING), make_sampler(3, **others), mixed):
+        traces(sampler, logits_BV, row_keys, counts)
     assert len(traced) == 1
     assert not make_sampler(temperature=0.5, top_k=3, logit_bias={1: 2}).needs_counts
     for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
         assert make_sampler(**{name: 0.5}).needs_counts
 
 
-def test_what_is_off_is_not_computed():
-    text = str(jax.make_jaxpr(make_sampler())(jnp.ones((2, 5)), keys(2)))
+def test_a_step_that_no_sequence_uses_is_not_computed():
+    text = str(jax.make_jaxpr(make_sampler(2))(jnp.ones((2, 5)), keys(2)))
     assert "while" not in text and "scatter" not in text
-    text = str(jax.make_jaxpr(make_sampler(logit_bias={}, top_k=2))(jnp.ones((2, 5)), keys(2)))
+    text = str(jax.make_jaxpr(make_sampler(2, logit_bias={}, top_k=2))(jnp.ones((2, 5)), keys(2)))
     assert text.count("while[") + text.count("scan[") == 1 and "scatter" not in text
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "expected"),
-    [("temperature", value, "0 (greedy) or more") for value in (-1, -1e-9, np.nan, np.inf, "hot")]
-    + [("top_k", value, "0 (off) or more") for value in (-1, -(2**40), 2.0, np.nan, None)]
-    + [("top_p", value, "more than 0, up to 1 (off)") for value in (0, -0.5, 1.001, np.nan, np.inf)]
-    + [("min_p", value, "0 (off) to 1") for value in (-0.1, 1.01, np.nan, -np.inf)]
-    + [("repetition_penalty", value, "more than 0; 1 is off") for value in (0, -1, np.nan, np.inf)]
-    + [
-        (name, value, "a finite number; 0 is off")
-        for name in ("presence_penalty", "frequency_penalty")
-        for value in (np.nan, np.inf, -np.inf, "1")
-    ],
-)
-def test_an_argument_out_of_range_is_named(name, value, expected):
-    with pytest.raises(UsageError) as error:
-        make_sampler(**{name: value})
-    shown = repr(value) if isinstance(value, str) else value
-    what = "out of range"
-    if isinstance(value, str) or (name == "top_k" and not isinstance(value, int)):
-        what = "no whole number" if name == "top_k" else "no number"
-    assert str(error.value) == f"{name}={shown} is {what}; expected {expected}"
-
-
-@pytest.mark.parametrize(
-    ("bias", "message"),
-    [
-        ([1, 2], "logit_bias=[1, 2] is not a mapping"),
-        ({-1: 1.0}, "logit_bias=-1 is out of range; expected token ids"),
-        ({2**31: 1.0}, "logit_bias=2147483648 is out of range; expected token ids"),
-        ({"5": 1.0}, "logit_bias='5' is no whole number; expected token ids"),
-        ({1.5: 1.0}, "logit_bias=1.5 is no whole number; expected token ids"),
-        ({5: np.nan}, "logit_bias[5]=nan is out of range; expected a finite number or minus"),
-        ({5: np.inf}, "logit_bias[5]=inf is out of range; expected a finite number or minus"),
-        ({5: np.ones(2)}, "logit_bias[5]=array([1., 1.]) is no number; expected a finite number"),
-        ({5: "x"}, "logit_bias[5]='x' is no number; expected a finite number or minus"),
-    ],
-)
-def test_a_bias_that_is_none_is_refused(bias, message):
-    with pytest.raises(UsageError) as error:
-        make_sampler(logit_bias=bias)
-    assert str(error.value).startswith(message)
-
-
-def test_a_bias_is_for_tokens_of_the_vocabulary():
-    sampler = make_sampler(logit_bias={52: 1.0, 0: 1.0})
-    sampler.require_ids_below(53)
-    with pytest.raises(UsageError) as error:
-        sampler.require_ids_below(52)
-    assert str(error.value) == "logit_bias has the token id 52; expected 0 to 51"
 
 
 @pytest.mark.parametrize("count", [1, 8, 9, 53])

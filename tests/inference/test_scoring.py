@@ -1,4 +1,4 @@
-"""Scores and embeddings against the model's own logits and hidden states."""
+"""Scores and embeddings: against the model's own, and of many texts against each alone."""
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +6,21 @@ import numpy as np
 import pytest
 from tiny_model import make_model
 
-from llama_jax.inference import scoring
+from llama_jax.inference.scoring import (
+    batches,
+    embed_texts,
+    embeddings,
+    score_texts,
+    token_logprobs,
+)
 from llama_jax.model.unstacked import unstack
+from llama_jax.text.tokenizer import train_tokenizer
 
 B, T = 5, 23
+STORIES = [f"Tim had {n} red sails. The sea was blue and the sun was warm." for n in range(50)]
+SHORT = [f"Tim had {n} red sails." for n in range(20)]
+LONG = "The sea was blue and the sun was warm. " * 6
+MIXED = [LONG, *SHORT, "", LONG + "Tim", "The sea was blue and the sun was warm.", "Tim"]
 
 
 @pytest.fixture(scope="module")
@@ -17,34 +28,72 @@ def model():
     return make_model(num_layers=2)
 
 
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A model and its tokenizer."""
+    tokenizer = train_tokenizer(STORIES, 290, tmp_path_factory.mktemp("tokenizer") / "t.model")
+    vocab_size = tokenizer.vocab_size
+    return unstack(make_model(vocab_size=vocab_size, num_layers=1, context_length=256)), tokenizer
+
+
 def tokens():
     return jnp.asarray(np.random.default_rng(0).integers(0, 53, (B, T)), jnp.int32)
 
 
-@pytest.mark.parametrize("positions", [4, 64])
-@pytest.mark.parametrize("arrange", [unstack, lambda model: model])
-def test_scores_are_log_probabilities_of_the_tokens(model, monkeypatch, positions, arrange):
-    monkeypatch.setattr(scoring, "POSITIONS", positions)
-    jax.clear_caches()
-    told = scoring.token_logprobs(arrange(model), tokens())
+@pytest.mark.parametrize("chunk", [4, 64])
+@pytest.mark.parametrize("layout", [unstack, lambda model: model])
+def test_scores_are_log_probabilities_of_the_tokens(model, chunk, layout):
+    found = token_logprobs(layout(model), tokens(), chunk=chunk)
     log_BTV = jax.nn.log_softmax(model(tokens())[0], axis=-1)
     expected = np.take_along_axis(np.asarray(log_BTV)[:, :-1], np.asarray(tokens())[:, 1:, None], 2)
-    assert told.shape == (B, T - 1)
-    np.testing.assert_allclose(told, expected[:, :, 0], rtol=1e-5, atol=1e-5)
+    assert found.shape == (B, T - 1)
+    np.testing.assert_allclose(found, expected[:, :, 0], rtol=1e-5, atol=1e-5)
 
 
 def test_padding_changes_no_score(model):
     padded = jnp.pad(tokens(), ((0, 0), (0, 9)))
-    told = scoring.token_logprobs(model, padded)[:, : T - 1]
-    np.testing.assert_allclose(told, scoring.token_logprobs(model, tokens()), rtol=1e-5, atol=1e-5)
+    found = token_logprobs(model, padded)[:, : T - 1]
+    np.testing.assert_allclose(found, token_logprobs(model, tokens()), rtol=1e-5, atol=1e-5)
 
 
-def test_an_embedding_is_the_mean_of_a_rows_own_states(model):
+def test_an_embedding_is_the_mean_of_a_sequences_own_states(model):
     length_B = jnp.array([1, T, 4, 7, 11])
     hidden = np.asarray(model.hidden(tokens())[0])
     means = np.stack([row[:n].mean(axis=0) for row, n in zip(hidden, length_B.tolist())])
-    found = scoring.embeddings(model, tokens(), length_B, normalize=False)
+    found = embeddings(model, tokens(), length_B, normalize=False)
     np.testing.assert_allclose(found, means, rtol=1e-5, atol=1e-5)
-    unit = scoring.embeddings(model, tokens(), length_B)
+    unit = embeddings(model, tokens(), length_B)
     np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1.0, rtol=1e-5)
     np.testing.assert_allclose(unit[1] / unit[1, 0], means[1] / means[1, 0], rtol=1e-4)
+
+
+def test_texts_together_equal_each_alone_in_their_order(parts):
+    scores, vectors = score_texts(*parts, MIXED), embed_texts(*parts, MIXED, True)
+    assert len(scores) == len(vectors) == len(MIXED)
+    for text, score, vector in zip(MIXED, scores, vectors):
+        [alone] = score_texts(*parts, [text])
+        assert score.token_ids == alone.token_ids
+        np.testing.assert_allclose(score.logprobs, alone.logprobs, atol=1e-5)
+        np.testing.assert_allclose(vector, embed_texts(*parts, [text], True)[0], atol=1e-5)
+
+
+def test_filler_sequences_are_not_nan(parts):
+    with jax.debug_nans(True):
+        embed_texts(*parts, MIXED, True)
+
+
+def test_no_texts_have_no_scores(parts):
+    assert score_texts(*parts, []) == []
+    assert embed_texts(*parts, [], True).shape == (0, 24)
+
+
+def test_different_numbers_of_texts_share_programs(parts):
+    shapes = {
+        batch.tokens_BT.shape for count in range(1, 20) for batch in batches(*parts, SHORT[:count])
+    }
+    assert {rows for rows, _ in shapes} == {1, 2, 4, 8, 16} and len(shapes) == 5
+
+
+def test_a_long_text_does_not_pad_short_ones(parts):
+    found = [batch.tokens_BT.shape for batch in batches(*parts, [*SHORT[:8], LONG, *SHORT[8:]])]
+    assert found == [(16, 32), (4, 32), (1, 256)]

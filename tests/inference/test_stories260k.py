@@ -1,4 +1,4 @@
-"""A model that others trained: llama2.c's stories260K must say here what it says there."""
+"""llama2.c's stories260K, a model trained elsewhere, gives the same text here."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +7,7 @@ from tiny_weights import built
 
 from llama_jax.formats.llama2c import model as llama2c
 from llama_jax.inference.engine import Engine
-from llama_jax.inference.sampler import make_sampler
+from llama_jax.inference.request import Request, SamplingParams
 from llama_jax.model.unstacked import unstack
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -35,7 +35,7 @@ def test_its_shape(weights):
     assert config.tied_embeddings
 
 
-def test_the_likeliest_first_tokens(model):
+def test_the_most_likely_first_tokens(model):
     logits_V = model(jnp.asarray([[1]]))[0][0, -1]
     best = np.argsort(-logits_V)[:5]
     assert best.tolist() == [403, 385, 410, 317, 407]
@@ -43,14 +43,12 @@ def test_the_likeliest_first_tokens(model):
     np.testing.assert_allclose(logits_V[best], expected, atol=1e-3)
 
 
-def test_the_likeliest_story(model, shared_data):
+def test_the_greedy_story(model, shared_data):
     tokenizer = Tokenizer(shared_data / "tok512.model")
-    chunks = Engine(unstack(model)).generate(
-        [[tokenizer.bos_id]],
-        make_sampler(temperature=0),
-        max_tokens=80,
-        seeds=[0],
+    request = Request(
+        prompts=[[tokenizer.bos_id]],
+        params=[SamplingParams(temperature=0, max_tokens=80)],
         stop_ids=[tokenizer.bos_id],
     )
-    ids = [token for chunk in chunks for token in chunk.rows[0]]
+    ids = [token for delta in Engine(unstack(model)).generate(request) for token in delta.ids]
     assert tokenizer.decode(ids).startswith(LILY)
