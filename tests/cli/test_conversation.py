@@ -1,27 +1,27 @@
-"""A chat on a terminal: commands, history, interruptions, and what goes to which stream."""
+"""The chat command: its own commands, history, interruptions, and output streams."""
 
 import io
 import signal
+import sys
 
 import pytest
 
-from llama_jax.cli import chat as conversation
-from llama_jax.cli.chat import Conversation, converse
+from llama_jax.cli.chat import Conversation, run_chat
 from llama_jax.errors import UserError
-from llama_jax.inference.completions import CompletionPiece
+from llama_jax.inference.request import Delta
 
 
-class Parrot:
-    """Answers with what it was told, and keeps every dialogue."""
+class Echo:
+    """A model that answers with the last message, and keeps every dialogue."""
 
     def __init__(self):
-        self.heard = []
+        self.dialogues = []
         self.interrupt_after = None
         self.signal = signal.SIGINT
 
     def chat(self, messages, *, stream, **options):
         assert stream
-        self.heard.append([(message.role, message.content) for message in messages])
+        self.dialogues.append([(message.role, message.content) for message in messages])
         if messages[-1].content == "too long":
             raise UserError("the dialogue has 99 tokens, which is too many")
         return self.words(messages[-1].content.split())
@@ -30,22 +30,22 @@ class Parrot:
         for number, word in enumerate(words):
             if number == self.interrupt_after:
                 signal.raise_signal(self.signal)
-            yield CompletionPiece(0, f" {word}!" if number else f"{word}!", "")
+            yield Delta(0, text=f" {word}!" if number else f"{word}!")
 
 
 @pytest.fixture
 def talk(monkeypatch, capsys):
     def run(*lines, llm=None, **options):
-        llm = llm or Parrot()
+        llm = llm or Echo()
         monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-        converse(Conversation(llm, **options))
-        said = capsys.readouterr()
-        return llm.heard, said.out, said.err
+        run_chat(Conversation(llm, **options))
+        printed = capsys.readouterr()
+        return llm.dialogues, printed.out, printed.err
 
     return run
 
 
-def test_every_turn_is_told_what_came_before(talk):
+def test_each_turn_includes_the_history(talk):
     heard, out, _ = talk("hello", "how are you", system="Be kind.")
     assert out == "hello!\nhow! are! you!\n"
     system, first = ("system", "Be kind."), ("user", "hello")
@@ -55,18 +55,18 @@ def test_every_turn_is_told_what_came_before(talk):
     ]
 
 
-def test_answers_alone_go_to_stdout(talk):
+def test_only_answers_go_to_stdout(talk):
     _, out, err = talk("hello")
     assert out == "hello!\n"
     assert err.startswith("[/reset") and err.count("> ") == 2
 
 
-def test_reset_forgets_and_keeps_the_system_message(talk):
+def test_reset_clears_the_history_and_keeps_the_system_prompt(talk):
     heard, *_ = talk("hello", "/reset", "again", system="S")
     assert heard[1] == [("system", "S"), ("user", "again")]
 
 
-def test_a_new_system_message_begins_anew(talk):
+def test_a_new_system_prompt_starts_over(talk):
     heard, _, err = talk("hello", "/system Be short.", "again", "/system", "once more")
     assert heard[1:] == [
         [("system", "Be short."), ("user", "again")],
@@ -75,34 +75,34 @@ def test_a_new_system_message_begins_anew(talk):
     assert "[a new dialogue]" in err
 
 
-def test_exit_leaves_and_blank_lines_say_nothing(talk):
+def test_exit_ends_and_blank_lines_are_ignored(talk):
     heard, out, _ = talk("", "   ", "/exit", "never")
     assert (heard, out) == ([], "")
 
 
-def test_an_unknown_command_is_said(talk):
+def test_an_unknown_command_is_reported(talk):
     heard, _, err = talk("/quit")
-    assert not heard and "[/quit is not understood; /reset" in err
+    assert not heard and "[/quit is not a command; /reset" in err
 
 
-def test_what_cannot_be_asked_is_a_line_and_was_not_said(talk):
+def test_a_refused_message_is_one_line_and_not_in_the_history(talk):
     heard, out, err = talk("hello", "too long", "again")
     assert out == "hello!\nagain!\n"
     assert "[the dialogue has 99 tokens" in err
     assert heard[2] == [("user", "hello"), ("assistant", "hello!"), ("user", "again")]
 
 
-def test_an_interrupt_stops_the_answer_only(talk):
-    llm = Parrot()
+def test_an_interrupt_stops_only_the_answer(talk):
+    llm = Echo()
     llm.interrupt_after = 1
     heard, out, err = talk("one two three", "four", llm=llm)
-    assert out == "one! two!\nfour!\n"  # the piece that was being made is the last
+    assert out == "one! two!\nfour!\n"  # the delta being made is the last
     assert "[stopped]" in err
     assert heard[1] == [("user", "one two three"), ("assistant", "one! two!"), ("user", "four")]
 
 
-def test_a_signal_to_end_ends_the_program_after_the_piece(talk, capsys):
-    llm = Parrot()
+def test_sigterm_ends_the_program_after_the_delta(talk, capsys):
+    llm = Echo()
     llm.interrupt_after, llm.signal = 1, signal.SIGTERM
     with pytest.raises(SystemExit) as end:
         talk("one two three", "four", llm=llm)
@@ -110,20 +110,20 @@ def test_a_signal_to_end_ends_the_program_after_the_piece(talk, capsys):
     assert capsys.readouterr().out == "one! two!\n"
 
 
-def test_what_is_typed_in_another_encoding_is_a_line(monkeypatch):
+def test_input_in_another_encoding_is_one_line(monkeypatch):
     typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8")
     monkeypatch.setattr("sys.stdin", typed)
-    with pytest.raises(UserError, match="what was typed is not UTF-8 at byte 3; convert it"):
-        converse(Conversation(Parrot()))
+    with pytest.raises(UserError, match="the input is not UTF-8 at byte 3; convert it"):
+        run_chat(Conversation(Echo()))
 
 
-def test_a_closed_standard_input_is_a_line(monkeypatch):
+def test_a_closed_standard_input_is_one_line(monkeypatch):
     monkeypatch.setattr("sys.stdin", None)
     with pytest.raises(UserError, match="--chat reads standard input, which is closed"):
-        converse(Conversation(Parrot()))
+        run_chat(Conversation(Echo()))
 
 
-def test_an_interrupt_at_the_prompt_says_how_to_leave(monkeypatch, capsys):
+def test_an_interrupt_at_the_prompt_shows_how_to_end(monkeypatch, capsys):
     keys = iter([KeyboardInterrupt(), "/exit\n"])
 
     def readline():
@@ -132,6 +132,6 @@ def test_an_interrupt_at_the_prompt_says_how_to_leave(monkeypatch, capsys):
             raise key
         return key
 
-    monkeypatch.setattr(conversation.sys.stdin, "readline", readline, raising=False)
-    converse(Conversation(Parrot()))
-    assert "[/exit leaves]" in capsys.readouterr().err
+    monkeypatch.setattr(sys.stdin, "readline", readline, raising=False)
+    run_chat(Conversation(Echo()))
+    assert "[/exit ends the chat]" in capsys.readouterr().err

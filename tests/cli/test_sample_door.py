@@ -1,4 +1,4 @@
-"""The door sample.py as a user meets it: what it writes where, and what it says to mistakes."""
+"""The command sample.py: output streams, flags, and one-line errors."""
 
 import dataclasses
 import io
@@ -22,7 +22,7 @@ from llama_jax.checkpoints.save import CheckpointWriter
 from llama_jax.cli import main as cli
 from llama_jax.cli import sample as sample_command
 from llama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
-from llama_jax.inference.request import SamplingOptions, Wishes
+from llama_jax.inference.request import SamplingParams
 from llama_jax.model.transformer import Llama
 from llama_jax.text.tokenizer import train_tokenizer
 
@@ -39,7 +39,7 @@ TWO = ("--prompt=Tim had", "--prompt=", "--max_tokens=40", "--seed=3")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a run in ckpt/ that has learnt nothing, and a tokenizer of another size."""
+    """A folder with a run in ckpt/ with random parameters, and a tokenizer of another size."""
     folder = tmp_path_factory.mktemp("place")
     tokenizer = train_tokenizer(STORIES, 300, folder / "t.model")
     train_tokenizer(STORIES, 290, folder / "other.model")
@@ -60,7 +60,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def sample(place, monkeypatch, capsys, tmp_path):
-    """Run the door in this process; returns exit code, stdout and stderr."""
+    """Run the command in this process; returns exit code, stdout and stderr."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(jax.config, "update", lambda *setting: None)  # no cache for other tests
@@ -88,19 +88,19 @@ def in_another_process(place, *words, pipe=""):
     )
 
 
-def test_flags_are_by_default_what_the_library_has():
-    parser = sample_command.parser()
-    for kind in (SamplingOptions, Wishes):
-        for field in dataclasses.fields(kind):
-            if field.default is not dataclasses.MISSING and field.name not in ("stop", "n"):
-                assert parser.get_default(field.name) == field.default, field.name
+def test_flags_have_the_defaults_of_the_library():
+    parser, defaults = sample_command.parser(), SamplingParams()
+    for field in dataclasses.fields(SamplingParams):
+        value = parser.get_default(field.name)
+        default = getattr(defaults, field.name)
+        assert value == default or not (value or default), field.name
 
 
-def test_text_goes_to_stdout_and_nothing_else_does(place):
+def test_only_text_goes_to_stdout(place):
     first = in_another_process(place, *TWO)
     assert first.returncode == 0, first.stderr
-    told, untold = first.stdout.removesuffix("\n").split("\n\n")
-    assert told.startswith("Tim had") and len(told) > 7 and untold
+    prompted, unprompted = first.stdout.removesuffix("\n").split("\n\n")
+    assert prompted.startswith("Tim had") and len(prompted) > 7 and unprompted
     assert SPEED.match(first.stderr)
     said = SPEED.sub("", first.stderr).splitlines()
     assert all(re.fullmatch(r"\[sample [12]: stopped [^]]+\]", line) for line in said)
@@ -109,13 +109,13 @@ def test_text_goes_to_stdout_and_nothing_else_does(place):
     assert again.stdout == first.stdout
 
 
-def test_a_reader_that_leaves_is_no_error(place):
+def test_a_closed_pipe_is_no_error(place):
     done = in_another_process(place, *TWO, pipe="| head -c 5")
     assert (done.returncode, done.stdout) == (0, "Tim h")
     assert "Traceback" not in done.stderr and "Broken" not in done.stderr
 
 
-def test_a_prompt_is_continued_in_order(sample):
+def test_prompts_are_continued_in_order(sample):
     code, alone, said = sample(*SHORT, "--prompt=The sea")
     assert (code, alone[:7], alone[-1]) == (0, "The sea", "\n")
     assert SPEED.sub("", said) == ENOUGH
@@ -139,7 +139,7 @@ def test_sample_j_has_the_seed_plus_j(sample):
     assert sample(*words, "--seed=4")[1] == first + "\n" != second + "\n"
 
 
-def test_a_full_context_is_said(sample):
+def test_a_full_context_is_reported(sample):
     code, _, said = sample("--prompt=Tim", *SHORT, "--max_tokens=1000")
     assert (code, SPEED.sub("", said)) == (0, FULL)
 
@@ -150,7 +150,7 @@ def test_one_token_has_no_speed(sample):
     assert re.fullmatch(r"\n\[first token after [\d.]+ s, then one token\]\n\[.*\]\n", said)
 
 
-def test_the_ways_to_name_a_checkpoint(sample, place, monkeypatch):
+def test_paths_of_a_checkpoint(sample, place, monkeypatch):
     monkeypatch.setenv("HOME", str(place))
     newest = sample(*SHORT)
     assert newest[0] == 0
@@ -170,7 +170,7 @@ def changes(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def test_nothing_is_written_into_a_checkpoint(place, tmp_path):
+def test_a_checkpoint_is_only_read(place, tmp_path):
     shutil.copytree(place / "ckpt", tmp_path / "ckpt")
     before = changes(tmp_path)
     for path in before:
@@ -182,7 +182,7 @@ def test_nothing_is_written_into_a_checkpoint(place, tmp_path):
         path.chmod(0o755)
 
 
-def test_a_damaged_checkpoint_is_passed_over(sample, place, tmp_path):
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(sample, place, tmp_path):
     shutil.copytree(place / "ckpt", tmp_path / "ckpt")
     shutil.rmtree(tmp_path / "ckpt" / "10" / "model")
     code, text, said = sample(*SHORT, "--ckpt", str(tmp_path / "ckpt"))
@@ -207,22 +207,27 @@ USAGE = {
     ("--prompt",): "argument --prompt: expected one argument",
     ("--min_p=2",): "min_p=2.0 is out of range; expected 0 (off) to 1",
     ("--repetition_penalty=0",): "repetition_penalty=0.0 is out of range",
-    ("--logit_bias=the",): "--logit_bias=the is not understood; expected ID=BIAS",
+    ("--logit_bias=the",): "--logit_bias=the is invalid; expected ID=BIAS",
     ("--stop=",): "stop",
-    ("--chat", "--score"): "--chat and --score do not go together; choose one",
-    ("--chat", "--prompt=Tim"): "--chat makes no use of --prompt; leave it out",
-    ("--score", "--top_k=3"): "--score makes no use of --top_k; leave it out",
-    ("--messages=m.json", "--system=s"): "--messages makes no use of --system; leave it out",
-    ("--system=Be kind.",): "--system goes with --chat or --messages; add one of them",
-    ("--truncate",): "--truncate goes with --chat or --messages",
-    ("--speculate",): "speculate guesses what the likeliest token is; it goes with temperature 0",
-    ("--chat", "--speculate"): "speculate guesses what the likeliest token is",
+    ("--chat", "--score"): "--chat and --score exclude each other; choose one",
+    ("--chat", "--prompt=Tim"): "--chat does not use --prompt; leave it out",
+    ("--score", "--top_k=3"): "--score does not use --top_k; leave it out",
+    ("--messages=m.json", "--system=s"): "--messages does not use --system; leave it out",
+    ("--system=Be kind.",): "--system needs --chat or --messages; add one of them",
+    ("--truncate",): "--truncate needs --chat or --messages",
+    ("--speculate",): "speculate=True guesses the most likely token; use it with temperature=0",
+    ("--chat", "--speculate"): "speculate=True guesses the most likely token",
     ("--logit_bias=3=1", "--logit_bias=3=2"): "--logit_bias=3=2 is the second for token 3",
-    ("--prompt=Tim", "--prompt_file=x"): "--prompt and --prompt_file do not go together",
+    ("--prompt=Tim", "--prompt_file=x"): "--prompt and --prompt_file exclude each other",
     ("--rng=dice",): "argument --rng: invalid choice: 'dice'",
     ("--rng=xorshift",): "seed=0 is out of range; expected 1 to",
-    ("--rng=xorshift", "--seed=1", "--num_samples=2"): "--rng=xorshift tells one sample",
-    ("--rng=xorshift", "--seed=1", "--prompt=a", "--prompt=b"): "--rng=xorshift tells one sample",
+    ("--rng=xorshift", "--seed=1", "--num_samples=2"): "--rng=xorshift generates one sample",
+    (
+        "--rng=xorshift",
+        "--seed=1",
+        "--prompt=a",
+        "--prompt=b",
+    ): "--rng=xorshift generates one sample",
     ("--rng=xorshift", "--seed=1", "--top_k=5"): "top_k=5 does not go with rng='xorshift'",
     ("--rng=xorshift", "--seed=1", "--min_p=.1", "--chat"): "min_p=0.1 does not go with rng=",
     ("--rng=xorshift", "--seed=1", "--logit_bias=3=1"): "logit_bias={3: 1.0} does not go with",
@@ -317,7 +322,7 @@ def test_a_prompt_from_a_file_or_stdin(sample, tmp_path, monkeypatch):
     assert (code, said) == (1, "error: --prompt_file=missing.txt: No such file or directory\n")
 
 
-def test_a_text_ends_before_its_stop_and_without_its_prompt(sample):
+def test_a_text_ends_before_its_stop_string_and_may_omit_the_prompt(sample):
     free = sample(*SHORT, "--temperature=0", "--prompt=Tim")[1]
     new = free.removeprefix("Tim").rstrip("\n")
     stop = new[3:6]
@@ -335,21 +340,21 @@ def test_log_probabilities_go_to_stderr(sample):
 
 
 @pytest.mark.parametrize("words", [("--speculate",), ("--rng=xorshift",)])
-def test_other_ways_to_the_same_greedy_text(sample, words):
+def test_speculation_and_xorshift_give_the_same_greedy_text(sample, words):
     greedy = ("--temperature=0", "--prompt=Tim had", "--max_tokens=20", "--seed=1")
     assert sample(*greedy, *words)[:2] == sample(*greedy)[:2]
 
 
-def test_an_int8_cache_writes(sample):
+def test_an_int8_cache_generates(sample):
     code, text, _ = sample(*SHORT, "--cache_dtype=int8", "--prompt=Tim")
     assert code == 0 and text.startswith("Tim") and len(text) > 8
 
 
-def test_scores_and_embeddings_are_lines(sample):
+def test_scores_and_embeddings_are_printed_as_lines(sample):
     code, text, _ = sample("--score", "--prompt=Tim had 7 red sails.", "--prompt=zzzz qqqq")
-    told, odd = ([float(word) for word in line.split("\t")] for line in text.splitlines())
+    usual, odd = ([float(word) for word in line.split("\t")] for line in text.splitlines())
     assert code == 0
-    for total, tokens, perplexity in (told, odd):
+    for total, tokens, perplexity in (usual, odd):
         assert perplexity == pytest.approx(math.exp(-total / tokens), rel=1e-3)
     code, text, _ = sample("--embed", "--prompt=Tim", "--prompt=sea")
     vectors = [json.loads(line) for line in text.splitlines()]
@@ -365,7 +370,7 @@ def test_a_chat_reads_lines_and_answers(sample, monkeypatch):
     assert "[a new dialogue]" in said
 
 
-def test_the_messages_of_a_file_are_answered(sample, tmp_path, monkeypatch):
+def test_messages_of_a_file_are_answered(sample, tmp_path, monkeypatch):
     said = [{"role": "user", "content": "Tim"}]
     (tmp_path / "m.json").write_text(json.dumps(said))
     words = ("--temperature=0", "--max_tokens=4", "--template=llama2")

@@ -17,7 +17,7 @@ from llama_jax.distributed.mesh import make_mesh, shardings
 from llama_jax.errors import UsageError
 from llama_jax.formats.llama2c import model as llama2c
 from llama_jax.inference.engine import Engine
-from llama_jax.inference.sampler import make_sampler
+from llama_jax.inference.request import Request, SamplingParams
 from llama_jax.inference.scoring import token_logprobs
 from llama_jax.kernels.int4 import floats
 from llama_jax.model.layers import Linear
