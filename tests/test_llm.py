@@ -196,31 +196,31 @@ def test_a_quantized_model_generates_and_scores(folder, llm, kind):
 
 
 def test_a_checkpoint_chooses_its_chat_format(folder, tmp_path):
-    def asked(told, **options):
-        tree = json.loads((folder / "config.json").read_text()) | {"chat_template": told}
+    def loaded(chat_template, **options):
+        tree = json.loads((folder / "config.json").read_text()) | {"chat_template": chat_template}
         (copy / "config.json").write_text(json.dumps(tree))
         return LLM(copy, **options)
 
     copy = shutil.copytree(folder, tmp_path / "ckpt")
     [short, long] = [
-        asked("", template=name).chat(DIALOGUE, max_tokens=1).usage.prompt_tokens
+        loaded("", template=name).chat(DIALOGUE, max_tokens=1).usage.prompt_tokens
         for name in ("llama2", "alpaca")
     ]
     assert short < long
-    for told, options, expected in [
+    for chat_template, options, expected in [
         ("", {}, short),
         ("alpaca", {}, long),
         ("alpaca", {"template": "llama2"}, short),
         ("none", {"template": "alpaca"}, long),
     ]:
-        made = asked(told, **options).chat(DIALOGUE, max_tokens=1)
+        made = loaded(chat_template, **options).chat(DIALOGUE, max_tokens=1)
         assert made.usage.prompt_tokens == expected
-    none = asked("none")
+    none = loaded("none")
     assert none.chat(DIALOGUE, template="alpaca", max_tokens=1).usage.prompt_tokens == long
     with pytest.raises(UserError, match="learnt no chat format; choose one with template"):
         none.chat(DIALOGUE)
     with pytest.raises(UsageError, match="template='chatml' is unknown"):
-        asked("chatml").chat(DIALOGUE)
+        loaded("chatml").chat(DIALOGUE)
 
 
 @pytest.mark.slow
@@ -233,15 +233,15 @@ def test_eight_devices_give_the_same_as_one(folder, tmp_path):
     kernel = eight.engine.model.blocks[1].ffn.gate.kernel[...]
     assert len(kernel.addressable_shards) == 8
     assert kernel.addressable_shards[0].data.size == kernel.size // 8
-    said = [llm.complete(["Tim", "Anna was"], **GREEDY) for llm in (one, eight)]
-    assert said[0] == said[1] and len(set(said[0][0].token_ids)) > 2
+    ours, theirs = (llm.complete(["Tim", "Anna was"], **GREEDY) for llm in (one, eight))
+    assert ours == theirs and len(set(ours[0].token_ids)) > 2
     dialogue, answers = list(DIALOGUE), []
     for _ in range(2):  # the second turn goes on with the first's cache
         both = [llm.chat(dialogue, max_tokens=6, temperature=0) for llm in (one, eight)]
         assert both[0] == both[1]
         answers.append(both[0].text)
-        said = {"role": "assistant", "content": both[0].text}
-        dialogue = [*dialogue, said, {"role": "user", "content": "And?"}]
+        answer = {"role": "assistant", "content": both[0].text}
+        dialogue = [*dialogue, answer, {"role": "user", "content": "And?"}]
     layer = jax.tree.leaves(eight.engine._kept[1].layers)[0]
     assert layer.addressable_shards[0].data.size == layer.size // 8
     totals = [llm.score(TEXTS[0]).total for llm in (one, eight)]

@@ -1,4 +1,4 @@
-"""A chat as it is typed: sample.py on a pseudo-terminal, where Ctrl-C is a key."""
+"""The chat command on a pseudo-terminal, where Ctrl-C is a key."""
 
 import os
 import pty
@@ -16,9 +16,9 @@ from llama_jax.text.chat import Message, template_of
 from llama_jax.text.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PATIENCE = 240  # seconds; of a slow machine
+TIMEOUT = 240  # seconds; for a slow machine
 # What a shell does for a program in the foreground: keys such as Ctrl-C reach it as signals, which
-# are not ignored, as they may be in these tests' own process.
+# it does not ignore, as the process of the tests may.
 IN_FOREGROUND = """
 import fcntl, os, signal, sys, termios
 signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -29,7 +29,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 
 
 class Terminal:
-    """A program on a terminal of its own; what it shows is kept in `shown`."""
+    """A program on its own terminal; its output is kept in `shown`."""
 
     def __init__(self, *words, **options):
         self._keys, theirs = pty.openpty()
@@ -44,7 +44,7 @@ class Terminal:
         os.write(self._keys, text.encode())
 
     def wait_for(self, text, after=0):
-        """Where a text ends among what is shown from a place on."""
+        """Return where a text ends in the output after a position."""
         self._wait(lambda: text in self.shown[after:], text)
         return self.shown.index(text, after) + len(text)
 
@@ -52,7 +52,7 @@ class Terminal:
         self._wait(lambda: len(self.shown) > length, "more")
 
     def _wait(self, is_enough, what):
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + TIMEOUT
         while not is_enough():
             assert time.monotonic() < end, f"{what!r} was not shown: {self.shown[-2000:]!r}"
             if select.select([self._keys], [], [], 1)[0]:
@@ -66,7 +66,7 @@ class Terminal:
 
 @pytest.fixture
 def terminal(tmp_path, request):
-    """A chat with a model that would talk for very long."""
+    """A chat with a model whose answers are very long."""
     context = getattr(request, "param", 30_000)
     checkpoint_folder.write(tiny_weights(num_layers=1, context_length=context), tmp_path / "ckpt")
     endless = ("--max_tokens=25000", "--logit_bias=1=-inf", "--logit_bias=2=-inf")
@@ -77,21 +77,21 @@ def terminal(tmp_path, request):
     terminal.close()
 
 
-def test_ctrl_c_stops_the_answer_only(terminal):
-    asked = terminal.wait_for("> ")
+def test_ctrl_c_stops_only_the_answer(terminal):
+    shown = terminal.wait_for("> ")
     for question in ("abc", "cab"):
         terminal.type(f"{question}\n")
-        asked = terminal.wait_for(question, asked)
-        terminal.wait_for_more(asked + 40)  # the answer has begun
+        shown = terminal.wait_for(question, shown)
+        terminal.wait_for_more(shown + 40)  # the answer has begun
         terminal.type("\x03")
-        asked = terminal.wait_for("> ", terminal.wait_for("[stopped]", asked))
+        shown = terminal.wait_for("> ", terminal.wait_for("[stopped]", shown))
     terminal.type("/exit\n")
-    assert terminal.process.wait(PATIENCE) == 0
+    assert terminal.process.wait(TIMEOUT) == 0
     assert "Traceback" not in terminal.shown
 
 
 @pytest.mark.parametrize("terminal", [1000], indirect=True)
-def test_a_line_may_be_longer_than_the_system_s_own(terminal, tmp_path):
+def test_a_line_may_be_longer_than_4095_bytes(terminal, tmp_path):
     question = "abc " * 1250 + "."  # 5,001 bytes; a terminal's line ends after 4,095
     tokenizer = Tokenizer(tmp_path / "ckpt" / "tokenizer.model")
     size = len(template_of("").encode([Message("user", question)], tokenizer))
@@ -99,4 +99,4 @@ def test_a_line_may_be_longer_than_the_system_s_own(terminal, tmp_path):
     terminal.type(f"{question}\n")
     terminal.wait_for(f"[the dialogue has {size} tokens, but the context has room for 750;")
     terminal.type("/exit\n")
-    assert terminal.process.wait(PATIENCE) == 0
+    assert terminal.process.wait(TIMEOUT) == 0

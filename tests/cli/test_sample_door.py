@@ -102,8 +102,8 @@ def test_only_text_goes_to_stdout(place):
     prompted, unprompted = first.stdout.removesuffix("\n").split("\n\n")
     assert prompted.startswith("Tim had") and len(prompted) > 7 and unprompted
     assert SPEED.match(first.stderr)
-    said = SPEED.sub("", first.stderr).splitlines()
-    assert all(re.fullmatch(r"\[sample [12]: stopped [^]]+\]", line) for line in said)
+    stderr = SPEED.sub("", first.stderr).splitlines()
+    assert all(re.fullmatch(r"\[sample [12]: stopped [^]]+\]", line) for line in stderr)
 
     again = in_another_process(place, *TWO)
     assert again.stdout == first.stdout
@@ -116,9 +116,9 @@ def test_a_closed_pipe_is_no_error(place):
 
 
 def test_prompts_are_continued_in_order(sample):
-    code, alone, said = sample(*SHORT, "--prompt=The sea")
+    code, alone, stderr = sample(*SHORT, "--prompt=The sea")
     assert (code, alone[:7], alone[-1]) == (0, "The sea", "\n")
-    assert SPEED.sub("", said) == ENOUGH
+    assert SPEED.sub("", stderr) == ENOUGH
     code, both, _ = sample(*SHORT, "--prompt=The sea", "--prompt=Tim had 7 red sails. The")
     assert both.startswith(alone + "\nTim had 7 red sails. The")
     code, other, _ = sample(*SHORT, "--prompt=Tim had 7 red sails. The", "--prompt=The sea")
@@ -140,14 +140,14 @@ def test_sample_j_has_the_seed_plus_j(sample):
 
 
 def test_a_full_context_is_reported(sample):
-    code, _, said = sample("--prompt=Tim", *SHORT, "--max_tokens=1000")
-    assert (code, SPEED.sub("", said)) == (0, FULL)
+    code, _, stderr = sample("--prompt=Tim", *SHORT, "--max_tokens=1000")
+    assert (code, SPEED.sub("", stderr)) == (0, FULL)
 
 
 def test_one_token_has_no_speed(sample):
-    code, _, said = sample("--prompt=Tim", *SHORT, "--max_tokens=1")
+    code, _, stderr = sample("--prompt=Tim", *SHORT, "--max_tokens=1")
     assert code == 0
-    assert re.fullmatch(r"\n\[first token after [\d.]+ s, then one token\]\n\[.*\]\n", said)
+    assert re.fullmatch(r"\n\[first token after [\d.]+ s, then one token\]\n\[.*\]\n", stderr)
 
 
 def test_paths_of_a_checkpoint(sample, place, monkeypatch):
@@ -185,9 +185,9 @@ def test_a_checkpoint_is_only_read(place, tmp_path):
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(sample, place, tmp_path):
     shutil.copytree(place / "ckpt", tmp_path / "ckpt")
     shutil.rmtree(tmp_path / "ckpt" / "10" / "model")
-    code, text, said = sample(*SHORT, "--ckpt", str(tmp_path / "ckpt"))
+    code, text, stderr = sample(*SHORT, "--ckpt", str(tmp_path / "ckpt"))
     assert (code, text) == (0, sample(*SHORT, "--ckpt=ckpt/5")[1])
-    warning = said.splitlines()[0]
+    warning = stderr.splitlines()[0]
     assert warning.startswith("warning: ") and warning.endswith("falling back to the one before it")
 
 
@@ -241,9 +241,9 @@ USAGE = {
 
 @pytest.mark.parametrize("words", USAGE, ids=" ".join)
 def test_a_wrong_flag_is_one_line(sample, words):
-    code, text, said = sample("--ckpt=missing", *words)
+    code, text, stderr = sample("--ckpt=missing", *words)
     assert (code, text) == (2, "")
-    assert said.startswith(f"error: {USAGE[words]}") and said.count("\n") == 1
+    assert stderr.startswith(f"error: {USAGE[words]}") and stderr.count("\n") == 1
 
 
 def swap_tokenizer(folder):
@@ -283,22 +283,22 @@ def test_a_checkpoint_that_cannot_be_used_is_one_line(sample, place, tmp_path, n
     shutil.copy(place / "other.model", tmp_path)
     damage, message = DAMAGES[name]
     damage(tmp_path / "ckpt")
-    code, text, said = sample("--ckpt", str(tmp_path / "ckpt"))
+    code, text, stderr = sample("--ckpt", str(tmp_path / "ckpt"))
     assert (code, text) == (1, "")
-    lines = [line for line in said.splitlines() if not line.startswith("warning: ")]
+    lines = [line for line in stderr.splitlines() if not line.startswith("warning: ")]
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
 
 
 def test_a_checkpoint_that_is_a_file_is_one_line(sample):
-    code, text, said = sample("--ckpt=t.model")
+    code, text, stderr = sample("--ckpt=t.model")
     assert (code, text) == (1, "")
-    assert said.startswith("error: t.model ") and said.count("\n") == 1
+    assert stderr.startswith("error: t.model ") and stderr.count("\n") == 1
 
 
 def test_a_prompt_too_long_is_one_line(sample):
-    code, text, said = sample("--prompt=Tim", "--prompt=" + "sea " * 99)
+    code, text, stderr = sample("--prompt=Tim", "--prompt=" + "sea " * 99)
     assert (code, text) == (1, "")
-    assert re.fullmatch(r"error: the prompt has \d+ tokens; expected 1 to 47,.* 48\n", said)
+    assert re.fullmatch(r"error: the prompt has \d+ tokens; expected 1 to 47,.* 48\n", stderr)
 
 
 def test_a_prompt_from_a_file_or_stdin(sample, tmp_path, monkeypatch):
@@ -308,8 +308,8 @@ def test_a_prompt_from_a_file_or_stdin(sample, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("Tim had"))
     assert sample(*SHORT, "--prompt_file=-")[1] == expected
     (tmp_path / "p.txt").write_bytes(b"Tim \xff")
-    code, _, said = sample("--prompt_file", str(tmp_path / "p.txt"))
-    assert (code, said.count("\n")) == (1, 1) and "is not UTF-8 at byte 4" in said
+    code, _, stderr = sample("--prompt_file", str(tmp_path / "p.txt"))
+    assert (code, stderr.count("\n")) == (1, 1) and "is not UTF-8 at byte 4" in stderr
     monkeypatch.setattr("sys.stdin", io.StringIO("Tim had\r\n"))  # as `echo` ends it
     assert sample(*SHORT, "--prompt_file=-")[1] == expected
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Tim \xff"), "utf-8"))
@@ -318,8 +318,8 @@ def test_a_prompt_from_a_file_or_stdin(sample, tmp_path, monkeypatch):
     )
     monkeypatch.setattr("sys.stdin", None)
     assert sample("--prompt_file=-")[2].startswith("error: --prompt_file=- reads standard input, ")
-    code, _, said = sample("--prompt_file=missing.txt")
-    assert (code, said) == (1, "error: --prompt_file=missing.txt: No such file or directory\n")
+    code, _, stderr = sample("--prompt_file=missing.txt")
+    assert (code, stderr) == (1, "error: --prompt_file=missing.txt: No such file or directory\n")
 
 
 def test_a_text_ends_before_its_stop_string_and_may_omit_the_prompt(sample):
@@ -332,9 +332,9 @@ def test_a_text_ends_before_its_stop_string_and_may_omit_the_prompt(sample):
 
 def test_log_probabilities_go_to_stderr(sample):
     plain = sample(*SHORT, "--temperature=0", "--prompt=Tim")[1]
-    code, text, said = sample(*SHORT, "--temperature=0", "--prompt=Tim", "--logprobs=2")
+    code, text, stderr = sample(*SHORT, "--temperature=0", "--prompt=Tim", "--logprobs=2")
     assert (code, text) == (0, plain)
-    lines = [line for line in said.splitlines() if line.startswith("[1] ")]
+    lines = [line for line in stderr.splitlines() if line.startswith("[1] ")]
     assert len(lines) == 8
     assert all(float(line.split()[1]) <= 0 and line.count("'") >= 6 for line in lines)
 
@@ -363,28 +363,28 @@ def test_scores_and_embeddings_are_printed_as_lines(sample):
 
 def test_a_chat_reads_lines_and_answers(sample, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("Tim\n/reset\nTim\n/exit\n"))
-    code, text, said = sample("--chat", "--temperature=0", "--max_tokens=4", "--template=llama2")
+    code, text, stderr = sample("--chat", "--temperature=0", "--max_tokens=4", "--template=llama2")
     assert code == 0
     first, again = text.splitlines()
     assert first == again, "the same question of a new dialogue"
-    assert "[a new dialogue]" in said
+    assert "[a new dialogue]" in stderr
 
 
 def test_messages_of_a_file_are_answered(sample, tmp_path, monkeypatch):
-    said = [{"role": "user", "content": "Tim"}]
-    (tmp_path / "m.json").write_text(json.dumps(said))
+    messages = [{"role": "user", "content": "Tim"}]
+    (tmp_path / "m.json").write_text(json.dumps(messages))
     words = ("--temperature=0", "--max_tokens=4", "--template=llama2")
     monkeypatch.setattr("sys.stdin", io.StringIO("Tim\n"))
     code, text, _ = sample("--chat", *words)
     assert sample("--messages", str(tmp_path / "m.json"), *words)[:2] == (0, text) == (code, text)
-    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(said)))
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(messages)))
     assert sample("--messages=-", *words)[:2] == (0, text)
 
     turns = [{"role": role, "content": "Tim"} for role in ("user", "assistant")] * 20
-    (tmp_path / "m.json").write_text(json.dumps([*turns, *said]))
-    code, _, told = sample("--messages", str(tmp_path / "m.json"), "--truncate", *words)
+    (tmp_path / "m.json").write_text(json.dumps([*turns, *messages]))
+    code, _, stderr = sample("--messages", str(tmp_path / "m.json"), "--truncate", *words)
     assert code == 0
-    assert re.match(r"\[the dialogue has \d+ tokens, .* exchanges were left out\]\n", told)
+    assert re.match(r"\[the dialogue has \d+ tokens, .* exchanges were left out\]\n", stderr)
     assert sample("--messages=") == (1, "", "error: --messages=: Is a directory\n")
 
 
@@ -404,6 +404,6 @@ def test_a_malformed_message_file_is_one_line(sample, tmp_path, name):
     content, message = WRONG_MESSAGES[name]
     if content is not None:
         (tmp_path / "m.json").write_text(content)
-    code, text, said = sample("--messages", str(tmp_path / "m.json"))
+    code, text, stderr = sample("--messages", str(tmp_path / "m.json"))
     assert (code, text) == (1, "")
-    assert message in said and said.startswith("error: ") and said.count("\n") == 1
+    assert message in stderr and stderr.startswith("error: ") and stderr.count("\n") == 1

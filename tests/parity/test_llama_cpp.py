@@ -75,15 +75,10 @@ def stories(shared_data):
 
 
 def our_story(weights, prompt):
-    stop = [1]
-    chunks = Engine(unstack(in_float32(weights))).generate(
-        [prompt],
-        make_sampler(temperature=0),
-        max_tokens=TOKENS,
-        seeds=[0],
-        stop_ids=stop,
-    )
-    return [token for chunk in chunks for token in chunk.rows[0]]
+    greedy = SamplingParams(temperature=0, max_tokens=TOKENS)
+    request = Request(prompts=[prompt], params=[greedy], stop_ids=[1])
+    deltas = Engine(unstack(in_float32(weights))).generate(request)
+    return [token for delta in deltas for token in delta.ids]
 
 
 def their_story(path, prompt):

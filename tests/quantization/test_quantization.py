@@ -197,10 +197,9 @@ def test_stored_by_name_and_restored_into_shapes(kind, group_size, tied):
 
 def continued(model, prompts):
     rows = [[] for _ in prompts]
-    greedy = make_sampler(temperature=0)
-    for chunk in Engine(model).generate(prompts, greedy, max_tokens=8, seeds=[0] * len(prompts)):
-        for row, ids in zip(rows, chunk.rows):
-            row += ids
+    request = Request.same_params(prompts, SamplingParams(temperature=0, max_tokens=8))
+    for delta in Engine(model).generate(request):
+        rows[delta.index] += delta.ids
     return rows
 
 
