@@ -12,14 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.distributed.fsdp import lookup
+from llama_jax.distributed.mesh import constrain
 from llama_jax.inference.sampler import Sampler, TokenCounts, TopLogprobs, top_logprobs
 from llama_jax.model.cache import KVCache
-from llama_jax.model.transformer import Llama
+from llama_jax.model.execution import Execution
+from llama_jax.model.transformer import ONE_DEVICE, Llama
 
 DECODE_CHUNK = 16  # tokens per call of `decode`, after which the host sees them
 NO_TOKEN = -1  # in place of a token, after the end of a sequence
 MAX_PREFILL_CHUNK = 512  # tokens of each prompt read at once; bounds the memory of a long prompt
 MIN_PREFILL_CHUNK = 16
+
+# How the programs of this file run on a mesh; a cache brings its own attention.
+ON_MESH = Execution(constrain=constrain, lookup=lookup)
 
 
 # --- prefill ---
@@ -62,6 +68,7 @@ def prefill(
     prompts: Sequence[Sequence[int]],
     start: int = 0,
     longest: int = MAX_PREFILL_CHUNK,
+    execution: Execution = ONE_DEVICE,
 ) -> tuple[KVCache, jax.Array]:
     """Return the cache filled with the prompts, and the float32 logits [B, V] after each.
 
@@ -81,13 +88,13 @@ def prefill(
     for size in chunks:
         ids_BC = tokens_BT[:, at : at + size]
         cache, last_BD = read_chunk(
-            model, cache, ids_BC, last_BD, np.int32(start + at), length_B
+            model, cache, ids_BC, last_BD, np.int32(start + at), length_B, execution
         )
         at += size
     return dataclasses.replace(cache, length_B=jnp.asarray(length_B)), _logits(model, last_BD)
 
 
-@partial(jax.jit, donate_argnames="cache")
+@partial(jax.jit, donate_argnames="cache", static_argnames="execution")
 def read_chunk(
     model: Llama,
     cache: KVCache,
@@ -95,11 +102,12 @@ def read_chunk(
     last_BD: jax.Array,
     start: jax.Array,
     length_B: jax.Array,
+    execution: Execution = ONE_DEVICE,
 ) -> tuple[KVCache, jax.Array]:
     """Read the chunk at slot `start`; return the hidden states of last tokens found so far."""
     C = ids_BC.shape[1]
     here = dataclasses.replace(cache, length_B=jnp.full(length_B.shape, start, jnp.int32))
-    hidden_BCD, filled = model.hidden(ids_BC, here)
+    hidden_BCD, filled = model.hidden(ids_BC, here, execution=execution)
     assert filled is not None
     at_B = length_B - 1 - start
     found_B1D = jnp.take_along_axis(hidden_BCD, jnp.clip(at_B, 0, C - 1)[:, None, None], axis=1)
@@ -161,13 +169,14 @@ def sample_first_token(
     return _sample(state, none_done_B, logits_BV, sampler, stops_S, logprobs)
 
 
-@partial(jax.jit, donate_argnames="state", static_argnames="logprobs")
+@partial(jax.jit, donate_argnames="state", static_argnames=("logprobs", "execution"))
 def decode(
     model: Llama,
     state: GenerationState,
     sampler: Sampler,
     stops_S: jax.Array,
     logprobs: int | None = None,
+    execution: Execution = ONE_DEVICE,
 ) -> tuple[GenerationState, Tokens]:
     """Return the state up to `DECODE_CHUNK` tokens later, and those tokens [B, C].
 
@@ -185,7 +194,7 @@ def decode(
         carry: tuple[jax.Array, GenerationState, Tokens],
     ) -> tuple[jax.Array, GenerationState, Tokens]:
         index, state, tokens = carry
-        logits_B1V, cache = model(state.token_B[:, None], state.cache)
+        logits_B1V, cache = model(state.token_B[:, None], state.cache, execution=execution)
         assert cache is not None
         # A done sequence keeps its length: what it writes lies beyond it.
         done_B = state.done_B
@@ -233,9 +242,11 @@ def _sample(
     return state, Tokens(new_B, top)
 
 
-@partial(jax.jit, donate_argnames="cache")
-def decode_one(model: Llama, token: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+@partial(jax.jit, donate_argnames="cache", static_argnames="execution")
+def decode_one(
+    model: Llama, token: jax.Array, cache: KVCache, execution: Execution = ONE_DEVICE
+) -> tuple[jax.Array, KVCache]:
     """Return the logits [V] after one more token of a single sequence, and the cache with it."""
-    logits_11V, filled = model(token.reshape(1, 1), cache)
+    logits_11V, filled = model(token.reshape(1, 1), cache, execution=execution)
     assert filled is not None
     return logits_11V[0, 0], filled

@@ -18,6 +18,7 @@ from llama_jax.errors import UsageError, UserError
 from llama_jax.inference.decode import (
     DECODE_CHUNK,
     NO_TOKEN,
+    ON_MESH,
     GenerationState,
     Tokens,
     are_done,
@@ -34,7 +35,7 @@ from llama_jax.inference.sampler import Sampler, TokenCounts
 from llama_jax.inference.speculation import NUM_GUESSES, decode_speculating
 from llama_jax.inference.xorshift import XorshiftSampler
 from llama_jax.model.cache import KVCache
-from llama_jax.model.transformer import Llama
+from llama_jax.model.transformer import ONE_DEVICE, Llama
 
 
 class Engine:
@@ -57,6 +58,7 @@ class Engine:
           mesh: what the model's arrays are sharded over, if they are.
         """
         self.model, self.cache_dtype, self.mesh = model, cache_dtype, mesh
+        self._execution = ON_MESH if mesh else ONE_DEVICE
         self._kept: tuple[list[int], KVCache] | None = None
         self._lock = threading.Lock()
 
@@ -120,10 +122,12 @@ class Engine:
                 if not running:
                     return
                 if history_BS is None:
-                    state, tokens = decode(self.model, state, sampler, stops_S, request.logprobs)
+                    state, tokens = decode(
+                        self.model, state, sampler, stops_S, request.logprobs, self._execution
+                    )
                 else:
                     state, history_BS, new_BW = decode_speculating(
-                        self.model, state, history_BS, stops_S
+                        self.model, state, history_BS, stops_S, self._execution
                     )
                     tokens = Tokens(new_BW)
         finally:
@@ -148,7 +152,7 @@ class Engine:
                 yield Delta(0, finish_reason="stop")
                 return
             yield Delta(0, (token,), finish_reason="" if left else "length")
-            logits_V, cache = decode_one(self.model, jnp.int32(token), cache)
+            logits_V, cache = decode_one(self.model, jnp.int32(token), cache, self._execution)
 
     def _prefill(self, request: Request) -> tuple[GenerationState, jax.Array]:
         """Return the state after reading the prompts, and the logits [B, V] after each."""
@@ -164,7 +168,7 @@ class Engine:
             cache = _shard(cache, self.mesh) if self.mesh else cache
         elif cache.slots < slots:
             cache = cache.with_slots(slots)
-        cache, logits_BV = prefill(self.model, cache, prompts, start)
+        cache, logits_BV = prefill(self.model, cache, prompts, start, execution=self._execution)
         seeds = [params.seed if params.rng == "jax" else 0 for params in request.params]
         state = GenerationState(
             cache=cache,

@@ -10,13 +10,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.distributed.mesh import shard_heads
 from llama_jax.errors import UserError
-from llama_jax.inference.decode import pad_sequences, prefill_chunks
+from llama_jax.inference.decode import ON_MESH, pad_sequences, prefill_chunks
+from llama_jax.kernels.attention import KERNELS, choose_kernel
+from llama_jax.model.execution import Execution
 from llama_jax.model.transformer import Llama
 from llama_jax.text.tokenizer import Tokenizer
 
 MAX_BATCH = 16  # texts per forward pass
 LOGITS_CHUNK = 64  # positions per sequence whose logits exist at once
+
+
+def full_sequence_execution(model: Llama) -> Execution:
+    """Return how a pass without a cache runs here, with the device's fastest attention kernel."""
+    config = model.config
+    kernel = choose_kernel(
+        "auto", jax.local_devices()[0], head_dim=config.head_dim, dtype=config.compute_dtype
+    )
+    attention = KERNELS[kernel] if kernel == "xla" else shard_heads(KERNELS[kernel])
+    return dataclasses.replace(ON_MESH, attention=attention)
 
 
 @partial(jax.jit, static_argnames="chunk")
@@ -25,7 +38,7 @@ def token_logprobs(model: Llama, tokens_BT: jax.Array, chunk: int = LOGITS_CHUNK
 
     Sequences may be padded at the end: later tokens change nothing before them.
     """
-    hidden_BTD, _ = model.hidden(tokens_BT)
+    hidden_BTD, _ = model.hidden(tokens_BT, execution=full_sequence_execution(model))
     B, T = tokens_BT.shape
     chunks = -(-(T - 1) // chunk)
     fill = ((0, 0), (0, chunks * chunk - (T - 1)))
@@ -52,7 +65,7 @@ def embeddings(
 
     `normalize` scales each to length 1, so that the dot product of two is their cosine.
     """
-    hidden_BTD, _ = model.hidden(tokens_BT)
+    hidden_BTD, _ = model.hidden(tokens_BT, execution=full_sequence_execution(model))
     is_token_BT = jnp.arange(tokens_BT.shape[1])[None] < length_B[:, None]
     kept_BTD = jnp.where(is_token_BT[:, :, None], hidden_BTD.astype(jnp.float32), 0.0)
     mean_BD = kept_BTD.sum(axis=1) / length_B[:, None]

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from llama_jax.inference.decode import DECODE_CHUNK, NO_TOKEN, GenerationState
 from llama_jax.inference.sampler import most_likely
-from llama_jax.model.transformer import Llama
+from llama_jax.model.execution import Execution
+from llama_jax.model.transformer import ONE_DEVICE, Llama
 
 NUM_GUESSES = 7  # tokens guessed per pass
 NGRAM = 2  # tokens that must occur earlier for a guess
@@ -50,9 +51,13 @@ class Progress(NamedTuple):
     count_B: jax.Array  # new ids, a stop token included
 
 
-@partial(jax.jit, donate_argnames=("state", "history_BS"))
+@partial(jax.jit, donate_argnames=("state", "history_BS"), static_argnames="execution")
 def decode_speculating(
-    model: Llama, state: GenerationState, history_BS: jax.Array, stops_S: jax.Array
+    model: Llama,
+    state: GenerationState,
+    history_BS: jax.Array,
+    stops_S: jax.Array,
+    execution: Execution = ONE_DEVICE,
 ) -> tuple[GenerationState, jax.Array, jax.Array]:
     """Return state, history and new tokens [B, W] of the greedy `decode.decode` with guesses.
 
@@ -68,16 +73,19 @@ def decode_speculating(
     B, width = state.token_B.shape[0], DECODE_CHUNK + NUM_GUESSES + 1
     new_BW, count_B = jnp.full((B, width), NO_TOKEN, jnp.int32), jnp.zeros(B, jnp.int32)
     start = Progress(state, history_BS, new_BW, count_B)
-    end = jax.lax.while_loop(unfinished, partial(_guess_and_check, model, stops_S), start)
+    step = partial(_guess_and_check, model, stops_S, execution)
+    end = jax.lax.while_loop(unfinished, step, start)
     return end.state, end.history_BS, end.new_BW
 
 
-def _guess_and_check(model: Llama, stops_S: jax.Array, progress: Progress) -> Progress:
+def _guess_and_check(
+    model: Llama, stops_S: jax.Array, execution: Execution, progress: Progress
+) -> Progress:
     """Run the model on the last token and the guesses, and keep what it chooses itself."""
     state, length_B = progress.state, progress.state.cache.length_B
     guess_BG = guess_tokens(progress.history_BS, length_B + 1)
     read_BT = jnp.concatenate([state.token_B[:, None], guess_BG], axis=1)
-    logits_BTV, cache = model(read_BT, state.cache)
+    logits_BTV, cache = model(read_BT, state.cache, execution=execution)
     assert cache is not None
     chosen_BT = most_likely(logits_BTV)
     room_B = jnp.where(state.done_B, 0, state.limit_B - length_B - 1)

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.config import COMPUTE_DTYPES, MeshConfig, ModelConfig, require
 from llama_jax.distributed.mesh import partition_spec, placed, shardings
-from llama_jax.inference.decode import NO_TOKEN, GenerationState, cache_slots, decode
+from llama_jax.inference.decode import NO_TOKEN, ON_MESH, GenerationState, cache_slots, decode
 from llama_jax.inference.request import SamplingParams
 from llama_jax.inference.sampler import Sampler
 from llama_jax.kernels.splash import LANES
@@ -205,4 +205,7 @@ def _compiled(plan: DecodingPlan) -> Compiled:
         model, state = abstract_engine(plan.model, plan.sampling, mesh)
         sampler = Sampler.of([SamplingParams()] * plan.sampling.batch)
         stops_S = np.asarray([NO_TOKEN], np.int32)
-        return compiled(lambda: decode.lower(model, state, sampler, stops_S), plan.estimated)
+        return compiled(
+            lambda: decode.lower(model, state, sampler, stops_S, execution=ON_MESH),
+            plan.estimated,
+        )
