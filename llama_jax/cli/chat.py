@@ -3,10 +3,10 @@
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from llama_jax.cli.sample import print_warnings
 from llama_jax.config import require
 from llama_jax.distributed.preemption import stop_signal
 from llama_jax.errors import UserError
@@ -118,3 +118,26 @@ def _print_answer(conversation: Conversation, text: str) -> None:
         print("[stopped]", file=sys.stderr)
     if stop.number == signal.SIGTERM:
         raise SystemExit(stop.exit_code)
+
+
+def print_answer(llm: LLM, messages: Sequence[Message], **options: Any) -> None:
+    """Print the answer to a dialogue as it grows; `options` are those of `LLM.chat`."""
+    with print_warnings():
+        deltas = llm.chat(messages, stream=True, **options)
+    reason = ""
+    for delta in deltas:
+        print(delta.text, end="", flush=True)
+        reason = delta.finish_reason
+    print(flush=True)
+    if reason == "length":
+        print("[stopped after --max_tokens]", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def print_warnings() -> Iterator[None]:
+    """At the end of the block, print a line on stderr for each warning of it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        print(f"[{warning.message}]", file=sys.stderr)

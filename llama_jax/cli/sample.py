@@ -6,13 +6,11 @@ chat, `--messages` answers one dialogue; `--score` and `--embed` print figures o
 instead of continuing them.
 """
 
-import contextlib
 import dataclasses
 import json
 import logging
 import sys
 import time
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,6 +114,8 @@ def main(argv: list[str]) -> None:
 
         run_chat(Conversation(_load(flags), flags.system, truncate=flags.truncate, **params))
     elif mode == "messages":
+        from llama_jax.cli.chat import print_answer
+
         messages = _read_messages(flags.messages)
         print_answer(_load(flags), messages, truncate=flags.truncate, **params)
     else:
@@ -304,26 +304,3 @@ def report_speed(deltas: Iterable[Delta], start: float) -> Iterator[Delta]:
     seconds = times[-1] - times[skipped - 1]
     rate = f"{sum(tokens[skipped:]) / seconds:,.0f} tokens/s" if len(times) > 1 else "one token"
     print(f"\n[first token after {times[0] - start:.2f} s, then {rate}]", file=sys.stderr)
-
-
-def print_answer(llm: "LLM", messages: Sequence[Any], **options: Any) -> None:
-    """Print the answer to a dialogue as it grows; `options` are those of `LLM.chat`."""
-    with print_warnings():
-        deltas = llm.chat(messages, stream=True, **options)
-    reason = ""
-    for delta in deltas:
-        print(delta.text, end="", flush=True)
-        reason = delta.finish_reason
-    print(flush=True)
-    if reason == "length":
-        print("[stopped after --max_tokens]", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def print_warnings() -> Iterator[None]:
-    """At the end of the block, print a line on stderr for each warning of it."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        yield
-    for warning in caught:
-        print(f"[{warning.message}]", file=sys.stderr)
