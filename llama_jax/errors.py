@@ -10,6 +10,7 @@ import difflib
 import math
 import numbers
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -30,6 +31,14 @@ class NonFiniteLossError(UserError):
     """Training met a loss or gradient that is NaN or infinite, and stopped before using it."""
 
     exit_code = 3
+
+
+def warn(text: str) -> None:
+    """Print a warning line on stderr, on process 0 only."""
+    import jax
+
+    if jax.process_index() == 0:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def nearest(name: str, choices: Iterable[str], alike: float = 0.5) -> str:

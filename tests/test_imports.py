@@ -32,8 +32,6 @@ ROOMS = {  # what each may import; what is not listed is refused
     " distributed text config errors files",
 }
 BEING_REMOVED = {
-    ("checkpoints", "training"),
-    ("formats", "training"),
     ("hardware", "model"),
 }
 DOORS = [path.stem for path in sorted(ROOT.glob("*.py")) if path.stem != "setup"]
@@ -126,7 +124,7 @@ def test_libraries_stay_where_they_belong(name):
 
 
 def test_config_knows_no_jax():
-    for name in ("errors", "config", "cli.config_flags", "cli.main"):
+    for name in ("config", "cli.config_flags", "cli.main"):
         libraries = {imported.split(".")[0] for imported in imports_of(f"llama_jax.{name}")}
         assert not libraries & {"jax", "flax", "numpy"}
 

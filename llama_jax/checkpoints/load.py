@@ -19,13 +19,12 @@ from llama_jax.checkpoints.restore import Restored, folder_and_step, newest_whol
 from llama_jax.checkpoints.run_folder import TOKENIZER
 from llama_jax.config import MeshConfig, ModelConfig, require
 from llama_jax.distributed.mesh import make_mesh, placed, shardings
-from llama_jax.errors import UsageError, UserError, whole_number
+from llama_jax.errors import UsageError, UserError, warn, whole_number
 from llama_jax.model.parameters import named_leaves
 from llama_jax.model.transformer import Llama, abstract, count_parameters
 from llama_jax.model.unstacked import unstack
 from llama_jax.quantization import QuantizedMatrix, abstract_quantized, quantize, require_kind
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.training.metrics import warn
 
 MODEL = "model"  # the item of a step
 

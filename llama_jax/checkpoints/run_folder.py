@@ -27,9 +27,8 @@ from llama_jax.checkpoints.metadata import CONFIG, Run, read_run, write_atomical
 from llama_jax.config import Config
 from llama_jax.distributed.consistency import gathered, together
 from llama_jax.errors import UsageError, UserError
-from llama_jax.training.metrics import METRICS
 
-TOKENIZER, LOCK = "tokenizer.model", ".lock"
+TOKENIZER, METRICS, LOCK = "tokenizer.model", "metrics.jsonl", ".lock"
 MARK = LOCK + "-"  # begins the name of what is written for a moment to see who else sees it
 
 # What may differ between two sittings of the same run; everything else makes it another run.

@@ -20,7 +20,7 @@ from llama_jax.checkpoints.metadata import Description, read_description, write_
 from llama_jax.checkpoints.restore import folder_and_step, newest_whole
 from llama_jax.checkpoints.run_folder import TOKENIZER
 from llama_jax.checkpoints.save import partial_checksum
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, warn
 from llama_jax.formats.weights import BLOCKS, DTYPES, Tensor, Weights, of_layer, tensor_shapes
 from llama_jax.model.parameters import named_leaves
 from llama_jax.model.transformer import Llama, abstract
@@ -32,7 +32,6 @@ from llama_jax.quantization import (
     rounded,
 )
 from llama_jax.text.tokenizer import read_model
-from llama_jax.training.metrics import warn
 
 
 class LastStack:

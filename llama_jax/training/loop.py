@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llama_jax.checkpoints.restore import restore_newest
+from llama_jax.checkpoints.run_folder import METRICS
 from llama_jax.checkpoints.save import CheckpointWriter
 from llama_jax.config import Config
 from llama_jax.data.loader import Batch, abstract_batch, batches_to_train_on
@@ -21,7 +22,6 @@ from llama_jax.distributed.mesh import placed
 from llama_jax.distributed.preemption import StopSignal
 from llama_jax.errors import NonFiniteLossError, UserError
 from llama_jax.training.metrics import (
-    METRICS,
     Console,
     MetricsFile,
     Reporter,

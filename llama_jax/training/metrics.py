@@ -15,13 +15,12 @@ from typing import Any, TextIO
 
 import jax
 
+from llama_jax.checkpoints.run_folder import METRICS
 from llama_jax.config import Config
-from llama_jax.errors import UsageError
+from llama_jax.errors import UsageError, warn
 from llama_jax.hardware.accelerators import MemoryUse, memory_use
 from llama_jax.hardware.flops import flops_per_token, peak_flops
 from llama_jax.training.step import StepMetrics
-
-METRICS = "metrics.jsonl"
 
 
 def spelled_duration(seconds: float) -> str:
@@ -31,12 +30,6 @@ def spelled_duration(seconds: float) -> str:
     if hours:
         return f"{hours}h{minutes:02d}m"
     return f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"
-
-
-def warn(text: str) -> None:
-    """A warning line on stderr."""
-    if jax.process_index() == 0:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 class Console:

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.checkpoints.run_folder import METRICS
 from llama_jax.errors import UserError
-from llama_jax.training.metrics import METRICS, read_metrics
+from llama_jax.training.metrics import read_metrics
 
 PICTURE = "loss.png"
 INK, FAINT, TRAIN, VALIDATION = "#333333", "#bbbbbb", "#4c78a8", "#e4572e"

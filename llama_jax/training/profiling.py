@@ -14,8 +14,7 @@ from pathlib import Path
 import jax
 
 from llama_jax.checkpoints.layout import first_line
-from llama_jax.errors import UsageError
-from llama_jax.training.metrics import warn
+from llama_jax.errors import UsageError, warn
 
 FOLDER = "profile"  # in the run's folder
 START_AND_STOP = "expected START:STOP, two numbers of steps made, such as 10:13"
