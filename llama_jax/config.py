@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeVar, get_type_hints
 
-from llama_jax.errors import UsageError, nearest
+from llama_jax.errors import UsageError, did_you_mean
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "block", "save-qkv", "offload")
@@ -308,13 +308,13 @@ def parse(cls: type[T], tree: Mapping[str, Any], prefix: str = "", where: str = 
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in tree:
         key = f"{prefix}{name}"
-        require(name in fields, f"unknown key {key!r}{there}{nearest(str(name), fields)}")
+        require(name in fields, f"unknown key {key!r}{there}{did_you_mean(str(name), fields)}")
     values = {}
     for name, field in fields.items():
         if name in tree:
             values[name] = _parse_value(hints[name], tree[name], prefix + name, where)
         else:
-            expected = spelled(hints[name])
+            expected = type_name(hints[name])
             message = f"key {prefix + name!r} is missing{there}; expected {expected}"
             require(field.default is not dataclasses.MISSING, message)
     return cls(**values)
@@ -331,11 +331,11 @@ def _parse_value(expected: Any, value: Any, key: str, where: str) -> Any:
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     matches = isinstance(value, expected) and (expected is bool or not isinstance(value, bool))
-    require(matches, f"{key}={value!r} has the wrong type; expected {spelled(expected)}")
+    require(matches, f"{key}={value!r} has the wrong type; expected {type_name(expected)}")
     return value
 
 
-def spelled(expected: Any) -> str:
+def type_name(expected: Any) -> str:
     """The name of a type as a user would say it."""
     names = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
     return names.get(expected, "a section with keys")

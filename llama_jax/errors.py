@@ -1,8 +1,8 @@
-"""Mistakes that a user can cause and mend, told in one line.
+"""Errors that a user can cause and fix, each reported in one line, and warnings.
 
-A door (see `cli`) prints such an error as that line and exits with its `exit_code`. Any other
-exception is a fault of ours and keeps its traceback. Messages follow one pattern: what is wrong,
-with its value; what was expected; what to do.
+The command line prints a `UserError` as that line and exits with its `exit_code`; any other
+exception is a bug and keeps its traceback. Messages follow one pattern: what is wrong with its
+value, what was expected, what to do.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave us: data, files, arguments of a function."""
+    """A mistake in data, files or the arguments of a function."""
 
     exit_code = 1
 
@@ -33,6 +33,10 @@ class NonFiniteLossError(UserError):
     exit_code = 3
 
 
+class OutOfMemoryError(UserError):
+    """A device does not have enough memory for a program or its data."""
+
+
 def warn(text: str) -> None:
     """Print a warning line on stderr, on process 0 only."""
     import jax
@@ -41,33 +45,36 @@ def warn(text: str) -> None:
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def nearest(name: str, choices: Iterable[str], alike: float = 0.5) -> str:
-    """The clause "; did you mean 'x'?" for the choice nearest to `name`, or an empty string.
+def did_you_mean(name: str, choices: Iterable[str], cutoff: float = 0.5) -> str:
+    """Return "; did you mean 'x'?" for the choice closest to `name`, or an empty string.
 
     Args:
-      alike: how much of the two must be the same, from 0 to 1.
+      cutoff: the lowest similarity that counts, from 0 to 1, as in `difflib.get_close_matches`.
     """
-    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=alike)
+    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=cutoff)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-# Numbers that a user gives: of the right kind and in range, or an error of one line.
-#
-# Does not know which arguments there are.
+# ---- numbers in arguments ----
 
-LONGEST = 60  # characters of a value that are shown
+MAX_SHOWN = 60  # characters of a value in a message
 
 
 def finite_number(name: str, value: Any, accepts: Callable[[float], bool], expected: str) -> float:
-    """The argument as a float.
+    """Return an argument as a float.
+
+    Args:
+      name: of the argument, for the message.
+      accepts: whether a finite number is in range.
+      expected: the range in words, for the message.
 
     Raises:
-      UsageError: naming argument and range, unless it is a finite number that `accepts` accepts.
+      UsageError: unless the value is a finite real number in range.
     """
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise UsageError(f"{name}={_shown(value)} is no number; expected {expected}")
+        raise UsageError(f"{name}={_shown(value)} is not a number; expected {expected}")
     number = math.nan
-    with contextlib.suppress(OverflowError):  # an int beyond all floats
+    with contextlib.suppress(OverflowError):  # an int too large for a float
         number = float(value)
     if not (math.isfinite(number) and accepts(number)):
         raise UsageError(f"{name}={_shown(value)} is out of range; expected {expected}")
@@ -75,74 +82,62 @@ def finite_number(name: str, value: Any, accepts: Callable[[float], bool], expec
 
 
 def whole_number(name: str, value: Any, accepts: Callable[[int], bool], expected: str) -> int:
-    """The argument as an int.
-
-    Raises:
-      UsageError: naming argument and range, unless it is a whole number that `accepts` accepts.
-    """
+    """Return an argument as an int; arguments and errors as for `finite_number`."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise UsageError(f"{name}={_shown(value)} is no whole number; expected {expected}")
+        raise UsageError(f"{name}={_shown(value)} is not an integer; expected {expected}")
     if not accepts(value):  # type: ignore[arg-type]
         raise UsageError(f"{name}={_shown(value)} is out of range; expected {expected}")
     return int(value)
 
 
 def _shown(value: Any) -> str:
-    """A value as the user may have typed it, of a length that a line has room for."""
+    """Format a value as the user may have typed it, shortened to fit in a line."""
     text = str(value) if isinstance(value, numbers.Real) else repr(value)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
 
 
-# Recognises files that lie where another was expected, by how they begin.
-#
-# Does not know what was expected.
+# ---- files of an unexpected type ----
 
-REASONS = {
+SIGNATURES = {  # in lower case
     b"version https://git-lfs": "only a git-LFS pointer; run `git lfs pull` there",
     b"pk\x03\x04": "a zip archive, as PyTorch's files are",
     b"gguf": "a GGUF file",
 }
-WEB = (b"<!doctype", b"<html", b"<head", b"<?xml")  # "<" alone may as well be the number 60
+WEB_PAGE = (b"<!doctype", b"<html", b"<head", b"<?xml")  # a bare "<" could be the number 60
 
 
-def stand_in(head: bytes) -> str:
-    """What a file that begins so is instead, with advice; empty for one that is not recognised."""
+def describe_file(head: bytes) -> str:
+    """Return what a file is by its first bytes, with advice; empty if they are not recognised."""
     if not head:
         return "empty; copy it again"
     start = head.lstrip().lower()
-    if start.startswith(WEB):
+    if start.startswith(WEB_PAGE):
         return "a web page; download the file itself"
-    return next((why for known, why in REASONS.items() if start.startswith(known)), "")
+    return next((what for known, what in SIGNATURES.items() if start.startswith(known)), "")
 
 
-# A device's "out of memory" in one line: the need, the limit, and what to turn.
-#
-# Reads what XLA says on CPU, GPU and TPU, when compiling and when running. Does not know the
-# program
-# that did not fit: its knobs are told by whoever ran it.
+# ---- XLA's out-of-memory errors, on CPU, GPU and TPU, while compiling and while running ----
 
 GIB = 2**30
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 SIZE = r"([\d.]+) ?([KMGT]?)(?:i?B| ?bytes)?\b"
 
-# The last is of a program on CPU that waited for the results of one whose memory could not be had.
-SIGNS = re.compile(
+# The last one is reported by a CPU program whose input could not be allocated.
+OUT_OF_MEMORY = re.compile(
     "RESOURCE_EXHAUSTED|Resource exhausted|CUDA_ERROR_OUT_OF_MEMORY"
     "|INTERNAL: .*Out of memory allocating"
 )
-# The same words for what more device memory would not help: a disk, a message between processes,
-# the TPU's scratch memories that a kernel fills.
-OTHERS = re.compile(
+# More device memory would not help with these: disks, messages between processes, and the TPU's
+# scratch memories that a kernel fills.
+OTHER_RESOURCES = re.compile(
     r"No space left|message larger|memory space [vs]mem|on [VS]mem|Quota", re.IGNORECASE
 )
-# What a whole program needs of how much there is.
-WHOLE = (
+PROGRAM_AND_LIMIT = (  # what a program needs and what the device has
     rf"Used {SIZE} of {SIZE} hbm",
     rf"total memory required[^(]*\({SIZE}\) exceeds available HBM \({SIZE}\)",
 )
-TOTAL = (rf"total allocation: *{SIZE}",)  # a whole program's, on GPU
-# One piece of memory that could not be had, the most telling spelling first.
-PIECE = (
+PROGRAM = (rf"total allocation: *{SIZE}",)  # what a program needs, on GPU
+ALLOCATION = (  # one allocation that failed, the most precise pattern first
     rf"request for [^(]*\({SIZE}\)",
     rf"(?:trying to allocate|allocate|allocating|reserve) {SIZE}",
 )
@@ -150,69 +145,68 @@ FREE = (rf"There are {SIZE} free", rf"{SIZE} available")
 CAPACITY = (rf"capacity {SIZE}",)
 
 
-class OutOfMemoryError(UserError):
-    """A device's memory does not hold what was asked of it."""
-
-
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device, or the machine, has no memory left."""
+    """Return whether an error says that a device or the host has no memory left."""
     if isinstance(error, UserError):
         return False
     text = str(error)
-    is_told = SIGNS.search(text) and not OTHERS.search(text)
-    return bool(is_told) or isinstance(error, MemoryError)
+    is_from_xla = OUT_OF_MEMORY.search(text) and not OTHER_RESOURCES.search(text)
+    return bool(is_from_xla) or isinstance(error, MemoryError)
 
 
-def explanation(error: BaseException, advice: str, limit: int = 0) -> str:
-    """The line for an error that `is_out_of_memory`.
+def out_of_memory_message(error: BaseException, advice: str, limit: int = 0) -> str:
+    """Return one line with the memory needed, the memory available, and advice.
 
     Args:
+      error: one for which `is_out_of_memory` is true.
       advice: what the user can do.
-      limit: bytes of the device's memory, where the error does not tell; 0: not known.
+      limit: bytes of the device's memory, for errors that do not say; 0: unknown.
     """
     text = " ".join(str(error).split())
     return f"out of memory: {_need(text, limit)}; {advice}"
 
 
 def _need(text: str, limit: int) -> str:
-    """What was needed and what there is, as far as the text tells."""
-    whole = _sizes(WHOLE, text)
-    if whole:
-        return f"the program needs {whole[0]} and the device has {whole[1]}"
-    capacity = _sizes(CAPACITY, text) or ([_spelled(limit)] if limit else [])
-    has = f" of {capacity[0]}" if capacity else ""
-    if total := _sizes(TOTAL, text):
-        limits = f" and the device has {capacity[0]}" if capacity else ""
-        return f"the program needs {total[0]}{limits}"
-    piece, free = _sizes(PIECE, text), _sizes(FREE, text)
-    if piece and free:
-        return f"{piece[0]} more were needed and {free[0]}{has} are free"
-    if piece:
-        return f"{piece[0]} more were needed" + (f", beyond the limit{has}" if has else "")
-    return "the device's memory is full" + (f", all{has}" if has else "")
+    if both := _sizes(PROGRAM_AND_LIMIT, text):
+        return f"the program needs {both[0]} and the device has {both[1]}"
+    capacity = _sizes(CAPACITY, text) or ([_format_size(limit)] if limit else [])
+    of_capacity = f" of {capacity[0]}" if capacity else ""
+    if program := _sizes(PROGRAM, text):
+        has = f" and the device has {capacity[0]}" if capacity else ""
+        return f"the program needs {program[0]}{has}"
+    allocation, free = _sizes(ALLOCATION, text), _sizes(FREE, text)
+    if allocation and free:
+        return f"{allocation[0]} more were needed and {free[0]}{of_capacity} are free"
+    if allocation:
+        beyond = f", beyond the limit{of_capacity}" if capacity else ""
+        return f"{allocation[0]} more were needed{beyond}"
+    return "the device's memory is full" + (f", all{of_capacity}" if capacity else "")
 
 
 def _sizes(patterns: Sequence[str], text: str) -> list[str]:
-    """The sizes that the first pattern found in a text holds, spelled alike."""
+    """Return the formatted sizes in the first pattern that matches, or an empty list."""
     for pattern in patterns:
         if match := re.search(pattern, text):
             groups = match.groups()
             pairs = zip(groups[::2], groups[1::2])
-            return [_spelled(float(number) * UNITS[unit]) for number, unit in pairs]
+            return [_format_size(float(number) * UNITS[unit]) for number, unit in pairs]
     return []
 
 
-def _spelled(size: float) -> str:
-    """Bytes as GiB, or MiB where that is less than a tenth of one."""
+def _format_size(size: float) -> str:
+    """Format bytes as GiB, or as MiB below a tenth of one."""
     return f"{size / GIB:,.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:,.1f} MiB"
 
 
 @contextlib.contextmanager
-def explained(advice: str, limit: int = 0) -> Iterator[None]:
-    """Inside the block, memory running out is an `OutOfMemoryError`; see `explanation`."""
+def catch_out_of_memory(advice: str, limit: int = 0) -> Iterator[None]:
+    """Raise `OutOfMemoryError` where the block runs out of memory.
+
+    Arguments as for `out_of_memory_message`.
+    """
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemoryError(explanation(error, advice, limit)) from error
+        raise OutOfMemoryError(out_of_memory_message(error, advice, limit)) from error

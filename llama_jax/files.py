@@ -1,6 +1,7 @@
-"""A folder or file that appears whole or not at all, whatever happens while it is made.
+"""Atomic creation of files and folders, and progress on stderr.
 
-Does not know what goes into it.
+A file or folder is written under a hidden name and renamed when it is complete, so that a crash
+never leaves a partial one under its final name.
 """
 
 import contextlib
@@ -16,18 +17,19 @@ from typing import Protocol
 
 from llama_jax.errors import UserError
 
-LOCK = ".lock"  # held while a partial folder is being filled; the system frees it if we die
+LOCK = ".lock"  # locked while a partial folder is written; the system releases it if we die
+SECONDS_BETWEEN_LINES = 10.0
 
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A hidden folder beside `path` to write in, which is renamed to `path` at the end.
+    """Yield a hidden folder beside `path`, which is renamed to `path` at the end.
 
-    If the block fails, nothing of it stays. If the process is killed, the hidden folder stays and
-    the next `new_folder` for the same path removes it.
+    If the block fails, the folder is removed. If the process is killed, the next `new_folder` for
+    the same path removes it.
 
     Raises:
-      UserError: if `path` exists already or cannot be written; both are found before the block.
+      UserError: if `path` exists already or cannot be written; checked before the block runs.
     """
     path = Path(path)
     with _hidden_folder(path) as partial:
@@ -38,9 +40,9 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A hidden place for a file or folder to be made, which is renamed to `path` at the end.
+    """Yield a path in a hidden folder, with the name of `path`, to create a file or folder at.
 
-    Nothing is at that place yet, and its name is that of `path`. Otherwise as `new_folder`.
+    What is created there is renamed to `path` at the end; otherwise as `new_folder`.
     """
     path = Path(path)
     with _hidden_folder(path) as partial:
@@ -50,8 +52,8 @@ def new_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _hidden_folder(path: Path) -> Iterator[Path]:
-    """A locked hidden folder beside `path`, gone at the end unless it was renamed."""
-    check_place(path)
+    """Yield a locked hidden folder beside `path`, removed at the end unless it was renamed."""
+    check_new_path(path)
     with contextlib.ExitStack() as stack:
         try:
             made = _make_parents(path.parent)
@@ -69,16 +71,16 @@ def _hidden_folder(path: Path) -> Iterator[Path]:
 
 
 def _publish(made: Path, path: Path) -> None:
-    """Bring what was made onto the disk, then give it its name."""
+    """Flush what was made to disk, then rename it to `path`."""
     for file in (*made.rglob("*"), made):
         _flush(file)
-    check_place(path)
+    check_new_path(path)
     made.rename(path)
     _flush(path.parent)
 
 
-def check_place(path: Path) -> None:
-    """`UserError` if nothing new can be made at `path`; nothing is ever overwritten."""
+def check_new_path(path: Path) -> None:
+    """Raise `UserError` if `path` exists or cannot be created; nothing is ever overwritten."""
     if path.exists() or path.is_symlink():
         raise UserError(f"{path} exists already; remove it or choose another name")
     parent = next(parent for parent in path.absolute().parents if parent.exists())
@@ -88,7 +90,7 @@ def check_place(path: Path) -> None:
 
 
 def _make_parents(folder: Path) -> list[Path]:
-    """Make a folder and those above it; the ones that were missing, lowest first."""
+    """Make a folder and its parents; return those that were missing, deepest first."""
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return missing
@@ -101,7 +103,7 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove partial folders for `path` that no living process holds the lock of."""
+    """Remove partial folders for `path` whose lock no living process holds."""
     for partial in path.parent.glob(f".{path.name}.partial-*"):
         with contextlib.suppress(OSError):
             with (partial / LOCK).open("a") as lock:
@@ -110,7 +112,7 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Bring a file or folder onto the disk, so that a power cut cannot empty it."""
+    """Flush a file or folder to disk, so that a power cut cannot empty it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -118,22 +120,21 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-# How far a long task has come, on stderr: a bar for people, a line now and then for logs.
-
-SECONDS_BETWEEN_LINES = 10.0
-
-
-class Show(Protocol):
-    """Takes the amount done so far, and a remark such as what is being done now."""
+class ShowProgress(Protocol):
+    """A callback that takes the amount done so far and an optional note."""
 
     def __call__(self, done: int, note: str = "") -> None: ...
 
 
 @contextlib.contextmanager
-def progress(task: str, total: int, unit: str = "B") -> Iterator[Show]:
-    """A function to call with the amount done so far, of `total` (0: unknown).
+def progress(task: str, total: int, unit: str = "B") -> Iterator[ShowProgress]:
+    """Yield a callback that reports progress on stderr: a bar on a terminal, else lines.
 
-    Without a terminal nothing is written for a task that takes less than ten seconds.
+    Lines are at least ten seconds apart, so that a short task writes nothing to a log.
+
+    Args:
+      task: what is shown.
+      total: the amount at the end, in `unit`; 0: unknown.
     """
     if not sys.stderr.isatty():
         yield _lines(task, total)
@@ -149,8 +150,7 @@ def progress(task: str, total: int, unit: str = "B") -> Iterator[Show]:
         yield show
 
 
-def _lines(task: str, total: int) -> Show:
-    """A function that prints at most a line in ten seconds."""
+def _lines(task: str, total: int) -> ShowProgress:
     last = time.monotonic()
 
     def show(done: int, note: str = "") -> None:

@@ -20,7 +20,7 @@ from llama_jax.inference.completions import add_text, collect, stop_ids
 from llama_jax.inference.engine import Engine
 from llama_jax.inference.request import Delta, Request, SamplingParams
 from llama_jax.inference.scoring import embed_texts, score_texts
-from llama_jax.text.chat import TruncationWarning, find_template, fit, parse_messages, template_of
+from llama_jax.text.chat import TruncationWarning, find_template, fit, parse_messages, resolve_template
 from llama_jax.text.tokenizer import Tokenizer
 
 CACHE_DTYPES = ("", "int8")
@@ -136,7 +136,7 @@ class LLM:
             message, a checkpoint that was trained on no chat format, or a dialogue that leaves
             less than `max_tokens`, or a quarter of the context if that is less, for the answer.
         """
-        chosen = template_of(template or self._template)
+        chosen = resolve_template(template or self._template)
         sampling = SamplingParams.of(**params)
         room = self.context_length - min(sampling.max_tokens, self.context_length // 4)
         fitted = fit(parse_messages(messages), chosen, self.tokenizer, room, truncate)

@@ -30,7 +30,7 @@ def test_another_number_is_refused(value):
 
 @pytest.mark.parametrize("value", WRONG_KINDS)
 def test_what_is_no_number_is_refused(value):
-    with pytest.raises(UsageError, match=r"^heat=.* is no number; expected more than 0$"):
+    with pytest.raises(UsageError, match=r"^heat=.* is not a number; expected more than 0$"):
         finite_number("heat", value, lambda x: x > 0, "more than 0")
 
 
@@ -42,7 +42,7 @@ def test_another_whole_number_is_refused(value):
 
 @pytest.mark.parametrize("value", [*WRONG_KINDS, 3.0, np.nan, np.inf])
 def test_what_is_no_whole_number_is_refused(value):
-    with pytest.raises(UsageError, match=r"^count=.* is no whole number; expected more than 0$"):
+    with pytest.raises(UsageError, match=r"^count=.* is not an integer; expected more than 0$"):
         whole_number("count", value, lambda x: x > 0, "more than 0")
 
 

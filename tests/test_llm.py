@@ -304,8 +304,8 @@ def test_a_chat_takes_as_many_stops_as_a_completion(llm):
     [
         ({"max_context": 1}, r"max_context=1 is out of range; expected 2 to 160, the model's"),
         ({"max_context": 161}, "max_context=161 is out of range"),
-        ({"max_context": 50.5}, "max_context=50.5 is no whole number"),
-        ({"max_context": "50"}, "max_context='50' is no whole number"),
+        ({"max_context": 50.5}, "max_context=50.5 is not an integer"),
+        ({"max_context": "50"}, "max_context='50' is not an integer"),
         ({"template": 5}, "template=5 is no text; expected one of llama2, alpaca"),
         ({"template": "chatml"}, "template='chatml' is unknown"),
         ({"cache_dtype": "int4"}, "cache_dtype='int4' is unknown"),

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.errors import OutOfMemoryError, UserError, explained, explanation, is_out_of_memory
+from llama_jax.errors import (
+    OutOfMemoryError,
+    UserError,
+    catch_out_of_memory,
+    is_out_of_memory,
+    out_of_memory_message,
+)
 
 CPU = "RESOURCE_EXHAUSTED: Out of memory allocating 140737488355328 bytes."
 CPU_WAITED = "INTERNAL: Error dispatching computation: Error dispatching computation: Out of memory allocating 1374389534720 bytes."
@@ -75,13 +81,13 @@ SAYS = {
 def test_need_and_limit_are_read_from_what_xla_says(text):
     error = RuntimeError(text)
     assert is_out_of_memory(error)
-    line = explanation(error, "try less", limit=7 * 2**30)
+    line = out_of_memory_message(error, "try less", limit=7 * 2**30)
     assert line == f"out of memory: {SAYS[text]}; try less"
 
 
 @pytest.mark.parametrize("text", [CPU, GPU, TPU_BUFFER, TPU_LOADING, GPU_BARE, GPU_BUFFERS])
 def test_a_limit_that_nobody_knows_is_not_named(text):
-    line = explanation(RuntimeError(text), "try less")
+    line = out_of_memory_message(RuntimeError(text), "try less")
     assert " of 0" not in line and "limit" not in line and "all of" not in line
     assert line.endswith("; try less")
 
@@ -100,18 +106,21 @@ def test_a_limit_that_nobody_knows_is_not_named(text):
 )  # fmt: skip
 def test_other_things_that_run_out_are_not_the_devices_memory(error):
     assert not is_out_of_memory(error)
-    with pytest.raises(type(error)) as raised, explained("try less"):
+    with pytest.raises(type(error)) as raised, catch_out_of_memory("try less"):
         raise error
     assert raised.value is error
 
 
 def test_what_this_machine_really_says_is_understood():
-    with pytest.raises(OutOfMemoryError) as raised, explained("try less", limit=3 * 2**30):
+    with (
+        pytest.raises(OutOfMemoryError) as raised,
+        catch_out_of_memory("try less", limit=3 * 2**30),
+    ):
         jnp.zeros(1 << 50, jnp.uint8).block_until_ready()
     line = "out of memory: 1,048,576.0 GiB more were needed, beyond the limit of 3.0 GiB; try less"
     assert (str(raised.value), raised.value.exit_code) == (line, 1)
     assert "RESOURCE_EXHAUSTED" in str(raised.value.__cause__)
-    with pytest.raises(OutOfMemoryError) as raised, explained("try less"):
+    with pytest.raises(OutOfMemoryError) as raised, catch_out_of_memory("try less"):
         np.ones(1 << 48, np.uint8)
     assert str(raised.value) == "out of memory: 262,144.0 GiB more were needed; try less"
     with pytest.raises(OutOfMemoryError, match="the device's memory is full; try less"):
@@ -121,12 +130,12 @@ def test_what_this_machine_really_says_is_understood():
 def test_what_this_machine_really_says_of_a_program_that_waited_is_understood():
     table = jax.jit(lambda x: jnp.sort(x[:, None] * x[None, :], axis=1).sum(0))
     after = jax.jit(jnp.sort)
-    with pytest.raises(OutOfMemoryError) as raised, explained("try less"):
+    with pytest.raises(OutOfMemoryError) as raised, catch_out_of_memory("try less"):
         after(table(jnp.ones(1 << 24))).block_until_ready()
     assert str(raised.value) == "out of memory: 1,048,576.0 GiB more were needed; try less"
     assert str(raised.value.__cause__).startswith("INTERNAL: ")
 
 
 def _fail_with_nothing_said():
-    with explained("try less"):
+    with catch_out_of_memory("try less"):
         raise MemoryError

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llama_jax.errors import stand_in
+from llama_jax.errors import describe_file
 
 
 @pytest.mark.parametrize(
@@ -17,9 +17,9 @@ from llama_jax.errors import stand_in
     ],
 )
 def test_what_is_known_is_named(head, reason):
-    assert stand_in(head).startswith(reason)
+    assert describe_file(head).startswith(reason)
 
 
 @pytest.mark.parametrize("head", [b"<\0\0\0", b" <\0\0\x01", b"24ka", b"\x0a\x0e", b"versio", b"P"])
 def test_what_is_not_known_is_not(head):
-    assert stand_in(head) == ""
+    assert describe_file(head) == ""

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_jax.config import Config, parse, spelled
-from llama_jax.errors import UsageError, UserError, nearest
+from llama_jax.config import Config, parse, type_name
+from llama_jax.errors import UsageError, UserError, did_you_mean
 
 CONFIG_FLAG = re.compile(r"^--(no)?config\.(?P<key>[^=]+)(=(?P<value>.*))?$", re.DOTALL)
 
@@ -94,7 +94,7 @@ def _load(path: str) -> Any:
         known = sorted(str(file) for file in Path("configs").glob("*.py"))
         there = f"there are {', '.join(known)}" if known else "expected one like configs/demo.py"
         raise UsageError(
-            f"config file {path!r} does not exist{nearest(path, known) or '; ' + there}"
+            f"config file {path!r} does not exist{did_you_mean(path, known) or '; ' + there}"
         )
     scope: dict[str, Any] = {"__file__": path, "__name__": "config"}
     try:
@@ -129,7 +129,7 @@ def _checked(word: str, path: str, leaves: dict[str, Any]) -> str:
     if key not in leaves:
         tails = {leaf.split(".")[-1]: leaf for leaf in leaves}
         tail = difflib.get_close_matches(key.split(".")[-1], tails, n=1)
-        hint = f"; did you mean {tails[tail[0]]!r}?" if tail else nearest(key, leaves)
+        hint = f"; did you mean {tails[tail[0]]!r}?" if tail else did_you_mean(key, leaves)
         raise UsageError(f"{path} has no key {key!r}{hint or '; see configs/demo.py'}")
     if value is not None:
         return word
@@ -143,4 +143,4 @@ def _wrong_type(word: str, leaves: dict[str, Any]) -> str:
     """The complaint about an override whose value does not fit its key."""
     match = CONFIG_FLAG.match(word)
     key, value = match["key"], match["value"]  # type: ignore[index]
-    return f"config.{key}={value!r} has the wrong type; expected {spelled(type(leaves[key]))}"
+    return f"config.{key}={value!r} has the wrong type; expected {type_name(type(leaves[key]))}"

@@ -15,7 +15,13 @@ from typing import Any, NoReturn
 
 from llama_jax.cli.config_flags import CONFIG_FLAG
 from llama_jax.cli.startup import use_huge_pages
-from llama_jax.errors import UsageError, UserError, explanation, is_out_of_memory, nearest
+from llama_jax.errors import (
+    UsageError,
+    UserError,
+    did_you_mean,
+    is_out_of_memory,
+    out_of_memory_message,
+)
 
 ALIKE = 0.75  # how much a misspelt flag has of the one that was meant, at the least
 # Training has its own, which knows the run's config.
@@ -47,7 +53,7 @@ def main() -> NoReturn:
         print(f"usage: llama-jax COMMAND ...\n\n{listed}\n")
         print("`llama-jax COMMAND --help` lists the flags of a command.")
         raise SystemExit(0 if words else 2)
-    hint = nearest(words[0], COMMANDS) or f"; expected one of {', '.join(COMMANDS)}"
+    hint = did_you_mean(words[0], COMMANDS) or f"; expected one of {', '.join(COMMANDS)}"
     print(f"error: {words[0]!r} is no command{hint}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -89,7 +95,7 @@ def one_line(error: Exception) -> str | None:
     if isinstance(error, OSError):
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror or error}{where}"
-    return explanation(error, MEMORY_ADVICE) if is_out_of_memory(error) else None
+    return out_of_memory_message(error, MEMORY_ADVICE) if is_out_of_memory(error) else None
 
 
 class Parser(argparse.ArgumentParser):
@@ -123,4 +129,4 @@ class Parser(argparse.ArgumentParser):
         if not word.startswith("-") or CONFIG_FLAG.match(word):
             return ""
         flags = [flag for action in self._actions for flag in action.option_strings]
-        return nearest(word.split("=")[0], flags, alike)
+        return did_you_mean(word.split("=")[0], flags, alike)

@@ -16,8 +16,8 @@ from llama_jax.cli import main as cli
 from llama_jax.data.prepare.corpora import NAMES, STORIES, default_options, named_corpus
 from llama_jax.data.prepare.corpus import HELD_OUT, Corpus, corpus_from_files
 from llama_jax.data.prepare.tokenize import TokenOptions, prepare, summary
-from llama_jax.errors import UsageError, UserError, nearest
-from llama_jax.files import check_place
+from llama_jax.errors import UsageError, UserError, did_you_mean
+from llama_jax.files import check_new_path
 from llama_jax.text.tokenizer import Tokenizer
 
 OPTION_NAMES = tuple(field.name for field in dataclasses.fields(TokenOptions))
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     asked = {name: given[name] for name in OPTION_NAMES if name in given}
     options = dataclasses.replace(default_options(flags.input), **asked)
     output = Path(flags.output or Path("data") / flags.input)
-    check_place(output)
+    check_new_path(output)
     if options.tokenizer:
         Tokenizer(options.tokenizer)  # a wrong one is found before any text is read
     corpus = _corpus(given)
@@ -75,7 +75,7 @@ def _check(given: dict[str, Any]) -> None:
     source, is_named = given["input"], given["input"] in NAMES
     if not is_named and not Path(source).exists():
         kinds = f"expected a text file, a folder of them, or one of {', '.join(NAMES)}"
-        raise UserError(f"{source} does not exist{nearest(source, NAMES)}; {kinds}")
+        raise UserError(f"{source} does not exist{did_you_mean(source, NAMES)}; {kinds}")
     if not is_named and not given["output"]:
         raise UsageError(f"--output is missing; say where the tokens of {source} shall be")
     if given["tokenizer"] and "vocab_size" in given:

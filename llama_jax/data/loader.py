@@ -255,7 +255,9 @@ class GlobalBatches(Iterator[Batch]):
 # The batches of a run, as its config wants them, on the devices of its mesh.
 
 
-def batches_to_train_on(config: Config, data: TokenFolder, mesh: Mesh, step: int) -> GlobalBatches:
+def load_training_batches(
+    config: Config, data: TokenFolder, mesh: Mesh, step: int
+) -> GlobalBatches:
     """Those of the steps after this one; they never end."""
     read = partial(
         training_batches,
@@ -269,7 +271,7 @@ def batches_to_train_on(config: Config, data: TokenFolder, mesh: Mesh, step: int
     return GlobalBatches(read, config.data.batch_size, mesh)
 
 
-def batches_to_validate_on(config: Config, data: TokenFolder, mesh: Mesh) -> GlobalBatches:
+def load_validation_batches(config: Config, data: TokenFolder, mesh: Mesh) -> GlobalBatches:
     """Those of a validation, the same at each, as large as a microbatch.
 
     Raises:

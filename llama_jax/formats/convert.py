@@ -14,7 +14,7 @@ import numpy as np
 from llama_jax.checkpoints.run_folder import require_space
 from llama_jax.config import require
 from llama_jax.errors import UserError, warn
-from llama_jax.files import check_place, new_path, progress
+from llama_jax.files import check_new_path, new_path, progress
 from llama_jax.formats.finite import is_finite
 from llama_jax.formats.llama2c import tokenizer as tokenizer_bin
 from llama_jax.formats.llama2c.tokenizer import tokenizer_model
@@ -63,7 +63,7 @@ def convert(job: Conversion) -> Weights:
       UserError: when the source is damaged or no Llama, its tokenizer is missing or another
         model's, the target cannot express it, the output exists, or the disk is full.
     """
-    check_place(job.output)
+    check_new_path(job.output)
     source = read_source(job)
     weights = _in_dtype(source, job)
     needed = bytes_written(job.target, source, job.options)

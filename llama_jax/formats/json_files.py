@@ -10,7 +10,7 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llama_jax.errors import UserError, stand_in
+from llama_jax.errors import UserError, describe_file
 
 LARGEST = 64 * 2**20  # bytes of a file; a tokenizer.json of 128,000 pieces has 9 MB
 SHOWN = 60  # characters of a value in a message
@@ -30,7 +30,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def parse_object(data: bytes, source: object) -> dict[str, Any]:
     """The object written in UTF-8; an error calls the place it comes from `source`."""
-    if other := stand_in(data[:64]):
+    if other := describe_file(data[:64]):
         raise UserError(f"{source} is {other}")
     try:
         value = json.loads(data.decode(), object_pairs_hook=_distinct, parse_constant=_refuse)

@@ -9,8 +9,8 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llama_jax.errors import UsageError, finite_number, nearest, whole_number
-from llama_jax.text.stop_strings import texts_of_stops
+from llama_jax.errors import UsageError, finite_number, did_you_mean, whole_number
+from llama_jax.text.stop_strings import parse_stops
 
 RNGS = ("jax", "xorshift")
 XORSHIFT_PARAMS = ("temperature", "top_p", "seed", "rng", "max_tokens", "stop")
@@ -75,7 +75,7 @@ class SamplingParams:
         if self.logprobs is not None:
             integer("logprobs", lambda n: n >= 0, "0 or more")
         if self.stop != ():
-            object.__setattr__(self, "stop", texts_of_stops(self.stop, MAX_STOPS))
+            object.__setattr__(self, "stop", parse_stops(self.stop, MAX_STOPS))
         if self.rng not in RNGS:
             raise UsageError(f"rng={self.rng!r} is unknown; expected 'jax' or 'xorshift'")
         if self.rng == "xorshift":
@@ -99,7 +99,7 @@ class SamplingParams:
         known = {field.name for field in dataclasses.fields(cls)}
         for name in named:
             if name not in known:
-                raise TypeError(f"{name!r} is an unknown argument{nearest(name, known)}")
+                raise TypeError(f"{name!r} is an unknown argument{did_you_mean(name, known)}")
         return cls(**{name: value for name, value in named.items() if value is not None})
 
     @property

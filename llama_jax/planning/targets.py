@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 
-from llama_jax.errors import UsageError, nearest
+from llama_jax.errors import UsageError, did_you_mean
 from llama_jax.hardware.accelerators import (
     CHIPS,
     CORES_ARE_DEVICES,
@@ -55,7 +55,7 @@ def parse_target(name: str) -> Target:
     if not by_count:
         raise UsageError(
             f"target {name!r} is not understood; expected a chip and a number of them, such as"
-            f" v5e-8 or H200-1{nearest(name, _names())}"
+            f" v5e-8 or H200-1{did_you_mean(name, _names())}"
         )
     chip, count = _chip(by_count[1], name), int(by_count[2])
     if chip.is_tpu:
@@ -82,7 +82,8 @@ def _chip(asked: str, target: str) -> Chip:
     by_name = {name.lower(): chip for name, chip in CHIPS.items()}
     if found.lower() not in by_name:
         raise UsageError(
-            f"target {target!r} names the chip {asked!r}, which is unknown{nearest(asked, CHIPS)};"
+            f"target {target!r} names the chip {asked!r}, which is unknown"
+            f"{did_you_mean(asked, CHIPS)};"
             f" known are {', '.join(CHIPS)}"
         )
     return by_name[found.lower()]

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from llama_jax.errors import UsageError, UserError, nearest
+from llama_jax.errors import UsageError, UserError, did_you_mean
 from llama_jax.text.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
@@ -32,7 +32,7 @@ class Message:
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
-            hint = nearest(self.role, ROLES) if isinstance(self.role, str) else ""
+            hint = did_you_mean(self.role, ROLES) if isinstance(self.role, str) else ""
             role = reprlib.repr(self.role)
             raise UserError(f"role={role} is unknown; expected one of {', '.join(ROLES)}{hint}")
         if not isinstance(self.content, str):
@@ -67,7 +67,7 @@ def _parsed(place: str, item: object) -> Message:
         raise UserError(f"{place}={reprlib.repr(item)} is no message; expected role and content")
     for key in item:
         if key not in KEYS:
-            hint = nearest(str(key), KEYS)
+            hint = did_you_mean(str(key), KEYS)
             raise UserError(f"{place} has an unknown key {reprlib.repr(key)}{hint}")
     for key in KEYS:
         if key not in item:
@@ -229,12 +229,12 @@ def find_template(name: str) -> Template:
     if not isinstance(name, str):
         raise UsageError(f"template={name!r} is no text; expected one of {', '.join(TEMPLATES)}")
     if name not in TEMPLATES:
-        expected = f"expected one of {', '.join(TEMPLATES)}{nearest(name, TEMPLATES)}"
+        expected = f"expected one of {', '.join(TEMPLATES)}{did_you_mean(name, TEMPLATES)}"
         raise UsageError(f"template={name!r} is unknown; {expected}")
     return TEMPLATES[name]
 
 
-def template_of(told: str) -> Template:
+def resolve_template(told: str) -> Template:
     """The template that a user asked for or a checkpoint tells; of "", which is neither, Llama 2's.
 
     Raises:

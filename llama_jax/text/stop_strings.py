@@ -26,7 +26,7 @@ class StopStrings:
         Raises:
           UsageError: for stops that are not texts, or are empty.
         """
-        self._stops = texts_of_stops(stops)
+        self._stops = parse_stops(stops)
         self._borders = [_borders(stop) for stop in self._stops]
         self._matched = [0] * len(self._stops)  # characters of each that the text ends with
         self._held = ""
@@ -80,7 +80,7 @@ def _borders(stop: str) -> list[int]:
     return borders
 
 
-def texts_of_stops(stops: object, most: int | None = None) -> tuple[str, ...]:
+def parse_stops(stops: object, most: int | None = None) -> tuple[str, ...]:
     """The stop strings that a user gave, `most` at most.
 
     Raises:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llama_jax.errors import UserError, stand_in
+from llama_jax.errors import UserError, describe_file
 
 SPACE = "▁"  # how SentencePiece spells a space inside a piece
 
@@ -90,7 +90,7 @@ def read_model(path: Path) -> bytes:
     if path.stat().st_size > LARGEST_MODEL:
         raise UserError(not_a_model(path, f": it has {path.stat().st_size:,} bytes"))
     model = path.read_bytes()
-    if why := stand_in(model[:512]):
+    if why := describe_file(model[:512]):
         raise UserError(f"tokenizer {path} is {why}")
     fields, is_whole = _protobuf_fields(model)
     if 1 in fields and not (is_whole and fields >= {1, 2, 3}):

@@ -16,7 +16,7 @@ from llama_jax.checkpoints.restore import restore_newest
 from llama_jax.checkpoints.run_folder import METRICS
 from llama_jax.checkpoints.save import CheckpointWriter
 from llama_jax.config import Config
-from llama_jax.data.loader import Batch, abstract_batch, batches_to_train_on
+from llama_jax.data.loader import Batch, abstract_batch, load_training_batches
 from llama_jax.data.token_folder import TokenFolder
 from llama_jax.distributed.mesh import placed
 from llama_jax.distributed.preemption import StopSignal
@@ -111,7 +111,7 @@ class Trainer:
         self.train_step, self.stop, self.metrics = programs.train, stop, metrics
         self.state, self.step = beginning.state, beginning.step
         self.saved_step, self.best_loss = beginning.saved_step, beginning.best_loss
-        self.batches = batches_to_train_on(config, data, mesh, self.step)
+        self.batches = load_training_batches(config, data, mesh, self.step)
         self.validation = Validation(config, data, mesh, programs.evaluate, stop)
         self.writer = CheckpointWriter(folder, config.run.keep_last)
         self.console = Console(config.optimizer.steps, self.step)

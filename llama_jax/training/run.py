@@ -16,7 +16,7 @@ from llama_jax.distributed.consistency import require_same, together
 from llama_jax.distributed.mesh import make_mesh
 from llama_jax.distributed.preemption import stop_of_all
 from llama_jax.distributed.processes import require_joined
-from llama_jax.errors import UsageError, explained
+from llama_jax.errors import UsageError, catch_out_of_memory
 from llama_jax.hardware.accelerators import memory_limit
 from llama_jax.training.loop import Trainer, restore_or_begin
 from llama_jax.training.metrics import MetricsFile
@@ -46,7 +46,7 @@ def fit(config: Config, profile: Window | None = None) -> int:
         claimed_by_all(folder),
         stop_of_all() as stop,
         jax.set_mesh(mesh),
-        explained(memory_advice(config, mesh), memory_limit(mesh.devices.flat)),
+        catch_out_of_memory(memory_advice(config, mesh), memory_limit(mesh.devices.flat)),
     ):
         data = _data_of_all(config)
         seen = {"data.fingerprint": data.fingerprint[:16], "checkpoints": finished_steps(folder)}

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from llama_jax.config import Config
-from llama_jax.data.loader import Batch, batches_to_validate_on
+from llama_jax.data.loader import Batch, load_validation_batches
 from llama_jax.data.token_folder import TokenFolder
 from llama_jax.distributed.preemption import StopSignal
 from llama_jax.inference.completions import add_text, stop_ids
@@ -40,7 +40,7 @@ class Validation:
         self._config, self._data, self._stop = config, data, stop
         self._evaluate = evaluate
         self._tokenizer = Tokenizer(data.tokenizer_path)
-        self._batches = partial(batches_to_validate_on, config, data, mesh)
+        self._batches = partial(load_validation_batches, config, data, mesh)
         self._batches()
 
     def __call__(

@@ -12,7 +12,7 @@ import pytest
 from tiny_weights import tiny_weights
 
 from llama_jax.formats import checkpoint as checkpoint_folder
-from llama_jax.text.chat import Message, template_of
+from llama_jax.text.chat import Message, resolve_template
 from llama_jax.text.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -94,7 +94,7 @@ def test_ctrl_c_stops_only_the_answer(terminal):
 def test_a_line_may_be_longer_than_4095_bytes(terminal, tmp_path):
     question = "abc " * 1250 + "."  # 5,001 bytes; a terminal's line ends after 4,095
     tokenizer = Tokenizer(tmp_path / "ckpt" / "tokenizer.model")
-    size = len(template_of("").encode([Message("user", question)], tokenizer))
+    size = len(resolve_template("").encode([Message("user", question)], tokenizer))
     terminal.wait_for("> ")
     terminal.type(f"{question}\n")
     terminal.wait_for(f"[the dialogue has {size} tokens, but the context has room for 750;")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 
 from llama_jax.errors import UsageError
-from llama_jax.text.stop_strings import StopStrings, texts_of_stops
+from llama_jax.text.stop_strings import StopStrings, parse_stops
 
 FEW_LETTERS = st.text("ab", max_size=30) | st.text("ab\né🙂", max_size=20)
 STOPS = st.lists(st.text("ab", min_size=1, max_size=6) | st.text("ab\né🙂", min_size=1), max_size=5)
@@ -108,9 +108,9 @@ def test_stops_that_are_not_texts_are_refused(stops, message):
 def test_as_many_as_allowed_are_taken():
     many = [f"{n}." for n in range(33)]
     assert StopStrings(many).push("a 32.") == ("a ", True)
-    assert texts_of_stops(many, most=33) == tuple(many)
+    assert parse_stops(many, most=33) == tuple(many)
     with pytest.raises(UsageError, match="stop has 33 texts; expected at most 32"):
-        texts_of_stops(many, most=32)
+        parse_stops(many, most=32)
 
 
 def test_stops_that_almost_match_cost_no_more_than_others():

@@ -18,8 +18,8 @@ from llama_jax.data.prepare.corpus import HELD_OUT, Assigned, Corpus, corpus_fro
 from llama_jax.data.prepare.documents import Passage, Reading
 from llama_jax.data.prepare.tokenize import TokenOptions, prepare
 from llama_jax.data.token_folder import TokenFolder
-from llama_jax.errors import UserError, nearest
-from llama_jax.files import check_place, new_folder, progress
+from llama_jax.errors import UserError, did_you_mean
+from llama_jax.files import check_new_path, new_folder, progress
 
 BLOCK = 2**18  # bytes between two looks at the progress bar
 PATIENCE = 30  # seconds without a byte
@@ -146,7 +146,7 @@ def named_corpus(name: str, *, validation: float = HELD_OUT, stories: int = STOR
         corpus = corpus_from_files(folder, validation=validation)
     else:
         expected = f"; expected one of {', '.join(NAMES)}"
-        raise UserError(f"corpus {name!r} is unknown{nearest(name, NAMES) or expected}")
+        raise UserError(f"corpus {name!r} is unknown{did_you_mean(name, NAMES) or expected}")
     return dataclasses.replace(corpus, source=f"corpus {name}")
 
 
@@ -198,6 +198,6 @@ def prepare_corpus(
     stories: int = STORIES,
 ) -> TokenFolder:
     """A named corpus as a new token folder; see `named_corpus` and `prepare`."""
-    check_place(Path(output))
+    check_new_path(Path(output))
     corpus = named_corpus(name, validation=validation, stories=stories)
     return prepare(corpus, Path(output), options or default_options(name))

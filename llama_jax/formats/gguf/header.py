@@ -8,7 +8,7 @@ from typing import BinaryIO, TypeVar
 
 import numpy as np
 
-from llama_jax.errors import UserError, stand_in
+from llama_jax.errors import UserError, describe_file
 from llama_jax.formats.gguf.blocks import TYPES
 
 Value = int | float | bool | str | np.ndarray | list[str]
@@ -201,7 +201,7 @@ def _counts(cursor: Cursor) -> tuple[int, int]:
     """How many tensors and keys follow."""
     begin = cursor.file.read(LOOK)
     if not begin.startswith(MAGIC):
-        what = stand_in(begin) or "not a GGUF file; name one that llama.cpp can open"
+        what = describe_file(begin) or "not a GGUF file; name one that llama.cpp can open"
         raise UserError(f"{cursor.path} is {what}")
     cursor.file.seek(len(MAGIC))
     cursor.position = len(MAGIC)

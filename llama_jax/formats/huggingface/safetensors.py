@@ -16,7 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from llama_jax.errors import UserError, stand_in
+from llama_jax.errors import UserError, describe_file
 from llama_jax.formats.json_files import parse_object, shown
 from llama_jax.formats.weights import Tensor, mapped
 
@@ -105,7 +105,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         if len(head) < 8 or length > min(size - 8, LONGEST_HEADER):
             sizes = f"its header would have {length:,} bytes, the file has {size:,}"
             problem = f"not safetensors: {sizes}; copy it again"
-            raise UserError(f"{path} is {stand_in(head) or problem}")
+            raise UserError(f"{path} is {describe_file(head) or problem}")
         file.seek(8)
         text = file.read(length)
     if not text.startswith(b"{"):

@@ -8,7 +8,7 @@ import struct
 from pathlib import Path
 
 from llama_jax.config import ModelConfig
-from llama_jax.errors import UserError, stand_in
+from llama_jax.errors import UserError, describe_file
 from llama_jax.formats.llama2c.int8 import quantized_bytes
 
 MAGIC = 0x616B3432  # of all versions but the first, which has none
@@ -49,7 +49,7 @@ def read_header(path: Path) -> Header:
         raise UserError(f"{path} {what}; expected a llama2.c model such as stories15M.bin")
     with path.open("rb") as file:
         head = file.read(max(LENGTHS))
-    if why := stand_in(head):
+    if why := describe_file(head):
         raise UserError(f"{path} is no llama2.c model but {why}")
     if len(head) < LENGTHS[0]:
         raise UserError(f"{path} is no llama2.c model: it has only {len(head)} bytes")

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from llama_jax.errors import UserError, stand_in
+from llama_jax.errors import UserError, describe_file
 from llama_jax.formats.vocabulary import Kind, Piece, Vocabulary
 from llama_jax.text.tokenizer import SPACE, Tokenizer
 
@@ -73,7 +73,7 @@ def _read_bytes(path: Path) -> bytes:
     if (size := path.stat().st_size) > LARGEST:
         raise UserError(f"tokenizer {path} is no tokenizer.bin: it has {size:,} bytes; {ADVICE}")
     data = path.read_bytes()
-    if why := stand_in(data[:64]):
+    if why := describe_file(data[:64]):
         raise UserError(f"tokenizer {path} is {why}")
     return data
 

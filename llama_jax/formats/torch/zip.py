@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from llama_jax.errors import UserError, stand_in
+from llama_jax.errors import UserError, describe_file
 
 MOST_ENTRIES = 10_000
 LARGEST_DIRECTORY = 16 * 2**20  # bytes that list the entries
@@ -84,7 +84,7 @@ def _recognise(path: Path, head: bytes) -> None:
     """Refuse what is often found where a torch file should be."""
     if head.startswith(b"PK\3\4"):
         return
-    if why := stand_in(head):
+    if why := describe_file(head):
         raise UserError(f"{path} is {why}")
     if head[0] == 0x80 or head[257:262] == b"ustar":
         raise UserError(
