@@ -1,11 +1,11 @@
-"""Meta's Llama 2 13B: its shape, and its pretraining settings (Touvron et al. 2023, section 2.2).
+"""Llama 2 13B with Meta's pretraining settings (Touvron et al. 2023, section 2.2).
 
-4,194,304 tokens a step (1,024 sequences × 4,096) for 2 T tokens; 13,015,864,320 parameters.
-Meta used 368,640 A100 hours and ended at a training loss of about 1.67 (not checked here).
-Parameters and moments take 156 GB in float32, cut over the fsdp axis.
-As set, 64 sequences are in flight, one a chip on 64 chips, and of each block its input is kept.
-plan.py tells where that fits and what would fit elsewhere. Tokens come from prepare.py with
-Llama 2's tokenizer.model:
+4,194,304 tokens per step (1,024 sequences × 4,096) for 2 T tokens; 13,015,864,320 parameters.
+Meta used 368,640 A100 hours and reached a training loss of about 1.67 (not reproduced here).
+Parameters and moments take 156 GB in float32, sharded over the fsdp axis.
+A microbatch has 64 sequences, one per chip on 64 chips, and only the inputs of each block are kept
+for the backward pass. plan.py reports where that fits and which settings fit elsewhere.
+The data need Llama 2's tokenizer.model:
 
     python plan.py --config configs/13b.py --target v6e-8
     python prepare.py TEXTS/ --tokenizer tokenizer.model --output data/tokens
@@ -16,52 +16,22 @@ from typing import Any
 
 from llama_jax.config import (
     Config,
-    DataConfig,
     MeshConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
     as_config_dict,
+    llama2_data,
+    llama2_model,
+    llama2_optimizer,
+    llama2_run,
 )
 
 
 def get_config() -> Any:
-    """The run's settings; any can be overridden as --config.section.name=value."""
+    """Return the run's settings; override any with --config.section.name=value."""
     config = Config(
-        model=ModelConfig(
-            vocab_size=32000,
-            dim=5120,
-            num_layers=40,
-            num_heads=40,
-            num_kv_heads=40,
-            context_length=4096,
-            tied_embeddings=False,
-            compute_dtype="bfloat16",
-        ),
-        data=DataConfig(
-            path="data/tokens",
-            batch_size=1024,
-            sequence_length=4096,
-        ),
-        optimizer=OptimizerConfig(
-            steps=500_000,
-            learning_rate=3.0e-4,
-            min_learning_rate=3.0e-5,
-            warmup_steps=2000,
-            eps=1e-5,
-            accumulation_steps=16,
-        ),
-        mesh=MeshConfig(
-            data=1,
-            fsdp=-1,
-        ),
-        run=RunConfig(
-            checkpoint_dir="ckpt/13b",
-            eval_every=1000,
-            eval_batches=50,
-            save_every=500,
-            sample_tokens=0,
-            remat="block",
-        ),
+        model=llama2_model(dim=5120, num_layers=40, num_heads=40, num_kv_heads=40),
+        data=llama2_data(path="data/tokens"),
+        optimizer=llama2_optimizer(learning_rate=3.0e-4, min_learning_rate=3.0e-5),
+        mesh=MeshConfig(data=1, fsdp=-1),
+        run=llama2_run(checkpoint_dir="ckpt/13b"),
     )
     return as_config_dict(config)

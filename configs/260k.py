@@ -1,6 +1,6 @@
 """llama2.c's smallest model on TinyStories, with its training settings.
 
-65,536 tokens a step (128 sequences × 512); 260,032 parameters. llama2.c reports a validation loss
+65,536 tokens per step (128 sequences × 512); 260,032 parameters. llama2.c reports a validation loss
 of 1.297 after 100,000 steps, ten minutes on one A100. Needs a vocabulary of 512:
 
     python prepare.py tinystories --vocab_size 512 --output data/tinystories512
@@ -20,7 +20,7 @@ from llama_jax.config import (
 
 
 def get_config() -> Any:
-    """The run's settings; any can be overridden as --config.section.name=value."""
+    """Return the run's settings; override any with --config.section.name=value."""
     config = Config(
         model=ModelConfig(
             vocab_size=512,

@@ -1,7 +1,9 @@
-"""A small Llama that learns to tell the embedded stories: python train.py
+"""A small Llama on the embedded stories, the default of train.py.
 
-2,560 tokens a step; 631,424 parameters. Two CPU cores: two and a half minutes, to a validation
-loss of 0.16 and stories that keep their people, their things and their order.
+2,560 tokens per step; 631,424 parameters. Two and a half minutes on two CPU cores, to a validation
+loss of 0.16 and coherent stories:
+
+    python train.py
 """
 
 from typing import Any
@@ -17,7 +19,7 @@ from llama_jax.config import (
 
 
 def get_config() -> Any:
-    """The run's settings; any can be overridden as --config.section.name=value."""
+    """Return the run's settings; override any with --config.section.name=value."""
     config = Config(
         model=ModelConfig(
             vocab_size=2048,

@@ -1,7 +1,10 @@
-"""Shakespeare's plays, a text that fits in a pocket: prepare.py shakespeare, then train.py
+"""A small Llama on Shakespeare's plays (1 MB of text).
 
-8,192 tokens a step; 3,049,920 parameters. Two CPU cores: about an hour. Measured are only the first
-four minutes: a validation loss of 4.68 after 100 of the 1,500 steps.
+8,192 tokens per step; 3,049,920 parameters. About an hour on two CPU cores; only the first four
+minutes were measured: a validation loss of 4.68 after 100 of the 1,500 steps.
+
+    python prepare.py shakespeare
+    python train.py --config configs/shakespeare.py
 """
 
 from typing import Any
@@ -17,7 +20,7 @@ from llama_jax.config import (
 
 
 def get_config() -> Any:
-    """The run's settings; any can be overridden as --config.section.name=value."""
+    """Return the run's settings; override any with --config.section.name=value."""
     config = Config(
         model=ModelConfig(
             vocab_size=2048,

@@ -1,14 +1,15 @@
-"""What a run is: the model, its data, its optimizer, its devices and its habits.
+"""The settings of a run, as frozen dataclasses that validate themselves.
 
-Frozen dataclasses, validated when made. A field is a choice; what follows from choices is a
-property, so that nothing goes stale when a field is overridden. There is no `None`: "off" is a
-value that the field's comment names. This file knows neither JAX nor any file format.
+A field is a choice; what follows from choices is a property, so that overriding a field leaves
+nothing stale. There is no `None`: "off" is a value that the field's comment names. Each field's
+line gives its type, range, default, meaning and unit.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
-from typing import Any, TypeVar, get_type_hints
+from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
 
 from llama_jax.errors import UsageError, did_you_mean
 
@@ -27,40 +28,81 @@ def require(condition: bool, message: str) -> None:
         raise UsageError(message)
 
 
-def _require_range(section: str, low: float, high: float, **values: float) -> None:
-    """Each value must be a finite number in [low, high]."""
-    expected = f"at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
-    for name, value in values.items():
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The finite numbers from `low` to `high`, both included."""
+
+    low: float
+    high: float = math.inf
+
+    def check(self, name: str, value: float) -> None:
+        """Raise `UsageError` unless the value is in range."""
+        low, high = f"{self.low:g}", f"{self.high:g}"
+        expected = f"at least {low}" if math.isinf(self.high) else f"from {low} to {high}"
         require(
-            math.isfinite(value) and low <= value <= high,
-            f"{section}.{name}={value!r} is out of range; expected {expected}",
+            math.isfinite(value) and self.low <= value <= self.high,
+            f"{name}={value!r} is out of range; expected {expected}",
         )
 
 
-def _require_choice(section: str, choices: tuple[str, ...], **values: str) -> None:
-    """Each value must be one of the choices."""
-    expected = ", ".join(map(repr, choices))
-    for name, value in values.items():
-        message = f"{section}.{name}={value!r} is unknown; expected one of {expected}"
-        require(value in choices, message)
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One of some strings."""
+
+    choices: tuple[str, ...]
+
+    def check(self, name: str, value: str) -> None:
+        """Raise `UsageError` unless the value is one of the choices."""
+        expected = ", ".join(map(repr, self.choices))
+        message = f"{name}={value!r} is unknown; expected one of {expected}"
+        require(value in self.choices, message)
+
+
+Positive = Annotated[int, Range(1)]
+Count = Annotated[int, Range(0)]
+Seed = Annotated[int, Range(0, 2**31 - 1)]
+
+
+@functools.cache
+def _constraints(cls: type) -> dict[str, tuple[Range | Choice, ...]]:
+    """Return the constraints of each annotated field of a section."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {
+        name: hint.__metadata__ for name, hint in hints.items() if hasattr(hint, "__metadata__")
+    }
+
+
+class Section:
+    """A group of settings, whose fields are checked against their annotations."""
+
+    section: ClassVar[str]  # its name in a config
+
+    def __post_init__(self) -> None:
+        for name, constraints in _constraints(type(self)).items():
+            for constraint in constraints:
+                constraint.check(f"{self.section}.{name}", getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """How rotary wavelengths are stretched for a context longer than the one first trained on."""
+class RopeScaling(Section):
+    """Scaling of rotary wavelengths, for a context longer than that of the first training.
 
-    kind: str = "none"  # "linear": all by `factor`; "llama3": only those long in the old context
-    factor: float = 1.0  # how much longer a stretched wavelength is
-    low_frequency_factor: float = 1.0  # llama3: fewer turns than this in the old context: stretched
-    high_frequency_factor: float = 4.0  # llama3: more turns than this: left alone; between: blended
-    original_context: int = 8192  # llama3: the old context, tokens
+    "linear" divides all frequencies by `factor` (Chen et al. 2023). "llama3" divides those that
+    rotate rarely within the original context, and blends towards those that rotate often.
+    """
+
+    section = "model.rope_scaling"
+
+    kind: Annotated[str, Choice(ROPE_SCALINGS)] = "none"
+    factor: Annotated[float, Range(1, 1e6)] = 1.0  # by which wavelengths are multiplied
+    low_frequency_factor: Annotated[float, Range(1e-3, 1e3)] = 1.0  # llama3: with fewer rotations
+    # in the original context than this, a wavelength is scaled in full
+    high_frequency_factor: Annotated[float, Range(1e-3, 1e3)] = 4.0  # llama3: with more rotations
+    # than this, a wavelength is not scaled
+    original_context: Positive = 8192  # llama3: context length of the first training, tokens
 
     def __post_init__(self) -> None:
-        _require_choice("model.rope_scaling", ROPE_SCALINGS, kind=self.kind)
-        _require_range("model.rope_scaling", 1, 1e6, factor=self.factor)
-        edges = ("low_frequency_factor", "high_frequency_factor")
-        _require_range("model.rope_scaling", 1e-3, 1e3, **{n: getattr(self, n) for n in edges})
-        _require_range("model.rope_scaling", 1, math.inf, original_context=self.original_context)
+        super().__post_init__()
         require(
             self.kind != "llama3" or self.low_frequency_factor < self.high_frequency_factor,
             f"model.rope_scaling.low_frequency_factor={self.low_frequency_factor} is not below"
@@ -69,37 +111,32 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The shape of a Llama 2 and its numerics (Touvron et al. 2023, section 2.2)."""
+class ModelConfig(Section):
+    """The shape and numerics of a Llama 2 (Touvron et al. 2023, section 2.2)."""
 
-    vocab_size: int  # pieces in the tokenizer
-    dim: int  # width of the residual stream (D)
-    num_layers: int  # blocks (L)
-    num_heads: int  # query heads (N)
-    num_kv_heads: int  # key/value heads (K); equal to num_heads without grouping
-    context_length: int  # longest sequence the model is meant for, tokens
-    hidden_dim: int = 0  # width of the feed-forward (F); 0: by the rule of `ffn_dim`
-    multiple_of: int = 256  # the rule rounds the width up to a multiple of this
-    ffn_dim_multiplier: float = 1.0  # the rule scales the width by this before rounding
-    norm_eps: float = 1e-5  # added to the mean square inside RMSNorm
-    rope_theta: float = 10000.0  # base of the rotary wavelengths
+    section = "model"
+
+    vocab_size: Positive  # tokens in the vocabulary (V)
+    dim: Positive  # width of the residual stream (D)
+    num_layers: Positive  # transformer blocks (L)
+    num_heads: Positive  # query heads (N)
+    num_kv_heads: Positive  # key/value heads (K); equal to num_heads: no grouped-query attention
+    context_length: Positive  # longest sequence the model is meant for, tokens
+    hidden_dim: Count = 0  # width of the feed-forward (F); 0: computed, see `ffn_dim`
+    multiple_of: Positive = 256  # a computed feed-forward width is rounded up to a multiple of this
+    ffn_dim_multiplier: Annotated[float, Range(1e-3, 1e3)] = 1.0  # scales a computed width first
+    norm_eps: Annotated[float, Range(1e-12, 1)] = 1e-5  # added to the mean square in RMSNorm
+    rope_theta: Annotated[float, Range(1)] = 10000.0  # base of the rotary wavelengths
     rope_scaling: RopeScaling = RopeScaling()
-    tied_embeddings: bool = True  # one table reads tokens and writes logits
-    init_std: float = 0.02  # of fresh matrices; of those into the residual stream / √(2·layers)
-    dropout: float = 0.0  # fraction dropped at llama2.c's four sites, training only
-    compute_dtype: str = "float32"  # of activations and matmuls; parameters stay float32
+    tied_embeddings: bool = True  # share the embedding table with the output layer
+    init_std: Annotated[float, Range(0, 1)] = 0.02  # standard deviation of initial matrices;
+    # divided by √(2·num_layers) in those that write to the residual stream
+    dropout: Annotated[float, Range(0, 0.99)] = 0.0  # probability, in training only
+    compute_dtype: Annotated[str, Choice(COMPUTE_DTYPES)] = "float32"  # of activations and matmuls;
+    # parameters are always float32
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "context_length")
-        _require_range("model", 1, math.inf, **{name: getattr(self, name) for name in sizes})
-        _require_range("model", 0, math.inf, hidden_dim=self.hidden_dim)
-        _require_range("model", 1, math.inf, multiple_of=self.multiple_of)
-        _require_range("model", 1e-3, 1e3, ffn_dim_multiplier=self.ffn_dim_multiplier)
-        _require_range("model", 1e-12, 1, norm_eps=self.norm_eps)
-        _require_range("model", 1, math.inf, rope_theta=self.rope_theta)
-        _require_range("model", 0, 1, init_std=self.init_std)
-        _require_range("model", 0, 0.99, dropout=self.dropout)
-        _require_choice("model", COMPUTE_DTYPES, compute_dtype=self.compute_dtype)
+        super().__post_init__()
         require(
             self.dim % self.num_heads == 0,
             f"model.dim={self.dim} does not divide into model.num_heads={self.num_heads} heads;"
@@ -133,55 +170,48 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Which tokens a run reads, and in what portions."""
+class DataConfig(Section):
+    """The tokens that a run reads, and its batches."""
 
-    path: str  # folder written by prepare.py
-    corpus: str = ""  # name prepare.py knows it by; "stories" is made when the folder is missing
-    batch_size: int  # sequences per step, over all devices and all microbatches
-    sequence_length: int  # tokens per sequence (T), at most model.context_length
-    seed: int = 42  # of the order of the examples
-    packing: str = "none"  # "documents": whole documents, several a row, none sees another
-    allow_change: bool = False  # resume although the data are not what they were
+    section = "data"
+
+    path: str  # token folder, written by prepare.py
+    corpus: Annotated[str, Choice(CORPORA)] = ""  # prepare.py's name for it; "stories" is
+    # generated when the folder is missing
+    batch_size: Positive  # sequences per step, over all devices and microbatches
+    sequence_length: Annotated[int, Range(2)]  # tokens per sequence (T), up to model.context_length
+    seed: Seed = 42  # of the shuffled order
+    packing: Annotated[str, Choice(PACKINGS)] = "none"  # "documents": pack complete documents
+    # into sequences, each attending to itself only; "none": cut the token stream into sequences
+    allow_change: bool = False  # resume a run although its data have changed
 
     def __post_init__(self) -> None:
-        _require_range("data", 1, math.inf, batch_size=self.batch_size)
-        _require_range("data", 2, math.inf, sequence_length=self.sequence_length)
-        _require_range("data", 0, 2**31 - 1, seed=self.seed)
-        _require_choice("data", CORPORA, corpus=self.corpus)
-        _require_choice("data", PACKINGS, packing=self.packing)
+        super().__post_init__()
         require(bool(self.path), "data.path is empty; expected a folder that prepare.py wrote")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW with warm-up, cosine decay, clipping and accumulation."""
+class OptimizerConfig(Section):
+    """AdamW with warm-up, cosine decay, gradient clipping and gradient accumulation."""
 
-    steps: int  # optimizer updates in the whole run
-    learning_rate: float  # at its peak
-    min_learning_rate: float = 0.0  # at the end of the cosine
-    warmup_steps: int  # steps of linear rise from 0
-    beta1: float = 0.9  # decay of the mean of gradients
-    beta2: float = 0.95  # decay of the mean of squared gradients
-    eps: float = 1e-8  # added to the root of the second moment
-    weight_decay: float = 0.1  # on matrices only, never on norm scales
-    clip_norm: float = 1.0  # largest global norm of the gradient; 0: no clipping
-    accumulation_steps: int = 1  # microbatches per step
-    moments_dtype: str = "float32"  # of both moments; "bfloat16" halves their memory
-    z_loss: float = 0.0  # weight of (log of the softmax's denominator)², which keeps logits small
+    section = "optimizer"
+
+    steps: Positive  # optimizer updates in total
+    learning_rate: Annotated[float, Range(0, 10)]  # at the peak
+    min_learning_rate: Annotated[float, Range(0, 10)] = 0.0  # at the end of the cosine decay
+    warmup_steps: Count  # steps of linear increase from 0
+    beta1: Annotated[float, Range(0, 0.999999)] = 0.9  # decay of the first moment
+    beta2: Annotated[float, Range(0, 0.999999)] = 0.95  # decay of the second moment
+    eps: Annotated[float, Range(1e-20, 1)] = 1e-8  # added to the root of the second moment
+    weight_decay: Annotated[float, Range(0, 10)] = 0.1  # of matrices only, not of norm scales
+    clip_norm: Annotated[float, Range(0)] = 1.0  # maximum global gradient norm; 0: no clipping
+    accumulation_steps: Positive = 1  # microbatches per step
+    moments_dtype: Annotated[str, Choice(MOMENT_DTYPES)] = "float32"  # of both moments
+    z_loss: Annotated[float, Range(0, 1)] = 0.0  # weight of the squared log-partition function in
+    # the loss, which keeps logits small
 
     def __post_init__(self) -> None:
-        _require_range("optimizer", 1, math.inf, steps=self.steps)
-        _require_range("optimizer", 0, 10, learning_rate=self.learning_rate)
-        _require_range("optimizer", 0, 10, min_learning_rate=self.min_learning_rate)
-        _require_range("optimizer", 0, math.inf, warmup_steps=self.warmup_steps)
-        _require_range("optimizer", 0, 0.999999, beta1=self.beta1, beta2=self.beta2)
-        _require_range("optimizer", 1e-20, 1, eps=self.eps)
-        _require_range("optimizer", 0, 10, weight_decay=self.weight_decay)
-        _require_range("optimizer", 0, math.inf, clip_norm=self.clip_norm)
-        _require_range("optimizer", 1, math.inf, accumulation_steps=self.accumulation_steps)
-        _require_range("optimizer", 0, 1, z_loss=self.z_loss)
-        _require_choice("optimizer", MOMENT_DTYPES, moments_dtype=self.moments_dtype)
+        super().__post_init__()
         require(
             self.warmup_steps <= self.steps,
             f"optimizer.warmup_steps={self.warmup_steps} is longer than the run of"
@@ -190,15 +220,21 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """How devices are arranged. Sizes multiply to the number of devices; one may be -1."""
+class MeshConfig(Section):
+    """The device mesh. Sizes are 1 or more and multiply to the number of devices.
 
-    data: int = -1  # copies of the model, each with its share of the batch; -1: the devices left
-    fsdp: int = 1  # parts that parameters, optimizer state and batch are cut into
-    tensor: int = 1  # parts that heads, feed-forward and vocabulary are cut into
-    sequence: bool = False  # between blocks, cut activations along the sequence over `tensor`
+    One of them may be -1, for the devices that the others leave.
+    """
+
+    section = "mesh"
+
+    data: int = -1  # data parallelism: replicas of the model, each with a shard of the batch
+    fsdp: int = 1  # shards of parameters, optimizer state and batch
+    tensor: int = 1  # tensor parallelism: shards of heads, feed-forward and vocabulary
+    sequence: bool = False  # shard activations between blocks over `tensor` along the sequence
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
         for name, size in sizes.items():
             require(
@@ -214,38 +250,33 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """A run's place on disk, its rhythm and what it spends memory on."""
+class RunConfig(Section):
+    """A run's folder, its intervals, and how its step is executed."""
+
+    section = "run"
 
     checkpoint_dir: str = "ckpt"  # everything the run writes
-    seed: int = 0  # of initial weights and dropout
-    log_every: int = 10  # steps between lines
-    eval_every: int = 250  # steps between validations; also after the last step
-    eval_batches: int = 0  # validation batches each time, always the same; 0: all
-    save_every: int = 250  # steps between checkpoints; also after the last step
-    keep_last: int = 3  # checkpoints kept, besides the best
-    sample_tokens: int = 64  # tokens of the sample written at each validation; 0: none
-    sample_prompt: str = ""  # what that sample starts from
-    remat: str = "none"  # what the backward pass recomputes to save memory; see `remat`
-    attention: str = "auto"  # the kernel of training; "auto": the fastest on these devices
-    tensorboard: bool = False  # also write events for TensorBoard
-    peak_flops: float = 0.0  # of one device, FLOP/s, to tell the share of it; 0: by its chip's name
+    seed: Seed = 0  # of initial weights and dropout
+    log_every: Positive = 10  # steps between log lines
+    eval_every: Positive = 250  # steps between validations; also after the last step
+    eval_batches: Count = 0  # batches per validation, always the same ones; 0: all
+    save_every: Positive = 250  # steps between checkpoints; also after the last step
+    keep_last: Positive = 3  # checkpoints kept, besides the best
+    sample_tokens: Count = 64  # length of the sample printed at each validation; 0: no sample
+    sample_prompt: str = ""  # prompt of that sample
+    remat: Annotated[str, Choice(REMAT_POLICIES)] = "none"  # rematerialisation in the backward pass
+    attention: Annotated[str, Choice(ATTENTION_BACKENDS)] = "auto"  # kernel; "auto": the fastest
+    tensorboard: bool = False  # also write TensorBoard events
+    peak_flops: Annotated[float, Range(0)] = 0.0  # of one device, FLOP/s, for MFU; 0: by its name
 
     def __post_init__(self) -> None:
-        rhythm = ("log_every", "eval_every", "save_every", "keep_last")
-        _require_range("run", 1, math.inf, **{name: getattr(self, name) for name in rhythm})
-        _require_range("run", 0, math.inf, eval_batches=self.eval_batches)
-        _require_range("run", 0, math.inf, sample_tokens=self.sample_tokens)
-        _require_range("run", 0, 2**31 - 1, seed=self.seed)
-        _require_range("run", 0, math.inf, peak_flops=self.peak_flops)
-        _require_choice("run", REMAT_POLICIES, remat=self.remat)
-        _require_choice("run", ATTENTION_BACKENDS, attention=self.attention)
+        super().__post_init__()
         require(bool(self.checkpoint_dir), "run.checkpoint_dir is empty; expected a folder")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run."""
+    """All settings of a training run."""
 
     model: ModelConfig
     data: DataConfig
@@ -268,60 +299,59 @@ class Config:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that one optimizer update learns from."""
+        """Tokens in one optimizer step."""
         return self.data.batch_size * self.data.sequence_length
 
     @property
     def microbatch_size(self) -> int:
-        """Sequences that one forward and backward pass sees, over all devices."""
+        """Sequences in one forward and backward pass, over all devices."""
         return self.data.batch_size // self.optimizer.accumulation_steps
 
 
-# Configs to and from plain nested mappings: ConfigDicts of config files, JSON of checkpoints.
-#
-# Unknown keys and wrong types are refused here; ranges are the business of `config`.
+# ---- nested mappings: the ConfigDict of a config file, the JSON of a checkpoint ----
 
 T = TypeVar("T")
+TYPE_NAMES = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
 
 
 def as_config_dict(config: Any) -> Any:
-    """The `ml_collections.ConfigDict` of a config, whose fields flags can override."""
+    """Return the `ml_collections.ConfigDict` of a config, whose fields flags can override."""
     from ml_collections import ConfigDict
 
     return ConfigDict(dataclasses.asdict(config))
 
 
 def parse(cls: type[T], tree: Mapping[str, Any], prefix: str = "", where: str = "") -> T:
-    """A `cls` made from nested mappings such as a ConfigDict or JSON.
+    """Return a `cls` built from nested mappings such as a ConfigDict or JSON.
 
     Args:
-      prefix: what the names of these keys begin with, in complaints.
-      where: the file that should have them, likewise.
+      prefix: of the keys' names in messages.
+      where: the file that the mapping comes from, for messages.
 
     Raises:
-      UsageError: for a key that is unknown (with the nearest name) or missing, or a value of the
-        wrong type (with key and expected type). Whole numbers are accepted for floats.
+      UsageError: for a key that is unknown (with the closest name) or missing, for a value of the
+        wrong type (with key and expected type) or out of range. An int is accepted for a float.
     """
-    if not isinstance(tree, Mapping) and not hasattr(tree, "keys"):
-        raise UsageError(f"{prefix or 'the config'} is {tree!r}; expected a section with keys")
-    hints, there = get_type_hints(cls), f" in {where}" if where else ""
+    hints, in_file = get_type_hints(cls), f" in {where}" if where else ""
+    is_section = isinstance(tree, Mapping) or hasattr(tree, "keys")
+    require(is_section, f"{prefix or 'the config'} is {tree!r}; expected a section with keys")
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in tree:
-        key = f"{prefix}{name}"
-        require(name in fields, f"unknown key {key!r}{there}{did_you_mean(str(name), fields)}")
+        known = did_you_mean(str(name), fields)
+        require(name in fields, f"unknown key {f'{prefix}{name}'!r}{in_file}{known}")
     values = {}
     for name, field in fields.items():
         if name in tree:
             values[name] = _parse_value(hints[name], tree[name], prefix + name, where)
         else:
             expected = type_name(hints[name])
-            message = f"key {prefix + name!r} is missing{there}; expected {expected}"
+            message = f"key {prefix + name!r} is missing{in_file}; expected {expected}"
             require(field.default is not dataclasses.MISSING, message)
     return cls(**values)
 
 
 def _parse_value(expected: Any, value: Any, key: str, where: str) -> Any:
-    """`value` as the expected type, or a `UsageError` naming the key."""
+    """Return `value` as the expected type."""
     if dataclasses.is_dataclass(expected):
         require(
             isinstance(value, Mapping) or hasattr(value, "keys"),
@@ -336,6 +366,29 @@ def _parse_value(expected: Any, value: Any, key: str, where: str) -> Any:
 
 
 def type_name(expected: Any) -> str:
-    """The name of a type as a user would say it."""
-    names = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
-    return names.get(expected, "a section with keys")
+    """Return the name of a field's type for messages."""
+    return TYPE_NAMES.get(expected, "a section with keys")
+
+
+# ---- presets: settings that several config files share ----
+
+llama2c_model = functools.partial(  # llama2.c's models with Llama 2's tokenizer
+    ModelConfig, vocab_size=32000, multiple_of=32, compute_dtype="bfloat16"
+)
+llama2c_data = functools.partial(DataConfig, path="data/tinystories32k", corpus="tinystories")
+llama2c_run = functools.partial(RunConfig, eval_every=2000, eval_batches=100, save_every=1000)
+
+llama2_model = functools.partial(
+    ModelConfig,
+    vocab_size=32000,
+    context_length=4096,
+    tied_embeddings=False,
+    compute_dtype="bfloat16",
+)
+llama2_data = functools.partial(DataConfig, batch_size=1024, sequence_length=4096)
+llama2_optimizer = functools.partial(  # Touvron et al. 2023, section 2.2
+    OptimizerConfig, steps=500_000, warmup_steps=2000, eps=1e-5, accumulation_steps=16
+)
+llama2_run = functools.partial(
+    RunConfig, eval_every=1000, eval_batches=50, save_every=500, sample_tokens=0, remat="block"
+)

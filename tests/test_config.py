@@ -1,13 +1,24 @@
-"""The width rule, what every config refuses and how it says so."""
+"""Config dataclasses: validation, derived values, and parsing from nested mappings."""
 
 # ruff: noqa: E501 (a table of mistakes reads best with one to a line)
 
 import dataclasses
+import json
 import math
 
 import pytest
 
-from llama_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
+from llama_jax.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RopeScaling,
+    RunConfig,
+    as_config_dict,
+    parse,
+)
 from llama_jax.errors import UsageError
 
 MODEL = {"vocab_size": 53, "dim": 24, "num_layers": 3, "num_heads": 6, "num_kv_heads": 2}
@@ -20,8 +31,9 @@ GOOD = {
     OptimizerConfig: OPTIMIZER,
     MeshConfig: {},
     RunConfig: {},
+    RopeScaling: {},
 }
-REFUSED = [  # class, field, value, what the line must say
+REFUSED = [  # class, field, value, part of the message
     *[(ModelConfig, name, 0, f"model.{name}=0 is out of range; expected at least 1") for name in MODEL],
     (ModelConfig, "hidden_dim", -1, "model.hidden_dim=-1 is out of range; expected at least 0"),
     (ModelConfig, "multiple_of", 0, "model.multiple_of=0 is out of range; expected at least 1"),
@@ -65,27 +77,29 @@ REFUSED = [  # class, field, value, what the line must say
     (RunConfig, "seed", -1, "run.seed=-1 is out of range"),
     (RunConfig, "remat", "all", "run.remat='all' is unknown; expected one of 'none', 'block', 'save-qkv'"),
     (RunConfig, "checkpoint_dir", "", "run.checkpoint_dir is empty"),
+    (RopeScaling, "factor", 0.5, "model.rope_scaling.factor=0.5 is out of range; expected from 1"),
+    (RopeScaling, "kind", "yarn", "model.rope_scaling.kind='yarn' is unknown"),
 ]  # fmt: skip
 
 
-def test_of_axes_that_take_what_is_left_all_but_the_last_are_to_give_way():
+def test_message_for_two_greedy_mesh_axes_names_the_flags_to_add():
     with pytest.raises(UsageError, match=r"; add --config.mesh.data=1$"):
         MeshConfig(fsdp=-1)
     with pytest.raises(UsageError, match=r"; add --config.mesh.data=1 --config.mesh.fsdp=1$"):
         MeshConfig(fsdp=-1, tensor=-1)
 
 
-def whole(data=DATA, optimizer=OPTIMIZER):
+def make_config(data=DATA, optimizer=OPTIMIZER):
     return Config(
         model=ModelConfig(**MODEL), data=DataConfig(**data), optimizer=OptimizerConfig(**optimizer)
     )
 
 
-@pytest.mark.parametrize(("cls", "field", "value", "says"), REFUSED)
-def test_a_bad_value_is_refused_in_one_line(cls, field, value, says):
+@pytest.mark.parametrize(("cls", "field", "value", "message"), REFUSED)
+def test_invalid_value_is_reported_in_one_line(cls, field, value, message):
     with pytest.raises(UsageError) as refusal:
         cls(**GOOD[cls] | {field: value})
-    assert says in str(refusal.value)
+    assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
@@ -100,36 +114,36 @@ def test_a_bad_value_is_refused_in_one_line(cls, field, value, says):
         (8192, 4096, 1.3, 28672),  # 70B
     ],
 )
-def test_the_feed_forward_is_as_wide_as_in_known_models(dim, multiple_of, multiplier, ffn_dim):
+def test_ffn_dim_matches_known_models(dim, multiple_of, multiplier, ffn_dim):
     rule = {"dim": dim, "multiple_of": multiple_of, "ffn_dim_multiplier": multiplier}
     assert ModelConfig(**MODEL | rule | {"num_heads": 8}).ffn_dim == ffn_dim
 
 
-def test_a_written_width_goes_before_the_rule():
+def test_hidden_dim_overrides_computed_ffn_dim():
     assert ModelConfig(**MODEL, hidden_dim=40).ffn_dim == 40
 
 
-def test_consequences_follow_overridden_choices():
+def test_properties_follow_overrides():
     model = dataclasses.replace(ModelConfig(**MODEL), dim=48)
     assert model.head_dim == 8
-    config = whole(optimizer=OPTIMIZER | {"accumulation_steps": 4})
+    config = make_config(optimizer=OPTIMIZER | {"accumulation_steps": 4})
     assert (config.tokens_per_step, config.microbatch_size) == (128, 2)
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"optimizer": OPTIMIZER | {"accumulation_steps": 3}}, "data.batch_size=8 does not divide"),
         ({"data": DATA | {"sequence_length": 33}}, "=33 is longer than model.context_length=32"),
     ],
 )
-def test_sections_that_contradict_each_other_are_refused(change, says):
-    with pytest.raises(UsageError, match=says):
-        whole(**change)
+def test_contradicting_sections_are_refused(change, message):
+    with pytest.raises(UsageError, match=message):
+        make_config(**change)
 
 
-def test_limits_themselves_are_allowed():
-    whole(data=DATA | {"sequence_length": 32}, optimizer=OPTIMIZER | {"warmup_steps": 100})
+def test_limits_are_inclusive():
+    make_config(data=DATA | {"sequence_length": 32}, optimizer=OPTIMIZER | {"warmup_steps": 100})
 
 
 @pytest.mark.parametrize("cls", GOOD)
@@ -144,3 +158,76 @@ def test_configs_are_frozen_and_hashable(cls):
 def test_no_field_is_none(cls):
     defaults = [field.default for field in dataclasses.fields(cls)]
     assert None not in defaults
+
+
+CONFIG = Config(
+    model=ModelConfig(
+        vocab_size=53,
+        dim=24,
+        num_layers=3,
+        num_heads=6,
+        num_kv_heads=2,
+        context_length=32,
+        tied_embeddings=False,
+    ),
+    data=DataConfig(path="data/x", batch_size=8, sequence_length=16),
+    optimizer=OptimizerConfig(steps=100, learning_rate=1e-3, warmup_steps=10),
+    mesh=MeshConfig(data=4, tensor=2),
+    run=RunConfig(sample_prompt="Once"),
+)
+
+
+def changed(**sections):
+    """Return the config as a tree with keys replaced, or removed where the value is `...`."""
+    tree = dataclasses.asdict(CONFIG)
+    for section, changes in sections.items():
+        tree[section] |= changes
+        tree[section] = {key: value for key, value in tree[section].items() if value is not ...}
+    return tree
+
+
+def test_round_trip_through_config_dict_and_json():
+    assert parse(Config, as_config_dict(CONFIG)) == CONFIG
+    assert parse(Config, json.loads(json.dumps(dataclasses.asdict(CONFIG)))) == CONFIG
+
+
+def test_missing_keys_take_defaults():
+    tree = changed(run={"sample_prompt": ...})
+    del tree["mesh"]
+    assert parse(Config, tree) == dataclasses.replace(CONFIG, mesh=MeshConfig(), run=RunConfig())
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        (changed(model={"num_head": 3}), "unknown key 'model.num_head'; did you mean 'num_heads'?"),
+        (changed() | {"optimiser": {}}, "unknown key 'optimiser'; did you mean 'optimizer'?"),
+        (changed(model={"qqqq": 3}), "unknown key 'model.qqqq'"),
+        (changed(model={"dim": ...}), "key 'model.dim' is missing; expected an integer"),
+        (changed(data={"path": ...}), "key 'data.path' is missing; expected a string"),
+        ({}, "key 'model' is missing; expected a section with keys"),
+        (changed() | {"mesh": 3}, "mesh=3 has the wrong type; expected a section with keys"),
+        (changed(model={"dim": 24.0}), "model.dim=24.0 has the wrong type; expected an integer"),
+        (changed(model={"dim": True}), "model.dim=True has the wrong type; expected an integer"),
+        (changed(model={"dropout": True}), "model.dropout=True has the wrong type; expected a number"),
+        (changed(model={"dropout": "0.1"}), "='0.1' has the wrong type; expected a number"),
+        (changed(model={"dropout": None}), "=None has the wrong type; expected a number"),
+        (changed(model={"tied_embeddings": 1}), "=1 has the wrong type; expected True or False"),
+        (changed(data={"path": 3}), "data.path=3 has the wrong type; expected a string"),
+    ],
+)  # fmt: skip
+def test_parsing_error_names_key_and_type(tree, message):
+    with pytest.raises(UsageError) as refusal:
+        parse(Config, tree)
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_int_is_accepted_for_float():
+    rate = parse(Config, changed(optimizer={"learning_rate": 1})).optimizer.learning_rate
+    assert (rate, type(rate)) == (1.0, float)
+
+
+def test_parsing_validates():
+    with pytest.raises(UsageError, match="dropout=2"):
+        parse(Config, changed(model={"dropout": 2}))

@@ -1,4 +1,4 @@
-"""Every config file is what it says it is."""
+"""Config files: published shapes and settings, and docstrings that agree with them."""
 
 import importlib.util
 import re
@@ -33,7 +33,7 @@ PARAMETERS = {
     "13b": 13_015_864_320,
     "70b": 68_976_648_192,
 }
-# learning rate, steps, warm-up, weight decay, beta2, dropout, sequences a pass, passes a step.
+# learning rate, steps, warm-up, weight decay, beta2, dropout, microbatch size, microbatches.
 RECIPES = {
     "260k": (1e-3, 100_000, 1000, 0.01, 0.99, 0.05, 128, 1),
     "15m": (5e-4, 100_000, 1000, 0.1, 0.95, 0.0, 128, 4),
@@ -42,21 +42,21 @@ RECIPES = {
 
 
 def load(name):
-    """A file's docstring and its config, parsed as the door parses it."""
+    """Return a file's docstring and its parsed config."""
     spec = importlib.util.spec_from_file_location(f"config_{name}", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.__doc__, parse(Config, module.get_config())
 
 
-def test_the_configs_are_those_that_are_known():
+def test_every_config_file_is_tested():
     assert {path.stem for path in FOLDER.glob("*.py")} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_docstring_tells_the_truth(name):
+def test_docstring_numbers_match_the_config(name):
     text, config = load(name)
-    assert f"{config.tokens_per_step:,} tokens a step" in text
+    assert f"{config.tokens_per_step:,} tokens per step" in text
     count = count_parameters(config.model)
     short = f"{count / 1e6:.1f} M parameters"
     assert f"{count:,} parameters" in text or short in text
@@ -69,7 +69,7 @@ def test_the_docstring_tells_the_truth(name):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_sizes_are_those_published(name):
+def test_shapes_match_published_models(name):
     model = load(name)[1].model
     shape = (model.dim, model.num_layers, model.num_heads, model.num_kv_heads, model.ffn_dim)
     shape += (model.vocab_size, model.context_length, model.tied_embeddings)
@@ -78,7 +78,7 @@ def test_sizes_are_those_published(name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_settings_are_those_of_llama2c(name):
+def test_optimizer_settings_match_llama2c(name):
     _, config = load(name)
     settings = config.optimizer
     found = (settings.learning_rate, settings.steps, settings.warmup_steps, settings.weight_decay)
@@ -90,13 +90,13 @@ def test_settings_are_those_of_llama2c(name):
 
 
 @pytest.mark.parametrize("name", ["7b", "13b", "70b"])
-def test_the_memory_told_is_that_of_parameters_and_moments(name):
+def test_docstring_states_memory_of_parameters_and_moments(name):
     text, config = load(name)
     assert f"take {3 * 4 * count_parameters(config.model) / 1e9:.0f} GB in float32" in text
     assert "hours" in text and "loss" in text
 
 
-def test_the_110m_for_tpus_fills_tiles_and_can_use_fused_attention():
+def test_110m_tpu_fills_tiles_and_supports_fused_attention():
     model = load("110m_tpu")[1].model
     assert model.head_dim == 128
     for size in (model.dim, model.num_heads * model.head_dim, model.ffn_dim, model.vocab_size):

@@ -92,7 +92,7 @@ def test_an_override_reaches_its_key(words, section, key, value):
         (["--config.dim=3"], "has no key 'dim'; did you mean 'model.dim'?"),
         (["--config.xyzzy=3"], "has no key 'xyzzy'; see configs/demo.py"),
         (["--config.model=3"], "has no key 'model'"),
-        (["--config.model.dim=3.5"], "config.model.dim='3.5' has the wrong type; expected a whole number"),
+        (["--config.model.dim=3.5"], "config.model.dim='3.5' has the wrong type; expected an integer"),
         (["--config.model.dim"], "--config.model.dim has no value; expected one, as in"),
             (["--noconfig.model.tied=true"], "'--noconfig.model.tied=true' is not understood"),
             (["--configs=3"], "'--configs=3' is not understood; see --help"),

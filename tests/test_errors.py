@@ -1,6 +1,11 @@
-"""What XLA says when memory runs out, in one line. The texts are recorded, of CPU, GPU and TPU."""
+"""User errors: numbers in arguments, file signatures, and XLA's out-of-memory errors.
+
+The out-of-memory texts are recorded from CPU, GPU and TPU.
+"""
 
 # ruff: noqa: E501 (recorded texts)
+
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +14,82 @@ import pytest
 
 from llama_jax.errors import (
     OutOfMemoryError,
+    UsageError,
     UserError,
     catch_out_of_memory,
+    describe_file,
+    finite_number,
     is_out_of_memory,
     out_of_memory_message,
+    whole_number,
 )
+
+NOT_NUMBERS = ["1", None, True, [1], 1j]
+
+
+@pytest.mark.parametrize("value", [3, 3.0, np.float32(3), np.int8(3), Fraction(3)])
+def test_finite_number_returns_a_float(value):
+    number = finite_number("heat", value, lambda x: x > 0, "more than 0")
+    assert type(number) is float and number == 3
+
+
+@pytest.mark.parametrize("value", [3, np.int8(3), np.uint64(3)])
+def test_whole_number_returns_an_int(value):
+    number = whole_number("count", value, lambda x: x > 0, "more than 0")
+    assert type(number) is int and number == 3
+
+
+@pytest.mark.parametrize("value", [0, -1, np.nan, np.inf, -np.inf, 10**400])
+def test_finite_number_out_of_range_is_refused(value):
+    with pytest.raises(UsageError, match=r"^heat=.* is out of range; expected more than 0$"):
+        finite_number("heat", value, lambda x: x > 0, "more than 0")
+
+
+@pytest.mark.parametrize("value", NOT_NUMBERS)
+def test_finite_number_refuses_other_types(value):
+    with pytest.raises(UsageError, match=r"^heat=.* is not a number; expected more than 0$"):
+        finite_number("heat", value, lambda x: x > 0, "more than 0")
+
+
+@pytest.mark.parametrize("value", [0, -1, -(10**400)])
+def test_whole_number_out_of_range_is_refused(value):
+    with pytest.raises(UsageError, match=r"^count=.* is out of range; expected more than 0$"):
+        whole_number("count", value, lambda x: x > 0, "more than 0")
+
+
+@pytest.mark.parametrize("value", [*NOT_NUMBERS, 3.0, np.nan, np.inf])
+def test_whole_number_refuses_other_types(value):
+    with pytest.raises(UsageError, match=r"^count=.* is not an integer; expected more than 0$"):
+        whole_number("count", value, lambda x: x > 0, "more than 0")
+
+
+def test_message_shortens_long_values():
+    shown = {np.float32(-2.5): "-2.5", "hot": "'hot'", 10**20: str(10**20)}
+    shown[10**400] = "1" + "0" * 58 + "…"
+    for value, text in shown.items():
+        with pytest.raises(UsageError, match=f"^heat={text} is"):
+            finite_number("heat", value, lambda x: x < 0 and x != -2.5, "less")
+
+
+@pytest.mark.parametrize(
+    ("head", "reason"),
+    [
+        (b"", "empty"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "only a git-LFS pointer"),
+        (b"\n <!DOCTYPE html><html>", "a web page"),
+        (b"<html><head>", "a web page"),
+        (b"PK\x03\x04\0\0", "a zip archive"),
+        (b"GGUF\x03\0\0\0", "a GGUF file"),
+    ],
+)
+def test_known_file_types_are_described(head, reason):
+    assert describe_file(head).startswith(reason)
+
+
+@pytest.mark.parametrize("head", [b"<\0\0\0", b" <\0\0\x01", b"24ka", b"\x0a\x0e", b"versio", b"P"])
+def test_unknown_file_types_have_no_description(head):
+    assert describe_file(head) == ""
+
 
 CPU = "RESOURCE_EXHAUSTED: Out of memory allocating 140737488355328 bytes."
 CPU_WAITED = "INTERNAL: Error dispatching computation: Error dispatching computation: Out of memory allocating 1374389534720 bytes."
@@ -57,7 +133,7 @@ HBM capacity 8.00G:
 TPU_LOADING = "RESOURCE_EXHAUSTED: Error loading program 'jit__multi_slice': Attempting to reserve 6.14G at the bottom of memory. That was not possible."
 TPU_OLD = "RESOURCE_EXHAUSTED: Could not allocate 10485760 bytes in memory 0x0x0_HBM0; 4374528 bytes allocatable, 14942208 bytes available"
 
-SAYS = {
+MESSAGES = {
     CPU: "131,072.0 GiB more were needed, beyond the limit of 7.0 GiB",
     CPU_WAITED: "1,280.0 GiB more were needed, beyond the limit of 7.0 GiB",
     GPU: "4.4 GiB more were needed, beyond the limit of 7.0 GiB",
@@ -77,16 +153,16 @@ SAYS = {
 }
 
 
-@pytest.mark.parametrize("text", SAYS, ids=lambda text: text[:60])
-def test_need_and_limit_are_read_from_what_xla_says(text):
+@pytest.mark.parametrize("text", MESSAGES, ids=lambda text: text[:60])
+def test_need_and_limit_are_parsed_from_xla_errors(text):
     error = RuntimeError(text)
     assert is_out_of_memory(error)
     line = out_of_memory_message(error, "try less", limit=7 * 2**30)
-    assert line == f"out of memory: {SAYS[text]}; try less"
+    assert line == f"out of memory: {MESSAGES[text]}; try less"
 
 
 @pytest.mark.parametrize("text", [CPU, GPU, TPU_BUFFER, TPU_LOADING, GPU_BARE, GPU_BUFFERS])
-def test_a_limit_that_nobody_knows_is_not_named(text):
+def test_unknown_limit_is_not_mentioned(text):
     line = out_of_memory_message(RuntimeError(text), "try less")
     assert " of 0" not in line and "limit" not in line and "all of" not in line
     assert line.endswith("; try less")
@@ -111,7 +187,7 @@ def test_other_things_that_run_out_are_not_the_devices_memory(error):
     assert raised.value is error
 
 
-def test_what_this_machine_really_says_is_understood():
+def test_real_cpu_allocation_errors_are_recognised():
     with (
         pytest.raises(OutOfMemoryError) as raised,
         catch_out_of_memory("try less", limit=3 * 2**30),
@@ -124,10 +200,10 @@ def test_what_this_machine_really_says_is_understood():
         np.ones(1 << 48, np.uint8)
     assert str(raised.value) == "out of memory: 262,144.0 GiB more were needed; try less"
     with pytest.raises(OutOfMemoryError, match="the device's memory is full; try less"):
-        _fail_with_nothing_said()
+        raise_bare_memory_error()
 
 
-def test_what_this_machine_really_says_of_a_program_that_waited_is_understood():
+def test_real_error_of_a_program_with_a_failed_input_is_recognised():
     table = jax.jit(lambda x: jnp.sort(x[:, None] * x[None, :], axis=1).sum(0))
     after = jax.jit(jnp.sort)
     with pytest.raises(OutOfMemoryError) as raised, catch_out_of_memory("try less"):
@@ -136,6 +212,6 @@ def test_what_this_machine_really_says_of_a_program_that_waited_is_understood():
     assert str(raised.value.__cause__).startswith("INTERNAL: ")
 
 
-def _fail_with_nothing_said():
+def raise_bare_memory_error():
     with catch_out_of_memory("try less"):
         raise MemoryError
