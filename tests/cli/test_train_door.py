@@ -239,7 +239,7 @@ MISTAKES = {
     ("--config=tny.py",): (2, "config file 'tny.py' does not exist"),
     ("--config=broken.py",): (2, "broken.py:1: "),
     (*TINY, "--config.optimizer.leraning_rate=1"): (2, "did you mean 'optimizer.learning_rate'"),
-    (*TINY, "--config.data.batch_size=many"): (2, "expected a whole number"),
+    (*TINY, "--config.data.batch_size=many"): (2, "expected an integer"),
     (*TINY, "batch_size=4"): (2, "did you mean --config.data.batch_size=4"),
     (*TINY, "--profil", "1:2"): (2, "'--profil' is not understood; did you mean '--profile'?"),
     (*TINY, "--distribute"): (2, "did you mean '--distributed'?"),
