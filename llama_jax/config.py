@@ -77,6 +77,7 @@ class ModelConfig:
     num_layers: int  # blocks (L)
     num_heads: int  # query heads (N)
     num_kv_heads: int  # key/value heads (K); equal to num_heads without grouping
+    head_dim: int = 0  # width of one head (H); 0: dim / num_heads; read it from `head_size`
     context_length: int  # longest sequence the model is meant for, tokens
     hidden_dim: int = 0  # width of the feed-forward (F); 0: by the rule of `ffn_dim`
     multiple_of: int = 256  # the rule rounds the width up to a multiple of this
@@ -92,7 +93,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "context_length")
         _require_range("model", 1, math.inf, **{name: getattr(self, name) for name in sizes})
-        _require_range("model", 0, math.inf, hidden_dim=self.hidden_dim)
+        _require_range("model", 0, math.inf, hidden_dim=self.hidden_dim, head_dim=self.head_dim)
         _require_range("model", 1, math.inf, multiple_of=self.multiple_of)
         _require_range("model", 1e-3, 1e3, ffn_dim_multiplier=self.ffn_dim_multiplier)
         _require_range("model", 1e-12, 1, norm_eps=self.norm_eps)
@@ -101,25 +102,26 @@ class ModelConfig:
         _require_range("model", 0, 0.99, dropout=self.dropout)
         _require_choice("model", COMPUTE_DTYPES, compute_dtype=self.compute_dtype)
         require(
-            self.dim % self.num_heads == 0,
+            bool(self.head_dim) or self.dim % self.num_heads == 0,
             f"model.dim={self.dim} does not divide into model.num_heads={self.num_heads} heads;"
-            f" use a dim that is a multiple of {self.num_heads}",
+            f" use a dim that is a multiple of {self.num_heads}, or set model.head_dim",
         )
         require(
             self.num_heads % self.num_kv_heads == 0,
             f"model.num_heads={self.num_heads} does not divide over"
             f" model.num_kv_heads={self.num_kv_heads}; each kv head serves equally many heads",
         )
+        source = "" if self.head_dim else f"model.dim={self.dim} / num_heads={self.num_heads}: "
         require(
-            self.head_dim % 2 == 0,
-            f"model.dim={self.dim} / model.num_heads={self.num_heads} gives an odd head dim of"
-            f" {self.head_dim}; RoPE rotates pairs, so it must be even",
+            self.head_size % 2 == 0,
+            f"{source}model.head_dim={self.head_size} is odd; RoPE rotates pairs, so it must be"
+            " even",
         )
 
     @property
-    def head_dim(self) -> int:
-        """Width of one head (H)."""
-        return self.dim // self.num_heads
+    def head_size(self) -> int:
+        """Width of one head (H): `head_dim`, or dim / num_heads where that is 0."""
+        return self.head_dim or self.dim // self.num_heads
 
     @property
     def ffn_dim(self) -> int:

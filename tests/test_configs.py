@@ -98,8 +98,8 @@ def test_the_memory_told_is_that_of_parameters_and_moments(name):
 
 def test_the_110m_for_tpus_fills_tiles_and_can_use_fused_attention():
     model = load("110m_tpu")[1].model
-    assert model.head_dim == 128
-    for size in (model.dim, model.num_heads * model.head_dim, model.ffn_dim, model.vocab_size):
+    assert model.head_size == 128
+    for size in (model.dim, model.num_heads * model.head_size, model.ffn_dim, model.vocab_size):
         assert size % 128 == 0
     assert abs(count_parameters(model) / PARAMETERS["110m"] - 1) < 0.02
     assert (model.compute_dtype, model.dropout) == ("bfloat16", 0.0)

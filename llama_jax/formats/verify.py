@@ -90,7 +90,7 @@ def _meta_forward(weights: dict[str, Any], config: ModelConfig, tokens_T: Any) -
     """Logits [T, V] of Meta's tensors."""
     import torch
 
-    T, H = len(tokens_T), config.head_dim
+    T, H = len(tokens_T), config.head_size
     turns = torch.from_numpy(frequencies(H, config.rope_theta, config.rope_scaling))
     angles = torch.outer(torch.arange(T, dtype=torch.float32), turns)
     turn = torch.polar(torch.ones_like(angles), angles)[:, None]

@@ -126,7 +126,7 @@ class Llama(nnx.Module):
                 positions_BT = positions_within(segments_BT)
             attention = self._attention_within(segments_BT, execution)
         rotary = rotary_embedding(
-            positions_BT, config.head_dim, config.rope_theta, config.rope_scaling
+            positions_BT, config.head_size, config.rope_theta, config.rope_scaling
         )
         embedding_key, layer_keys = _split_keys(dropout_key, config.num_layers)
 

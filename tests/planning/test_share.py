@@ -39,7 +39,7 @@ def test_a_batch_that_does_not_divide_is_refused():
 def test_a_tensor_axis_cuts_heads_columns_and_vocabulary_but_not_the_width():
     share = model_share(make_config().model, 4)
     assert (share.num_heads, share.num_kv_heads, share.ffn_dim, share.vocab_size) == (3, 1, 20, 24)
-    assert (share.dim, share.head_dim) == (48, 4)
+    assert (share.dim, share.head_size) == (48, 4)
 
 
 def test_fewer_kv_heads_than_devices_leave_each_device_one():
