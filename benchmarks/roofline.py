@@ -86,9 +86,9 @@ def reading(model: str, dtype: str, prompt: int, context: int) -> Measured:
     """One prompt read into a cache, up to the logits after it."""
     import jax
 
-    from llama_jax.hardware.flops import flops_per_token
     from llama_jax.inference.prefill import read_prompts, slots_for
     from llama_jax.model.cache import KVCache
+    from llama_jax.model.parameters import flops_per_token
 
     config = common.model_config(model, context, dtype)
     weights = common.random_weights(config, dtype)

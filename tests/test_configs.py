@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llama_jax.config import Config, parse
-from llama_jax.model.transformer import count_parameters
+from llama_jax.model.parameters import count_parameters
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 NAMES = ("demo", "shakespeare", "260k", "15m", "42m", "110m", "110m_tpu", "7b", "13b", "70b")

@@ -34,7 +34,6 @@ ROOMS = {  # what each may import; what is not listed is refused
 BEING_REMOVED = {
     ("checkpoints", "training"),
     ("formats", "training"),
-    ("hardware", "model"),
 }
 DOORS = [path.stem for path in sorted(ROOT.glob("*.py")) if path.stem != "setup"]
 ONLY_IN = {  # libraries that one room, or a few modules, may import

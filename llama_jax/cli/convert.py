@@ -101,7 +101,7 @@ def convert_and_tell(job: Any, verifies: bool | None) -> None:
     """
     from llama_jax.formats.convert import convert
     from llama_jax.formats.verify import is_cheap, memory_needed, verify
-    from llama_jax.model.transformer import count_parameters
+    from llama_jax.model.parameters import count_parameters
 
     begun = time.perf_counter()
     source = convert(job)

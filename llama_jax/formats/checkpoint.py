@@ -22,8 +22,8 @@ from llama_jax.checkpoints.run_folder import TOKENIZER
 from llama_jax.checkpoints.save import partial_checksum
 from llama_jax.errors import UserError
 from llama_jax.formats.weights import BLOCKS, DTYPES, Tensor, Weights, of_layer, tensor_shapes
-from llama_jax.model.parameters import named_leaves
-from llama_jax.model.transformer import Llama, abstract
+from llama_jax.model.parameters import abstract, named_leaves
+from llama_jax.model.transformer import Llama
 from llama_jax.quantization import (
     Quantization,
     QuantizedLinear,

@@ -102,6 +102,12 @@ def chip_of(device_kind: str) -> Chip | None:
     return None
 
 
+def peak_flops(device: jax.Device, given: float = 0.0) -> float:
+    """Return the peak FLOP/s of a device: `given`, or dense bfloat16 of its chip; 0: unknown."""
+    chip = chip_of(device.device_kind)
+    return given or (chip.flops if chip else 0.0)
+
+
 # The machines that chips are sold in, and how they are called: slices of TPUs, servers of GPUs.
 #
 # Cloud TPU names slices of v5e and v6e by chips, the others by TensorCores: v5p-64 has 32 chips.

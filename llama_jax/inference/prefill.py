@@ -30,7 +30,7 @@ def whole_sequence_execution(model: Llama) -> Execution:
     """How a pass over whole sequences runs, without a cache: by this device's fastest kernel."""
     config = model.config
     kernel = choose_kernel(
-        "auto", jax.local_devices()[0], head_dim=config.head_dim, dtype=config.compute_dtype
+        "auto", jax.local_devices()[0], head_dim=config.head_size, dtype=config.compute_dtype
     )
     attention = KERNELS[kernel] if kernel == "xla" else shard_heads(KERNELS[kernel])
     return dataclasses.replace(WITH_CACHE, attention=attention)

@@ -21,7 +21,7 @@ from llama_jax.distributed.mesh import MESH_AXES, constrain, shardings
 from llama_jax.kernels.attention import xla_attention
 from llama_jax.kernels.splash import LANES
 from llama_jax.model.execution import Execution
-from llama_jax.model.transformer import abstract
+from llama_jax.model.parameters import abstract
 from llama_jax.training.loss import summed_nll
 from llama_jax.training.step import UNROLLED_ON_CPU
 

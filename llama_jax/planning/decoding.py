@@ -19,7 +19,8 @@ from llama_jax.inference.prefill import slots_for
 from llama_jax.inference.sampler import make_sampler
 from llama_jax.kernels.splash import LANES
 from llama_jax.model.cache import KVCache
-from llama_jax.model.transformer import Llama, abstract
+from llama_jax.model.parameters import abstract
+from llama_jax.model.transformer import Llama
 from llama_jax.model.unstacked import unstack
 from llama_jax.planning.compile import Compiled, compiled, target_mesh
 from llama_jax.planning.memory import FLOAT32, bytes_on_one, model_share, planned_mesh

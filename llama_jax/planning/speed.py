@@ -14,8 +14,7 @@ from jax.sharding import AbstractMesh
 from llama_jax.config import Config, ModelConfig
 from llama_jax.distributed.mesh import batch_shards
 from llama_jax.hardware.accelerators import Chip
-from llama_jax.hardware.flops import flops_per_token
-from llama_jax.model.transformer import count_parameters
+from llama_jax.model.parameters import count_parameters, flops_per_token
 from llama_jax.planning.memory import FLOAT32, Memory
 
 

@@ -1,8 +1,10 @@
 """The table of chips, and which device is which chip."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from llama_jax.hardware.accelerators import CHIPS, GIB, chip_of
+from llama_jax.hardware.accelerators import CHIPS, GIB, chip_of, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -47,3 +49,13 @@ def test_figures_are_in_the_range_of_chips(chip):
 def test_what_a_tpu_compiler_allows_is_what_libtpu_says():
     assert CHIPS["v5e"].usable == 15.75 * GIB
     assert CHIPS["v6e"].usable == 31.25 * GIB
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [("TPU v5 lite", 197e12), ("TPU v5", 459e12), ("NVIDIA H100 80GB HBM3", 989e12), ("cpu", 0)],
+)
+def test_peak_flops_are_those_of_the_chip_unless_set(kind, peak):
+    device = SimpleNamespace(device_kind=kind)
+    assert peak_flops(device) == peak
+    assert peak_flops(device, given=3e12) == 3e12

@@ -4,8 +4,7 @@ import pytest
 from plans import make_config
 
 from llama_jax.hardware.accelerators import CHIPS
-from llama_jax.hardware.flops import flops_per_token
-from llama_jax.model.transformer import count_parameters
+from llama_jax.model.parameters import count_parameters, flops_per_token
 from llama_jax.planning.memory import planned_mesh, training_memory
 from llama_jax.planning.speed import Speed, training_speed
 

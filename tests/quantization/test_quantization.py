@@ -21,8 +21,7 @@ from llama_jax.inference.sampler import make_sampler
 from llama_jax.inference.scoring import token_logprobs
 from llama_jax.kernels.int4 import floats
 from llama_jax.model.layers import Linear
-from llama_jax.model.parameters import named_leaves
-from llama_jax.model.transformer import count_parameters
+from llama_jax.model.parameters import count_parameters, named_leaves
 from llama_jax.model.unstacked import OutputsFirstLinear, unstack
 from llama_jax.quantization import Quantization, abstract_quantized, held_bytes, quantize
 from llama_jax.quantization import surgery as allocation
