@@ -59,13 +59,13 @@ def decoding(model: str, dtype: str, prompt: int, context: int, new: int, bits: 
     from llama_jax.inference.prefill import slots_for
     from llama_jax.inference.sampler import make_sampler
     from llama_jax.model.cache import KVCache
-    from llama_jax.quantization import held_bytes, quantize
+    from llama_jax.quantization import model_nbytes, quantize
 
     config, greedy = common.model_config(model, context, dtype), make_sampler(temperature=0)
     weights = common.random_weights(config, dtype)
     if bits:
         weights = quantize(weights, bits)
-    read = held_bytes(weights)
+    read = model_nbytes(weights)
     if not config.tied_embeddings:
         read -= sum(leaf.nbytes for leaf in jax.tree.leaves(weights.embedding))
     slots = slots_for(min(prompt + new, context))
