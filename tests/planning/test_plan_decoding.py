@@ -1,4 +1,4 @@
-"""What sampling takes."""
+"""The memory and speed of decoding."""
 
 import dataclasses
 
@@ -7,8 +7,9 @@ from plans import make_config
 
 from llama_jax.errors import UsageError
 from llama_jax.planning.compile import Compiled
-from llama_jax.planning.decoding import Sampling, plan_decoding
-from llama_jax.planning.report import cheapest_sampling, decoding_report, largest_batch
+from llama_jax.planning.decoding import DecodingOptions, plan_decoding
+from llama_jax.planning.report import decoding_report
+from llama_jax.planning.search import cheapest_decoding_change, largest_decoding_batch
 from llama_jax.planning.targets import parse_target
 
 MODEL = make_config(model__context_length=64).model  # 64 slots hold it exactly
@@ -17,17 +18,17 @@ MATRICES = 2 * V * D + L * (2 * D * D + 2 * D * K * H + 3 * D * F)
 NORMS = (2 * L + 1) * D
 
 
-def plan_of(target="H200-1", **sampling):
-    return plan_decoding(MODEL, Sampling(**sampling), parse_target(target), compile_it=False)
+def plan_of(target="H200-1", **options):
+    return plan_decoding(MODEL, DecodingOptions(**options), parse_target(target))
 
 
-def test_weights_and_cache_by_hand():
+def test_bytes_of_weights_and_cache():
     plan = plan_of(batch=5)
     assert plan.weights == 4 * (MATRICES + NORMS)
     assert plan.cache == pytest.approx(2 * L * 5 * K * 64 * H * 4, abs=64)  # and a length a row
 
 
-def test_a_dtype_of_half_the_width_halves_both():
+def test_bfloat16_halves_weights_and_cache():
     wide, narrow = plan_of(batch=5), plan_of(batch=5, dtype="bfloat16")
     assert narrow.weights == wide.weights / 2
     assert narrow.cache == pytest.approx(wide.cache / 2, abs=64)
@@ -42,7 +43,7 @@ def test_four_bits_take_less_than_eight():
     assert plan_of(quantize="int4").weights < plan_of(quantize="int8").weights
 
 
-def test_a_cache_of_int8_has_a_scale_for_each_head_and_token():
+def test_an_int8_cache_has_a_scale_for_each_head_and_token():
     plan = plan_of(batch=5, cache_dtype="int8")
     assert plan.cache == pytest.approx(2 * L * 5 * K * 64 * (H + 4), abs=64)
 
@@ -58,12 +59,12 @@ def test_a_shorter_context_needs_a_smaller_cache():
     assert plan_of(context=33).model.context_length == 33
 
 
-def test_tpus_fill_narrow_heads_up_to_their_lanes():
+def test_tpus_pad_narrow_heads_to_their_lanes():
     tpu, gpu = plan_of("v5e-1"), plan_of()
     assert tpu.temporary - gpu.temporary == pytest.approx(tpu.cache * 128 / H)
 
 
-def test_reading_the_weights_bounds_one_text():
+def test_memory_bandwidth_bounds_one_sequence():
     plan = plan_of()
     assert plan.speed.bottleneck == "memory"
     assert plan.speed.memory == (plan.weights + plan.cache) / plan.target.chip.bandwidth
@@ -71,7 +72,7 @@ def test_reading_the_weights_bounds_one_text():
 
 
 @pytest.mark.parametrize(
-    ("sampling", "complaint"),
+    ("options", "complaint"),
     [
         ({"context": 65}, "context=65 is out of range; expected 2 to 64"),
         ({"context": 1}, "context=1 is out of range"),
@@ -81,9 +82,9 @@ def test_reading_the_weights_bounds_one_text():
         ({"dtype": "float16"}, "dtype='float16' is unknown"),
     ],
 )
-def test_what_cannot_be_is_refused(sampling, complaint):
+def test_invalid_options_are_refused(options, complaint):
     with pytest.raises(UsageError) as error:
-        plan_of(**sampling)
+        plan_of(**options)
     assert complaint in str(error.value)
 
 
@@ -92,40 +93,42 @@ def small_target(usable, name="H200-1"):
     return dataclasses.replace(target, chip=dataclasses.replace(target.chip, usable=usable))
 
 
-def test_what_does_not_fit_names_fewer_texts_and_the_least_change_that_keeps_all():
+def test_a_plan_that_does_not_fit_names_a_smaller_batch_and_the_smallest_change_that_keeps_it():
     guess = plan_of(batch=64).estimated
     target = small_target(0.9 * guess)
-    plan = plan_decoding(MODEL, Sampling(batch=64), target, compile_it=False)
-    assert not plan.fits and 50 <= largest_batch(plan) < 64
-    more = plan_decoding(MODEL, Sampling(batch=largest_batch(plan)), target, compile_it=False)
+    plan = plan_decoding(MODEL, DecodingOptions(batch=64), target)
+    assert not plan.fits and 50 <= largest_decoding_batch(plan) < 64
+    more = plan_decoding(MODEL, DecodingOptions(batch=largest_decoding_batch(plan)), target)
     assert more.fits
-    found = cheapest_sampling(plan)
-    assert found.sampling.batch == 64 and found.estimated <= 0.85 * target.chip.usable
-    assert found.sampling == Sampling(batch=64, cache_dtype="int8")  # weights alone would not do
+    found = cheapest_decoding_change(plan)
+    assert found.options.batch == 64 and found.estimated <= 0.85 * target.chip.usable
+    assert found.options == DecodingOptions(
+        batch=64, cache_dtype="int8"
+    )  # weights alone would not do
     text = decoding_report(plan)
-    assert f"largest batch that fits, by estimate: {largest_batch(plan)} texts" in text
+    assert f"largest batch that fits, by estimate: {largest_decoding_batch(plan)} sequences" in text
     assert "cheapest change that fits, by estimate: --cache_dtype=int8" in text
 
 
-def test_where_no_change_is_enough_more_chips_are_named():
-    plan = plan_decoding(MODEL, Sampling(), small_target(1000.0), compile_it=False)
+def test_where_no_change_is_enough_more_chips_are_advised():
+    plan = plan_decoding(MODEL, DecodingOptions(), small_target(1000.0))
     text = decoding_report(plan)
-    assert "not one text fits" in text and "use more or larger chips" in text
+    assert "not one sequence fits" in text and "use more or larger chips" in text
 
 
-def test_compiled_figures_stand_beside_the_estimate():
+def test_the_report_of_decoding_has_compiled_and_estimated_columns():
     plan = dataclasses.replace(plan_of(), compiled=Compiled(2.0**31, True, "", 1.0))
     lines = {
         line.split()[0]: line.split()[1:] for line in decoding_report(plan).splitlines() if line
     }
-    assert lines["together"][0] == "2.00" and len(lines["temporary"]) == 2
-    assert lines["GiB"] == ["a", "chip", "compiled", "estimated"]
+    assert lines["total"][0] == "2.00" and len(lines["temporary"]) == 2
+    assert lines["GiB"] == ["per", "chip", "compiled", "estimated"]
 
 
-def test_what_the_chips_do_not_divide_is_named_and_predicted_whole():
+def test_sizes_that_the_devices_do_not_divide_are_named_and_predicted_as_replicated():
     eight, one = plan_of("H200-8"), plan_of()
-    assert eight.uncut == ["12 heads", "4 kv heads"]
-    assert "over tensor 8 (whole on each: 12 heads, 4 kv heads)" in decoding_report(eight)
+    assert eight.replicated == ["12 heads", "4 kv heads"]
+    assert "over tensor 8 (replicated: 12 heads, 4 kv heads)" in decoding_report(eight)
     attention = L * (D * 2 * (12 + K) * H + 2 * 12 * H * 64)
     cut = V * D + L * 3 * D * F
     ratio = eight.speed.arithmetic / one.speed.arithmetic
