@@ -137,17 +137,18 @@ def plan_decoding(
 def compile_decoding(plan: DecodingPlan) -> Compiled:
     """Compile the decode loop of a plan for its TPU target."""
     mesh = target_mesh(MESH, plan.target)
-    return compile_program(lambda: lower_decoding(plan.model, plan.options, mesh), plan.estimated)
+    with jax.set_mesh(mesh):
+        traced = trace_decoding(plan.model, plan.options, mesh)
+        return compile_program(traced.lower, plan.estimated)
 
 
-def lower_decoding(
+def trace_decoding(
     config: ModelConfig, options: DecodingOptions, mesh: Mesh | AbstractMesh
-) -> jax.stages.Lowered:
-    """Return the lowered decode loop for a mesh, whose devices need not exist."""
-    with jax.set_mesh(mesh) if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh(mesh):
-        model, state = abstract_engine(config, options, mesh)
-        sampler, stops_S = make_sampler(temperature=1.0, top_p=0.9), np.asarray([NOTHING], np.int32)
-        return decode.lower(model, state, sampler, stops_S)
+) -> jax.stages.Traced:
+    """Return the traced decode loop for the devices of a mesh, which is to be set."""
+    model, state = abstract_engine(config, options, mesh)
+    sampler, stops_S = make_sampler(temperature=1.0, top_p=0.9), np.asarray([NOTHING], np.int32)
+    return decode.trace(model, state, sampler, stops_S)
 
 
 def _padded_copy(cache: float, config: ModelConfig) -> float:

@@ -2,12 +2,15 @@
 
 import dataclasses
 
+import jax
 import pytest
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from plans import make_config
 
 from llama_jax.errors import UsageError
 from llama_jax.planning.compile import Compiled
-from llama_jax.planning.decoding import DecodingOptions, plan_decoding
+from llama_jax.planning.decoding import DecodingOptions, plan_decoding, trace_decoding
 from llama_jax.planning.report import decoding_report
 from llama_jax.planning.search import cheapest_decoding_change, largest_decoding_batch
 from llama_jax.planning.targets import parse_target
@@ -134,3 +137,45 @@ def test_sizes_that_the_devices_do_not_divide_are_named_and_predicted_as_replica
     ratio = eight.speed.arithmetic / one.speed.arithmetic
     assert ratio == pytest.approx((attention + cut / 8) / (attention + cut))
     assert eight.speed.network == L * 2 * 7 / 8 * D * 4 / (eight.target.chip.link / 2)
+
+
+def matmul_primitives(platform, devices, options):
+    """The primitives in the matmuls of a decode loop that is traced for a platform."""
+    device = AbstractDevice(device_kind=platform, num_cores=1, platform=platform)
+    mesh = AbstractMesh(
+        (1, 1, devices),
+        ("data", "fsdp", "tensor"),
+        axis_types=(AxisType.Auto,) * 3,
+        abstract_device=device,
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        program = trace_decoding(MODEL, DecodingOptions(**options), mesh).jaxpr
+    return primitives_of(program.jaxpr, ("times_transposed", "times_quantized"), inside=False)
+
+
+def primitives_of(jaxpr, functions, inside):
+    found = set()
+    for equation in jaxpr.eqns:
+        within = inside or equation.params.get("name") in functions
+        found |= {equation.primitive.name} if inside else set()
+        for inner in jaxprs_in_params(equation.params):
+            found |= primitives_of(inner, functions, within)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("options", "on_cpu"),  # primitives that only the implementations for CPU have
+    [
+        ({"dtype": "float32"}, {"slice", "transpose", "optimization_barrier"}),
+        ({"dtype": "float32", "batch": 8}, {"transpose", "optimization_barrier"}),
+        ({"dtype": "float32", "quantize": "int8"}, {"transpose"}),
+        ({"dtype": "float32", "quantize": "int8", "batch": 8}, {"scan"}),
+        ({"dtype": "bfloat16", "quantize": "int4"}, {"transpose"}),
+        ({"dtype": "bfloat16", "quantize": "int4", "batch": 8}, {"scan"}),
+    ],
+)
+def test_a_decode_loop_for_a_tpu_has_none_of_the_matmuls_for_cpu(options, on_cpu):
+    assert on_cpu <= matmul_primitives("cpu", 1, options)
+    for devices in (1, 4):
+        found = matmul_primitives("tpu", devices, options)
+        assert "dot_general" in found and not on_cpu & found
