@@ -59,13 +59,13 @@ def decoding(model: str, dtype: str, prompt: int, context: int, new: int, bits: 
     from llama_jax.inference.engine import Engine
     from llama_jax.inference.request import Request, SamplingParams
     from llama_jax.model.cache import KVCache
-    from llama_jax.quantization import held_bytes, quantize
+    from llama_jax.quantization import model_nbytes, quantize
 
     config = common.model_config(model, context, dtype)
     weights = common.random_weights(config, dtype)
     if bits:
         weights = quantize(weights, bits)
-    read = held_bytes(weights)
+    read = model_nbytes(weights)
     if not config.tied_embeddings:
         read -= sum(leaf.nbytes for leaf in jax.tree.leaves(weights.embedding))
     slots = cache_slots(min(prompt + new, context))
@@ -89,9 +89,9 @@ def reading(model: str, dtype: str, prompt: int, context: int) -> Measured:
     """One prompt read into a cache, up to the logits after it."""
     import jax
 
-    from llama_jax.hardware.flops import flops_per_token
     from llama_jax.inference.decode import cache_slots, prefill
     from llama_jax.model.cache import KVCache
+    from llama_jax.model.parameters import flops_per_token
 
     config = common.model_config(model, context, dtype)
     weights = common.random_weights(config, dtype)

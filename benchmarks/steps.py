@@ -109,8 +109,8 @@ class Ours:
 
         from llama_jax.config import MeshConfig
         from llama_jax.distributed.mesh import make_mesh
-        from llama_jax.hardware.flops import flops_per_token
         from llama_jax.kernels.attention import choose_kernel
+        from llama_jax.model.parameters import flops_per_token
         from llama_jax.training.step import jit_init
 
         device = jax.local_devices()[0]
@@ -122,7 +122,7 @@ class Ours:
                 raise MemoryError(f"no layer fits in {limit / 1e9:.0f} GB")
         config = config_of(job, layers if layers > 0 else job.shape["num_layers"])
         backend = choose_kernel(
-            "auto", device, head_dim=config.model.head_dim, dtype=config.model.compute_dtype
+            "auto", device, head_dim=config.model.head_size, dtype=config.model.compute_dtype
         )
         self._step = compiled_step(config, self._mesh)
         self._batch = self._placed(job)

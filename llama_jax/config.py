@@ -78,7 +78,7 @@ class Section:
     section: ClassVar[str]  # its name in a config
 
     def __post_init__(self) -> None:
-        for name, constraints in _constraints(type(self)).items():
+        for name, constraints in _constraints(type(self)).items():  # type: ignore[arg-type]
             for constraint in constraints:
                 constraint.check(f"{self.section}.{name}", getattr(self, name))
 
@@ -121,6 +121,7 @@ class ModelConfig(Section):
     num_layers: Positive  # transformer blocks (L)
     num_heads: Positive  # query heads (N)
     num_kv_heads: Positive  # key/value heads (K); equal to num_heads: no grouped-query attention
+    head_dim: Count = 0  # width of one head (H); 0: dim / num_heads; read it as `head_size`
     context_length: Positive  # longest sequence the model is meant for, tokens
     hidden_dim: Count = 0  # width of the feed-forward (F); 0: computed, see `ffn_dim`
     multiple_of: Positive = 256  # a computed feed-forward width is rounded up to a multiple of this
@@ -138,25 +139,26 @@ class ModelConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            self.dim % self.num_heads == 0,
+            bool(self.head_dim) or self.dim % self.num_heads == 0,
             f"model.dim={self.dim} does not divide into model.num_heads={self.num_heads} heads;"
-            f" use a dim that is a multiple of {self.num_heads}",
+            f" use a dim that is a multiple of {self.num_heads}, or set model.head_dim",
         )
         require(
             self.num_heads % self.num_kv_heads == 0,
             f"model.num_heads={self.num_heads} does not divide over"
             f" model.num_kv_heads={self.num_kv_heads}; each kv head serves equally many heads",
         )
+        source = "" if self.head_dim else f"model.dim={self.dim} / num_heads={self.num_heads}: "
         require(
-            self.head_dim % 2 == 0,
-            f"model.dim={self.dim} / model.num_heads={self.num_heads} gives an odd head dim of"
-            f" {self.head_dim}; RoPE rotates pairs, so it must be even",
+            self.head_size % 2 == 0,
+            f"{source}model.head_dim={self.head_size} is odd; RoPE rotates pairs, so it must be"
+            " even",
         )
 
     @property
-    def head_dim(self) -> int:
-        """Width of one head (H)."""
-        return self.dim // self.num_heads
+    def head_size(self) -> int:
+        """Width of one head (H): `head_dim`, or dim / num_heads where that is 0."""
+        return self.head_dim or self.dim // self.num_heads
 
     @property
     def ffn_dim(self) -> int:

@@ -20,7 +20,13 @@ from llama_jax.inference.completions import add_text, collect, stop_ids
 from llama_jax.inference.engine import Engine
 from llama_jax.inference.request import Delta, Request, SamplingParams
 from llama_jax.inference.scoring import embed_texts, score_texts
-from llama_jax.text.chat import TruncationWarning, find_template, fit, parse_messages, resolve_template
+from llama_jax.text.chat import (
+    TruncationWarning,
+    find_template,
+    fit,
+    parse_messages,
+    resolve_template,
+)
 from llama_jax.text.tokenizer import Tokenizer
 
 CACHE_DTYPES = ("", "int8")

@@ -47,7 +47,7 @@ REFUSED = [  # class, field, value, part of the message
     (ModelConfig, "compute_dtype", "fp16", "'fp16' is unknown; expected one of 'float32', 'bfloat16'"),
     (ModelConfig, "dim", 25, "model.dim=25 does not divide into model.num_heads=6 heads"),
     (ModelConfig, "num_kv_heads", 4, "model.num_heads=6 does not divide over model.num_kv_heads=4"),
-    (ModelConfig, "dim", 18, "gives an odd head dim of 3"),
+    (ModelConfig, "dim", 18, "model.dim=18 / num_heads=6: model.head_dim=3 is odd"),
     (DataConfig, "batch_size", 0, "data.batch_size=0 is out of range"),
     (DataConfig, "sequence_length", 1, "data.sequence_length=1 is out of range"),
     (DataConfig, "seed", -1, "data.seed=-1 is out of range; expected from 0"),
@@ -125,7 +125,8 @@ def test_hidden_dim_overrides_computed_ffn_dim():
 
 def test_properties_follow_overrides():
     model = dataclasses.replace(ModelConfig(**MODEL), dim=48)
-    assert model.head_dim == 8
+    assert model.head_size == 8
+    assert dataclasses.replace(model, head_dim=10).head_size == 10
     config = make_config(optimizer=OPTIMIZER | {"accumulation_steps": 4})
     assert (config.tokens_per_step, config.microbatch_size) == (128, 2)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llama_jax.config import Config, parse
-from llama_jax.model.transformer import count_parameters
+from llama_jax.model.parameters import count_parameters
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 NAMES = ("demo", "shakespeare", "260k", "15m", "42m", "110m", "110m_tpu", "7b", "13b", "70b")
@@ -98,8 +98,8 @@ def test_docstring_states_memory_of_parameters_and_moments(name):
 
 def test_110m_tpu_fills_tiles_and_supports_fused_attention():
     model = load("110m_tpu")[1].model
-    assert model.head_dim == 128
-    for size in (model.dim, model.num_heads * model.head_dim, model.ffn_dim, model.vocab_size):
+    assert model.head_size == 128
+    for size in (model.dim, model.num_heads * model.head_size, model.ffn_dim, model.vocab_size):
         assert size % 128 == 0
     assert abs(count_parameters(model) / PARAMETERS["110m"] - 1) < 0.02
     assert (model.compute_dtype, model.dropout) == ("bfloat16", 0.0)

@@ -31,9 +31,6 @@ ROOMS = {  # what each may import; what is not listed is refused
     "cli": "llm inference checkpoints training data formats planning quantization model hardware"
     " distributed text config errors files",
 }
-BEING_REMOVED = {
-    ("hardware", "model"),
-}
 DOORS = [path.stem for path in sorted(ROOT.glob("*.py")) if path.stem != "setup"]
 ONLY_IN = {  # libraries that one room, or a few modules, may import
     "orbax": {"checkpoints"},
@@ -101,7 +98,7 @@ def test_the_table_lists_every_room():
 def test_rooms_import_only_what_the_table_lists(name):
     room = unit(name)
     for imported in {unit(imported) for imported in ours(imports_of(name))} - {room, "llama_jax"}:
-        allowed = imported in ROOMS[room].split() or (room, imported) in BEING_REMOVED
+        allowed = imported in ROOMS[room].split()
         assert allowed, f"{name} imports {imported}"
 
 

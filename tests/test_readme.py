@@ -27,7 +27,7 @@ def test_everything_in_the_tree_exists():
 @pytest.mark.parametrize("config", sorted(path.stem for path in (ROOT / "configs").glob("*.py")))
 def test_the_table_has_every_config_with_its_numbers(config):
     from llama_jax.cli.config_flags import read_config
-    from llama_jax.model.transformer import count_parameters
+    from llama_jax.model.parameters import count_parameters
 
     run = read_config([f"--config={ROOT / 'configs' / config}.py"], default="")
     row = f"| `{config}` | {count_parameters(run.model):,} | {run.tokens_per_step:,} |"

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.config import ModelConfig
-from llama_jax.model.transformer import abstract
+from llama_jax.model.parameters import abstract
 
 TINY = {"vocab_size": 53, "dim": 24, "num_heads": 6, "num_kv_heads": 2, "hidden_dim": 40}
 TINY |= {"num_layers": 3, "context_length": 32}

@@ -6,8 +6,7 @@ import numpy as np
 from llama_jax.config import ModelConfig
 from llama_jax.formats.vocabulary import Kind, Piece, Vocabulary
 from llama_jax.formats.weights import DTYPES, Tensor, Weights, of_layer, tensor_shapes
-from llama_jax.model.parameters import named_leaves
-from llama_jax.model.transformer import abstract
+from llama_jax.model.parameters import abstract, named_leaves
 
 SIZES = {
     "vocab_size": 283,

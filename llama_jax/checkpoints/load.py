@@ -20,8 +20,8 @@ from llama_jax.checkpoints.run_folder import TOKENIZER
 from llama_jax.config import MeshConfig, ModelConfig, require
 from llama_jax.distributed.mesh import make_mesh, placed, shardings
 from llama_jax.errors import UsageError, UserError, warn, whole_number
-from llama_jax.model.parameters import named_leaves
-from llama_jax.model.transformer import Llama, abstract, count_parameters
+from llama_jax.model.parameters import abstract, count_parameters, named_leaves
+from llama_jax.model.transformer import Llama
 from llama_jax.model.unstacked import unstack
 from llama_jax.quantization import QuantizedMatrix, abstract_quantized, quantize, require_kind
 from llama_jax.text.tokenizer import Tokenizer

@@ -11,7 +11,7 @@ from typing import Any
 
 from llama_jax.config import Config, ModelConfig, parse
 from llama_jax.errors import UserError
-from llama_jax.quantization import Quantization
+from llama_jax.quantization import QuantizationConfig
 
 CONFIG = "config.json"
 RUN_KIND, MODEL_KIND, VERSION = "llama_jax run", "llama_jax model", 1
@@ -24,7 +24,7 @@ class Description:
     model: ModelConfig
     bos: bool  # documents it learnt from begin with BOS
     eos: bool  # they end with EOS
-    quantization: Quantization | None = None  # how its matrices are stored; None: as floats
+    quantization: QuantizationConfig | None = None  # how its matrices are stored; None: as floats
     chat_template: str = ""  # a key of `chat.TEMPLATES`, or "none"; "": nobody said
 
 
@@ -111,7 +111,7 @@ def _model_parsed(tree: dict[str, Any], separators: dict[str, bool]) -> Descript
         raise ValueError(f"chat_template={template!r} is not text")
     return Description(
         model=parse(ModelConfig, tree["model"], "model."),
-        quantization=quantization and parse(Quantization, quantization, "quantization."),
+        quantization=quantization and parse(QuantizationConfig, quantization, "quantization."),
         chat_template=template,
         **separators,
     )

@@ -28,11 +28,11 @@ def main(argv: list[str]) -> None:
     from llama_jax.cli.convert import convert_and_tell
     from llama_jax.formats.convert import Conversion
     from llama_jax.formats.registry import Options, format_of
-    from llama_jax.quantization import Quantization
+    from llama_jax.quantization import QuantizationConfig
 
     quantization = None
     if flags.quantize:
-        quantization = Quantization(flags.quantize, flags.group_size or 32)
+        quantization = QuantizationConfig(flags.quantize, flags.group_size or 32)
     source = Path(flags.input).expanduser()
     job = Conversion(
         source=flags.source or format_of(source),
@@ -101,7 +101,7 @@ def convert_and_tell(job: Any, verifies: bool | None) -> None:
     """
     from llama_jax.formats.convert import convert
     from llama_jax.formats.verify import is_cheap, memory_needed, verify
-    from llama_jax.model.transformer import count_parameters
+    from llama_jax.model.parameters import count_parameters
 
     begun = time.perf_counter()
     source = convert(job)

@@ -22,14 +22,14 @@ from llama_jax.checkpoints.run_folder import TOKENIZER
 from llama_jax.checkpoints.save import partial_checksum
 from llama_jax.errors import UserError, warn
 from llama_jax.formats.weights import BLOCKS, DTYPES, Tensor, Weights, of_layer, tensor_shapes
-from llama_jax.model.parameters import named_leaves
-from llama_jax.model.transformer import Llama, abstract
+from llama_jax.model.parameters import abstract, named_leaves
+from llama_jax.model.transformer import Llama
 from llama_jax.quantization import (
-    Quantization,
+    QuantizationConfig,
     QuantizedLinear,
     QuantizedMatrix,
     abstract_quantized,
-    rounded,
+    quantize_kernel,
 )
 from llama_jax.text.tokenizer import read_model
 
@@ -95,7 +95,7 @@ class StoredArray:
 
 
 def quantized_arrays(
-    weights: Weights, quantization: Quantization
+    weights: Weights, quantization: QuantizationConfig
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """What stands for each tensor of a float model: its bytes as floats, and arrays by name.
 
@@ -146,7 +146,7 @@ def _rounded(name: str, matrix: QuantizedMatrix, kernel: jax.Array) -> dict[str,
     if isinstance(matrix, QuantizedLinear):  # float layers have their inputs first
         kernel = kernel.reshape(math.prod(matrix.inputs), -1).T
         kernel = kernel.reshape(matrix.outputs + matrix.inputs)
-    parts = rounded(kernel, matrix.outputs, matrix.group_size)
+    parts = quantize_kernel(kernel, matrix.outputs, matrix.group_size)
     return {f"{name}.{part}": np.asarray(array) for part, array in parts.items()}
 
 
@@ -247,7 +247,7 @@ def write(
     weights: Weights,
     path: Path,
     *,
-    quantization: Quantization | None = None,
+    quantization: QuantizationConfig | None = None,
     report: Report = lambda done: None,
 ) -> None:
     """Write a model as step 0 of a new checkpoint folder, its matrices as integers if asked to.
@@ -295,7 +295,7 @@ def _write_floats(weights: Weights, item: Path, report: Report) -> Written:
 
 
 def _write_integers(
-    weights: Weights, item: Path, quantization: Quantization, report: Report
+    weights: Weights, item: Path, quantization: QuantizationConfig, report: Report
 ) -> Written:
     shapes, sums, done = {}, {}, 0
     for size, arrays in quantized_arrays(weights, quantization):

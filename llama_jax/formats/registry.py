@@ -16,7 +16,7 @@ from llama_jax.formats.huggingface import model as hugging_face
 from llama_jax.formats.llama2c import model as llama2c
 from llama_jax.formats.meta import model as meta
 from llama_jax.formats.weights import DTYPES, Weights
-from llama_jax.quantization import Quantization
+from llama_jax.quantization import QuantizationConfig
 
 Report = Callable[[int], None]
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "q8_0": 34 / 32, "int8": 1.25}  # a number
@@ -32,7 +32,7 @@ class Options:
     shards: int = 1  # files of Meta's
     llama2c_version: int = 0
     group_size: int = 64  # of llama2.c's version 2
-    quantization: Quantization | None = None  # of our checkpoints
+    quantization: QuantizationConfig | None = None  # of our checkpoints
 
 
 @dataclasses.dataclass(frozen=True)

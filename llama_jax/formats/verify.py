@@ -22,9 +22,9 @@ from llama_jax.formats.convert import Conversion
 from llama_jax.formats.meta import shards as meta_shards
 from llama_jax.formats.registry import FORMATS, written_dtype
 from llama_jax.formats.weights import Weights
-from llama_jax.model.parameters import named_leaves
+from llama_jax.model.parameters import count_parameters, named_leaves
 from llama_jax.model.positions import frequencies
-from llama_jax.model.transformer import Llama, count_parameters
+from llama_jax.model.transformer import Llama
 
 Logits = Callable[[np.ndarray], np.ndarray]  # tokens [T] → float32 logits [T, V]
 
@@ -90,7 +90,7 @@ def _meta_forward(weights: dict[str, Any], config: ModelConfig, tokens_T: Any) -
     """Logits [T, V] of Meta's tensors."""
     import torch
 
-    T, H = len(tokens_T), config.head_dim
+    T, H = len(tokens_T), config.head_size
     turns = torch.from_numpy(frequencies(H, config.rope_theta, config.rope_scaling))
     angles = torch.outer(torch.arange(T, dtype=torch.float32), turns)
     turn = torch.polar(torch.ones_like(angles), angles)[:, None]

@@ -15,8 +15,7 @@ import numpy as np
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import UserError
-from llama_jax.model.parameters import named_leaves
-from llama_jax.model.transformer import abstract
+from llama_jax.model.parameters import abstract, named_leaves
 
 DTYPES = {  # what weights may be stored as
     "float32": np.dtype(np.float32),

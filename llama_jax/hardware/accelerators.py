@@ -1,7 +1,6 @@
-"""What the makers' data sheets say of the accelerators that a run may meet.
+"""Accelerators: peak FLOP/s, memory and bandwidth by chip, machines by name, memory in use.
 
-A `Chip` is what JAX calls one device: half of a TPU v2, v3 or tpu7x chip, the whole of any other.
-Does not know which devices are here, nor what they are used for.
+A `Chip` is one device in JAX's sense: half of a TPU v2, v3 or tpu7x chip, all of any other.
 """
 
 import dataclasses
@@ -18,27 +17,27 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One device: what it computes, holds and moves."""
+    """The data sheet of one device."""
 
     name: str
-    kinds: tuple[str, ...]  # names that JAX's `device_kind` may have in it, as whole words
+    kinds: tuple[str, ...]  # words that JAX's `device_kind` contains
     flops: float  # dense bfloat16 peak, FLOP/s (float16 on T4, which has no bfloat16)
     memory: float  # bytes of device memory, as sold
-    usable: float  # bytes of it that JAX gives to programs unless told otherwise
+    usable: float  # bytes that programs may use by JAX's default
     bandwidth: float  # bytes/s between chip and device memory
-    link: float  # bytes/s over all links to other chips, both directions together
-    capability: str = ""  # of a GPU, as CUDA counts them
+    link: float  # bytes/s over all links to other chips, sum of both directions
+    capability: str = ""  # CUDA compute capability of a GPU
 
     @property
     def is_tpu(self) -> bool:
-        """Whether the TPU compiler makes programs for it."""
+        """Whether the chip is a TPU."""
         return any(kind.startswith("TPU") for kind in self.kinds)
 
 
 def _chip(
     name: str, kinds: tuple[str, ...], figures: tuple[float, ...], capability: str = ""
 ) -> Chip:
-    """A device by its figures: TFLOP/s, GiB sold, GiB usable, GB/s, GB/s of links."""
+    """Return a chip; `figures`: TFLOP/s, GiB of memory, GiB usable, GB/s, GB/s of links."""
     flops, memory, usable, bandwidth, link = figures
     return Chip(
         name=name,
@@ -53,21 +52,21 @@ def _chip(
 
 
 def _tpu(name: str, kinds: tuple[str, ...], *figures: float) -> Chip:
-    """A TPU device; usable is what the TPU compiler allows."""
+    """Return a TPU; usable is what the TPU compiler allows."""
     return _chip(name, kinds, figures)
 
 
-GPU_SHARE = 0.75  # of a GPU's memory that JAX takes; XLA_PYTHON_CLIENT_MEM_FRACTION changes it
+GPU_FRACTION = 0.75  # of GPU memory that JAX takes; see XLA_PYTHON_CLIENT_MEM_FRACTION
 
 
 def _gpu(name: str, kinds: tuple[str, ...], capability: str, *figures: float) -> Chip:
-    """A GPU: TFLOP/s, GiB sold, GiB that its driver shows, GB/s, GB/s of links."""
+    """Return a GPU; `figures`: TFLOP/s, GiB of memory, GiB shown by its driver, GB/s, link GB/s."""
     flops, memory, shown, bandwidth, link = figures
-    return _chip(name, kinds, (flops, memory, GPU_SHARE * shown, bandwidth, link), capability)
+    return _chip(name, kinds, (flops, memory, GPU_FRACTION * shown, bandwidth, link), capability)
 
 
-# Sources: cloud.google.com/tpu/docs (one page a version; v2 and v3 also Norrie et al. 2021, table
-# 1), and NVIDIA's data sheets; the GiB allowed by TPU compilers as libtpu 0.0.42 states them.
+# Sources: cloud.google.com/tpu/docs, a page per version (for v2 and v3 also Norrie et al. 2021,
+# table 1); NVIDIA's data sheets; usable GiB of TPUs as reported by libtpu 0.0.42.
 _ALL = (
     _tpu("v2", ("TPU v2",), 22.5, 8, 7.48, 350, 248),
     _tpu("v3", ("TPU v3",), 61.5, 16, 15.48, 450, 280),
@@ -91,9 +90,9 @@ CHIPS = {chip.name: chip for chip in _ALL}
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip of a JAX device kind such as "TPU v5 lite" or "NVIDIA H200", or None.
+    """Return the chip of a JAX `device_kind` such as "TPU v5 lite" or "NVIDIA H200", or None.
 
-    Kinds match as whole words ("L4" is not in "NVIDIA L40S"), the longest one first.
+    Kinds match whole words ("L4" is not in "NVIDIA L40S"), the longest first.
     """
     kinds = sorted(((kind, chip) for chip in _ALL for kind in chip.kinds), key=lambda p: -len(p[0]))
     for kind, chip in kinds:
@@ -102,13 +101,16 @@ def chip_of(device_kind: str) -> Chip | None:
     return None
 
 
-# The machines that chips are sold in, and how they are called: slices of TPUs, servers of GPUs.
-#
-# Cloud TPU names slices of v5e and v6e by chips, the others by TensorCores: v5p-64 has 32 chips.
+def peak_flops(device: jax.Device, given: float = 0.0) -> float:
+    """Return the peak FLOP/s of a device: `given`, or dense bfloat16 of its chip; 0: unknown."""
+    chip = chip_of(device.device_kind)
+    return given or (chip.flops if chip else 0.0)
 
-# Chips of a slice → its topology, for two-dimensional and three-dimensional networks.
-HAVE_FLAT_SLICES = ("v2", "v3", "v5e", "v6e")
-FLAT = {
+
+# Topologies of TPU slices by their number of chips, with two-dimensional and three-dimensional
+# networks.
+CHIPS_WITH_2D_SLICES = ("v2", "v3", "v5e", "v6e")
+SLICES_2D = {
     1: "1x1",
     4: "2x2",
     8: "2x4",
@@ -118,7 +120,7 @@ FLAT = {
     128: "8x16",
     256: "16x16",
 }
-SOLID = {
+SLICES_3D = {
     1: "1x1x1",
     4: "2x2x1",
     8: "2x2x2",
@@ -129,23 +131,23 @@ SOLID = {
     256: "4x8x8",
     512: "8x8x8",
 }
-NAMED_BY_CORES = ("v2", "v3", "v4", "v5p", "tpu7x")  # two TensorCores a chip
-CORES_ARE_DEVICES = ("v2", "v3", "tpu7x")  # on the others JAX sees a chip as one device
-GPUS_A_MACHINE = 8
+NAMED_BY_CORES = ("v2", "v3", "v4", "v5p", "tpu7x")  # by TensorCores, two per chip
+CORES_ARE_DEVICES = ("v2", "v3", "tpu7x")  # elsewhere a chip is one JAX device
+GPUS_PER_MACHINE = 8
 
 
 def shapes(chip: Chip) -> dict[int, str]:
-    """The topologies of a TPU's slices, by their number of chips."""
-    return FLAT if chip.name in HAVE_FLAT_SLICES else SOLID
+    """Return the topologies of a TPU's slices by their number of chips."""
+    return SLICES_2D if chip.name in CHIPS_WITH_2D_SLICES else SLICES_3D
 
 
 def is_gpu_machine(count: int) -> bool:
-    """Whether so many GPUs are a part of one server, or whole ones."""
-    return count in (1, 2, 4) or (count > 0 and count % GPUS_A_MACHINE == 0)
+    """Return whether `count` GPUs are part of one machine, or whole machines."""
+    return count in (1, 2, 4) or (count > 0 and count % GPUS_PER_MACHINE == 0)
 
 
 def machine_name(chip: Chip, devices: int) -> str:
-    """What so many devices are called, such as "v5p-64"; "" if there is no such machine."""
+    """Return the name of a machine, such as "v5p-64"; "" if there is none of that size."""
     if not chip.is_tpu:
         return f"{chip.name}-{devices}" if is_gpu_machine(devices) else ""
     chips, rest = divmod(devices, 2 if chip.name in CORES_ARE_DEVICES else 1)
@@ -154,24 +156,21 @@ def machine_name(chip: Chip, devices: int) -> str:
     return f"{chip.name}-{chips * (2 if chip.name in NAMED_BY_CORES else 1)}"
 
 
-# Memory that this process uses of its devices, as their runtime counts it.
-#
-# A CPU's runtime counts nothing: there it is the memory of the process itself. Asking copies
-# nothing
-# from a device and waits for none.
-
-
 @dataclasses.dataclass(frozen=True)
 class MemoryUse:
-    """Bytes of the device that came closest to its limit."""
+    """Memory statistics of one device, in bytes."""
 
     in_use: int
-    peak: int  # the most in use since the process began
-    limit: int  # 0: not known
+    peak: int  # since the process started
+    limit: int  # 0: unknown
 
 
 def memory_use(devices: Iterable[jax.Device]) -> MemoryUse | None:
-    """The memory in use on the fullest of these devices that are this process's; None: unknown."""
+    """Return the statistics of this process's device with the highest peak; None: unknown.
+
+    They come from the device's runtime and wait for no computation. On CPU, whose runtime counts
+    nothing, they are those of the process.
+    """
     mine = [device for device in devices if device.process_index == jax.process_index()]
     used = [
         MemoryUse(
@@ -184,24 +183,24 @@ def memory_use(devices: Iterable[jax.Device]) -> MemoryUse | None:
     ]
     if used:
         return max(used, key=lambda use: use.peak)
-    return _of_process() if mine and mine[0].platform == "cpu" else None
+    return _process_memory() if mine and mine[0].platform == "cpu" else None
 
 
 def memory_limit(devices: Iterable[jax.Device]) -> int:
-    """Bytes that programs may use of the smallest of these devices; 0: not known."""
+    """Return the bytes that programs may use of one of these devices; 0: unknown."""
     use = memory_use(devices)
     return use.limit if use else 0
 
 
-def _of_process() -> MemoryUse | None:
-    """The resident memory of this process, and the machine's as the limit."""
+def _process_memory() -> MemoryUse | None:
+    """Return this process's resident memory, with the machine's memory as the limit."""
     try:
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         page = os.sysconf("SC_PAGE_SIZE")
         limit = page * os.sysconf("SC_PHYS_PAGES")
-    except (ImportError, OSError, ValueError):  # a system that does not tell
+    except (ImportError, OSError, ValueError):  # not every system has them
         return None
     peak *= 1 if sys.platform == "darwin" else 1024
     statm = Path("/proc/self/statm")

@@ -1,7 +1,9 @@
-"""Reads a compiled program as XLA prints it: its instructions, and how often each one runs.
+"""Collectives of a compiled program, and how often each one runs, parsed from optimized HLO text.
 
-Made for the optimised text of `compiled.as_text()`, on CPU, GPU and TPU. Knows no JAX and nothing
-of what instructions mean, except for the loops and calls that decide how often others run.
+The text is that of `compiled.as_text()` on CPU, GPU or TPU. A collective inside a loop counts once
+per iteration, so that the sums are those of one run of the program. Asynchronous ones, split into a
+start and a done, count once, and so does a collective that a TPU splits into steps of several
+fusions.
 """
 
 import dataclasses
@@ -23,18 +25,18 @@ _ARRAY = re.compile(r"\b([a-z]+)(\d*)(?:[a-z]\w*)?\[([\d,<= ]*)\]")
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a program."""
+    """One instruction of a program."""
 
     name: str
     result: str  # its type, such as "(f32[8,4]{1,0}, s32[])"
     opcode: str
-    operands: tuple[str, ...]  # names, for those opcodes that take nothing else
-    attributes: str  # what follows the operands
+    operands: tuple[str, ...]  # names; of a constant its value
+    attributes: str  # the text after the operands
     is_root: bool
 
 
 def arrays_of(result: str) -> list[tuple[str, tuple[int, ...]]]:
-    """The arrays of a type as (dtype, shape): of "(f32[8,4]{1,0}, s32[])" f32 [8, 4] and s32 []."""
+    """Return the (dtype, shape) of each array in a type such as "(f32[8,4]{1,0}, s32[])"."""
     found = []
     for match in _ARRAY.finditer(result):
         shape = tuple(int(size.lstrip(" <=")) for size in match[3].split(",") if size)
@@ -43,13 +45,13 @@ def arrays_of(result: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def bytes_of(dtype: str, shape: tuple[int, ...]) -> int:
-    """Memory of an array; a token and other types without a width take none."""
+    """Return the bytes of an array; 0 for types without a width, such as a token."""
     bits = 8 if dtype == "pred" else int(next(iter(re.findall(r"\d+", dtype)), 0))
     return math.ceil(math.prod(shape) * bits / 8)
 
 
 class Program:
-    """The computations of a compiled program, each a list of instructions."""
+    """The computations of a compiled program by name, each with its instructions by name."""
 
     def __init__(self, text: str) -> None:
         self.computations: dict[str, dict[str, Instruction]] = {}
@@ -65,10 +67,10 @@ class Program:
                 current[instruction.name] = instruction
 
     def runs(self) -> Iterator[tuple[str, Instruction, int]]:
-        """Every instruction that runs, with its computation and how often a run of all runs it.
+        """Yield (computation, instruction, times): how often one run of the program executes it.
 
-        A loop whose number of turns cannot be read counts as one turn, and so does each branch of a
-        choice.
+        A loop whose trip count is unknown counts as one iteration, and so does each branch of a
+        conditional.
         """
         times = self._times()
         for name, instructions in self.computations.items():
@@ -77,21 +79,23 @@ class Program:
                     yield name, instruction, times[name]
 
     def _times(self) -> dict[str, int]:
-        """How often each computation runs."""
+        """Return how often each computation runs."""
         times: dict[str, int] = {}
         pending = [(self.entry, 1)]
         while pending:
             name, often = pending.pop()
             times[name] = times.get(name, 0) + often
             for instruction in self.computations.get(name, {}).values():
-                inner = often * (self._turns(instruction) if instruction.opcode == "while" else 1)
+                inner = often * (
+                    self._trip_count(instruction) if instruction.opcode == "while" else 1
+                )
                 pending += [(called, inner) for called in _called(instruction)]
         return times
 
-    def _turns(self, loop: Instruction) -> int:
-        """How often a loop goes round: as XLA noted, else as read from its condition and body."""
-        if noted := _TRIPS.search(loop.attributes):
-            return int(noted[1])
+    def _trip_count(self, loop: Instruction) -> int:
+        """Return the iterations of a loop: as XLA annotated, else from its condition and body."""
+        if annotated := _TRIPS.search(loop.attributes):
+            return int(annotated[1])
         parts = dict(re.findall(r"\b(condition|body)=%?([\w.-]+)", loop.attributes))
         condition = self.computations.get(parts.get("condition", ""), {})
         body = self.computations.get(parts.get("body", ""), {})
@@ -103,14 +107,14 @@ class Program:
         if end is None or place is None:
             return 1
         root = next(found for found in body.values() if found.is_root)
-        moved = body.get(root.operands[place]) if place < len(root.operands) else None
-        steps = [_constant(body.get(name)) for name in moved.operands] if moved else []
+        update = body.get(root.operands[place]) if place < len(root.operands) else None
+        steps = [_constant(body.get(name)) for name in update.operands] if update else []
         step = next((value for value in steps if value), 1)
         return max(1, math.ceil(end / step))
 
 
 def _instruction(line: str) -> Instruction | None:
-    """The instruction that a line holds, if it holds one."""
+    """Return the instruction on a line; None for any other line."""
     match = re.match(r"^\s+(ROOT )?%?([\w.-]+) = (.*)$", line)
     if not match:
         return None
@@ -130,7 +134,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, opening: int) -> int:
-    """Where the parenthesis at `opening` closes."""
+    """Return the position where the parenthesis at `opening` closes."""
     depth = 0
     for place in range(opening, len(text)):
         depth += {"(": 1, ")": -1}.get(text[place], 0)
@@ -140,7 +144,7 @@ def _closing(text: str, opening: int) -> int:
 
 
 def _called(instruction: Instruction) -> list[str]:
-    """The computations that an instruction runs. The end of an asynchronous one runs nothing."""
+    """Return the computations that an instruction calls; the done of an async one calls none."""
     if instruction.opcode in ("async-update", "async-done"):
         return []
     called = _CALLED.findall(instruction.attributes)
@@ -150,26 +154,19 @@ def _called(instruction: Instruction) -> list[str]:
 
 
 def _constant(instruction: Instruction | None) -> int | None:
-    """The value of a whole constant."""
+    """Return the value of an integer constant; None for anything else."""
     if instruction is None or instruction.opcode != "constant":
         return None
     return int(instruction.operands[0]) if instruction.operands[0].isdigit() else None
 
 
 def _index(instruction: Instruction | None) -> int | None:
-    """Which element of a tuple an instruction takes out."""
+    """Return the index of a get-tuple-element; None for anything else."""
     if instruction is None or instruction.opcode != "get-tuple-element":
         return None
     found = re.search(r"\bindex=(\d+)", instruction.attributes)
     return int(found[1]) if found else None
 
-
-# What a compiled program sends between devices, read from its text.
-#
-# A collective inside a loop counts as often as the loop goes round, so that the sums are those of
-# one
-# run. Asynchronous ones, split into a start and an end, count once, and so does what TPUs do a part
-# at a time beside other work. Does not know what takes how long.
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -182,19 +179,19 @@ class Collective:
 
     kind: str  # one of KINDS
     dtypes: tuple[str, ...]  # of each array of the result, as XLA names them: "bf16"
-    shapes: tuple[tuple[int, ...], ...]  # of each array of the result on one device
+    shapes: tuple[tuple[int, ...], ...]  # likewise, on one device
     bytes: int  # of the whole result on one device
-    groups: Groups  # which devices exchange; empty: all of them with each other
-    times: int  # how often one run of the program does it
-    operation: str = ""  # what in the source it comes from, as XLA noted
+    groups: Groups  # devices that take part together; empty: all devices
+    times: int  # how often one run of the program executes it
+    operation: str = ""  # `op_name` of its source
 
     @property
     def group(self) -> int:
-        """Devices that exchange with each other; 0: all that there are."""
+        """Devices per group; 0: all devices."""
         return len(self.groups[0]) if self.groups else 0
 
     def sent(self, devices: int) -> int:
-        """Bytes that one of `devices` sends each time, if all went round in a ring."""
+        """Return the bytes that one of `devices` sends each time, by ring algorithms."""
         n = self.group or devices
         if self.kind == "collective-permute":
             return self.bytes
@@ -202,7 +199,7 @@ class Collective:
         return round(self.bytes * shares.get(self.kind, (n - 1) / n))
 
     def axes(self, sizes: dict[str, int]) -> tuple[str, ...]:
-        """The axes, of a mesh with these sizes, that it crosses."""
+        """Return the axes, of a mesh with these sizes, along which devices communicate."""
         members = self.groups or (tuple(range(math.prod(sizes.values()))),)
         crossed, inner = [], 1
         for name, size in reversed(sizes.items()):
@@ -213,7 +210,7 @@ class Collective:
 
 
 def collectives(hlo_text: str) -> list[Collective]:
-    """The collectives of a program given as the text of `compiled.as_text()`."""
+    """Return the collectives in the text of `compiled.as_text()`."""
     program = Program(hlo_text)
     fused = _reduce_scatters(program)
     found: list[Collective] = []
@@ -223,7 +220,7 @@ def collectives(hlo_text: str) -> list[Collective]:
         if kind is None:
             continue
         chain = re.search(r"channel_id=\d+.*chain_id=\"\d+\"", instruction.attributes)
-        if chain:  # one operation that several fusions each do a part of
+        if chain:  # one operation that several fusions each do a step of
             part = (kind, chain[0])
             if part in parts_seen:
                 continue
@@ -238,15 +235,18 @@ def collectives(hlo_text: str) -> list[Collective]:
 
 
 def _kind(instruction: Instruction) -> str | None:
-    """Which collective an instruction is; of a start and an end, the end, which has the result."""
+    """Return which collective an instruction is, or None.
+
+    Of a start and a done it is the done, which has the result.
+    """
     opcode = instruction.opcode.removesuffix("-done")
     return opcode if opcode in KINDS else None
 
 
 def _reduce_scatters(program: Program) -> dict[str, str]:
-    """The computations that TPUs run as a reduce-scatter, with the type of their result.
+    """Return the computations that TPUs run as a reduce-scatter, with their result types.
 
-    They read as an all-reduce of which each device then takes its part.
+    In the text they are an all-reduce of which each device then takes its shard.
     """
     found = {}
     for name, instructions in program.computations.items():
@@ -271,10 +271,10 @@ def _collective(kind: str, result: str, source: Instruction, times: int) -> Coll
 
 
 def device_groups(attributes: str) -> Groups:
-    """The groups of devices in an instruction's attributes, in any of XLA's notations.
+    """Return the groups of devices in an instruction's attributes, in any of XLA's notations.
 
-    They are listed, {{0,1},{2,3}}; or rows of a transposed count, [2,2]<=[4]T(1,0); or axes of a
-    mesh, mesh['a'=2,'b'=2] {'b'}, of which one may be split in parts: {'a':(1)2}.
+    Lists, {{0,1},{2,3}}; rows of a transposed iota, [2,2]<=[4]T(1,0); or axes of a mesh,
+    mesh['a'=2,'b'=2] {'b'}, one of which may be a part of an axis: {'a':(1)2}.
     """
     if listed := re.search(
         r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", attributes
@@ -282,7 +282,7 @@ def device_groups(attributes: str) -> Groups:
         groups = re.findall(r"\{([\d,]+)\}", listed[1])
         return tuple(tuple(map(int, group.split(","))) for group in groups)
     if rows := re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[^ ]*)", attributes):
-        return _rows(_counted(rows[3]).reshape(int(rows[1]), int(rows[2])))
+        return _rows(_iota(rows[3]).reshape(int(rows[1]), int(rows[2])))
     mesh = re.search(
         r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", attributes
     )
@@ -292,8 +292,8 @@ def device_groups(attributes: str) -> Groups:
     return _along_axes(sizes, mesh[2], re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", mesh[3]))
 
 
-def _counted(text: str) -> np.ndarray:
-    """The numbers from 0 that "[2,4]T(1,0)" counts through, in one row."""
+def _iota(text: str) -> np.ndarray:
+    """Return the numbers of a transposed iota such as "[2,4]T(1,0)", flattened."""
     shape, order = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\)?)?.*", text).groups()  # type: ignore[union-attr]
     sizes = [int(size) for size in shape.split(",")]
     numbers = np.arange(math.prod(sizes)).reshape(sizes)
@@ -303,21 +303,21 @@ def _counted(text: str) -> np.ndarray:
 def _along_axes(
     sizes: dict[str, int], order: str | None, axes: list[tuple[str, str, str]]
 ) -> Groups:
-    """Groups along some axes of a mesh; `order`: which devices its places are, if not 0, 1, …"""
+    """Return the groups along some axes of a mesh; `order`: its device ids if not 0, 1, …"""
     dims: list[int] = []
     along: list[int] = []
     for name, size in sizes.items():
         parts = {name: size}
-        cut = next(((int(a), int(b)) for axis, a, b in axes if axis == name and b), None)
-        if cut:  # of an axis seen as [before, part, after] the part
-            parts = {"": cut[0], name: cut[1], " ": size // (cut[0] * cut[1])}
+        split = next(((int(a), int(b)) for axis, a, b in axes if axis == name and b), None)
+        if split:  # the middle of an axis seen as [before, part, after]
+            parts = {"": split[0], name: split[1], " ": size // (split[0] * split[1])}
         for part, length in parts.items():
             along += [len(dims)] if part in {axis for axis, _, _ in axes} else []
             dims.append(length)
     devices = np.arange(math.prod(dims))
     if order:
         listed = re.fullmatch(r"[\d,]+", order)
-        devices = np.array([*map(int, order.split(","))]) if listed else _counted(order)
+        devices = np.array([*map(int, order.split(","))]) if listed else _iota(order)
     placed = np.moveaxis(devices.reshape(dims), along, range(-len(along), 0))
     return _rows(placed.reshape(-1, math.prod(dims[axis] for axis in along)))
 

@@ -9,7 +9,7 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llama_jax.errors import UsageError, finite_number, did_you_mean, whole_number
+from llama_jax.errors import UsageError, did_you_mean, finite_number, whole_number
 from llama_jax.text.stop_strings import parse_stops
 
 RNGS = ("jax", "xorshift")

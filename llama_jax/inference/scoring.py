@@ -26,7 +26,7 @@ def full_sequence_execution(model: Llama) -> Execution:
     """Return how a pass without a cache runs here, with the device's fastest attention kernel."""
     config = model.config
     kernel = choose_kernel(
-        "auto", jax.local_devices()[0], head_dim=config.head_dim, dtype=config.compute_dtype
+        "auto", jax.local_devices()[0], head_dim=config.head_size, dtype=config.compute_dtype
     )
     attention = KERNELS[kernel] if kernel == "xla" else shard_heads(KERNELS[kernel])
     return dataclasses.replace(ON_MESH, attention=attention)

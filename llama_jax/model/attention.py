@@ -36,7 +36,7 @@ class Attention(nnx.Module):
     """Projections to queries, keys and values, attention over them, and the output projection."""
 
     def __init__(self, config: ModelConfig, *, std: float, residual_std: float, rngs: nnx.Rngs):
-        D, N, K, H = config.dim, config.num_heads, config.num_kv_heads, config.head_dim
+        D, N, K, H = config.dim, config.num_heads, config.num_kv_heads, config.head_size
         queries, keys = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
         self.wq = Linear((D,), (N, H), queries, std=std, rngs=rngs)
         self.wk = Linear((D,), (K, H), keys, std=std, rngs=rngs)

@@ -91,7 +91,7 @@ class KVCache:
 
         `dtype` "int8" makes `Int8LayerCache`s; "" uses the model's compute dtype.
         """
-        R, S, H = config.num_kv_heads * batch, slots, config.head_dim
+        R, S, H = config.num_kv_heads * batch, slots, config.head_size
         zeros = partial(jnp.zeros, dtype=config.compute_dtype)
 
         def layer() -> LayerCache | Int8LayerCache:

@@ -126,7 +126,7 @@ class Llama(nnx.Module):
                 positions_BT = positions_within(segments_BT)
             attention = self._attention_within(segments_BT, execution)
         rotary = rotary_embedding(
-            positions_BT, config.head_dim, config.rope_theta, config.rope_scaling
+            positions_BT, config.head_size, config.rope_theta, config.rope_scaling
         )
         embedding_key, layer_keys = _split_keys(dropout_key, config.num_layers)
 
@@ -210,13 +210,3 @@ def _scan(
 
     step = execution.rematerialized(step)
     return jax.lax.scan(step, x_BTD, (blocks, keys_L), unroll=execution.unroll)[0]
-
-
-def abstract(config: ModelConfig) -> Llama:
-    """The model with shapes in place of arrays; costs no memory."""
-    return jax.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
-
-
-def count_parameters(config: ModelConfig) -> int:
-    """How many parameters the model has."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(config)))

@@ -1,7 +1,4 @@
-"""The TPU compiler on a machine without a TPU: it comes with the package libtpu.
-
-Gives devices that are not there, to lower and compile programs for. Does not know which programs.
-"""
+"""The TPU compiler on a machine without a TPU, from the package libtpu."""
 
 import dataclasses
 import importlib.util
@@ -19,8 +16,8 @@ from llama_jax.distributed.mesh import make_mesh
 from llama_jax.errors import UserError
 from llama_jax.planning.targets import Target
 
-# libtpu looks for a TPU's neighbours and its metadata server unless told that there are none, and
-# keeps others from loading it: needless, since nothing here touches a device.
+# By default libtpu looks for a metadata server and other TPU hosts, and locks out other processes.
+# None of it is needed, since nothing here touches a device.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
@@ -28,25 +25,25 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
 }
 # The compiler places what it can in a chip's vector memory, 128 MiB on v5e, v5p and v6e, and its
-# figure counts some of that and some not. Of large programs that is a trifle; smaller ones than
-# this are compiled with all their arrays in the device's memory.
-SMALL = 16 * 128 * 2**20
+# statistics count only some of that. In large programs the difference is negligible; smaller ones
+# than this are compiled with all arrays in device memory.
+SMALL_PROGRAM = 16 * 128 * 2**20
 ALL_IN_DEVICE_MEMORY = {"xla_msa_enable": False}
-LONGEST = 200  # characters of what the compiler complains of
+MAX_MESSAGE = 200  # characters of the compiler's error that are shown
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a program, on one device."""
+    """What the compiler reports about a program, for one device."""
 
-    total: float  # bytes in use at the fullest moment, arguments included
-    fits: bool  # whether the compiler made it
-    text: str  # the program; "" if it does not fit
-    seconds: float  # that lowering and compiling took
+    total: float  # peak bytes in use, arguments included
+    fits: bool  # whether the program compiled
+    text: str  # optimized HLO; "" if it does not fit
+    seconds: float  # of lowering and compiling
 
 
 def target_mesh(config: MeshConfig, target: Target) -> Mesh:
-    """A mesh of devices that are not here, to compile for.
+    """Return a mesh of a target's devices, to compile for.
 
     Raises:
       UserError: when libtpu is not installed or refuses the slice.
@@ -55,7 +52,7 @@ def target_mesh(config: MeshConfig, target: Target) -> Mesh:
 
 
 def tpu_devices(target: Target) -> list[jax.Device]:
-    """The devices of a TPU slice.
+    """Return the devices of a TPU slice, to compile for.
 
     Raises:
       UserError: when libtpu is not installed, is in use, or refuses the slice.
@@ -89,36 +86,38 @@ def tpu_devices(target: Target) -> list[jax.Device]:
     return list(slice_.devices)
 
 
-def compiled(lower: Callable[[], Any], expected: float) -> Compiled:
-    """What a program compiles to; `lower` lowers it, and by estimate it takes `expected` bytes.
+def compile_program(lower: Callable[[], Any], estimate: float) -> Compiled:
+    """Compile a program and return its statistics; one too large for the device is no error.
 
-    One too large for the device is an answer, not an error: the compiler says what it would take.
+    Args:
+      lower: returns the lowered program.
+      estimate: bytes that it is expected to take.
 
     Raises:
-      UserError: when the compiler fails for another reason.
+      UserError: when the compiler fails for another reason than memory.
     """
-    options: Any = ALL_IN_DEVICE_MEMORY if expected < SMALL else None
+    options: Any = ALL_IN_DEVICE_MEMORY if estimate < SMALL_PROGRAM else None
     start = time.perf_counter()
     try:
         program = lower().compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
-        total = memory_asked_for(str(error))
+        total = required_bytes(str(error))
         if total is None:
-            said = str(error).strip().partition("\n")[0][:LONGEST]
+            message = str(error).strip().partition("\n")[0][:MAX_MESSAGE]
             raise UserError(
-                f"the TPU compiler fails on this program: {said}; try another version of libtpu or"
-                " --config.run.remat, or add --fast for the estimate alone"
+                f"the TPU compiler fails on this program: {message}; try another version of libtpu"
+                " or --config.run.remat, or add --fast for the estimate alone"
             ) from error
         return Compiled(total, False, "", time.perf_counter() - start)
-    # The peak is what the compiler holds against the device's memory. The sum of arguments and
-    # temporaries is larger: some of these lie where an argument was.
+    # The peak is what the compiler compares with the device's memory. Arguments plus temporaries
+    # are more, since some temporaries reuse the memory of arguments.
     total = program.memory_analysis().peak_memory_in_bytes
     return Compiled(total, True, program.as_text(), time.perf_counter() - start)
 
 
-def memory_asked_for(message: str) -> float | None:
-    """The bytes of a program refused for want of memory; None for a message of something else."""
-    asked = re.search(r"(?:HLO temporaries \(|Used )([\d.]+)([KMGT])", message)
-    if "RESOURCE_EXHAUSTED" not in message or not asked:
+def required_bytes(message: str) -> float | None:
+    """Return the bytes in the compiler's out-of-memory message; None for any other message."""
+    found = re.search(r"(?:HLO temporaries \(|Used )([\d.]+)([KMGT])", message)
+    if "RESOURCE_EXHAUSTED" not in message or not found:
         return None
-    return float(asked[1]) * 2.0 ** {"K": 10, "M": 20, "G": 30, "T": 40}[asked[2]]
+    return float(found[1]) * 2.0 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]]

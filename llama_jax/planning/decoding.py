@@ -1,10 +1,11 @@
-"""The plan of a sampler: what weights and cache take, and what the compiled decoding loop does.
+"""The plan of decoding: what weights and KV cache take, and what the compiled decode loop does.
 
-Weights lie as in the engine, cut over all devices by the tensor axis. Does not plan the reading of
-prompts, which goes a stretch at a time and needs little more.
+Weights are sharded as in the engine, over all devices by the tensor axis. Prefill, which processes
+a chunk at a time and needs little more, is not planned.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,34 +20,36 @@ from llama_jax.inference.request import SamplingParams
 from llama_jax.inference.sampler import Sampler
 from llama_jax.kernels.splash import LANES
 from llama_jax.model.cache import KVCache
-from llama_jax.model.transformer import Llama, abstract
+from llama_jax.model.parameters import abstract, matmul_parameters
+from llama_jax.model.transformer import Llama
 from llama_jax.model.unstacked import unstack
-from llama_jax.planning.compile import Compiled, compiled, target_mesh
-from llama_jax.planning.memory import FLOAT32, bytes_on_one, model_share, planned_mesh
+from llama_jax.planning.compile import Compiled, compile_program, target_mesh
+from llama_jax.planning.memory import FLOAT32, abstract_mesh, device_bytes, model_shard
 from llama_jax.planning.speed import Speed
 from llama_jax.planning.targets import Target
 from llama_jax.quantization import abstract_quantized, require_kind
 
-LOGITS = 4  # arrays like the float32 logits that choosing a token has at once
+LOGITS_COPIES = 4  # arrays of the size of the float32 logits that sampling a token needs at once
+MESH = MeshConfig(data=1, tensor=-1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How a model is to be sampled from."""
+class DecodingOptions:
+    """How a model is decoded."""
 
-    batch: int = 1  # texts at once
+    batch: int = 1  # sequences decoded together
     context: int = 0  # tokens of prompt and completion; 0: the model's
     quantize: str = ""  # "int8", "int4" or ""
-    cache_dtype: str = ""  # "int8" or ""
+    cache_dtype: str = ""  # "int8", or "" for the model's compute dtype
     dtype: str = ""  # of weights and arithmetic; "": the model's compute dtype
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodingPlan:
-    """What is known of sampling on a target; bytes are those of one device."""
+    """What is known about decoding on a target; bytes are those of one device."""
 
     model: ModelConfig
-    sampling: Sampling
+    options: DecodingOptions
     target: Target
     weights: float
     cache: float
@@ -55,7 +58,7 @@ class DecodingPlan:
 
     @property
     def estimated(self) -> float:
-        """The estimate of all together."""
+        """The estimated sum."""
         return self.weights + self.cache + self.temporary
 
     @property
@@ -69,31 +72,28 @@ class DecodingPlan:
         return self.total <= self.target.chip.usable and (not self.compiled or self.compiled.fits)
 
     @property
-    def uncut(self) -> list[str]:
-        """What the devices do not divide, so that each has all of it."""
+    def replicated(self) -> list[str]:
+        """What the number of devices does not divide, so that each device has all of it."""
         config, devices = self.model, self.target.devices
         sizes = {
             "heads": config.num_heads,
             "kv heads": config.num_kv_heads,
             "feed-forward columns": config.ffn_dim,
-            "words": config.vocab_size,
+            "tokens of the vocabulary": config.vocab_size,
         }
         return [f"{size} {name}" for name, size in sizes.items() if size % devices]
 
     @property
     def speed(self) -> Speed:
-        """The prediction for one token of each text: all weights and the whole cache are read."""
+        """The prediction for one token of each sequence: all weights and the cache are read."""
         chip, config, devices = self.target.chip, self.model, self.target.devices
-        share = model_share(config, devices)
-        matrices = share.vocab_size * share.dim + share.num_layers * share.dim * (
-            2 * (share.num_heads + share.num_kv_heads) * share.head_dim + 3 * share.ffn_dim
-        )
-        heads = share.num_layers * share.num_heads
-        looked_at = 2 * heads * share.head_dim * share.context_length
-        flops = 2 * self.sampling.batch * (matrices + looked_at)
-        stream = self.sampling.batch * config.dim * jnp.dtype(config.compute_dtype).itemsize
-        # Attention and feed-forward each add up their parts of the stream, if they have any.
-        sums = (share.num_heads < config.num_heads) + (share.ffn_dim < config.ffn_dim)
+        shard, batch = model_shard(config, devices), self.options.batch
+        heads = shard.num_layers * shard.num_heads
+        attention = 2 * heads * shard.head_size * shard.context_length
+        flops = 2 * batch * (matmul_parameters(shard) + attention)
+        stream = batch * config.dim * jnp.dtype(config.compute_dtype).itemsize
+        # Attention and feed-forward each all-reduce the stream if they are sharded.
+        sums = (shard.num_heads < config.num_heads) + (shard.ffn_dim < config.ffn_dim)
         sent = sums * config.num_layers * 2 * (devices - 1) / devices * stream
         return Speed(
             arithmetic=flops / chip.flops,
@@ -103,40 +103,65 @@ class DecodingPlan:
 
 
 def plan_decoding(
-    config: ModelConfig, sampling: Sampling, target: Target, *, compile_it: bool
+    config: ModelConfig,
+    options: DecodingOptions,
+    target: Target,
+    compiler: Callable[[DecodingPlan], Compiled] | None = None,
 ) -> DecodingPlan:
-    """The plan of sampling from a model on a target.
+    """Return the plan of decoding with a model on a target.
+
+    Args:
+      compiler: such as `compile_decoding`, for TPUs; None: estimate only, as always for GPUs.
 
     Raises:
-      UsageError: for a context, batch or kind of integers that cannot be.
+      UsageError: for an option that is out of range or unknown.
       UserError: when the TPU compiler is needed and missing.
     """
-    config = _served(config, sampling)
-    mesh = planned_mesh(MeshConfig(data=1, tensor=-1), target.devices)
-    model, state = abstract_engine(config, sampling, mesh)
-    cache, logits = _bytes(state.cache), sampling.batch * config.vocab_size * FLOAT32
+    config = _with_options(config, options)
+    model, state = abstract_engine(config, options, abstract_mesh(MESH, target.devices))
+    cache, logits = _placed_bytes(state.cache), options.batch * config.vocab_size * FLOAT32
+    padded = _padded_copy(cache, config) if target.chip.is_tpu else 0
     plan = DecodingPlan(
         model=config,
-        sampling=sampling,
+        options=options,
         target=target,
-        weights=_bytes(model),
+        weights=_placed_bytes(model),
         cache=cache,
-        temporary=LOGITS * logits + (_padded_copy(cache, config) if target.chip.is_tpu else 0),
+        temporary=LOGITS_COPIES * logits + padded,
     )
-    made = _compiled(plan) if compile_it and target.chip.is_tpu else None
-    return dataclasses.replace(plan, compiled=made)
+    if compiler is None or not target.chip.is_tpu:
+        return plan
+    return dataclasses.replace(plan, compiled=compiler(plan))
+
+
+def compile_decoding(plan: DecodingPlan) -> Compiled:
+    """Compile the decode loop of a plan for its TPU target."""
+    mesh = target_mesh(MESH, plan.target)
+    with jax.set_mesh(mesh):
+        traced = trace_decoding(plan.model, plan.options, mesh)
+        return compile_program(traced.lower, plan.estimated)
+
+
+def trace_decoding(
+    config: ModelConfig, options: DecodingOptions, mesh: Mesh | AbstractMesh
+) -> jax.stages.Traced:
+    """Return the traced decode loop for the devices of a mesh, which is to be set."""
+    model, state = abstract_engine(config, options, mesh)
+    sampler = Sampler.of([SamplingParams()] * options.batch)
+    stops_S = np.asarray([NO_TOKEN], np.int32)
+    return decode.trace(model, state, sampler, stops_S, execution=ON_MESH)
 
 
 def _padded_copy(cache: float, config: ModelConfig) -> float:
-    """What a TPU takes to have heads narrower than its lanes side by side, filled up to them."""
-    padded = -config.head_dim % LANES
-    return cache * (config.head_dim + padded) / config.head_dim if padded else 0.0
+    """Return what a TPU takes to copy heads narrower than its lanes, padded to them."""
+    padding = -config.head_size % LANES
+    return cache * (config.head_size + padding) / config.head_size if padding else 0.0
 
 
-def _served(config: ModelConfig, sampling: Sampling) -> ModelConfig:
-    """The model with the context and the dtype that are asked for."""
-    context, dtype = sampling.context or config.context_length, sampling.dtype
-    require(sampling.batch >= 1, f"batch={sampling.batch} is out of range; expected 1 or more")
+def _with_options(config: ModelConfig, options: DecodingOptions) -> ModelConfig:
+    """Return the model with the context and the dtype of the options, all of which are checked."""
+    context, dtype = options.context or config.context_length, options.dtype
+    require(options.batch >= 1, f"batch={options.batch} is out of range; expected 1 or more")
     require(
         2 <= context <= config.context_length,
         f"context={context} is out of range; expected 2 to {config.context_length}, the model's"
@@ -146,66 +171,54 @@ def _served(config: ModelConfig, sampling: Sampling) -> ModelConfig:
         dtype in ("", *COMPUTE_DTYPES),
         f"dtype={dtype!r} is unknown; expected one of {', '.join(map(repr, COMPUTE_DTYPES))}",
     )
-    message = f"cache_dtype={sampling.cache_dtype!r} is unknown; expected 'int8' or ''"
-    require(sampling.cache_dtype in ("", "int8"), message)
-    if sampling.quantize:
-        require_kind(sampling.quantize)
+    message = f"cache_dtype={options.cache_dtype!r} is unknown; expected 'int8' or ''"
+    require(options.cache_dtype in ("", "int8"), message)
+    if options.quantize:
+        require_kind(options.quantize)
     dtype = dtype or config.compute_dtype
     return dataclasses.replace(config, context_length=context, compute_dtype=dtype)
 
 
 def abstract_engine(
-    config: ModelConfig, sampling: Sampling, mesh: Mesh | AbstractMesh
+    config: ModelConfig, options: DecodingOptions, mesh: Mesh | AbstractMesh
 ) -> tuple[Llama, GenerationState]:
-    """The model as decoding holds it and the state of a batch, shapes with their shardings."""
+    """Return the model and the state of a batch in decoding, as shapes with shardings."""
     dtype = jnp.dtype(config.compute_dtype)
 
     def cast(leaf: Any) -> Any:
         is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
         return jax.ShapeDtypeStruct(leaf.shape, dtype if is_float else leaf.dtype)
 
-    if sampling.quantize:
-        model = abstract_quantized(config, sampling.quantize)
+    if options.quantize:
+        model = abstract_quantized(config, options.quantize)
     else:
         model = jax.tree.map(cast, jax.eval_shape(unstack, abstract(config)))
-    state = jax.eval_shape(lambda: _state(config, sampling))
-    return placed(model, shardings(model, mesh)), placed(state, _state_places(state, mesh))
+    state = jax.eval_shape(lambda: _initial_state(config, options))
+    return placed(model, shardings(model, mesh)), placed(state, _state_shardings(state, mesh))
 
 
-def _state(config: ModelConfig, sampling: Sampling) -> GenerationState:
-    """A batch before its first token."""
+def _initial_state(config: ModelConfig, options: DecodingOptions) -> GenerationState:
+    """Return the state of a batch before its first token."""
     slots = cache_slots(config.context_length)
-    cache = KVCache.empty(config, sampling.batch, slots, sampling.cache_dtype)
-    count_B = jnp.zeros(sampling.batch, jnp.int32)
+    cache = KVCache.empty(config, options.batch, slots, options.cache_dtype)
+    count_B = jnp.zeros(options.batch, jnp.int32)
     keys_B = jax.vmap(jax.random.key)(count_B)
     return GenerationState(cache, count_B, count_B > 0, count_B, keys_B, None)
 
 
-def _state_places(state: GenerationState, mesh: Mesh | AbstractMesh) -> GenerationState:
-    """As the engine cuts them: of the cache each device has its own kv heads."""
+def _state_shardings(state: GenerationState, mesh: Mesh | AbstractMesh) -> GenerationState:
+    """Return the engine's shardings: the cache by kv heads, everything else replicated."""
 
-    def place(leaf: Any) -> NamedSharding:
-        if leaf.ndim < 3:
-            return NamedSharding(mesh, PartitionSpec())
+    def by_kv_heads(leaf: Any) -> NamedSharding:
         axes = ("kv_heads", "length", "head_dim")
         return NamedSharding(mesh, partition_spec(axes, leaf.shape, mesh))
 
-    return jax.tree.map(place, state)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    places = jax.tree.map(lambda _: replicated, state)
+    layers = jax.tree.map(by_kv_heads, state.cache.layers)
+    return dataclasses.replace(places, cache=dataclasses.replace(places.cache, layers=layers))
 
 
-def _bytes(tree: Any) -> int:
-    """Bytes of placed shapes on one device."""
-    return bytes_on_one(tree, jax.tree.map(lambda leaf: leaf.sharding, tree), is_tpu=False)
-
-
-def _compiled(plan: DecodingPlan) -> Compiled:
-    """What the TPU compiler makes of the decoding loop."""
-    mesh = target_mesh(MeshConfig(data=1, tensor=-1), plan.target)
-    with jax.set_mesh(mesh):
-        model, state = abstract_engine(plan.model, plan.sampling, mesh)
-        sampler = Sampler.of([SamplingParams()] * plan.sampling.batch)
-        stops_S = np.asarray([NO_TOKEN], np.int32)
-        return compiled(
-            lambda: decode.lower(model, state, sampler, stops_S, execution=ON_MESH),
-            plan.estimated,
-        )
+def _placed_bytes(tree: Any) -> int:
+    """Return the bytes on one device of shapes with shardings."""
+    return device_bytes(tree, jax.tree.map(lambda leaf: leaf.sharding, tree), is_tpu=False)

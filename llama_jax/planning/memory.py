@@ -1,6 +1,8 @@
-"""How a TPU lays an array out in its memory: in tiles of 8 × 128 numbers, filled up where need be.
+"""How many bytes a training step takes on one device, estimated without compiling it.
 
-Does not know which arrays there are.
+A sum of parts, each with its reason. Parameters and moments follow from the shapes and shardings of
+the train state, residuals from the traced model, and the rest from the order in which XLA runs a
+step. On TPU, arrays are padded to tiles of 8 × 128 elements.
 """
 
 import dataclasses
@@ -19,65 +21,165 @@ from llama_jax.distributed.mesh import MESH_AXES, batch_shards, mesh_shape
 from llama_jax.hardware.accelerators import Chip
 from llama_jax.kernels.attention import choose_kernel
 from llama_jax.kernels.splash import LANES, block_length
-from llama_jax.planning.activations import Pass, kept_bytes
+from llama_jax.model.parameters import block_parameters, table_parameters
+from llama_jax.planning.activations import ForwardPass, residual_bytes
 from llama_jax.training.loss import CHUNK_TOKENS
 from llama_jax.training.step import abstract_state, state_shardings
 
-SUBLANES = 8  # rows of a tile; of an axis of 1, 2 or 4, as many as that
-
-
-def filled_up(shape: tuple[int, ...]) -> int:
-    """How many numbers an array takes, laid out as the compiler would: with the least filling."""
-    if len(shape) < 2:
-        return _up(math.prod(shape), LANES)
-    return min(
-        math.prod(shape) // (rows * columns) * _up(columns, LANES) * _up(rows, _tile_rows(rows))
-        for rows, columns in itertools.permutations(shape, 2)
-    )
-
-
-def filled_rows(shape: tuple[int, int]) -> int:
-    """The same for a matrix that has to lie row by row, because rows are looked up in it."""
-    rows, columns = shape
-    return _up(rows, _tile_rows(rows)) * _up(columns, LANES)
-
-
-def _tile_rows(rows: int) -> int:
-    return next(tile for tile in (1, 2, 4, SUBLANES) if rows <= tile or tile == SUBLANES)
-
-
-def _up(number: int, step: int) -> int:
-    return -(-number // step) * step
-
-
-# One device's share of a training step: its rows, its heads, its part of each parameter.
-#
-# Sizes only, from the descriptions that sharding itself goes by. Does not know memory or time.
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelShare(ModelConfig):
-    """A model as one device of the tensor axis sees it: whole width, some heads and columns."""
-
-    whole_head_dim: int
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one head: cutting heads does not change it."""
-        return self.whole_head_dim
+SUBLANES = 8  # rows of a TPU's tile; for arrays of 1, 2 or 4 rows as many as that
+FLOAT32 = 4  # bytes
+# With mesh.sequence, copies of the residual stream that are gathered at the peak: a block's input
+# and gradient, and matmul outputs not yet reduced over the tensor axis. Fitted to the compiler's
+# figures: with room, and without, where it then gathers some of them again.
+GATHERED_STREAMS = 3.8
+MIN_GATHERED_STREAMS = 2.35
 
 
 @dataclasses.dataclass(frozen=True)
-class PlannedDevice:
-    """As much of a `jax.Device` as choosing an attention kernel asks about."""
+class Memory:
+    """Bytes on one device, by kind."""
+
+    parameters: float
+    optimizer: float  # both moments
+    activations: float  # residuals: kept from the forward pass for the backward pass
+    temporary: float  # gradients, parameters in the compute dtype, short-lived arrays
+
+    @property
+    def total(self) -> float:
+        """The sum of all kinds."""
+        return self.parameters + self.optimizer + self.activations + self.temporary
+
+
+def training_memory(
+    config: Config, mesh: AbstractMesh, chip: Chip, correction: float = 1.0
+) -> Memory:
+    """Return the estimate for one device of a mesh.
+
+    Args:
+      correction: bytes that the compiler uses for each estimated byte; the less memory is left,
+        the fewer arrays does it keep gathered.
+
+    Raises:
+      UsageError: when a microbatch does not divide over the mesh, or the attention kernel cannot
+        run on the chip.
+    """
+    batch = sequences_per_device(config, mesh)
+    optimizer = dataclasses.replace(config.optimizer, accumulation_steps=1)  # of no consequence
+    parameters, moments = state_bytes(config.model, optimizer, mesh, is_tpu=chip.is_tpu)
+    shard = model_shard(config.model, mesh.shape["tensor"])
+    forward = ForwardPass(
+        length=config.data.sequence_length,
+        remat=config.run.remat,
+        backend=attention_backend(config, chip),
+        is_tpu=chip.is_tpu,
+        packed=config.data.packing != "none",
+        sequence_shards=mesh.shape["tensor"] if config.mesh.sequence else 1,
+        fsdp=mesh.shape["fsdp"],
+    )
+    accumulates = config.optimizer.accumulation_steps > 1
+    backward = parameters + _block_bytes(shard, batch, forward) + _gathered_bytes(shard, forward)
+    loss = _loss_bytes(shard, batch, forward)
+    residuals = residual_bytes(shard, batch, forward)
+    temporary = _lasting_bytes(shard, parameters, forward, accumulates) + max(backward, loss)
+    room = chip.usable / correction - parameters - moments - residuals - temporary
+    return Memory(
+        parameters=parameters,
+        optimizer=moments,
+        activations=residuals,
+        temporary=temporary + _gathered_streams(shard, batch, forward, room),
+    )
+
+
+@functools.cache
+def state_bytes(
+    model: ModelConfig, optimizer: OptimizerConfig, mesh: AbstractMesh, *, is_tpu: bool
+) -> tuple[int, int]:
+    """Return the bytes of the parameters and of the optimizer state on one device."""
+    data = DataConfig(path="none", batch_size=1, sequence_length=2)  # irrelevant to the state
+    config = Config(model=model, data=data, optimizer=optimizer)
+    state = abstract_state(config)
+    places = state_shardings(config, mesh)  # type: ignore[arg-type]
+    parameters = device_bytes(state.model, places.model, is_tpu=is_tpu)
+    return parameters, device_bytes(state.optimizer, places.optimizer, is_tpu=is_tpu)
+
+
+def _lasting_bytes(
+    shard: ModelConfig, parameters: float, forward: ForwardPass, accumulates: bool
+) -> float:
+    """Return what lives during the whole step: gradient sums, parameters in the compute dtype.
+
+    XLA converts the parameters once, before the loop over microbatches. Both copies of the
+    embedding are row-major, since tokens look rows up: few columns per device fill a TPU's tiles
+    badly.
+    """
+    width = jnp.dtype(shard.compute_dtype).itemsize
+    each = FLOAT32 * accumulates + width * (width < FLOAT32)  # bytes per parameter
+    lasting = parameters / FLOAT32 * each
+    if forward.is_tpu:
+        table = shard.vocab_size, shard.dim // forward.fsdp
+        lasting += each * (padded_row_major_size(table) - padded_size(table))
+    return lasting
+
+
+def _block_bytes(shard: ModelConfig, batch: int, forward: ForwardPass) -> float:
+    """Return what the backward pass of one block needs at once, beside all gradients.
+
+    The larger of the feed-forward's and attention's: three arrays of the feed-forward's width
+    (gate, up, the gradient of one); or all scores and their gradient, for splash the inputs, the
+    output and their gradients, padded to whole blocks of positions and lanes.
+    """
+    T, N, width = forward.length, shard.num_heads, jnp.dtype(shard.compute_dtype).itemsize
+    attention = 0
+    if forward.backend == "xla":
+        attention = 2 * batch * N * T * T * FLOAT32
+    elif forward.backend == "splash":
+        positions = -(-T // block_length(T)) * block_length(T)
+        attention = 8 * batch * N * padded_row_major_size((positions, shard.head_size)) * width
+    return max(3 * batch * T * shard.ffn_dim * width, attention)
+
+
+def _gathered_streams(shard: ModelConfig, batch: int, forward: ForwardPass, room: float) -> float:
+    """Return what gathered copies of a residual stream sharded along the sequence take."""
+    if forward.sequence_shards == 1:
+        return 0.0
+    width = jnp.dtype(shard.compute_dtype).itemsize
+    stream = batch * forward.length * shard.dim * width
+    return min(GATHERED_STREAMS * stream, max(room, MIN_GATHERED_STREAMS * stream))
+
+
+def _gathered_bytes(shard: ModelConfig, forward: ForwardPass) -> float:
+    """Return what fsdp gathers at once: a block's matrices, their gradients, the next block's."""
+    if forward.fsdp == 1:
+        return 0.0
+    return 3 * block_parameters(shard) * jnp.dtype(shard.compute_dtype).itemsize
+
+
+def _loss_bytes(shard: ModelConfig, batch: int, forward: ForwardPass) -> float:
+    """Return what the loss needs at once, before there are gradients.
+
+    The logits of one chunk and their gradient; with fsdp the gathered output matrix too, and over
+    several chunks its gradient.
+    """
+    tokens, width = batch * forward.length, jnp.dtype(shard.compute_dtype).itemsize
+    logits = min(CHUNK_TOKENS, tokens) * shard.vocab_size * (FLOAT32 + width)
+    table = table_parameters(shard) if forward.fsdp > 1 else 0
+    return logits + table * (width + FLOAT32 * (tokens > CHUNK_TOKENS))
+
+
+# One device's shard of a training step.
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetDevice:
+    """The attributes of a `jax.Device` by which an attention kernel is chosen."""
 
     platform: str
     device_kind: str
     compute_capability: str = ""
 
 
-def planned_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
-    """The mesh of a config on devices that are not here.
+def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
+    """Return the mesh of a config on `devices` devices that need not exist.
 
     Raises:
       UsageError: when its sizes do not multiply to the number of devices.
@@ -87,193 +189,81 @@ def planned_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
     )
 
 
-def require_rows(config: Config, mesh: AbstractMesh) -> int:
-    """The rows of a microbatch on one device.
+def sequences_per_device(config: Config, mesh: AbstractMesh) -> int:
+    """Return how many sequences of a microbatch one device has.
 
     Raises:
-      UsageError: when the run cannot be cut over the mesh.
+      UsageError: when the run does not divide over the mesh.
     """
     require_fitting(config, mesh.shape)
     return config.microbatch_size // batch_shards(mesh)
 
 
-def model_share(config: ModelConfig, tensor: int) -> ModelShare:
-    """What one of `tensor` devices computes of a model; what they do not divide stays whole."""
+def model_shard(config: ModelConfig, tensor: int) -> ModelConfig:
+    """Return what one of `tensor` devices computes; sizes that they do not divide stay."""
 
-    def part(size: int) -> int:
+    def divided(size: int) -> int:
         return size if size % tensor else size // tensor
 
-    heads = part(config.num_heads)
-    kv_heads = config.num_kv_heads // math.gcd(config.num_kv_heads, tensor)
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)}
-    fields |= {
-        "num_heads": heads,
-        "num_kv_heads": kv_heads if heads < config.num_heads else config.num_kv_heads,
-        "hidden_dim": part(config.ffn_dim),
-        "vocab_size": part(config.vocab_size),
-    }
-    return ModelShare(**fields, whole_head_dim=config.head_dim)
-
-
-def attention_backend(config: Config, chip: Chip) -> str:
-    """The attention kernel that a run would choose on a chip."""
-    platform = "tpu" if chip.is_tpu else "gpu"
-    device = PlannedDevice(platform, chip.kinds[0], chip.capability)
-    dropout = config.model.dropout
-    return choose_kernel(
-        config.run.attention,
-        device,  # type: ignore[arg-type]
-        head_dim=config.model.head_dim,
-        dtype=config.model.compute_dtype,
-        dropout=dropout,
+    heads, kv_heads = divided(config.num_heads), config.num_kv_heads
+    if heads < config.num_heads:
+        kv_heads //= math.gcd(kv_heads, tensor)
+    return dataclasses.replace(
+        config,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=config.head_size,
+        hidden_dim=divided(config.ffn_dim),
+        vocab_size=divided(config.vocab_size),
     )
 
 
-def bytes_on_one(tree: Any, places: Any, *, is_tpu: bool) -> int:
-    """Bytes that one device takes for a tree of shaped leaves with a sharding each."""
-    numbers = filled_up if is_tpu else math.prod
+def attention_backend(config: Config, chip: Chip) -> str:
+    """Return the attention kernel that a run would choose on a chip."""
+    platform = "tpu" if chip.is_tpu else "gpu"
+    device = TargetDevice(platform, chip.kinds[0], chip.capability)
+    return choose_kernel(
+        config.run.attention,
+        device,  # type: ignore[arg-type]
+        head_dim=config.model.head_size,
+        dtype=config.model.compute_dtype,
+        dropout=config.model.dropout,
+    )
+
+
+def device_bytes(tree: Any, shardings: Any, *, is_tpu: bool) -> int:
+    """Return the bytes on one device of a pytree of shapes with a sharding each."""
+    elements = padded_size if is_tpu else math.prod
     sizes = jax.tree.map(
-        lambda leaf, place: numbers(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
+        lambda leaf, place: elements(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
         tree,
-        places,
+        shardings,
     )
     return sum(jax.tree.leaves(sizes))
 
 
-# How many bytes a training step takes on one device, without compiling it.
-#
-# A sum of parts, each with the reason it exists. What the state takes follows from its
-# descriptions,
-# what is kept for the backward pass from the traced model, and the rest from the order in which XLA
-# runs a step. Does not know what a device offers.
-
-FLOAT32 = 4
-# With mesh.sequence, whole streams that are in memory at the fullest moment: a block's gathered
-# input and gradient, and products not yet summed over the tensor axis and cut. By the compiler's
-# figures, where there is room; and where there is none, since it then gathers some again.
-WHOLE_STREAMS = 3.8
-FEWEST_STREAMS = 2.35
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes on one device, by kind."""
-
-    parameters: float
-    optimizer: float  # both moments
-    activations: float  # kept from the forward pass for the backward pass
-    temporary: float  # gradients, parameters in the compute dtype, what is short-lived
-
-    @property
-    def total(self) -> float:
-        """All kinds together."""
-        return self.parameters + self.optimizer + self.activations + self.temporary
-
-
-def training_memory(config: Config, mesh: AbstractMesh, chip: Chip) -> Memory:
-    """The estimate for one device of a mesh.
-
-    Raises:
-      UsageError: when a microbatch does not divide over the mesh, or attention cannot run there.
-    """
-    rows = require_rows(config, mesh)
-    optimizer = dataclasses.replace(config.optimizer, accumulation_steps=1)  # makes no difference
-    parameters, moments = state_bytes(config.model, optimizer, mesh, is_tpu=chip.is_tpu)
-    share = model_share(config.model, mesh.shape["tensor"])
-    forward = Pass(
-        length=config.data.sequence_length,
-        remat=config.run.remat,
-        backend=attention_backend(config, chip),
-        is_tpu=chip.is_tpu,
-        packed=config.data.packing != "none",
-        stream_parts=mesh.shape["tensor"] if config.mesh.sequence else 1,
-        fsdp=mesh.shape["fsdp"],
-    )
-    has_sums = config.optimizer.accumulation_steps > 1
-    backward = parameters + _block_bytes(share, rows, forward) + _gathered_bytes(share, forward)
-    loss = _loss_bytes(share, rows, forward)
-    kept = kept_bytes(share, rows, forward)
-    temporary = _lasting_bytes(share, parameters, forward, has_sums) + max(backward, loss)
-    room = chip.usable - parameters - moments - kept - temporary
-    return Memory(
-        parameters=parameters,
-        optimizer=moments,
-        activations=kept,
-        temporary=temporary + _gathered_streams(share, rows, forward, room),
+def padded_size(shape: tuple[int, ...]) -> int:
+    """Return how many elements a TPU stores for an array, in the layout with the least padding."""
+    if len(shape) < 2:
+        return _round_up(math.prod(shape), LANES)
+    return min(
+        math.prod(shape)
+        // (rows * columns)
+        * _round_up(columns, LANES)
+        * _round_up(rows, _tile_rows(rows))
+        for rows, columns in itertools.permutations(shape, 2)
     )
 
 
-@functools.cache
-def state_bytes(
-    model: ModelConfig, optimizer: OptimizerConfig, mesh: AbstractMesh, *, is_tpu: bool
-) -> tuple[int, int]:
-    """What the parameters and the optimizer's state take on one device."""
-    # Both depend on nothing else; data just has to be something.
-    data = DataConfig(path="none", batch_size=1, sequence_length=2)
-    config = Config(model=model, data=data, optimizer=optimizer)
-    state = abstract_state(config)
-    places = state_shardings(config, mesh)  # type: ignore[arg-type]
-    of_model = bytes_on_one(state.model, places.model, is_tpu=is_tpu)
-    return of_model, bytes_on_one(state.optimizer, places.optimizer, is_tpu=is_tpu)
+def padded_row_major_size(shape: tuple[int, int]) -> int:
+    """Return how many elements a TPU stores for a matrix that has to be row-major."""
+    rows, columns = shape
+    return _round_up(rows, _tile_rows(rows)) * _round_up(columns, LANES)
 
 
-def _lasting_bytes(share: ModelConfig, parameters: float, forward: Pass, has_sums: bool) -> float:
-    """What stays for the whole step: sums of gradients, and parameters in the compute dtype.
-
-    XLA converts the parameters once, before the loop over microbatches. Of the embedding it wants
-    whole rows in both, since tokens look them up: few columns a device fill a TPU's tiles badly.
-    """
-    width = jnp.dtype(share.compute_dtype).itemsize
-    each = FLOAT32 * has_sums + width * (width < FLOAT32)  # bytes a parameter
-    lasting = parameters / FLOAT32 * each
-    if forward.is_tpu:
-        table = share.vocab_size, share.dim // forward.fsdp
-        lasting += each * (filled_rows(table) - filled_up(table))
-    return lasting
+def _tile_rows(rows: int) -> int:
+    return next(tile for tile in (1, 2, 4, SUBLANES) if rows <= tile or tile == SUBLANES)
 
 
-def _block_bytes(share: ModelConfig, rows: int, forward: Pass) -> float:
-    """What is alive within the backward pass of one block, beside all gradients.
-
-    Three arrays as wide as the feed-forward (gate, up, and the gradient of one), or what attention
-    holds, if that is more: all scores and their gradient, or for splash the inputs, the output and
-    their gradients, filled up to whole blocks of positions and lanes.
-    """
-    T, N, width = forward.length, share.num_heads, jnp.dtype(share.compute_dtype).itemsize
-    attention = 0
-    if forward.backend == "xla":
-        attention = 2 * rows * N * T * T * FLOAT32
-    elif forward.backend == "splash":
-        positions = -(-T // block_length(T)) * block_length(T)
-        attention = 8 * rows * N * filled_rows((positions, share.head_dim)) * width
-    return max(3 * rows * T * share.ffn_dim * width, attention)
-
-
-def _gathered_streams(share: ModelConfig, rows: int, forward: Pass, room: float) -> float:
-    """What streams cut along the sequence take where they are whole, given so much room."""
-    if forward.stream_parts == 1:
-        return 0.0
-    width = jnp.dtype(share.compute_dtype).itemsize
-    stream = rows * forward.length * share.dim * width
-    return min(WHOLE_STREAMS * stream, max(room, FEWEST_STREAMS * stream))
-
-
-def _gathered_bytes(share: ModelConfig, forward: Pass) -> float:
-    """What fsdp puts together for a block: its matrices, their gradients, and the next one's."""
-    if forward.fsdp == 1:
-        return 0.0
-    D, heads = share.dim, share.num_heads + share.num_kv_heads
-    matrices = 2 * D * heads * share.head_dim + 3 * D * share.ffn_dim
-    return 3 * matrices * jnp.dtype(share.compute_dtype).itemsize
-
-
-def _loss_bytes(share: ModelConfig, rows: int, forward: Pass) -> float:
-    """What is alive within the loss, before there are gradients.
-
-    The logits of one chunk and their gradient; with fsdp, the output matrix put together, too, and
-    over several chunks its gradient.
-    """
-    tokens, width = rows * forward.length, jnp.dtype(share.compute_dtype).itemsize
-    logits = min(CHUNK_TOKENS, tokens) * share.vocab_size * (FLOAT32 + width)
-    table = share.vocab_size * share.dim if forward.fsdp > 1 else 0
-    return logits + table * (width + FLOAT32 * (tokens > CHUNK_TOKENS))
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step

@@ -1,7 +1,7 @@
-"""Machines by name, such as v5e-8 or H200-1: which chip, how many, and how they are arranged.
+"""Targets by name, such as v5e-8 or H200-1: which chip, how many, and in which topology.
 
-TPU slices are named as Cloud TPU names them: v5e and v6e by chips, the others by TensorCores, so
-that v5p-64 has 32 chips. Does not know what runs there.
+TPU slices have Cloud TPU's names: v5e and v6e count chips, the others TensorCores, so that v5p-64
+has 32 chips.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from llama_jax.errors import UsageError, did_you_mean
 from llama_jax.hardware.accelerators import (
     CHIPS,
     CORES_ARE_DEVICES,
-    GPUS_A_MACHINE,
+    GPUS_PER_MACHINE,
     NAMED_BY_CORES,
     Chip,
     is_gpu_machine,
@@ -24,29 +24,29 @@ ALIASES = {"v5litepod": "v5e", "v7x": "tpu7x", "tpu7": "tpu7x"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
-    """Devices to plan for."""
+    """The devices that a plan is for."""
 
     name: str
     chip: Chip
     devices: int  # as JAX counts them
-    topology: str = ""  # the TPU compiler's name for the slice; "" for GPUs
+    topology: str = ""  # the TPU compiler's name of the slice; "" for GPUs
 
     @property
     def description(self) -> str:
-        """What is taken for the name, such as "v5p-64: 32 × TPU v5p, slice 2x4x4"."""
+        """How the name was understood, such as "v5p-64: 32 × TPU v5p, slice 2x4x4"."""
         kind = f"TPU {self.chip.name}" if self.chip.is_tpu else self.chip.name
         kind = kind.replace("TPU tpu", "TPU ")
         half = " halves" if self.chip.name in CORES_ARE_DEVICES else ""
         shape = self.topology.partition(":")[2]
-        slice_ = f", slice {shape}" if shape else ", which are only estimated"
+        slice_ = f", slice {shape}" if shape else ", estimated only"
         return f"{self.name}: {self.devices} × {kind}{half}{slice_}"
 
 
 def parse_target(name: str) -> Target:
-    """The target of a name such as "v5e-8", "v5p-64", "H200-8", or "v5e:2x4" for any TPU slice.
+    """Return the target of a name such as "v5e-8", "v5p-64", "H200-8" or, by shape, "v5e:2x4".
 
     Raises:
-      UsageError: for a chip that is not known or a number of chips that is not sold.
+      UsageError: for an unknown chip or a number of chips that is not offered.
     """
     by_shape = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*){1,2})", name)
     if by_shape:
@@ -54,22 +54,22 @@ def parse_target(name: str) -> Target:
     by_count = re.fullmatch(r"([\w-]+?)-(\d+)", name)
     if not by_count:
         raise UsageError(
-            f"target {name!r} is not understood; expected a chip and a number of them, such as"
-            f" v5e-8 or H200-1{did_you_mean(name, _names())}"
+            f"target {name!r} is not a chip and a number of chips; expected such as v5e-8 or"
+            f" H200-1{did_you_mean(name, _names())}"
         )
     chip, count = _chip(by_count[1], name), int(by_count[2])
     if chip.is_tpu:
         return _slice(name, chip, _shape(chip, count, name))
     if not is_gpu_machine(count):
         raise UsageError(
-            f"target {name!r} asks for {count} GPUs; expected 1, 2, 4 or a multiple of"
-            f" {GPUS_A_MACHINE}"
+            f"target {name!r} has {count} GPUs; expected 1, 2, 4 or a multiple of"
+            f" {GPUS_PER_MACHINE}"
         )
     return Target(name=name, chip=chip, devices=count)
 
 
 def _names() -> list[str]:
-    """Targets of every chip, by number."""
+    """Return every target name with a number, of all chips."""
     return [
         f"{chip.name}-{count}"
         for chip in CHIPS.values()
@@ -77,26 +77,25 @@ def _names() -> list[str]:
     ]
 
 
-def _chip(asked: str, target: str) -> Chip:
-    found = ALIASES.get(asked.lower(), asked)
+def _chip(written: str, target: str) -> Chip:
+    found = ALIASES.get(written.lower(), written)
     by_name = {name.lower(): chip for name, chip in CHIPS.items()}
     if found.lower() not in by_name:
         raise UsageError(
-            f"target {target!r} names the chip {asked!r}, which is unknown"
-            f"{did_you_mean(asked, CHIPS)};"
-            f" known are {', '.join(CHIPS)}"
+            f"target {target!r}: chip {written!r} is unknown{did_you_mean(written, CHIPS)};"
+            f" expected one of {', '.join(CHIPS)}"
         )
     return by_name[found.lower()]
 
 
 def _counts(chip: Chip) -> dict[int, str]:
-    """The shapes of slices by the number in their names: chips, or cores."""
+    """Return the shapes of slices by the number in their names: of chips, or of TensorCores."""
     per_chip = 2 if chip.name in NAMED_BY_CORES else 1
     return {chips * per_chip: shape for chips, shape in shapes(chip).items()}
 
 
 def _shape(chip: Chip, count: int, target: str) -> str:
-    """The shape of a slice of so many chips, or cores where its kind is named by cores."""
+    """Return the shape of the slice with `count` in its name."""
     counts = _counts(chip)
     if count not in counts:
         closest = min(counts, key=lambda known: abs(math.log(known / max(count, 1))))
@@ -110,7 +109,7 @@ def _shape(chip: Chip, count: int, target: str) -> str:
 
 def _slice(name: str, chip: Chip, shape: str) -> Target:
     if not chip.is_tpu:
-        raise UsageError(f"target {name!r}: only TPUs come in shapes; expected {chip.name}-8")
+        raise UsageError(f"target {name!r}: only TPU slices have a shape; expected {chip.name}-8")
     example = shapes(chip)[8]
     if shape.count("x") != example.count("x"):
         raise UsageError(
@@ -118,7 +117,7 @@ def _slice(name: str, chip: Chip, shape: str) -> Target:
             f" {shape.count('x') + 1}; expected such as {chip.name}:{example}"
         )
     sides = tuple(map(int, shape.split("x")))
-    if not _is_sold(chip, sides):
+    if not _is_offered(chip, sides):
         raise UsageError(
             f"target {name!r}: there is no {chip.name} slice {shape}; expected one of"
             f" {', '.join(shapes(chip).values())}"
@@ -129,8 +128,8 @@ def _slice(name: str, chip: Chip, shape: str) -> Target:
     return Target(name=name, chip=chip, devices=devices, topology=f"{chip.name}:{shape}")
 
 
-def _is_sold(chip: Chip, sides: tuple[int, ...]) -> bool:
-    """Whether Cloud TPU has slices of that shape: those named above, and any of whole cubes."""
+def _is_offered(chip: Chip, sides: tuple[int, ...]) -> bool:
+    """Return whether Cloud TPU offers the shape: a named one, or any made of 4x4x4 cubes."""
     is_of_cubes = len(sides) == 3 and all(side % 4 == 0 for side in sides)
     named = "x".join(map(str, sides)) in shapes(chip).values()
     return named or (is_of_cubes and list(sides) == sorted(sides))

@@ -1,33 +1,44 @@
-"""The plan of a training run: the estimate, what the compiler says, and what else would fit."""
+"""The plan of a training run: the estimate, and what the TPU compiler reports."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 
 from llama_jax.config import Config
 from llama_jax.data.loader import abstract_batch
 from llama_jax.hardware.hlo import collectives
-from llama_jax.planning.compile import Compiled, compiled, target_mesh
-from llama_jax.planning.memory import Memory
-from llama_jax.planning.search import Estimate, cheapest_that_fits, estimate, largest_batch
-from llama_jax.planning.speed import Speed
+from llama_jax.planning.compile import Compiled, compile_program, target_mesh
+from llama_jax.planning.memory import Memory, abstract_mesh, training_memory
+from llama_jax.planning.speed import Speed, training_speed
 from llama_jax.planning.targets import Target
 from llama_jax.training.step import abstract_state, jit_train_step
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingPlan:
-    """What is known of a run on a target."""
+class Estimate:
+    """A config with the memory and speed expected of its train step."""
 
     config: Config
-    target: Target
+    memory: Memory
+    speed: Speed
+
+
+Compiler = Callable[[Estimate, Target], Compiled]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingPlan:
+    """What is known about a train step on a target."""
+
     estimate: Estimate
-    compiled: Compiled | None  # None: only estimated
-    # Sequences over all devices, by the estimate times `correction`; 0: not one a device.
-    largest_microbatch: int
-    # The fastest way that fits with a margin, of a smaller batch where it must; None: no way does,
-    # or this one fits.
-    cheapest: Estimate | None
+    target: Target
+    compiled: Compiled | None = None  # None: only estimated
+
+    @property
+    def config(self) -> Config:
+        """The config of the run."""
+        return self.estimate.config
 
     @property
     def total(self) -> float:
@@ -41,68 +52,69 @@ class TrainingPlan:
 
     @property
     def correction(self) -> float:
-        """What the compiler says over what was estimated; 1 where it was not asked."""
+        """The compiler's figure over the estimate; 1 without one."""
         ratio = self.total / self.estimate.memory.total
         if self.fits:
             return ratio
-        # One that the compiler refused may be said to take no more than there is.
+        # The compiler may refuse a program although it reports no more bytes than there are.
         return max(ratio, self.target.chip.usable / self.estimate.memory.total * (1 + 1e-6))
 
     @property
     def memory(self) -> Memory:
-        """By kind: the compiler's sums, cut where the estimate cuts them."""
-        guess = self.estimate.memory
+        """Bytes by kind: the compiler's total, divided as the estimate is."""
+        estimated = self.estimate.memory
         if self.compiled is None:
-            return guess
-        rest = self.compiled.total - guess.parameters - guess.optimizer
-        kept = min(guess.activations, rest)
-        return dataclasses.replace(guess, activations=kept, temporary=rest - kept)
+            return estimated
+        rest = self.compiled.total - estimated.parameters - estimated.optimizer
+        activations = min(estimated.activations, rest)
+        return dataclasses.replace(estimated, activations=activations, temporary=rest - activations)
 
     @property
     def speed(self) -> Speed:
-        """The prediction, with the exchanges that the compiled program really makes."""
-        return with_exchanges(self.estimate.speed, self.compiled, self.target)
+        """The prediction, with the collectives of the compiled program where there is one."""
+        if self.compiled is None or not self.compiled.fits:
+            return self.estimate.speed
+        devices = self.target.devices
+        sent = sum(one.sent(devices) * one.times for one in collectives(self.compiled.text))
+        return dataclasses.replace(self.estimate.speed, network=sent / (self.target.chip.link / 2))
 
 
-def with_exchanges(speed: Speed, made: Compiled | None, target: Target) -> Speed:
-    """A prediction with what the compiled program really sends, where there is one."""
-    if made is None or not made.fits:
-        return speed
-    sent = sum(one.sent(target.devices) * one.times for one in collectives(made.text))
-    return dataclasses.replace(speed, network=sent / (target.chip.link / 2))
-
-
-def plan_training(config: Config, target: Target, *, compile_it: bool) -> TrainingPlan:
-    """The plan of a config on a target.
+def estimate(config: Config, target: Target, correction: float = 1.0) -> Estimate:
+    """Return the estimate for a config as it is.
 
     Args:
-      compile_it: have the TPU compiler make the real train step; GPUs have no such compiler here.
+      correction: see `training_memory`.
+
+    Raises:
+      UsageError: when it does not divide over the devices.
+    """
+    mesh = abstract_mesh(config.mesh, target.devices)
+    memory = training_memory(config, mesh, target.chip, correction)
+    return Estimate(config, memory, training_speed(config, mesh, target.chip, memory))
+
+
+def plan_training(config: Config, target: Target, compiler: Compiler | None = None) -> TrainingPlan:
+    """Return the plan of a config on a target.
+
+    Args:
+      compiler: such as `compile_training`, for TPUs; None: estimate only, as always for GPUs.
 
     Raises:
       UsageError: when the config does not divide over the devices.
       UserError: when the TPU compiler is needed and missing.
     """
-    found = estimate(config, target)
-    made = compile_training(found, target) if compile_it and target.chip.is_tpu else None
-    plan = TrainingPlan(config, target, found, made, 0, None)
-    most = largest_batch(config, _with_less(target, plan.correction))
-    cheapest = None
-    if not plan.fits:
-        cheapest = cheapest_that_fits(config, _with_less(target, max(1.0, plan.correction)))
-    return dataclasses.replace(plan, largest_microbatch=most, cheapest=cheapest)
+    estimated = estimate(config, target)
+    compiled = compiler(estimated, target) if compiler and target.chip.is_tpu else None
+    return TrainingPlan(estimated, target, compiled)
 
 
-def _with_less(target: Target, factor: float) -> Target:
-    """The target as one finds it whose programs take so many times their estimate."""
-    chip = dataclasses.replace(target.chip, usable=target.chip.usable / factor)
-    return dataclasses.replace(target, chip=chip)
-
-
-def compile_training(way: Estimate, target: Target) -> Compiled:
-    """What the TPU compiler makes of a train step."""
-    config = way.config
+def compile_training(estimated: Estimate, target: Target) -> Compiled:
+    """Compile the train step of a config for a TPU target."""
+    config = estimated.config
     mesh = target_mesh(config.mesh, target)
     with jax.set_mesh(mesh):
         state = abstract_state(config)
         step = jit_train_step(config, mesh)
-        return compiled(lambda: step.lower(state, abstract_batch(config)), way.memory.total)
+        return compile_program(
+            lambda: step.lower(state, abstract_batch(config)), estimated.memory.total
+        )

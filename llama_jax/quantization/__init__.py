@@ -1,12 +1,12 @@
-"""Models whose matrices are small integers: `quantize` makes one of a float model."""
+"""Models with int8 or int4 matrices: `quantize` makes one of a float model."""
 
-from llama_jax.quantization.modules import QuantizedLinear, QuantizedMatrix, rounded
+from llama_jax.quantization.modules import QuantizedLinear, QuantizedMatrix, quantize_kernel
 from llama_jax.quantization.surgery import (
     GROUP_SIZES,
     KINDS,
-    Quantization,
+    QuantizationConfig,
     abstract_quantized,
-    held_bytes,
+    model_nbytes,
     quantize,
     require_kind,
 )
@@ -14,12 +14,12 @@ from llama_jax.quantization.surgery import (
 __all__ = [
     "GROUP_SIZES",
     "KINDS",
-    "Quantization",
+    "QuantizationConfig",
     "QuantizedLinear",
     "QuantizedMatrix",
     "abstract_quantized",
-    "held_bytes",
+    "model_nbytes",
     "quantize",
+    "quantize_kernel",
     "require_kind",
-    "rounded",
 ]

@@ -1,7 +1,7 @@
-"""Matrices of small integers in the places of a model's linear layers and tables.
+"""Modules with int8 or int4 kernels in the places of a model's linear layers and tables.
 
-They own parameters with `axes`, so shardings and checkpoints derive from them as from float ones.
-Does not know which matrix of a model becomes which.
+Their arrays are parameters with logical `axes`, so shardings and checkpoints derive from them as
+from float ones.
 """
 
 import math
@@ -19,41 +19,41 @@ Axes = tuple[str, ...]
 
 
 class QuantizedMatrix(nnx.Module):
-    """A matrix from `inputs` to `outputs` whose kernel lies outputs first.
+    """A quantized matrix from `inputs` to `outputs`, stored outputs first.
 
-    Int8: `kernel` [*outputs, *inputs] and `scale` [*outputs], float32. Four bits: `kernel`
-    [*outputs, bytes] of uint8, `scale` and `lowest` [*outputs, groups], bfloat16; inputs are
-    padded to a multiple of 64.
+    Int8: `kernel` [*outputs, *inputs] and `scale` [*outputs], float32. Int4: `kernel`
+    [*outputs, bytes], uint8, two inputs a byte; `scale` and `lowest`, the minimum,
+    [*outputs, groups], bfloat16; inputs are padded to a multiple of 64.
     """
 
     kernel: nnx.Param[jax.Array]
     scale: nnx.Param[jax.Array]
 
     def __init__(self, kernel: jax.Array, outputs: Dims, axes: Axes, group_size: int):
-        """Round a float kernel [*outputs, *inputs]; `group_size` 0 means int8."""
+        """Quantize a float kernel [*outputs, *inputs]; `group_size` 0: int8."""
         self.outputs, self.inputs = outputs, kernel.shape[len(outputs) :]
         output_axes, input_axes = axes[: len(outputs)], axes[len(outputs) :]
-        if group_size:  # merged and packed, inputs lie along the first's axis
+        if group_size:  # the inputs' dims are merged into one, which follows the first one's axis
             axes_of = dict.fromkeys(("kernel", "scale", "lowest"), output_axes + input_axes[:1])
         else:
             axes_of = {"kernel": axes, "scale": output_axes}
-        for name, array in rounded(kernel, outputs, group_size).items():
+        for name, array in quantize_kernel(kernel, outputs, group_size).items():
             setattr(self, name, nnx.Param(array, axes=axes_of[name]))
 
     @property
     def group_size(self) -> int:
-        """Inputs that share a scale; 0: all of an output, in int8."""
+        """Inputs that share a scale; 0 for int8, whose scales are per output."""
         if not hasattr(self, "lowest"):
             return 0
         return 2 * self.kernel.shape[-1] // self.scale.shape[-1]
 
     def floats(self, dtype: jnp.dtype) -> jax.Array:
-        """The kernel [*outputs, *inputs] that the integers stand for."""
+        """Return the dequantized kernel [*outputs, *inputs]."""
         kernel_OI = floats(self.merged(), math.prod(self.inputs), dtype)
         return kernel_OI.reshape(self.outputs + self.inputs)
 
     def merged(self) -> Quantized:
-        """The matrix [O, I] with its dims merged."""
+        """Return the matrix as [O, I], its output dims merged and its input dims merged."""
         O = math.prod(self.outputs)
         whole = self.kernel[...].reshape(O, -1)
         if not hasattr(self, "lowest"):
@@ -61,8 +61,8 @@ class QuantizedMatrix(nnx.Module):
         return Quantized(whole, *(a[...].reshape(O, -1) for a in (self.scale, self.lowest)))
 
 
-def rounded(kernel: jax.Array, outputs: Dims, group_size: int) -> dict[str, jax.Array]:
-    """The arrays of a `QuantizedMatrix` by name, of a float kernel [*outputs, *inputs]."""
+def quantize_kernel(kernel: jax.Array, outputs: Dims, group_size: int) -> dict[str, jax.Array]:
+    """Return the arrays of a `QuantizedMatrix` by name, for a float kernel [*outputs, *inputs]."""
     kernel_OI = kernel.reshape(math.prod(outputs), -1)
     if not group_size:
         found = to_int8(kernel_OI)
@@ -73,7 +73,7 @@ def rounded(kernel: jax.Array, outputs: Dims, group_size: int) -> dict[str, jax.
 
 
 class QuantizedLinear(QuantizedMatrix):
-    """`layers.Linear` with integers for its kernel: the same face, applied in x's dtype."""
+    """A `layers.Linear` with a quantized kernel; the matmul runs in the dtype of x."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         rows = x.shape[: x.ndim - len(self.inputs)]
@@ -82,14 +82,13 @@ class QuantizedLinear(QuantizedMatrix):
 
 
 class QuantizedTable(QuantizedMatrix):
-    """A table [V, D] with a row for each token; tied, it serves embeddings and logits both."""
+    """A quantized embedding or output matrix [V, D]; a tied one serves as both."""
 
     def rows(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """The rows [*ids, D] of some tokens."""
-        whole = self.merged()
-        chosen = jax.tree.map(lambda array: array[ids], whole)
+        """Return the embeddings [*ids, D] of tokens."""
+        chosen = jax.tree.map(lambda array: array[ids], self.merged())
         return floats(chosen, self.inputs[0], dtype)
 
     def __call__(self, x_RD: jax.Array) -> jax.Array:
-        """Float32 logits [R, V]."""
+        """Return float32 logits [R, V]."""
         return times_quantized(x_RD, self.merged(), FLOAT32)

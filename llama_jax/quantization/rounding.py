@@ -1,7 +1,4 @@
-"""Which integers stand for a matrix [O, I] of floats, and what they are to be multiplied by.
-
-Only the numbers themselves are looked at: no data, no neighbours in a model.
-"""
+"""Rounding of float matrices [O, I] to int8 and int4, from their own values alone."""
 
 from functools import partial
 
@@ -10,15 +7,15 @@ import jax.numpy as jnp
 
 from llama_jax.kernels.int4 import BLOCK, Quantized, packed
 
-HIGHEST = 15  # of four bits
-STARTS = (1.0, 0.95, 0.9, 0.85, 0.8)  # parts of a group's range tried as the range of its integers
-REFITS = 2  # of each
-AT_ONCE = 2**18  # numbers rounded together: what stays in a core's cache is rounded 4 times as fast
+INT4_MAX = 15
+RANGE_FRACTIONS = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a group's range, tried as that of its integers
+REFITS = 2  # least-squares fits after each
+AT_ONCE = 2**18  # numbers rounded together: 4 times as fast while they stay in a core's cache
 
 
 @jax.jit
 def to_int8(kernel_OI: jax.Array) -> Quantized:
-    """-127 to 127, with a float32 scale for each output: the largest number keeps its size."""
+    """Return integers from -127 to 127 and a float32 scale per output, its largest |w| / 127."""
     wide_OI = kernel_OI.astype(jnp.float32)
     scale_O = jnp.max(jnp.abs(wide_OI), axis=1) / 127
     whole_OI = jnp.round(wide_OI / _nonzero(scale_O)[:, None])
@@ -27,79 +24,81 @@ def to_int8(kernel_OI: jax.Array) -> Quantized:
 
 @partial(jax.jit, static_argnames="group_size")
 def to_int4(kernel_OI: jax.Array, group_size: int) -> Quantized:
-    """0 to 15, with a bfloat16 scale and lowest number for each group of adjacent inputs.
+    """Return integers from 0 to 15, and a bfloat16 scale and minimum per group of adjacent inputs.
 
-    Of some lines from integers to numbers the one with the least squared error is kept: each
-    begins with a part of the group's range and is fitted again to the integers it led to.
+    Several pairs of scale and minimum are tried, and the one with the least squared error is kept:
+    each starts from a fraction of the group's range, and is then refitted by least squares to the
+    integers that it rounds to.
     """
 
-    def rounded(row_I: jax.Array) -> Quantized:
-        made = _to_int4(row_I[None], group_size)
-        return jax.tree.map(lambda array: array[0], made)
+    def row_to_int4(row_I: jax.Array) -> Quantized:
+        quantized = _to_int4(row_I[None], group_size)
+        return jax.tree.map(lambda array: array[0], quantized)
 
     O, I = kernel_OI.shape
-    return jax.lax.map(rounded, kernel_OI, batch_size=min(O, max(1, AT_ONCE // I)))
+    return jax.lax.map(row_to_int4, kernel_OI, batch_size=min(O, max(1, AT_ONCE // I)))
 
 
 def _to_int4(kernel_OI: jax.Array, group_size: int) -> Quantized:
     O, I = kernel_OI.shape
     wide_OI = kernel_OI.astype(jnp.float32)
-    wide_OI = jnp.pad(wide_OI, ((0, 0), (0, -I % BLOCK)), mode="edge")  # stretches no range
+    # Padded with the last value, which widens no group's range.
+    wide_OI = jnp.pad(wide_OI, ((0, 0), (0, -I % BLOCK)), mode="edge")
     w_OGI = wide_OI.reshape(O, -1, group_size)
-    highest_OG, lowest_OG = w_OGI.max(axis=-1), w_OGI.min(axis=-1)
-    middle_OG, range_OG = (highest_OG + lowest_OG) / 2, highest_OG - lowest_OG
+    max_OG, min_OG = w_OGI.max(axis=-1), w_OGI.min(axis=-1)
+    middle_OG, range_OG = (max_OG + min_OG) / 2, max_OG - min_OG
 
-    def attempt(best: Fit, start: jax.Array) -> tuple[Fit, None]:
-        scale_OG = range_OG * (start / HIGHEST)
-        line = (scale_OG, middle_OG - scale_OG * (HIGHEST / 2))
+    def attempt(best: Fit, fraction: jax.Array) -> tuple[Fit, None]:
+        scale_OG = range_OG * (fraction / INT4_MAX)
+        fit = (scale_OG, middle_OG - scale_OG * (INT4_MAX / 2))
         for _ in range(REFITS + 1):
-            held = line[0].astype(jnp.bfloat16), line[1].astype(jnp.bfloat16)
-            whole_OGI = _integers(w_OGI, *held)
-            best = _better(best, (_squared_error(w_OGI, whole_OGI, *held), *held))
-            line = _fitted(w_OGI, whole_OGI)
+            stored = fit[0].astype(jnp.bfloat16), fit[1].astype(jnp.bfloat16)
+            integers_OGI = _integers(w_OGI, *stored)
+            best = _better(best, (_squared_error(w_OGI, integers_OGI, *stored), *stored))
+            fit = _least_squares(w_OGI, integers_OGI)
         return best, None
 
-    nothing_OG = jnp.zeros(range_OG.shape, jnp.bfloat16)
-    worst = (jnp.full(range_OG.shape, jnp.inf), nothing_OG, nothing_OG)
-    (_, scale_OG, lowest_OG), _ = jax.lax.scan(attempt, worst, jnp.asarray(STARTS))
-    whole_OI = _integers(w_OGI, scale_OG, lowest_OG).reshape(O, -1)
-    return Quantized(packed(whole_OI), scale_OG, lowest_OG)
+    zero_OG = jnp.zeros(range_OG.shape, jnp.bfloat16)
+    worst = (jnp.full(range_OG.shape, jnp.inf), zero_OG, zero_OG)
+    (_, scale_OG, minimum_OG), _ = jax.lax.scan(attempt, worst, jnp.asarray(RANGE_FRACTIONS))
+    integers_OI = _integers(w_OGI, scale_OG, minimum_OG).reshape(O, -1)
+    return Quantized(packed(integers_OI), scale_OG, minimum_OG)
 
 
-Fit = tuple[jax.Array, jax.Array, jax.Array]  # squared error, scale and lowest number, all [O, G]
+Fit = tuple[jax.Array, jax.Array, jax.Array]  # squared error, scale and minimum, all [O, G]
 
 
 def _nonzero(scale: jax.Array) -> jax.Array:
-    """A scale to divide by: whatever is divided by a scale of 0 is 0 itself."""
+    """Return the scale with 1 for 0, to divide by: what has a scale of 0 is 0 itself."""
     return jnp.where(scale == 0, 1, scale)
 
 
-def _integers(w_OGI: jax.Array, scale_OG: jax.Array, lowest_OG: jax.Array) -> jax.Array:
-    """The nearest integers on a line, still as floats."""
-    scale_OG, lowest_OG = scale_OG.astype(jnp.float32), lowest_OG.astype(jnp.float32)
-    steps_OGI = (w_OGI - lowest_OG[:, :, None]) / _nonzero(scale_OG)[:, :, None]
-    return jnp.clip(jnp.round(steps_OGI), 0, HIGHEST)
+def _integers(w_OGI: jax.Array, scale_OG: jax.Array, minimum_OG: jax.Array) -> jax.Array:
+    """Return the nearest integers, as float32."""
+    scale_OG, minimum_OG = scale_OG.astype(jnp.float32), minimum_OG.astype(jnp.float32)
+    steps_OGI = (w_OGI - minimum_OG[:, :, None]) / _nonzero(scale_OG)[:, :, None]
+    return jnp.clip(jnp.round(steps_OGI), 0, INT4_MAX)
 
 
 def _squared_error(
-    w_OGI: jax.Array, whole_OGI: jax.Array, scale_OG: jax.Array, lowest_OG: jax.Array
+    w_OGI: jax.Array, integers_OGI: jax.Array, scale_OG: jax.Array, minimum_OG: jax.Array
 ) -> jax.Array:
-    scale_OG, lowest_OG = scale_OG.astype(jnp.float32), lowest_OG.astype(jnp.float32)
-    found_OGI = whole_OGI * scale_OG[:, :, None] + lowest_OG[:, :, None]
+    scale_OG, minimum_OG = scale_OG.astype(jnp.float32), minimum_OG.astype(jnp.float32)
+    found_OGI = integers_OGI * scale_OG[:, :, None] + minimum_OG[:, :, None]
     return jnp.sum(jnp.square(w_OGI - found_OGI), axis=-1)
 
 
 def _better(one: Fit, other: Fit) -> Fit:
-    """Of two fits the one with the smaller error, group by group."""
+    """Return for each group the fit with the smaller error."""
     is_better = other[0] < one[0]
-    error, scale, lowest = (jnp.where(is_better, new, old) for new, old in zip(other, one))
-    return error, scale, lowest
+    error, scale, minimum = (jnp.where(is_better, new, old) for new, old in zip(other, one))
+    return error, scale, minimum
 
 
-def _fitted(w_OGI: jax.Array, whole_OGI: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The scale and lowest number of the line through integers and numbers, by least squares."""
-    whole_OG1, w_OG1 = (x.mean(axis=-1, keepdims=True) for x in (whole_OGI, w_OGI))
-    off_OGI = whole_OGI - whole_OG1
-    together_OG = jnp.sum(off_OGI * (w_OGI - w_OG1), axis=-1)
-    scale_OG = together_OG / _nonzero(jnp.sum(jnp.square(off_OGI), axis=-1))
-    return scale_OG, w_OG1[:, :, 0] - scale_OG * whole_OG1[:, :, 0]
+def _least_squares(w_OGI: jax.Array, integers_OGI: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the scale and minimum, [O, G], that fit the integers to the numbers best."""
+    integers_OG1, w_OG1 = (x.mean(axis=-1, keepdims=True) for x in (integers_OGI, w_OGI))
+    off_OGI = integers_OGI - integers_OG1
+    covariance_OG = jnp.sum(off_OGI * (w_OGI - w_OG1), axis=-1)
+    scale_OG = covariance_OG / _nonzero(jnp.sum(jnp.square(off_OGI), axis=-1))
+    return scale_OG, w_OG1[:, :, 0] - scale_OG * integers_OG1[:, :, 0]

@@ -1,6 +1,10 @@
-"""How a model's matrices are kept in few bits: the choice alone, as flags and files tell it."""
+"""Quantization of a model: which matrix becomes int8 and which int4, and the model made of them.
+
+Weights only: norms, activations and the KV cache keep their dtypes.
+"""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -9,29 +13,31 @@ from flax import nnx
 from llama_jax.config import ModelConfig, require
 from llama_jax.kernels.int4 import BLOCK
 from llama_jax.model.layers import Linear
+from llama_jax.model.parameters import count_parameters, matrices
 from llama_jax.model.transformer import Block, Llama
 from llama_jax.model.unstacked import OutputsFirstLinear, replace_linears
 from llama_jax.quantization.modules import QuantizedLinear, QuantizedTable
 
 KINDS = ("int8", "int4")
 GROUP_SIZES = (32, 64)
+FLOAT32 = 4  # bytes
 
 
 def require_kind(kind: object) -> None:
-    """`UsageError` unless it is one of `KINDS`."""
+    """Raise `UsageError` unless `kind` is one of `KINDS`."""
     require(kind in KINDS, f"quantize={kind!r} is unknown; expected 'int8' or 'int4'")
 
 
 @dataclasses.dataclass(frozen=True)
-class Quantization:
-    """Matrices of integers.
+class QuantizationConfig:
+    """How the matrices of a model are quantized.
 
     Raises:
-      UsageError: when made of an unknown kind or an unsupported group size.
+      UsageError: when made with an unknown kind or an unsupported group size.
     """
 
-    kind: str  # "int8", a scale for each output; or "int4", a scale and an offset for each group
-    group_size: int = 32  # inputs of a group; of int4 only
+    kind: str  # "int8": a scale per output; "int4": a scale and a minimum per group of inputs
+    group_size: int = 32  # inputs of a group; int4 only
 
     def __post_init__(self) -> None:
         require_kind(self.kind)
@@ -41,155 +47,126 @@ class Quantization:
         )
 
 
-# Which matrices of a model in four bits keep eight: as many as its memory has room for.
-#
-# Knows shapes alone. What is lost was measured on small models: with all in four bits, half of what
-# perplexity loses it loses by keys, values and tables; of the blocks, most by the last, after which
-# nothing makes good what went wrong.
-
-MOST = 0.2  # of the memory that float32 takes
-INT8_ALWAYS = ("wk", "wv")
+# Which matrices of an int4 model stay int8: as many as `INT4_BUDGET` has room for. Measured on
+# small models that are int4 throughout, half of what perplexity loses comes from keys, values and
+# tables; among blocks the last costs most, since nothing after it corrects its errors.
+INT4_BUDGET = 0.2  # of the bytes of the float32 model
+ALWAYS_INT8 = ("wk", "wv")
 
 
 @dataclasses.dataclass(frozen=True)
-class Groups:
-    """Inputs that share a scale, of the matrices here and there; 0: all of an output, in int8."""
+class GroupSizes:
+    """Inputs per scale for the matrices of each part of a model; 0: int8, one scale per output."""
 
     tables: int
     last_block: int
     blocks: int
 
     def of(self, name: str, is_last: bool) -> int:
-        """Those of a block's linear layer."""
-        if name in INT8_ALWAYS:
+        """Return the group size of a block's linear layer, such as "wq"."""
+        if name in ALWAYS_INT8:
             return 0
         return self.last_block if is_last else self.blocks
 
 
-def groups_of(config: ModelConfig, quantization: Quantization) -> Groups:
-    """What a model of this shape keeps in which form."""
+def allocate(config: ModelConfig, quantization: QuantizationConfig) -> GroupSizes:
+    """Return the group size of each part of a model of this shape."""
     if quantization.kind == "int8":
-        return Groups(0, 0, 0)
+        return GroupSizes(0, 0, 0)
     size = quantization.group_size
-    chosen = Groups(size, size, size)
-    for name in ("tables", "last_block"):
-        wider = dataclasses.replace(chosen, **{name: 0})
-        if _bytes(config, wider) <= MOST * 4 * _numbers(config):
+    chosen = GroupSizes(size, size, size)
+    for part in ("tables", "last_block"):
+        wider = dataclasses.replace(chosen, **{part: 0})
+        if quantized_nbytes(config, wider) <= INT4_BUDGET * FLOAT32 * count_parameters(config):
             chosen = wider
     return chosen
 
 
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Outputs and inputs of a block's matrices."""
-    D, F, keys = config.dim, config.ffn_dim, config.num_kv_heads * config.head_dim
-    shapes = {"wq": (D, D), "wk": (keys, D), "wv": (keys, D), "wo": (D, D)}
-    return shapes | {"gate": (F, D), "up": (F, D), "down": (D, F)}
+def quantized_nbytes(config: ModelConfig, sizes: GroupSizes) -> int:
+    """Return the bytes of a quantized model with float32 norms, without making it."""
+    found = matrices(config)
+    total = FLOAT32 * (count_parameters(config) - sum(matrix.total for matrix in found))
+    for matrix in found:
+        shape = math.prod(matrix.outputs), math.prod(matrix.inputs)
+        if matrix.per_layer:
+            name = matrix.name.rpartition(".")[2]
+            total += (matrix.count - 1) * _nbytes(*shape, sizes.of(name, is_last=False))
+            total += _nbytes(*shape, sizes.of(name, is_last=True))
+        else:
+            total += _nbytes(*shape, sizes.tables)
+    return total
 
 
-def _tables(config: ModelConfig) -> int:
-    return 1 if config.tied_embeddings else 2
-
-
-def _norms(config: ModelConfig) -> int:
-    """Numbers that stay floats."""
-    return (2 * config.num_layers + 1) * config.dim
-
-
-def _numbers(config: ModelConfig) -> int:
-    block = sum(outputs * inputs for outputs, inputs in _shapes(config).values())
-    tables = _tables(config) * config.vocab_size * config.dim
-    return tables + config.num_layers * block + _norms(config)
-
-
-def _bytes(config: ModelConfig, groups: Groups) -> int:
-    """Bytes that a model takes whose norms are float32."""
-
-    def block(is_last: bool) -> int:
-        shapes = _shapes(config).items()
-        return sum(_matrix(*shape, groups.of(name, is_last)) for name, shape in shapes)
-
-    tables = _tables(config) * _matrix(config.vocab_size, config.dim, groups.tables)
-    return tables + (config.num_layers - 1) * block(False) + block(True) + 4 * _norms(config)
-
-
-def _matrix(outputs: int, inputs: int, group_size: int) -> int:
-    """Bytes of a `QuantizedMatrix`."""
+def _nbytes(outputs: int, inputs: int, group_size: int) -> int:
+    """Return the bytes of a `QuantizedMatrix`."""
     if not group_size:
-        return outputs * (inputs + 4)
+        return outputs * (inputs + FLOAT32)
     padded = -(-inputs // BLOCK) * BLOCK
-    return outputs * (padded // 2 + 4 * padded // group_size)
-
-
-# A float model made into one of small integers: which matrix becomes what.
-#
-# Weights only: norms, activations and the cache stay as they are. Does not know files, nor how a
-# matrix is rounded or multiplies.
+    return outputs * (padded // 2 + 4 * padded // group_size)  # scale and minimum in bfloat16
 
 
 def quantize(model: Llama, kind: str, group_size: int = 32) -> Llama:
-    """The model with its matrices as integers and its blocks as a list; the old one is untouched.
+    """Return the model with quantized matrices and unstacked blocks; the input is unchanged.
 
-    "int8": every matrix int8 with a scale for each output. "int4": four bits with a scale and a
-    lowest number for each group of inputs, but some of them int8; see `allocation`. Blocks are
-    rounded one after the other: beside the old model there is never more than the new one and a
-    float block. The old one's memory is free as soon as nobody holds it.
+    "int8": every matrix int8 with a scale per output. "int4": four bits with a scale and a minimum
+    per group of inputs, but some matrices int8; see `allocate`. Blocks are quantized one after the
+    other, so that beside the old model there is never more than the new one and one float block.
 
     Args:
-      model: stacked or unstacked, of any floating dtype, on one device or many.
-      group_size: inputs, 32 or 64, that share a scale; of "int4" only.
+      model: stacked or unstacked, of any floating dtype, on one device or several.
+      group_size: inputs, 32 or 64, that share a scale; "int4" only.
 
     Raises:
-      UsageError: for another kind or group size, or a model that is quantised already.
+      UsageError: for another kind or group size, or a model that is quantized already.
     """
-    groups = groups_of(model.config, Quantization(kind, group_size))
+    sizes = allocate(model.config, QuantizationConfig(kind, group_size))
     require(
         isinstance(model.embedding, nnx.Param),
-        "the model is quantised already; quantise the one it was made from",
+        "the model is quantized already; quantize the float model it was made from",
     )
     blocks: Any = model.blocks
     layers, count = [], model.config.num_layers
     for index in range(count):
         block = _layer(blocks, index) if isinstance(blocks, Block) else blocks[index]
-        # Waited for, or the copies of many layers would be alive at once.
-        layers.append(jax.block_until_ready(_quantized_block(block, groups, index == count - 1)))
-    new = _copied(model)
+        # Without waiting, the float copies of many layers would be alive at once.
+        layers.append(jax.block_until_ready(_quantize_block(block, sizes, index == count - 1)))
+    new = _shallow_copy(model)
     new.blocks = nnx.List(layers)
     for name in ("embedding", "output"):
         if hasattr(model, name):
             table = getattr(model, name)
-            made = QuantizedTable(table[...], table.shape[:1], table.axes, groups.tables)
-            setattr(new, name, made)
+            quantized = QuantizedTable(table[...], table.shape[:1], table.axes, sizes.tables)
+            setattr(new, name, quantized)
     return new
 
 
 def abstract_quantized(config: ModelConfig, kind: str, group_size: int = 32) -> Llama:
-    """A quantised model with shapes in place of arrays; costs no memory."""
+    """Return a quantized model with `jax.ShapeDtypeStruct`s in place of arrays."""
     return jax.eval_shape(lambda: quantize(Llama(config, rngs=nnx.Rngs(0)), kind, group_size))
 
 
-def held_bytes(model: Llama) -> int:
-    """Bytes that a model's arrays take, all devices together."""
+def model_nbytes(model: Llama) -> int:
+    """Return the bytes of a model's arrays, over all devices."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(model))
 
 
-def _copied(tree: Any) -> Any:
-    """A tree that may be changed; arrays are shared."""
+def _shallow_copy(tree: Any) -> Any:
+    """Return a copy whose modules may be changed; arrays are shared."""
     return jax.tree.map(lambda leaf: leaf, tree)
 
 
 def _layer(blocks: Block, index: int) -> Block:
-    """One block of stacked ones, copied."""
+    """Return a copy of one of the stacked blocks."""
     return jax.tree.map(lambda array: array[index], blocks)
 
 
-def _quantized_block(block: Block, groups: Groups, is_last: bool) -> Block:
-    """A block with integers in every linear layer."""
-    new = _copied(block)
-    replace_linears(new, lambda name, layer: _quantized_linear(layer, groups.of(name, is_last)))
+def _quantize_block(block: Block, sizes: GroupSizes, is_last: bool) -> Block:
+    new = _shallow_copy(block)
+    replace_linears(new, lambda name, layer: _quantize_linear(layer, sizes.of(name, is_last)))
     return new
 
 
-def _quantized_linear(layer: Linear | OutputsFirstLinear, group_size: int) -> QuantizedLinear:
+def _quantize_linear(layer: Linear | OutputsFirstLinear, group_size: int) -> QuantizedLinear:
     if isinstance(layer, Linear):
         layer = OutputsFirstLinear(layer)
     kernel = layer.kernel

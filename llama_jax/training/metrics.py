@@ -18,8 +18,8 @@ import jax
 from llama_jax.checkpoints.run_folder import METRICS
 from llama_jax.config import Config
 from llama_jax.errors import UsageError, warn
-from llama_jax.hardware.accelerators import MemoryUse, memory_use
-from llama_jax.hardware.flops import flops_per_token, peak_flops
+from llama_jax.hardware.accelerators import MemoryUse, memory_use, peak_flops
+from llama_jax.model.parameters import flops_per_token
 from llama_jax.training.step import StepMetrics
 
 

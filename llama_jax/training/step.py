@@ -113,7 +113,7 @@ def attention_kernel(config: Config, device: jax.Device, *, training: bool) -> s
     return choose_kernel(
         config.run.attention,
         device,
-        head_dim=config.model.head_dim,
+        head_dim=config.model.head_size,
         dtype=config.model.compute_dtype,
         dropout=config.model.dropout if training else 0.0,
     )

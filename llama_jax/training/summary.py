@@ -15,9 +15,8 @@ from llama_jax.config import Config
 from llama_jax.data.sequences import rows_of
 from llama_jax.data.token_folder import TokenFolder
 from llama_jax.distributed.mesh import batch_shards
-from llama_jax.hardware.accelerators import chip_of, machine_name
-from llama_jax.hardware.flops import peak_flops
-from llama_jax.model.transformer import count_parameters
+from llama_jax.hardware.accelerators import chip_of, machine_name, peak_flops
+from llama_jax.model.parameters import count_parameters
 from llama_jax.training.step import abstract_state, attention_kernel, state_shardings
 
 KNOBS = 3  # to name

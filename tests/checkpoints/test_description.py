@@ -15,7 +15,7 @@ from llama_jax.checkpoints.metadata import (
     write_run,
 )
 from llama_jax.errors import UserError
-from llama_jax.quantization import Quantization
+from llama_jax.quantization import QuantizationConfig
 
 RUN = Run(config=make_config("tokens", "ckpt"), bos=True, eos=False)
 MODEL = Description(model=RUN.config.model, bos=False, eos=True)
@@ -43,7 +43,8 @@ def test_a_model_is_described_and_is_no_run(tmp_path):
 
 
 def test_a_model_tells_its_quantisation_and_template(tmp_path):
-    told = dataclasses.replace(MODEL, quantization=Quantization("int4", 64), chat_template="alpaca")
+    int4 = QuantizationConfig("int4", 64)
+    told = dataclasses.replace(MODEL, quantization=int4, chat_template="alpaca")
     write_description(tmp_path, told)
     assert read_description(tmp_path) == told
     tree = json.loads((tmp_path / "config.json").read_text())

@@ -18,7 +18,7 @@ from llama_jax.cli import main as cli
 from llama_jax.formats import verify as verification
 from llama_jax.formats.registry import FORMATS, Options
 from llama_jax.formats.weights import Tensor
-from llama_jax.quantization import Quantization
+from llama_jax.quantization import QuantizationConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WRITTEN = re.compile(r"(\S+): 2[0-9],[0-9]{3} parameters, 0\.[0-9]{3} GB in [0-9.]+ s")
@@ -111,7 +111,7 @@ def test_a_checkpoint_of_integers_tells_its_kind_and_template(run):
     )
     assert (code, said) == (0, "") and "verified: " in told
     description = read_description(Path("q"))
-    assert description.quantization == Quantization("int4", 64)
+    assert description.quantization == QuantizationConfig("int4", 64)
     assert description.chat_template == "none"
     code, told, said = run("--input q --to hf --output q.hf")
     assert (code, said) == (0, "") and "|Δlogit| 0 where" in told, "its floats are what it is"

@@ -32,13 +32,13 @@ def test_a_laptop_learns_at_once_whether_a_run_fits():
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("v5p-64: 32 × TPU v5p, slice 2x4x4\n")
-    assert "32 microbatches of 1 a chip" in done.stdout and "\nfits: " in done.stdout
+    assert "32 microbatches of 1 per chip" in done.stdout and "\nfits: " in done.stdout
 
 
 def test_sampling_is_planned_too(capsys):
     words = ["--target=v5e-8", "--mode=decode", "--batch=8", "--quantize=int8", "--fast"]
     assert plan.main(["--config=configs/15m.py", *words]) == 0
-    assert "8 texts × 256 tokens; weights int8" in capsys.readouterr().out
+    assert "8 sequences × 256 tokens; weights int8" in capsys.readouterr().out
 
 
 def test_a_search_lists_flags(capsys):
@@ -59,8 +59,8 @@ def test_a_search_lists_flags(capsys):
         (["--target", "v5e-1", "--fast", "--mode", "decode", "--context", "9000"], "out of range"),
         (["--target", "v5e-1", "--mode", "guess"], "invalid choice"),
         (["--target", "H200-1", "--fast", "--config.run.attention=splash"], "splash"),
-        (["--target", "v5e-1", "--fast", "--batch", "8"], "--batch is about sampling"),
-        (["--target", "v5e-1", "--search", "--mode", "decode"], "--search ranks ways to train"),
+        (["--target", "v5e-1", "--fast", "--batch", "8"], "--batch is for decoding"),
+        (["--target", "v5e-1", "--search", "--mode", "decode"], "--search is for training"),
         (["--table", "--bogus", "3", "--target", "nothing"], "leave out '--bogus'"),
         (["--table", "--config", "configs/7b.py"], "leave out '--config'"),
         (["--fast", "--table"], "leave out '--fast'"),

@@ -20,8 +20,7 @@ from llama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
 from llama_jax.errors import UserError
 from llama_jax.formats import checkpoint as checkpoint_folder
 from llama_jax.formats.weights import DTYPES, Tensor, of_layer, tensor_shapes
-from llama_jax.model.parameters import named_leaves
-from llama_jax.model.transformer import abstract
+from llama_jax.model.parameters import abstract, named_leaves
 
 
 def write(weights, path):

@@ -50,7 +50,7 @@ REFUSED = {  # keys, then what is said of them
     "experts": ({"llama.expert_count": 8}, "mixes 8 experts"),
     "another tokenizer": ({f"{PIECES}model": "gpt2"}, "a tokenizer of kind 'gpt2'"),
     "an unknown key": ({"llama.attention.sliding_window": 7}, "sliding_window = 7"),
-    "a head dim of its own": ({"llama.attention.key_length": 8}, "expected the head dim, 4"),
+    "a head dim of its own": ({"llama.attention.key_length": 8}, "expected the head dim, 8"),
     "a part rotated": ({"llama.rope.dimension_count": 2}, "dimension_count = 2"),
     "yarn": ({"llama.rope.scaling.type": "yarn"}, "'yarn'; expected linear"),
     "a shrinking context": (

@@ -224,6 +224,7 @@ def test_a_folder_without_config_is_refused(folder, tmp_path):
         {"num_hidden_layers": 4},
         {"hidden_size": 48, "head_dim": 8},
         {"num_attention_heads": 4, "head_dim": 6},
+        {"head_dim": 8},
         {"num_key_value_heads": 3},
         {"intermediate_size": 41},
         {"vocab_size": 284},

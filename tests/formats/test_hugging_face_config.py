@@ -137,7 +137,7 @@ def test_every_spelling_of_rope_is_read(said, theta, scaling):
         ({"sliding_window": 4096}, " sliding_window = 4096"),
         ({"quantization_config": {"bits": 4}}, r" quantization_config = \{'bits': 4\}"),
         ({"num_local_experts": 8}, " num_local_experts = 8"),
-        ({"head_dim": 8}, r"head_dim = 8 \(expected 24 / 6 heads\)"),
+        ({"head_dim": 5}, r"head_dim=5 is odd"),
         ({"head_dim": 4}, None),
         ({"num_attention_heads": 5, "head_dim": ...}, "does not divide into model.num_heads=5"),
         ({"num_key_value_heads": 4}, "does not divide over model.num_kv_heads=4"),

@@ -23,13 +23,13 @@ from llama_jax.formats.registry import Options
 from llama_jax.formats.weights import Tensor
 from llama_jax.llm import LLM
 from llama_jax.model.parameters import named_leaves
-from llama_jax.quantization import Quantization, held_bytes, quantize
+from llama_jax.quantization import QuantizationConfig, model_nbytes, quantize
 
 SIZES = {"dim": 128, "num_heads": 8, "hidden_dim": 192, "num_layers": 2, "context_length": 64}
 KINDS = {
-    "int8": Quantization("int8"),
-    "int4": Quantization("int4"),
-    "int4-64": Quantization("int4", 64),
+    "int8": QuantizationConfig("int8"),
+    "int4": QuantizationConfig("int4"),
+    "int4-64": QuantizationConfig("int4", 64),
 }
 
 
@@ -61,7 +61,7 @@ def test_stored_is_what_is_made_on_load(place, name):
     floats = load(place / "float").model
     same_leaves(stored.model, quantize(floats, quantization.kind, quantization.group_size))
     most = {"int8": 0.3, "int4": 0.2}[quantization.kind]
-    assert held_bytes(stored.model) < most * held_bytes(floats)
+    assert model_nbytes(stored.model) < most * model_nbytes(floats)
     if name != "int4-64":
         same_leaves(stored.model, load(place / "float", quantize=quantization.kind).model)
     assert load(place / name, quantize=quantization.kind).config == stored.config

@@ -9,7 +9,7 @@ from tiny_weights import tiny_weights
 
 from llama_jax.config import ModelConfig
 from llama_jax.formats.weights import DTYPES, Tensor, of_layer, tensor_shapes
-from llama_jax.model.transformer import count_parameters
+from llama_jax.model.parameters import count_parameters
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 LLAMA2_7B = {"vocab_size": 32000, "dim": 4096, "num_layers": 32, "num_heads": 32}

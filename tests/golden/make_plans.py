@@ -5,7 +5,7 @@ and a shallow 7B on meshes with a tensor axis, with and without mesh.sequence.
 
 Needs libtpu, and a minute or two for each program. What plans.json has already is kept, so that it
 can be interrupted; delete the file to make all anew. Names, such as "7b v5p-64", make some only.
-`tests/planning/test_estimates.py` holds the estimates against it.
+`tests/planning/test_recorded_plans.py` holds the estimates against it.
 """
 
 import json
@@ -16,10 +16,9 @@ from pathlib import Path
 import jax
 
 from llama_jax.cli.config_flags import read_config
-from llama_jax.planning.report import TARGETS, on_all_chips
-from llama_jax.planning.search import estimate
+from llama_jax.planning.report import TARGETS, over_all_chips
 from llama_jax.planning.targets import parse_target
-from llama_jax.planning.training import compile_training
+from llama_jax.planning.training import compile_training, estimate
 
 HERE = Path(__file__).resolve().parent
 PLANS = HERE / "plans.json"
@@ -66,7 +65,7 @@ def planned():
     """Every plan to record, by key: the config as it runs, and its target."""
     for name, config in shipped_configs().items():
         for target in map(parse_target, TARGETS):
-            way = on_all_chips(config, target.devices)
+            way = over_all_chips(config, target.devices)
             if target.chip.is_tpu and way is not None:
                 yield f"{name} {target.name}", way, target
     for key, config in on_tensor_meshes():

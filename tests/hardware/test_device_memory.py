@@ -1,4 +1,4 @@
-"""Memory in use, as devices and the process tell it."""
+"""Memory statistics of devices and of the process."""
 
 import mmap
 import os
@@ -17,7 +17,7 @@ def device(stats, process_index=0, platform="gpu"):
     )
 
 
-def test_the_fullest_device_of_this_process_tells():
+def test_the_statistics_are_those_of_the_device_with_the_highest_peak():
     devices = [
         device({"bytes_in_use": 5, "peak_bytes_in_use": 7, "bytes_limit": 11}),
         device({"bytes_in_use": 4, "peak_bytes_in_use": 9, "bytes_limit": 12}),
@@ -27,7 +27,7 @@ def test_the_fullest_device_of_this_process_tells():
     assert memory_limit(devices) == 12
 
 
-def test_a_device_that_tells_less_or_nothing():
+def test_devices_with_few_or_no_statistics():
     assert memory_use([device({"bytes_in_use": 5})]) == MemoryUse(5, 5, 0)
     for stats in (None, {}, {"num_allocs": 3}):
         assert memory_use([device(stats)]) is None
@@ -35,8 +35,8 @@ def test_a_device_that_tells_less_or_nothing():
     assert memory_use([device(None, process_index=1)]) is None
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell of now")
-def test_a_cpu_tells_of_this_process():
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_on_cpu_the_statistics_are_those_of_the_process():
     before = memory_use(jax.devices())
     size = 64 * 2**20
     with mmap.mmap(-1, size) as block:

@@ -18,8 +18,7 @@ from llama_jax.inference.xorshift import (
     uniform,
 )
 from llama_jax.model.cache import KVCache
-from llama_jax.model.parameters import named_leaves
-from llama_jax.model.transformer import abstract
+from llama_jax.model.parameters import abstract, named_leaves
 from llama_jax.model.unstacked import unstack
 from llama_jax.text.tokenizer import Tokenizer
 

@@ -13,7 +13,7 @@ V = 53
 
 def chosen(name, config, device, dropout=0.0):
     return choose_kernel(
-        name, device, head_dim=config.head_dim, dtype=config.compute_dtype, dropout=dropout
+        name, device, head_dim=config.head_size, dtype=config.compute_dtype, dropout=dropout
     )
 
 

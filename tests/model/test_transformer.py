@@ -17,7 +17,8 @@ from llama_jax.model import layers
 from llama_jax.model import transformer as model
 from llama_jax.model.cache import KVCache
 from llama_jax.model.execution import Execution
-from llama_jax.model.transformer import Llama, abstract, count_parameters
+from llama_jax.model.parameters import abstract, count_parameters
+from llama_jax.model.transformer import Llama
 from llama_jax.model.unstacked import unstack
 from llama_jax.training.loss import summed_nll
 

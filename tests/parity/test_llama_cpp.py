@@ -17,8 +17,7 @@ from llama_jax.formats.llama2c import model as llama2c
 from llama_jax.formats.weights import of_layer
 from llama_jax.inference.engine import Engine
 from llama_jax.inference.request import Request, SamplingParams
-from llama_jax.model.parameters import named_leaves
-from llama_jax.model.transformer import abstract
+from llama_jax.model.parameters import abstract, named_leaves
 from llama_jax.model.unstacked import unstack
 from llama_jax.text.tokenizer import Tokenizer
 

@@ -1,4 +1,4 @@
-"""What the tests of planning share: a small config no two of whose sizes agree."""
+"""A small config whose sizes differ pairwise, shared by the tests of planning."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ SECTIONS |= {"mesh": MeshConfig, "run": RunConfig}
 
 
 def make_config(**changes):
-    """A config; `run__remat="block"` changes one setting."""
+    """Return a config; `run__remat="block"` changes one setting."""
     values = {"model": dict(MODEL), "mesh": {}, "run": {}}
     values["data"] = {"path": "tokens", "batch_size": 16, "sequence_length": 32}
     values["optimizer"] = {"steps": 10, "learning_rate": 0.01, "warmup_steps": 0}
@@ -22,6 +22,6 @@ def make_config(**changes):
 
 
 def changed(config, section, **values):
-    """The config with some settings of one section changed."""
+    """Return the config with some settings of one section changed."""
     new = dataclasses.replace(getattr(config, section), **values)
     return dataclasses.replace(config, **{section: new})

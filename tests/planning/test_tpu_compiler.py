@@ -8,10 +8,9 @@ from plans import make_config
 
 from llama_jax.errors import UserError
 from llama_jax.planning import compile as tpu_compiler
-from llama_jax.planning.decoding import Sampling, plan_decoding
-from llama_jax.planning.search import estimate
+from llama_jax.planning.decoding import DecodingOptions, compile_decoding, plan_decoding
 from llama_jax.planning.targets import parse_target
-from llama_jax.planning.training import compile_training, plan_training
+from llama_jax.planning.training import compile_training, estimate, plan_training
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="needs libtpu: pip install '.[plan]'")
@@ -30,62 +29,62 @@ needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="needs libtpu: pip inst
         ("INVALID_ARGUMENT: Used 1.0G of 2.0G hbm", None),
     ],
 )
-def test_what_a_program_that_does_not_fit_would_take(message, size):
-    assert tpu_compiler.memory_asked_for(message) == size
+def test_bytes_of_a_program_that_does_not_fit(message, size):
+    assert tpu_compiler.required_bytes(message) == size
 
 
-def test_without_libtpu_its_installation_is_named(monkeypatch):
+def test_without_libtpu_its_installation_is_advised(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install '\.\[plan\]'.*--fast"):
         tpu_compiler.tpu_devices(parse_target("v5e-8"))
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("message", "shown"),
     [
         ("Internal error when accessing libtpu multi-process lockfile. Run ...", "another process"),
         ("no such thing", "libtpu refuses the slice v5e:2x4: no such thing"),
     ],
 )
-def test_what_libtpu_refuses_is_told_in_one_line(said, told, monkeypatch):
+def test_an_error_of_libtpu_becomes_one_line(message, shown, monkeypatch):
     from jax.experimental import topologies
 
     def refuse(**_):
-        raise RuntimeError(said)
+        raise RuntimeError(message)
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: "here")
     monkeypatch.setattr(topologies, "get_topology_desc", refuse)
     for name in tpu_compiler.ENVIRONMENT:
         monkeypatch.setenv(name, "kept")
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=shown):
         tpu_compiler.tpu_devices(parse_target("v5e-8"))
 
 
-@pytest.mark.parametrize(("expected", "is_small"), [(1e9, True), (3e9, False)])
-def test_only_small_programs_are_compiled_with_all_in_the_device_s_memory(expected, is_small):
+@pytest.mark.parametrize(("estimated", "is_small"), [(1e9, True), (3e9, False)])
+def test_only_small_programs_are_compiled_with_all_arrays_in_device_memory(estimated, is_small):
     class Lowered:
         def compile(self, compiler_options):
-            asked.append(compiler_options)
+            options.append(compiler_options)
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 2.5G of 2.0G hbm.")
 
-    asked = []
-    made = tpu_compiler.compiled(Lowered, expected)
+    options = []
+    made = tpu_compiler.compile_program(Lowered, estimated)
     assert (made.total, made.fits) == (2.5 * 2**30, False)
-    assert asked == [{"xla_msa_enable": False} if is_small else None]
+    assert options == [{"xla_msa_enable": False} if is_small else None]
 
 
-def test_a_compiler_that_fails_is_told_in_one_line():
+def test_a_compiler_error_becomes_one_line():
     def lower():
         raise jax.errors.JaxRuntimeError("INTERNAL: no such copy\n  at line 7\n")
 
     with pytest.raises(UserError, match=r"INTERNAL: no such copy;.*--fast") as error:
-        tpu_compiler.compiled(lower, 0.0)
+        tpu_compiler.compile_program(lower, 0.0)
     assert "\n" not in str(error.value)
 
 
-def test_gpus_are_only_estimated(monkeypatch):
+def test_gpus_are_only_estimated():
     config = make_config(mesh__fsdp=8, mesh__data=1)
-    plan = plan_training(config, parse_target("H200-8"), compile_it=True)
+    plan = plan_training(config, parse_target("H200-8"), compile_training)
     assert plan.compiled is None and plan.fits
     assert plan.total == plan.estimate.memory.total
 
@@ -115,5 +114,5 @@ def test_the_train_step_compiles_for_tpus_that_are_not_here():
 @needs_libtpu
 def test_the_decoding_loop_compiles_for_tpus_that_are_not_here():
     model = make_config(model__compute_dtype="bfloat16").model
-    plan = plan_decoding(model, Sampling(batch=2), parse_target("v5e-4"), compile_it=True)
+    plan = plan_decoding(model, DecodingOptions(batch=2), parse_target("v5e-4"), compile_decoding)
     assert plan.fits and "while" in plan.compiled.text

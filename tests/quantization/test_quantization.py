@@ -1,4 +1,4 @@
-"""Models of small integers: what they say, hold, free and store, beside the float ones."""
+"""Quantized models against their float originals: logits, memory, storage, perplexity."""
 
 import gc
 
@@ -22,13 +22,11 @@ from llama_jax.inference.scoring import token_logprobs
 from llama_jax.kernels.int4 import floats
 from llama_jax.model.layers import Linear
 from llama_jax.model.parameters import named_leaves
-from llama_jax.model.transformer import count_parameters
 from llama_jax.model.unstacked import OutputsFirstLinear, unstack
-from llama_jax.quantization import Quantization, abstract_quantized, held_bytes, quantize
-from llama_jax.quantization import surgery as allocation
+from llama_jax.quantization import QuantizationConfig, abstract_quantized, model_nbytes, quantize
 from llama_jax.quantization.modules import QuantizedLinear, QuantizedMatrix
 from llama_jax.quantization.rounding import to_int4, to_int8
-from llama_jax.quantization.surgery import groups_of
+from llama_jax.quantization.surgery import allocate, quantized_nbytes
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.training.run import fit
 
@@ -57,7 +55,7 @@ def relative_error(found, right):
     return float(np.linalg.norm(np.asarray(found) - right) / np.linalg.norm(right))
 
 
-def test_int8_by_hand():
+def test_int8_of_a_known_matrix():
     kernel = jnp.asarray([[1.0, -2.54, 0.5], [0, 0, 0], [0.127, 0.01, -0.05]])
     found = to_int8(kernel)
     np.testing.assert_array_equal(found.whole, [[50, -127, 25], [0, 0, 0], [127, 10, -50]])
@@ -65,7 +63,7 @@ def test_int8_by_hand():
 
 
 @pytest.mark.parametrize("group_size", [32, 64])
-def test_numbers_on_a_line_are_kept_by_int4(group_size):
+def test_int4_keeps_equally_spaced_numbers_exactly(group_size):
     whole = np.random.default_rng(0).integers(0, 16, (3, 128))
     whole[:, ::32], whole[:, 1::32] = 0, 15
     groups = np.arange(3 * 128 // group_size).reshape(3, -1)
@@ -76,20 +74,20 @@ def test_numbers_on_a_line_are_kept_by_int4(group_size):
     np.testing.assert_array_equal(floats(found, 128, FLOAT32), kernel)
 
 
-def test_int4_of_zeros_and_of_equal_numbers():
+def test_int4_keeps_zeros_and_constant_rows_exactly():
     kernel = np.zeros((2, 70), np.float32)
     kernel[1] = 0.5
     np.testing.assert_array_equal(floats(to_int4(jnp.asarray(kernel), 32), 70, FLOAT32), kernel)
 
 
 @pytest.mark.parametrize(("kind", "most"), [("int8", 0.008), (32, 0.075), (64, 0.09)])
-def test_random_numbers_keep_most_of_themselves(kind, most):
+def test_relative_error_of_random_matrices(kind, most):
     kernel = normal((40, 192))
     found = to_int8(kernel) if kind == "int8" else to_int4(kernel, kind)
     assert 0.001 < relative_error(floats(found, 192, FLOAT32), kernel) < most
 
 
-def test_int4_is_nearer_than_the_range_in_sixteen():
+def test_int4_is_closer_than_rounding_to_the_full_range():
     kernel = normal((40, 32))
     low, high = kernel.min(axis=1, keepdims=True), kernel.max(axis=1, keepdims=True)
     step = (high - low) / 15
@@ -99,7 +97,7 @@ def test_int4_is_nearer_than_the_range_in_sixteen():
 
 
 @pytest.mark.parametrize(("kind", "most"), [("int8", 0.01), ("int4", 0.12)])
-def test_a_linear_layer_shows_the_same_face(kind, most):
+def test_a_quantized_linear_layer_has_the_interface_of_the_float_one(kind, most):
     model = model_of()
     old, new = unstack(model), quantize(model, kind)
     for name, x in (("wq", normal((3, 5, 128))), ("wo", normal((3, 5, 8, 16)))):
@@ -114,7 +112,7 @@ def test_a_linear_layer_shows_the_same_face(kind, most):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("kind", "most"), [("int8", 0.06), ("int4", 0.3)])
-def test_logits_are_near_with_stacked_and_unstacked_blocks(kind, most, tied):
+def test_logits_are_close_from_stacked_and_unstacked_blocks(kind, most, tied):
     model = model_of(tied_embeddings=tied)
     tokens_BT = jnp.asarray(np.random.default_rng(0).integers(0, 56, (3, 11)))
     before = jax.tree.map(np.asarray, model)
@@ -137,17 +135,17 @@ def test_bfloat16_models():
 
 @pytest.mark.parametrize(("kind", "group_size"), WAYS)
 @pytest.mark.parametrize("changes", [{}, {"tied_embeddings": False}, {"vocab_size": 4000}])
-def test_held_memory_falls(kind, group_size, changes):
+def test_memory_of_quantized_models(kind, group_size, changes):
     model = model_of(**changes)
     found = quantize(model, kind, group_size)
     held = sum(len(np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(found))
-    assert held == held_bytes(found)
-    assert held <= SHARE[kind] * held_bytes(model)
+    assert held == model_nbytes(found)
+    assert held <= SHARE[kind] * model_nbytes(model)
 
 
 @pytest.mark.parametrize(("layers", "vocabulary"), [(6, 32000), (12, 32000), (32, 32000)])
 @pytest.mark.parametrize(("kind", "group_size"), WAYS)
-def test_held_memory_of_real_shapes(kind, group_size, layers, vocabulary):
+def test_memory_of_real_shapes(kind, group_size, layers, vocabulary):
     dim, heads, hidden = {6: (288, 6, 768), 12: (768, 12, 2048), 32: (4096, 32, 11008)}[layers]
     config = ModelConfig(
         vocab_size=vocabulary,
@@ -175,12 +173,12 @@ def test_the_float_arrays_are_freed():
     model = model_of(num_layers=4)
     full = alive() - before
     model = quantize(model, "int8")
-    assert alive() - before == held_bytes(model) < 0.3 * full
+    assert alive() - before == model_nbytes(model) < 0.3 * full
 
 
 @pytest.mark.parametrize(("kind", "group_size"), WAYS)
 @pytest.mark.parametrize("tied", [True, False])
-def test_stored_by_name_and_restored_into_shapes(kind, group_size, tied):
+def test_arrays_stored_by_name_restore_the_model(kind, group_size, tied):
     model = quantize(model_of(tied_embeddings=tied), kind, group_size)
     stored = {name: np.asarray(leaf) for name, leaf in named_leaves(model).items()}
     shapes = abstract_quantized(model.config, kind, group_size)
@@ -204,7 +202,7 @@ def continued(model, prompts):
 
 
 @pytest.mark.parametrize("kind", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
-def test_eight_devices_say_what_one_says(kind):
+def test_eight_devices_generate_what_one_generates(kind):
     model = model_of(num_layers=1)
     model.embedding[...] *= 0.1  # or it would just repeat its last token
     model = quantize(model, kind)
@@ -222,15 +220,14 @@ def test_eight_devices_say_what_one_says(kind):
 
 
 @pytest.mark.parametrize(("kind", "group_size"), WAYS)
-def test_bytes_are_known_before_they_are_made(kind, group_size):
+def test_bytes_are_predicted_exactly(kind, group_size):
     config = model_of(num_layers=3, hidden_dim=200).config
-    groups = groups_of(config, Quantization(kind, group_size))
+    sizes = allocate(config, QuantizationConfig(kind, group_size))
     leaves = jax.tree.leaves(abstract_quantized(config, kind, group_size))
-    assert allocation._bytes(config, groups) == sum(x.size * x.dtype.itemsize for x in leaves)
-    assert allocation._numbers(config) == count_parameters(config)
+    assert quantized_nbytes(config, sizes) == sum(x.size * x.dtype.itemsize for x in leaves)
 
 
-def test_which_matrices_of_int4_are_int8():
+def test_which_matrices_of_an_int4_model_are_int8():
     model = quantize(model_of(), "int4")
     attention = model.blocks[0].attention
     kinds = {name: layer.kernel.dtype for name, layer in vars(attention).items() if is_ours(layer)}
@@ -252,13 +249,13 @@ def is_ours(layer):
     ("kind", "group_size", "told"),
     [("int5", 32, "quantize='int5' is unknown"), ("int4", 48, "group_size=48 is not supported")],
 )
-def test_what_is_refused(kind, group_size, told):
+def test_invalid_options_are_refused(kind, group_size, told):
     with pytest.raises(UsageError, match=told):
         quantize(make_model(), kind, group_size)
 
 
-def test_a_quantised_model_is_not_quantised_again():
-    with pytest.raises(UsageError, match="quantised already"):
+def test_a_quantized_model_is_not_quantized_again():
+    with pytest.raises(UsageError, match="quantized already"):
         quantize(quantize(make_model(), "int8"), "int8")
 
 
@@ -301,7 +298,7 @@ BOUNDS = [
 
 @pytest.mark.parametrize(("kind", "group_size", "most"), BOUNDS)
 @pytest.mark.parametrize("which", ["stories", pytest.param("trained", marks=pytest.mark.slow)])
-def test_perplexity_hardly_rises(which, kind, group_size, most, request):
+def test_perplexity_rises_little(which, kind, group_size, most, request):
     model, tokens_BT = request.getfixturevalue(which)
     quantized = quantize(model, kind, group_size)
     before, after = (perplexity(m, jnp.asarray(tokens_BT)) for m in (model, quantized))
@@ -309,4 +306,4 @@ def test_perplexity_hardly_rises(which, kind, group_size, most, request):
     assert 1 < before < 8
     assert after < (1 + most) * before
     if which == "stories":
-        assert held_bytes(quantized) <= SHARE[kind] * held_bytes(model)
+        assert model_nbytes(quantized) <= SHARE[kind] * model_nbytes(model)

@@ -9,7 +9,7 @@ from tiny_model import TINY
 from llama_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig
 from llama_jax.data.loader import abstract_batch
 from llama_jax.distributed.mesh import make_mesh
-from llama_jax.model.transformer import count_parameters
+from llama_jax.model.parameters import count_parameters
 from llama_jax.training.loss import CHUNK_TOKENS
 from llama_jax.training.step import abstract_state, jit_train_step
 

@@ -16,7 +16,7 @@ from llama_jax.checkpoints.restore import restore
 from llama_jax.checkpoints.save import CheckpointWriter
 from llama_jax.config import MeshConfig, ModelConfig, OptimizerConfig
 from llama_jax.distributed.mesh import make_mesh, shardings
-from llama_jax.model.transformer import abstract
+from llama_jax.model.parameters import abstract
 from llama_jax.training.optimizer import is_matrix, learning_rate_schedule, make_optimizer
 
 CONFIG = OptimizerConfig(

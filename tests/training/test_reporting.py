@@ -6,7 +6,7 @@ import pytest
 from tiny_run import make_config
 
 from llama_jax.hardware.accelerators import MemoryUse
-from llama_jax.hardware.flops import flops_per_token
+from llama_jax.model.parameters import flops_per_token
 from llama_jax.training import metrics as goodput
 from llama_jax.training import metrics as reporting
 from llama_jax.training.metrics import Earlier, Reporter, StepClock

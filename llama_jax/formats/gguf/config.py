@@ -22,7 +22,8 @@ VOCAB_SIZE = "llama.vocab_size"
 EPS = "llama.attention.layer_norm_rms_epsilon"
 THETA = "llama.rope.freq_base"
 ROTATED = "llama.rope.dimension_count"
-HEAD_DIMS = (ROTATED, "llama.attention.key_length", "llama.attention.value_length")
+KEY_LENGTH, VALUE_LENGTH = "llama.attention.key_length", "llama.attention.value_length"
+HEAD_DIMS = (ROTATED, KEY_LENGTH, VALUE_LENGTH)  # all equal the width of a head
 SCALING = "llama.rope.scaling.type"
 FACTOR = "llama.rope.scaling.factor"
 OLD_FACTOR = "llama.rope.scale_linear"  # in files of 2023
@@ -52,6 +53,9 @@ def read_config(
     sizes: dict[str, Any] = {
         name: keys.integer(key, defaults.get(name)) for name, key in SIZES.items()
     }
+    head_dim = keys.integer(KEY_LENGTH, 0)
+    if head_dim * sizes["num_heads"] != sizes["dim"]:
+        sizes["head_dim"] = head_dim
     eps, theta = keys.number(EPS), keys.number(THETA, 10000.0)
     try:
         config = ModelConfig(
@@ -66,8 +70,8 @@ def read_config(
     except UsageError as error:
         raise UserError(f"{keys.path} describes no Llama that can run: {error}") from error
     for key in HEAD_DIMS:
-        if keys.integer(key, config.head_dim) != config.head_dim:
-            wrong = f"{key} = {keys.shown(key)}; expected the head dim, {config.head_dim}"
+        if keys.integer(key, config.head_size) != config.head_size:
+            wrong = f"{key} = {keys.shown(key)}; expected the head dim, {config.head_size}"
             raise UserError(f"{keys.path} has {wrong}")
     return dataclasses.replace(config, rope_scaling=scaling)
 
@@ -76,7 +80,9 @@ def config_keys(config: ModelConfig) -> dict[str, Value]:
     """The keys that describe a shape; wavelengths stretched as Llama 3 does are a tensor's."""
     keys: dict[str, Value] = {key: getattr(config, ours) for ours, key in SIZES.items()}
     keys |= {SIZES["hidden_dim"]: config.ffn_dim, VOCAB_SIZE: config.vocab_size}
-    keys |= {ROTATED: config.head_dim, EPS: config.norm_eps, THETA: float(config.rope_theta)}
+    keys |= {ROTATED: config.head_size, EPS: config.norm_eps, THETA: float(config.rope_theta)}
+    if config.head_size * config.num_heads != config.dim:
+        keys |= {KEY_LENGTH: config.head_size, VALUE_LENGTH: config.head_size}
     scaling = config.rope_scaling
     if scaling.kind == "linear":
         keys |= {SCALING: "linear", FACTOR: float(scaling.factor)}
@@ -88,8 +94,8 @@ def config_keys(config: ModelConfig) -> dict[str, Value]:
 def stretches_of(config: ModelConfig) -> np.ndarray:
     """By how much the wavelength of each pair is stretched, float32 [H/2]."""
     with np.errstate(all="ignore"):  # a base beyond float32 gives no number, which matches none
-        plain = frequencies(config.head_dim, config.rope_theta, RopeScaling())
-        return plain / frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        plain = frequencies(config.head_size, config.rope_theta, RopeScaling())
+        return plain / frequencies(config.head_size, config.rope_theta, config.rope_scaling)
 
 
 def _says_something(value: Value) -> bool:

@@ -143,7 +143,7 @@ def _check_architecture(keys: Keys) -> None:
 def _check_sizes(path: Path, config: ModelConfig, foreign: Mapping[str, Tensor]) -> None:
     """Refuse a shape beyond all that the file holds, before anything is made of it."""
     heads = config.num_heads + config.num_kv_heads
-    matrices = 2 * config.dim * heads * config.head_dim + 3 * config.dim * config.ffn_dim
+    matrices = 2 * config.dim * heads * config.head_size + 3 * config.dim * config.ffn_dim
     described, held = config.num_layers * matrices, sum(map(_numbers, foreign.values()))
     if config.num_layers > len(foreign) or described > FAR_BEYOND * held:
         blocks = f"{config.num_layers:,} blocks of {matrices:,} numbers"

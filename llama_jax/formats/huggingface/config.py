@@ -148,8 +148,8 @@ def from_hugging_face(values: Mapping[str, Any], source: object) -> ModelConfig:
     ours["init_std"] = fields.number("initializer_range", 0.02)
     ours["tied_embeddings"] = fields.flag("tie_word_embeddings", False)
     head_dim = _nullable_size(fields, "head_dim", 0)
-    if head_dim and head_dim * ours["num_heads"] != ours["dim"]:
-        fields.complain("head_dim", f"expected {ours['dim']} / {ours['num_heads']} heads")
+    if head_dim * ours["num_heads"] != ours["dim"]:
+        ours["head_dim"] = head_dim
     ours["rope_theta"], scaling = read_rope(fields, ours["context_length"])
     fields.refuse_others(HARMLESS)
     fields.raise_problems(f"{source} cannot be read as a Llama 2:")
@@ -169,7 +169,7 @@ def to_hugging_face(config: ModelConfig, dtype: str) -> dict[str, Any]:
         **sizes,
         "intermediate_size": config.ffn_dim,
         "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
+        "head_dim": config.head_size,
         "hidden_act": FIXED["hidden_act"],
         "rms_norm_eps": config.norm_eps,
         **rope_keys(config.rope_theta, config.rope_scaling),

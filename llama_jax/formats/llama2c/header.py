@@ -69,10 +69,12 @@ def pack_header(config: ModelConfig, version: int, group_size: int) -> bytes:
     lost = [f"{name}={value}" for name, value in found.items() if value != FIXED[name]]
     if config.rope_scaling.kind != "none":
         lost.append(f"rope_scaling={config.rope_scaling.kind}")
+    if config.head_size * config.num_heads != config.dim:
+        lost.append(f"head_dim={config.head_size}")
     if lost:
         raise UserError(
             f"llama2.c has no place for {', '.join(lost)}: its code has norm_eps=1e-05,"
-            " rope_theta=10000 and no rope scaling; choose another format"
+            " rope_theta=10000, no rope scaling and heads of dim / n_heads; choose another format"
         )
     sizes = {theirs: getattr(config, ours) for theirs, ours in SIZES.items()}
     _require_sizes(sizes, "llama2.c has no place for this model")

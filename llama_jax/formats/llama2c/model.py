@@ -104,7 +104,7 @@ def write(
         for name, tensor in foreign.items():
             _write_tensor(file, tensor, group, name)
             if version == 0 and name == FINAL_NORM:
-                for rows in rotary_table(config.context_length, config.head_dim):
+                for rows in rotary_table(config.context_length, config.head_size):
                     file.write(rows.data)
             done += tensor.nbytes
             report(done)
@@ -123,7 +123,7 @@ def _foreign(path: Path, header: Header) -> Iterator[tuple[str, Tensor]]:
             yield rule.theirs, mapped(path, offset, shape, DTYPES["float32"])
             offset += 4 * math.prod(shape)
         if header.version == 0 and rule.theirs == FINAL_NORM:
-            offset += 4 * config.context_length * config.head_dim
+            offset += 4 * config.context_length * config.head_size
 
 
 def _write_tensor(file: BinaryIO, tensor: Tensor, group: int, name: str) -> None:

@@ -131,8 +131,13 @@ def from_config(config: ModelConfig) -> dict[str, Any]:
     others, stops at it, since it takes that number from the command line.
 
     Raises:
-      UserError: if Meta has no word for how the model's rope is scaled, or for its width.
+      UserError: if Meta has no word for the model's head_dim, rope scaling or feed-forward width.
     """
+    if config.head_size * config.num_heads != config.dim:
+        raise UserError(
+            f"model.head_dim={config.head_size} of this model has no place in Meta's params.json,"
+            " whose heads are dim / n_heads wide; choose another format"
+        )
     if config.rope_scaling.kind != "none" and config.rope_scaling != LLAMA3_SCALING:
         kind = config.rope_scaling.kind
         raise UserError(f"model.rope_scaling.kind={kind!r} of this model has no place in Meta's")

@@ -1,8 +1,10 @@
-"""The table of chips, and which device is which chip."""
+"""The table of chips, and the chip of a device."""
+
+from types import SimpleNamespace
 
 import pytest
 
-from llama_jax.hardware.accelerators import CHIPS, GIB, chip_of
+from llama_jax.hardware.accelerators import CHIPS, GIB, chip_of, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -24,18 +26,18 @@ from llama_jax.hardware.accelerators import CHIPS, GIB, chip_of
         ("Tesla T4", "T4"),
     ],
 )
-def test_a_device_kind_names_its_chip(kind, name):
+def test_the_chip_of_a_device_kind(kind, name):
     chip = chip_of(kind)
     assert chip is not None and chip.name == name
 
 
 @pytest.mark.parametrize("kind", ["cpu", "NVIDIA L40S", "NVIDIA GH200 480GB", "TPU v55"])
-def test_a_kind_that_only_looks_alike_is_unknown(kind):
+def test_a_similar_device_kind_is_unknown(kind):
     assert chip_of(kind) is None
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
-def test_figures_are_in_the_range_of_chips(chip):
+def test_data_sheet_figures_are_plausible(chip):
     assert 20e12 < chip.flops < 1e16
     assert 0.7 * chip.memory < chip.usable < chip.memory
     assert 7 * GIB < chip.memory < 300 * GIB
@@ -44,6 +46,16 @@ def test_figures_are_in_the_range_of_chips(chip):
     assert bool(chip.capability) != chip.is_tpu
 
 
-def test_what_a_tpu_compiler_allows_is_what_libtpu_says():
+def test_usable_memory_is_what_libtpu_reports():
     assert CHIPS["v5e"].usable == 15.75 * GIB
     assert CHIPS["v6e"].usable == 31.25 * GIB
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [("TPU v5 lite", 197e12), ("TPU v5", 459e12), ("NVIDIA H100 80GB HBM3", 989e12), ("cpu", 0)],
+)
+def test_peak_flops_are_those_of_the_chip_unless_set(kind, peak):
+    device = SimpleNamespace(device_kind=kind)
+    assert peak_flops(device) == peak
+    assert peak_flops(device, given=3e12) == 3e12

@@ -1,4 +1,4 @@
-"""The estimates against what the TPU compiler said, recorded by `tests/golden/make_plans.py`."""
+"""Estimates against the figures of the TPU compiler, recorded by `tests/golden/make_plans.py`."""
 
 import json
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_jax.planning.search import estimate
+from llama_jax.planning.training import estimate
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GOLDEN = json.loads((REPOSITORY / "tests" / "golden" / "plans.json").read_text())
@@ -19,13 +19,13 @@ PLANNED = {key: (way, target) for key, way, target in planned()}
 @pytest.mark.parametrize("key", GOLDEN["plans"])
 def test_an_estimate_is_within_fifteen_percent_of_the_compiler(key):
     memory = estimate(*PLANNED[key]).memory
-    said = GOLDEN["plans"][key]["gib"]
-    assert memory.total / 2**30 == pytest.approx(said, rel=0.15)
+    compiled = GOLDEN["plans"][key]["gib"]
+    assert memory.total / 2**30 == pytest.approx(compiled, rel=0.15)
 
 
 def test_every_plan_is_recorded():
     assert PLANNED.keys() == GOLDEN["plans"].keys()
 
 
-def test_the_record_names_its_versions():
+def test_the_record_has_its_versions():
     assert {"jax", "jaxlib", "libtpu", "flax"} <= GOLDEN["versions"].keys()

@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices is read from its text, on every backend."""
+"""Collectives parsed from the text of compiled programs, of every backend."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
 
 
 def program(entry, *others):
-    """A program of some lines in its entry computation, and other computations."""
+    """Return a program of some lines in its entry computation, and other computations."""
     lines = "\n".join(f"  {line}" for line in entry)
     return "\n".join(["HloModule m", *others, "ENTRY %main (p: f32[8]) -> f32[8] {", lines, "}"])
 
@@ -31,7 +31,7 @@ GATHER = (
 )
 
 
-def test_kind_shape_bytes_and_group_of_a_gather():
+def test_kind_shape_bytes_and_group_of_an_all_gather():
     (found,) = collectives(program([GATHER]))
     assert (found.kind, found.dtypes, found.shapes) == ("all-gather", ("bf16",), ((4, 6),))
     assert (found.bytes, found.group, found.times) == (48, 2, 1)
@@ -60,7 +60,7 @@ def test_a_tuple_is_one_collective():
         ("all-reduce", "{}", 42),
     ],
 )
-def test_bytes_that_go_round_the_ring(kind, groups, sent):
+def test_bytes_sent_by_ring_algorithms(kind, groups, sent):
     line = f"%c = f32[6]{{0}} {kind}(%p), replica_groups={groups}"
     (found,) = collectives(program([line]))
     assert found.kind == kind
@@ -92,13 +92,13 @@ def test_a_permute_sends_its_result():
     ],
     ids=["gather", "reduce", "permute"],
 )
-def test_a_start_and_its_end_are_one(lines):
+def test_a_start_and_its_done_are_one_collective(lines):
     (found,) = collectives(program(lines))
     assert (found.bytes, found.shapes) == (32, ((8,),))
     assert found.group == (2 if found.kind == "collective-permute" else 4)
 
 
-def test_the_asynchronous_wrapper_is_looked_into_once():
+def test_an_asynchronous_wrapper_counts_once():
     inner = computation("wrapped", "%r = f32[2]{0} reduce-scatter(%q), replica_groups=[1,4]<=[4]")
     outer = (
         "%s = ((f32[8]{0}), f32[2]{0}) async-start(%p), calls=%wrapped",
@@ -109,8 +109,8 @@ def test_the_asynchronous_wrapper_is_looked_into_once():
     assert (found.kind, found.times, found.sent(4)) == ("reduce-scatter", 1, 24)
 
 
-def test_what_a_tpu_does_a_part_at_a_time_counts_once():
-    """Fusions that start, advance and end a gather each show it, with the same chain."""
+def test_a_collective_split_into_steps_on_tpu_counts_once():
+    """Fusions that start, advance and end a gather each contain it, with the same chain."""
     gather = (
         "%g = f32[8]{0} all-gather(%q), channel_id=7, replica_groups=[1,4]<=[4],"
         ' frontend_attributes={chain_id="2"}'
@@ -126,7 +126,7 @@ def test_what_a_tpu_does_a_part_at_a_time_counts_once():
     assert (found.kind, found.bytes) == ("all-gather", 32)
 
 
-def test_a_reduce_scatter_of_a_tpu_reads_as_an_all_reduce_of_which_a_part_is_taken():
+def test_an_all_reduce_with_a_slice_is_a_reduce_scatter_on_tpu():
     fused = computation(
         "all-reduce-scatter.1",
         "%all-reduce.4 = f32[8]{0} all-reduce(%q), replica_groups=[1,4]<=[4], to_apply=%add",
@@ -137,10 +137,7 @@ def test_a_reduce_scatter_of_a_tpu_reads_as_an_all_reduce_of_which_a_part_is_tak
     assert (found.kind, found.shapes, found.sent(4)) == ("reduce-scatter", ((2,),), 24)
 
 
-# How often.
-
-
-def test_loops_within_loops_multiply():
+def test_nested_loops_multiply():
     inner = computation("inner", GATHER)
     outer = computation(
         "outer",
@@ -153,8 +150,8 @@ def test_loops_within_loops_multiply():
     assert sorted(one.times for one in found) == [1, 15]
 
 
-@pytest.mark.parametrize(("bound", "step", "turns"), [(4, 1, 4), (4, 2, 2), (5, 2, 3)])
-def test_turns_are_read_from_the_condition_where_they_are_not_noted(bound, step, turns):
+@pytest.mark.parametrize(("bound", "step", "trips"), [(4, 1, 4), (4, 2, 2), (5, 2, 3)])
+def test_trip_counts_are_read_from_the_condition_where_they_are_not_annotated(bound, step, trips):
     test = computation(
         "test",
         f"%bound = s32[]{{:T(128)}} constant({bound})",
@@ -171,23 +168,20 @@ def test_turns_are_read_from_the_condition_where_they_are_not_noted(bound, step,
     )
     loop = "%w = (bf16[4,6], s32[]) while(%t), condition=%test, body=%body"
     (found,) = collectives(program([loop], test, body))
-    assert found.times == turns
+    assert found.times == trips
 
 
-def test_a_loop_that_says_nothing_counts_as_one_turn():
+def test_a_loop_of_unknown_trip_count_counts_as_one_iteration():
     loop = "%w = (s32[]) while(%t), condition=%test, body=%body"
     test = computation("test", "ROOT %b = pred[] call(%p), to_apply=%other")
     (found,) = collectives(program([loop], test, computation("body", GATHER)))
     assert found.times == 1
 
 
-def test_branches_count_and_what_is_never_called_does_not():
+def test_branches_count_and_uncalled_computations_do_not():
     branches = [computation(name, GATHER) for name in ("one", "two", "unused")]
     choice = "%c = f32[] conditional(%p, %a, %b), branch_computations={%one, %two}"
     assert len(collectives(program([choice], *branches))) == 2
-
-
-# Who with whom.
 
 
 @pytest.mark.parametrize(
@@ -222,12 +216,9 @@ def test_groups_in_every_notation(notation, groups):
         ("{}", ("data", "fsdp", "tensor")),
     ],
 )
-def test_the_axes_of_the_mesh_that_are_crossed(groups, axes):
+def test_the_mesh_axes_of_a_collective(groups, axes):
     line = f"%c = f32[6]{{0}} all-reduce(%p), replica_groups={groups}"
     assert collectives(program([line]))[0].axes(SIZES) == axes
-
-
-# The text itself.
 
 
 def test_arrays_of_a_type():
@@ -244,8 +235,8 @@ def test_instructions_of_a_program():
     assert (root.opcode, root.operands, root.is_root) == ("negate", ("p",), True)
 
 
-def test_a_program_that_was_really_compiled():
-    """Weights cut four ways and gathered in a loop of five turns; a sum over all eight devices."""
+def test_a_compiled_program():
+    """Weights sharded four ways and gathered in a loop of five; a sum over all eight devices."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
 
     def run(x_BD, weights_LDD):

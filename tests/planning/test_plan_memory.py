@@ -1,4 +1,4 @@
-"""The estimate of a training step's memory: its parts by hand, and the laws it obeys."""
+"""The estimated memory of a training step: its parts, and the laws that it obeys."""
 
 import dataclasses
 
@@ -8,12 +8,12 @@ from plans import changed, make_config
 
 from llama_jax.config import MeshConfig
 from llama_jax.hardware.accelerators import CHIPS
-from llama_jax.planning.activations import Pass, _bytes, kept_bytes
+from llama_jax.planning.activations import ForwardPass, _bytes, residual_bytes
 from llama_jax.planning.memory import (
-    FEWEST_STREAMS,
-    WHOLE_STREAMS,
-    model_share,
-    planned_mesh,
+    GATHERED_STREAMS,
+    MIN_GATHERED_STREAMS,
+    abstract_mesh,
+    model_shard,
     state_bytes,
     training_memory,
 )
@@ -25,14 +25,14 @@ TPU, GPU = CHIPS["v5e"], CHIPS["H200"]
 
 
 def memory_of(config, chip=GPU):
-    return training_memory(config, planned_mesh(config.mesh, 8), chip)
+    return training_memory(config, abstract_mesh(config.mesh, 8), chip)
 
 
 def on_mesh(data, fsdp, tensor, **changes):
     return make_config(mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor, **changes)
 
 
-def test_parameters_and_moments_by_hand():
+def test_bytes_of_parameters_and_moments():
     memory = memory_of(on_mesh(8, 1, 1))
     assert memory.parameters == 4 * (MATRICES + NORMS)
     assert memory.optimizer == pytest.approx(2 * memory.parameters, abs=16)  # and step counts
@@ -46,24 +46,25 @@ def test_moments_in_bfloat16_take_half():
     assert narrow == pytest.approx(wide / 2, abs=16)
 
 
-def test_fsdp_and_tensor_cut_the_matrices_but_not_what_they_do_not_describe():
+def test_fsdp_and_tensor_shard_the_matrices_and_fsdp_the_norms():
     memory = memory_of(on_mesh(1, 4, 2))
     assert memory.parameters == 4 * (MATRICES / 8 + NORMS / 4)
 
 
-def test_kv_heads_that_do_not_divide_stay_whole():
+def test_kv_heads_that_do_not_divide_are_replicated():
     config = on_mesh(1, 1, 8, model__num_heads=8)  # 4 kv heads of 6
-    mesh = planned_mesh(config.mesh, 8)
+    mesh = abstract_mesh(config.mesh, 8)
     copied = L * 2 * D * K * (D // 8)
     cut = 2 * V * D + L * (2 * D * D + 3 * D * F)
     parameters, _ = state_bytes(config.model, config.optimizer, mesh, is_tpu=False)
     assert parameters == 4 * (copied + cut / 8 + NORMS)
 
 
-def test_what_block_keeps_is_the_stream_before_each_block_and_the_loss_s_gradients():
+def test_block_keeps_the_residual_stream_before_each_block_and_the_gradients_of_the_loss():
     config = make_config(run__remat="block").model
     kept = {
-        rows: kept_bytes(config, rows, Pass(32, "block", "splash", True, False)) for rows in (1, 5)
+        rows: residual_bytes(config, rows, ForwardPass(32, "block", "splash", True, False))
+        for rows in (1, 5)
     }
     stream = 32 * D * 4
     a_row = (kept[5] - kept[1]) / 4
@@ -72,16 +73,16 @@ def test_what_block_keeps_is_the_stream_before_each_block_and_the_loss_s_gradien
     assert kept[1] - a_row >= V * D * 4  # the output matrix's gradient, for any number of rows
 
 
-def test_the_further_rows_add_what_tracing_them_would():
-    forward = Pass(32, "none", "splash", False, False)
+def test_further_sequences_add_what_tracing_them_would():
+    forward = ForwardPass(32, "none", "splash", False, False)
     model = make_config().model
-    traced = kept_bytes(model, 2, forward)
-    whole = sum(kept_bytes(model, n, forward) for n in (1, 3))
+    traced = residual_bytes(model, 2, forward)
+    whole = sum(residual_bytes(model, n, forward) for n in (1, 3))
     assert whole == 2 * traced  # on a line
 
 
 @pytest.mark.parametrize("chip", [TPU, GPU], ids=["tpu", "gpu"])
-def test_policies_keep_less_the_more_they_compute_again(chip):
+def test_policies_keep_less_the_more_they_recompute(chip):
     kept = {
         remat: memory_of(on_mesh(8, 1, 1, run__remat=remat), chip)
         for remat in ("none", "save-qkv", "block", "offload")
@@ -95,11 +96,11 @@ def test_more_chips_never_take_more_each():
     totals = []
     for devices in (1, 2, 4, 8, 16):
         config = make_config(mesh__data=1, mesh__fsdp=devices)
-        totals.append(training_memory(config, planned_mesh(config.mesh, devices), TPU).total)
+        totals.append(training_memory(config, abstract_mesh(config.mesh, devices), TPU).total)
     assert totals == sorted(totals, reverse=True) and len(set(totals)) == len(totals)
 
 
-def test_cutting_the_stream_along_the_sequence_keeps_less():
+def test_sharding_the_stream_along_the_sequence_keeps_less():
     whole, cut = (
         memory_of(on_mesh(2, 1, 4, run__remat="block", mesh__sequence=sequence)).activations
         for sequence in (False, True)
@@ -108,16 +109,16 @@ def test_cutting_the_stream_along_the_sequence_keeps_less():
     assert (L - 1) * stream * 3 / 4 < whole - cut < (L + 8) * stream * 3 / 4
 
 
-def test_streams_cut_along_the_sequence_are_whole_again_within_a_block():
+def test_streams_sharded_along_the_sequence_are_gathered_within_a_block():
     config = on_mesh(1, 2, 4, run__remat="block", mesh__sequence=True, run__attention="splash")
     stream = 8 * 32 * D * 4  # float32, eight rows a device
     cut = memory_of(config, TPU)
     whole = memory_of(changed(config, "mesh", sequence=False), TPU)
-    assert cut.temporary - whole.temporary == pytest.approx(WHOLE_STREAMS * stream)
+    assert cut.temporary - whole.temporary == pytest.approx(GATHERED_STREAMS * stream)
 
 
-def test_of_what_matmuls_read_half_is_kept_gathered():
-    config, forward = make_config().model, Pass(32, "none", "splash", False, False, 4)
+def test_half_of_the_inputs_of_matmuls_is_kept_gathered():
+    config, forward = make_config().model, ForwardPass(32, "none", "splash", False, False, 4)
     read = jax.ShapeDtypeStruct((L, 2 * 32, D), "bfloat16")
     between = jax.ShapeDtypeStruct((L, 2, 32, D), "bfloat16")
     stream = 2 * 32 * D * 2
@@ -125,10 +126,10 @@ def test_of_what_matmuls_read_half_is_kept_gathered():
     assert _bytes(read, 3, config, 2, forward) == 3 * L * stream * (1 + 1 / 4) / 2
 
 
-def test_short_of_memory_fewer_streams_are_whole_at_once():
+def test_short_of_memory_fewer_streams_are_gathered_at_once():
     config = on_mesh(1, 2, 4, run__remat="block", mesh__sequence=True, run__attention="splash")
     stream, most = 8 * 32 * D * 4, memory_of(config, TPU).total
-    fewest = most - (WHOLE_STREAMS - FEWEST_STREAMS) * stream
+    fewest = most - (GATHERED_STREAMS - MIN_GATHERED_STREAMS) * stream
 
     def total(usable):
         return memory_of(config, dataclasses.replace(TPU, usable=usable)).total
@@ -146,7 +147,7 @@ def test_gradients_are_summed_only_over_several_microbatches():
     assert twice.activations == once.activations
 
 
-def test_parameters_are_held_in_the_compute_dtype_too():
+def test_parameters_are_kept_in_the_compute_dtype_too():
     wide, narrow = (
         memory_of(on_mesh(8, 1, 1, model__compute_dtype=dtype, run__attention="xla"))
         for dtype in ("float32", "bfloat16")
@@ -158,7 +159,7 @@ def test_parameters_are_held_in_the_compute_dtype_too():
         assert memory.temporary == (1 + copy) * memory.parameters + alive
 
 
-def test_fsdp_gathers_a_block_and_the_next_and_has_its_gradients_whole():
+def test_fsdp_gathers_a_block_the_next_and_its_gradients():
     memory = memory_of(on_mesh(1, 8, 1), TPU)
     layer = 4 * (2 * D * D + 2 * D * D * K // N + 3 * D * F)
     # Two rows of 32 positions and narrow heads, in blocks of 128 positions and 128 lanes.
@@ -175,18 +176,19 @@ def test_fsdp_keeps_no_matrices_for_the_backward_pass():
     assert copied.activations - cut.activations > matrices
 
 
-def test_heads_narrower_than_the_lanes_are_filled_up_on_tpu_alone():
+def test_heads_narrower_than_the_lanes_are_padded_on_tpu_alone():
     config = on_mesh(8, 1, 1, run__attention="auto", model__compute_dtype="bfloat16")
-    share = model_share(config.model, 1)
+    shard = model_shard(config.model, 1)
     on_tpu, on_gpu = (
-        kept_bytes(share, 2, Pass(32, "none", "splash", is_tpu, False)) for is_tpu in (True, False)
+        residual_bytes(shard, 2, ForwardPass(32, "none", "splash", is_tpu, False))
+        for is_tpu in (True, False)
     )
     head = D // N
     arrays = 2 * L * 32 * 2 * (2 * N + 2 * K)  # queries and outputs, keys and values, bfloat16
     assert on_tpu - on_gpu == pytest.approx(arrays * (128 - head), rel=1e-6)
 
 
-def test_tpus_take_more_for_parameters_that_do_not_fill_their_tiles():
+def test_tpus_pad_parameters_that_do_not_fill_their_tiles():
     on_tpu, on_gpu = (memory_of(on_mesh(8, 1, 1), chip).parameters for chip in (TPU, GPU))
     table, heads, kv_heads = 128 * D, 3 * 128 * N * 4, 3 * 128 * K * 4  # their longest axis: 96, 48
     mlp = 3 * 128 * D  # 80 or 48 columns
@@ -194,7 +196,7 @@ def test_tpus_take_more_for_parameters_that_do_not_fill_their_tiles():
     assert on_tpu == 4 * (2 * table + 2 * heads + 2 * kv_heads + 3 * mlp + norms) > on_gpu
 
 
-def test_sums_of_the_embedding_s_gradients_lie_row_by_row_on_tpu():
+def test_gradient_sums_of_the_embedding_are_row_major_on_tpu():
     once, twice = (
         memory_of(on_mesh(1, 8, 1, data__batch_size=16 * n, optimizer__accumulation_steps=n), TPU)
         for n in (1, 2)
@@ -204,9 +206,7 @@ def test_sums_of_the_embedding_s_gradients_lie_row_by_row_on_tpu():
 
 
 @pytest.mark.parametrize(("fsdp", "rows", "table"), [(1, 2, 0), (8, 2, 4), (8, 64, 8)])
-def test_the_loss_holds_logits_and_their_gradient_and_with_fsdp_the_output_matrix(
-    fsdp, rows, table
-):
+def test_the_loss_needs_logits_their_gradient_and_with_fsdp_the_output_matrix(fsdp, rows, table):
     large, tokens = 48000, min(32 * rows, 1024)
     memory = memory_of(
         on_mesh(8 // fsdp, fsdp, 1, model__vocab_size=large, data__batch_size=8 * rows)

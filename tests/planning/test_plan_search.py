@@ -1,4 +1,4 @@
-"""What else would fit."""
+"""Alternatives to a plan."""
 
 import dataclasses
 
@@ -8,16 +8,16 @@ from plans import changed, make_config
 from llama_jax.planning.search import (
     MARGIN,
     cheapest_that_fits,
-    estimate,
-    largest_batch,
+    largest_microbatch,
     meshes,
     ranked,
 )
 from llama_jax.planning.targets import parse_target
+from llama_jax.planning.training import estimate
 
 
 def target_of(usable, name="v5e-8"):
-    """A target whose chips hold so many bytes."""
+    """Return a target whose chips have so many usable bytes."""
     target = parse_target(name)
     return dataclasses.replace(target, chip=dataclasses.replace(target.chip, usable=usable))
 
@@ -32,7 +32,7 @@ def total(config):
     return estimate(config, parse_target("v5e-8")).memory.total
 
 
-def test_meshes_divide_everything(config):
+def test_meshes_divide_batch_and_model(config):
     found = list(meshes(config, 8))
     shapes = {(mesh.data, mesh.fsdp, mesh.tensor) for mesh in found}
     # No fsdp or tensor of 8: 12 heads and a vocabulary of 96 take 4, a width of 48 takes all.
@@ -43,9 +43,9 @@ def test_meshes_divide_everything(config):
     assert {mesh.tensor for mesh in found if mesh.sequence} == {2, 4}
 
 
-def test_the_largest_batch_fits_and_one_row_more_a_device_does_not(config, total):
+def test_the_largest_microbatch_fits_and_one_sequence_more_per_device_does_not(config, total):
     target = target_of(total)
-    most = largest_batch(config, target)
+    most = largest_microbatch(config, target)
     assert most % 8 == 0 and most >= 64
     fits, not_fits = (
         estimate(changed(config, "data", batch_size=size), target).memory.total
@@ -54,15 +54,15 @@ def test_the_largest_batch_fits_and_one_row_more_a_device_does_not(config, total
     assert fits <= target.chip.usable < not_fits
 
 
-def test_no_limit_but_memory_bounds_the_largest_batch(config):
-    assert largest_batch(config, target_of(2.0**45)) > 8 * 2**16
+def test_no_limit_but_memory_bounds_the_largest_microbatch(config):
+    assert largest_microbatch(config, target_of(2.0**45)) > 8 * 2**16
 
 
-def test_where_not_one_row_a_device_fits_there_is_no_batch(config):
-    assert largest_batch(config, target_of(1000)) == 0
+def test_the_largest_microbatch_is_0_where_not_one_sequence_per_device_fits(config):
+    assert largest_microbatch(config, target_of(1000)) == 0
 
 
-def test_every_way_fits_with_a_margin_and_learns_from_the_same_batch(config, total):
+def test_every_alternative_fits_with_a_margin_and_keeps_the_batch(config, total):
     target = target_of(1.02 * total)
     ways = ranked(config, target)
     assert ways and config not in [way.config for way in ways]  # it fits, but only just
@@ -72,12 +72,12 @@ def test_every_way_fits_with_a_margin_and_learns_from_the_same_batch(config, tot
         assert way.memory == estimate(way.config, target).memory
 
 
-def test_the_fastest_predicted_comes_first(config, total):
+def test_alternatives_are_ranked_by_predicted_speed(config, total):
     seconds = [float(f"{way.speed.seconds:.3g}") for way in ranked(config, target_of(2 * total))]
     assert seconds == sorted(seconds) and len(set(seconds)) > 2
 
 
-def test_more_is_given_up_only_where_less_is_not_enough(config, total):
+def test_precision_and_batch_change_only_where_other_meshes_are_not_enough(config, total):
     state = sum(dataclasses.astuple(estimate(config, parse_target("v5e-8")).memory)[:2])
     learnt = []
     for usable in (2 * total, 0.75 * state + 2 * state, 1.45 * state):
@@ -87,3 +87,10 @@ def test_more_is_given_up_only_where_less_is_not_enough(config, total):
         )
     assert learnt[0] == ("float32", 64)
     assert cheapest_that_fits(config, target_of(0.2 * state)) is None
+
+
+def test_a_correction_acts_as_if_less_memory_were_usable(config, total):
+    target, factor = target_of(1.5 * total), 1.25
+    smaller = target_of(1.5 * total / factor)
+    assert largest_microbatch(config, target, factor) == largest_microbatch(config, smaller)
+    assert ranked(config, target, factor) == ranked(config, smaller) != ranked(config, target)
