@@ -1,6 +1,8 @@
-"""Batches of rows of tokens, in an order that is a pure function of (seed, step).
+"""Batches of a token folder, from disk to the devices of a mesh.
 
-The only file that knows grain. Does not know the model, nor devices.
+The order of the training examples is a pure function of (seed, step): it depends neither on the
+number of processes nor on where a run was resumed. Each process reads only the sequences that its
+own devices hold.
 
 B: sequences in a batch, T: tokens in a sequence.
 """
@@ -15,29 +17,29 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from llama_jax.config import Config
-from llama_jax.data.sequences import Row, Rows, fill_row, rows_of
+from llama_jax.data.datasets import Dataset, Example, make_example, open_dataset
 from llama_jax.data.token_folder import TokenFolder
 from llama_jax.distributed.mesh import batch_sharding
 from llama_jax.errors import UsageError
 
 READ_THREADS = 2
-BATCHES_AHEAD = 8  # read before they are asked for
-ENDLESS = 2**52  # rows in a run; grain's own endlessness overflows when batched by one
+PREFETCH_BATCHES = 8
+ENDLESS = 2**52  # examples in a run; grain's own endless repetition overflows with batch size 1
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Sequences to learn from: predict each target from the inputs up to its place."""
+    """Sequences to learn from: predict each target from the inputs up to its position."""
 
-    inputs_BT: Any  # int32; NumPy on the host, JAX once placed on devices
+    inputs_BT: Any  # int32; NumPy on the host, JAX on devices
     targets_BT: Any  # int32, the token after each input
-    weights_BT: Any  # float32, what each target counts; 0 where there is none
-    segments_BT: Any = None  # int32, each position's document from 1, 0: none; None: not packed
+    weights_BT: Any  # float32, weight of each target in the loss; 0: padding
+    segments_BT: Any = None  # int32, document of each position from 1, 0: padding; None: not packed
 
 
 def abstract_batch(config: Config) -> Batch:
-    """The shapes and dtypes of a whole step's batch, to compile for before there is any data."""
+    """Return the shapes and dtypes of a step's batch, to compile without data."""
     shape = (config.data.batch_size, config.data.sequence_length)
     tokens = jax.ShapeDtypeStruct(shape, np.int32)
     return Batch(
@@ -48,13 +50,126 @@ def abstract_batch(config: Config) -> Batch:
     )
 
 
+# ---- a run's batches, on the devices of its mesh ----
+
+
+def load_training_batches(
+    config: Config, data: TokenFolder, mesh: Mesh, step: int
+) -> "GlobalBatches":
+    """Return the endless batches of the steps after `step`."""
+    read = partial(
+        training_batches,
+        data,
+        batch_size=config.data.batch_size,
+        sequence_length=config.data.sequence_length,
+        seed=config.data.seed,
+        packing=config.data.packing,
+        start_step=step,
+    )
+    return GlobalBatches(read, config.data.batch_size, mesh)
+
+
+def load_validation_batches(config: Config, data: TokenFolder, mesh: Mesh) -> "GlobalBatches":
+    """Return the batches of one validation, each as large as a microbatch; the same every time.
+
+    Raises:
+      UserError: if the validation split has no target.
+    """
+    read = partial(
+        validation_batches,
+        data,
+        batch_size=config.microbatch_size,
+        sequence_length=config.data.sequence_length,
+        packing=config.data.packing,
+        limit=config.run.eval_batches,
+    )
+    return GlobalBatches(read, config.microbatch_size, mesh)
+
+
+ReadShard = Callable[..., Iterator[Batch]]  # takes shard_index and shard_count
+
+
+class GlobalBatches(Iterator[Batch]):
+    """Batches as global JAX arrays, of which this process reads its devices' sequences only."""
+
+    def __init__(self, read: ReadShard, batch_size: int, mesh: Mesh):
+        """Open the shards of the batch that this process needs.
+
+        Args:
+          read: returns one shard of each batch; see `training_batches`.
+          batch_size: sequences in a batch over all processes.
+        """
+        self._sharding, self._batch_size = batch_sharding(mesh), batch_size
+        (self._length,) = self._sharding.shard_shape((batch_size,))
+        self._starts = shard_starts(self._sharding, batch_size, self._sharding.addressable_devices)
+        self._sources = [
+            read(shard_index=index, shard_count=count)
+            for index, count in merge_shards(self._starts, self._length, batch_size)
+        ]
+
+    def __next__(self) -> Batch:
+        parts = [next(source) for source in self._sources]
+        if len(parts) == 1:
+            batch = parts[0]
+        else:
+            batch = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+        if jax.process_count() == 1:
+            return jax.device_put(batch, self._sharding)
+        return jax.tree.map(self._global_array, batch)
+
+    def _global_array(self, local: np.ndarray) -> jax.Array:
+        """Return a global array made of this process's sequences."""
+
+        def shard(index: Any) -> np.ndarray:
+            start = self._starts.index(index[0].start or 0) * self._length
+            return local[start : start + self._length]
+
+        shape = (self._batch_size, *local.shape[1:])
+        return jax.make_array_from_callback(shape, self._sharding, shard)
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        for source in self._sources:
+            if hasattr(source, "close"):
+                source.close()
+
+
+def shard_starts(
+    sharding: NamedSharding, batch_size: int, devices: Collection[jax.Device]
+) -> list[int]:
+    """Return the first sequence of each batch shard that these devices hold, ascending.
+
+    Devices along a mesh axis that does not shard the batch (tensor) hold the same sequences, also
+    in several processes, each of which then reads them.
+    """
+    indices = sharding.devices_indices_map((batch_size,))
+    return sorted({indices[device][0].start or 0 for device in devices})
+
+
+def merge_shards(starts: list[int], length: int, batch_size: int) -> list[tuple[int, int]]:
+    """Return as few (shard_index, shard_count) as possible that cover these shards in order.
+
+    Args:
+      starts: the first sequences of some shards, ascending.
+      length: sequences in a shard; divides the batch size.
+    """
+    first, total = starts[0], len(starts) * length
+    is_contiguous = starts == list(range(first, first + total, length))
+    if is_contiguous and first % total == 0 and batch_size % total == 0:
+        return [(first // total, batch_size // total)]
+    return [(start // length, batch_size // length) for start in starts]
+
+
+# ---- batches on the host ----
+
+
 class TrainingBatches(Iterator[Batch]):
     """Endless batches of a training split; close it when done."""
 
-    def __init__(self, batches: Generator[Batch], rows: int, efficiency: float) -> None:
+    def __init__(self, batches: Generator[Batch], epoch_size: int, efficiency: float) -> None:
         self._batches = batches
-        self.rows = rows  # in an epoch
-        self.efficiency = efficiency  # the share of positions that have a target
+        self.epoch_size = epoch_size  # examples in an epoch
+        self.efficiency = efficiency  # fraction of positions that have a target
 
     def __next__(self) -> Batch:
         return next(self._batches)
@@ -72,44 +187,43 @@ def training_batches(
     seed: int,
     packing: str = "none",
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    shard_index: int = 0,
+    shard_count: int = 1,
 ) -> TrainingBatches:
-    """Endless batches of the training split, from `start_step` on, read ahead in threads.
+    """Return endless batches of the training split from `start_step` on, read ahead in threads.
 
-    Every row is seen once in an epoch, in an order that the seed and the epoch decide. The rows of
-    step s over all processes, one process after another, are the same for any number of processes.
+    Every example occurs once per epoch, in an order that depends on the seed and the epoch. The
+    shards of a step, one after another, are the same batch for any number of shards.
 
     Args:
-      batch_size: sequences in a step over all processes (B is this process's share).
+      batch_size: sequences in a step; each shard has B = batch_size / shard_count.
       sequence_length: T.
       seed: of the order, from 0 to 2^32 - 1.
-      packing: what a row is. "none": T + 1 tokens of a file, wherever documents start; what is left
-        at the end of a file is left out. "documents": whole documents, none of which sees another.
-      start_step: the step of the first batch; going there costs nothing.
-      process_index: which share of each batch this process gets.
-      process_count: into how many shares a batch is cut.
+      packing: "none": an example is T + 1 tokens of a file, wherever documents start; the rest at
+        the end of a file is dropped. "documents": complete documents, each attending to itself.
+      start_step: the step of the first batch; skipping costs nothing.
+      shard_index: which shard of each batch to read.
+      shard_count: how many shards a batch has.
 
     Raises:
-      UserError: if the split is shorter than one row, or the batch cannot be shared out.
+      UserError: if the split is shorter than one example, or the batch does not divide.
     """
-    share = _share(batch_size, process_count)
-    rows = rows_of(folder, "train", sequence_length, packing)
-    batches = _read_ahead(rows, share, seed, start_step, process_index, process_count)
-    return TrainingBatches(batches, len(rows), rows.efficiency)
+    shard_size = _shard_size(batch_size, shard_count)
+    dataset = open_dataset(folder, "train", sequence_length, packing)
+    batches = _read_ahead(dataset, shard_size, seed, start_step, shard_index, shard_count)
+    return TrainingBatches(batches, len(dataset), dataset.efficiency)
 
 
 def _read_ahead(
-    rows: Rows, share: int, seed: int, start: int, process_index: int, process_count: int
+    dataset: Dataset, shard_size: int, seed: int, start: int, shard_index: int, shard_count: int
 ) -> Generator[Batch]:
-    """The batches of `training_batches`."""
     import grain
 
-    dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()[:ENDLESS]
-    batches = dataset.batch(share, batch_fn=partial(_batch, is_packed=rows.is_packed))
-    shares = batches[process_index::process_count][start:]
-    options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=BATCHES_AHEAD)
-    iterator = iter(shares.to_iter_dataset(options))
+    examples = grain.MapDataset.source(dataset).seed(seed).shuffle().repeat()[:ENDLESS]
+    shards = examples.batch(shard_size, batch_fn=partial(_stack, is_packed=dataset.is_packed))
+    mine = shards[shard_index::shard_count][start:]
+    options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=PREFETCH_BATCHES)
+    iterator = iter(mine.to_iter_dataset(options))
     try:
         yield from iterator
     finally:
@@ -123,43 +237,40 @@ def validation_batches(
     sequence_length: int,
     packing: str = "none",
     limit: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    shard_index: int = 0,
+    shard_count: int = 1,
 ) -> Iterator[Batch]:
-    """The batches of the validation split, in order, the same every time.
+    """Return the batches of the validation split, in order, the same every time.
 
-    Every token but a file's first (packed: but a document's first) is a target once. Rows and
-    batches that would be incomplete are filled up with zeros of weight 0, so that all batches have
-    the same shape.
+    Every token but the first of a file (packed: of a document) is a target once. Examples and
+    batches are padded with zeros of weight 0, so that all batches have the same shape.
 
     Args:
-      batch_size: sequences in a batch over all processes (B is this process's share).
+      batch_size: sequences in a batch; each shard has B = batch_size / shard_count.
       sequence_length: T.
-      packing: what a row is; see `training_batches`.
-      limit: the number of batches; 0 or more than there are: all.
-      process_index: which share of each batch this process gets.
-      process_count: into how many shares a batch is cut.
+      packing: see `training_batches`, as for shard_index and shard_count.
+      limit: the number of batches; 0, or more than there are: all.
 
     Raises:
-      UserError: if the split has no target, or the batch cannot be shared out.
+      UserError: if the split has no target, or the batch does not divide.
     """
-    share = _share(batch_size, process_count)
-    rows = rows_of(folder, "validation", sequence_length, packing)
-    count = -(-len(rows) // batch_size)
-    firsts = range(process_index * share, min(limit or count, count) * batch_size, batch_size)
-    blank = fill_row([], sequence_length)
+    shard_size = _shard_size(batch_size, shard_count)
+    dataset = open_dataset(folder, "validation", sequence_length, packing)
+    count = -(-len(dataset) // batch_size)
+    starts = range(shard_index * shard_size, min(limit or count, count) * batch_size, batch_size)
+    padding = make_example([], sequence_length)
     return (
-        _batch(
-            [rows[i] if i < len(rows) else blank for i in range(first, first + share)],
-            rows.is_packed,
+        _stack(
+            [dataset[i] if i < len(dataset) else padding for i in range(start, start + shard_size)],
+            dataset.is_packed,
         )
-        for first in firsts
+        for start in starts
     )
 
 
-def _batch(rows: Sequence[Row], is_packed: bool) -> Batch:
-    """Rows one under another."""
-    inputs_BT, targets_BT, weights_BT, segments_BT = (np.stack(column) for column in zip(*rows))
+def _stack(examples: Sequence[Example], is_packed: bool) -> Batch:
+    """Return examples as a batch."""
+    inputs_BT, targets_BT, weights_BT, segments_BT = (np.stack(column) for column in zip(*examples))
     return Batch(
         inputs_BT=inputs_BT,
         targets_BT=targets_BT,
@@ -168,121 +279,10 @@ def _batch(rows: Sequence[Row], is_packed: bool) -> Batch:
     )
 
 
-def _share(batch_size: int, process_count: int) -> int:
-    """How many sequences of a batch one process gets."""
-    if batch_size % process_count:
+def _shard_size(batch_size: int, shard_count: int) -> int:
+    if batch_size % shard_count:
         raise UsageError(
-            f"data.batch_size={batch_size} does not divide over {process_count} processes;"
-            f" use a multiple of {process_count}"
+            f"data.batch_size={batch_size} does not divide over {shard_count} processes;"
+            f" use a multiple of {shard_count}"
         )
-    return batch_size // process_count
-
-
-# The rows of a batch that each process reads: those its own devices hold, whatever the mesh.
-#
-# Where an axis that does not cut the batch (tensor) spans processes, several processes hold the
-# same
-# rows and each of them reads them. Does not know where rows come from.
-
-Read = Callable[..., Iterator[Batch]]  # takes process_index and process_count: which share to read
-
-
-def first_rows(
-    sharding: NamedSharding, batch_size: int, devices: Collection[jax.Device]
-) -> list[int]:
-    """Where the parts of a batch that these devices hold begin, ascending; all are equally long."""
-    places = sharding.devices_indices_map((batch_size,))
-    return sorted({places[device][0].start or 0 for device in devices})
-
-
-def shares(firsts: list[int], length: int, batch_size: int) -> list[tuple[int, int]]:
-    """The fewest shares of a batch, each as (index, count), that are these parts in this order.
-
-    Args:
-      firsts: the first rows of some parts, ascending.
-      length: the rows of a part; the batch is a multiple of it.
-    """
-    index, rows = firsts[0], len(firsts) * length
-    is_one_share = firsts == list(range(index, index + rows, length))
-    if is_one_share and index % rows == 0 and batch_size % rows == 0:
-        return [(index // rows, batch_size // rows)]
-    return [(first // length, batch_size // length) for first in firsts]
-
-
-class GlobalBatches(Iterator[Batch]):
-    """Whole batches on a mesh, of which this process reads the rows of its devices alone."""
-
-    def __init__(self, read: Read, batch_size: int, mesh: Mesh):
-        """Open what is to be read.
-
-        Args:
-          read: batches as of `training_batches`, given `process_index` and `process_count`.
-          batch_size: rows of a batch over all processes.
-        """
-        self._sharding, self._batch_size = batch_sharding(mesh), batch_size
-        (self._length,) = self._sharding.shard_shape((batch_size,))
-        self._firsts = first_rows(self._sharding, batch_size, self._sharding.addressable_devices)
-        self._sources = [
-            read(process_index=index, process_count=count)
-            for index, count in shares(self._firsts, self._length, batch_size)
-        ]
-
-    def __next__(self) -> Batch:
-        parts = [next(source) for source in self._sources]
-        whole = len(parts) == 1
-        batch = parts[0] if whole else jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
-        if jax.process_count() == 1:
-            return jax.device_put(batch, self._sharding)
-        return jax.tree.map(self._placed, batch)
-
-    def _placed(self, rows: np.ndarray) -> jax.Array:
-        """A global array, made of this process's rows on this process's devices."""
-
-        def part(index: Any) -> np.ndarray:
-            start = self._firsts.index(index[0].start or 0) * self._length
-            return rows[start : start + self._length]
-
-        shape = (self._batch_size, *rows.shape[1:])
-        return jax.make_array_from_callback(shape, self._sharding, part)
-
-    def close(self) -> None:
-        """Stop reading."""
-        for source in self._sources:
-            if hasattr(source, "close"):
-                source.close()
-
-
-# The batches of a run, as its config wants them, on the devices of its mesh.
-
-
-def load_training_batches(
-    config: Config, data: TokenFolder, mesh: Mesh, step: int
-) -> GlobalBatches:
-    """Those of the steps after this one; they never end."""
-    read = partial(
-        training_batches,
-        data,
-        batch_size=config.data.batch_size,
-        sequence_length=config.data.sequence_length,
-        seed=config.data.seed,
-        packing=config.data.packing,
-        start_step=step,
-    )
-    return GlobalBatches(read, config.data.batch_size, mesh)
-
-
-def load_validation_batches(config: Config, data: TokenFolder, mesh: Mesh) -> GlobalBatches:
-    """Those of a validation, the same at each, as large as a microbatch.
-
-    Raises:
-      UserError: when the text held back is too short for one.
-    """
-    read = partial(
-        validation_batches,
-        data,
-        batch_size=config.microbatch_size,
-        sequence_length=config.data.sequence_length,
-        packing=config.data.packing,
-        limit=config.run.eval_batches,
-    )
-    return GlobalBatches(read, config.microbatch_size, mesh)
+    return batch_size // shard_count

@@ -1,14 +1,13 @@
-"""A token folder: the tokens of a corpus on disk, memory-mapped, with all that explains them.
+"""Token folders: the tokens of a corpus on disk, read memory-mapped.
 
-    meta.json                    what follows, with counts, hashes and a fingerprint of it all
+    meta.json                    counts, hashes and settings, and a fingerprint of them
     tokenizer.model              the SentencePiece model that made the tokens
     train-00000.bin              tokens: uint16 (vocabulary up to 65,536) or uint32, little-endian
-    train-00000.documents.npy    uint64: where in that shard documents start
+    train-00000.documents.npy    uint64: positions in that shard at which documents start
     validation-00000.bin         ...
 
-Documents follow one another, each after BOS or before EOS as meta.json says. All shards of a split
-but the last have the same length, so a document may go on in the next. Knows neither text nor
-batches; `token_writer` writes such folders.
+Documents are concatenated, each after BOS or before EOS as meta.json says. All shards of a split
+but the last have the same length, so a document may continue in the next shard.
 """
 
 import dataclasses
@@ -27,8 +26,9 @@ META, TOKENIZER = "meta.json", "tokenizer.model"
 KIND, VERSION = "llama_jax tokens", 1
 SPLITS: tuple[str, ...] = ("train", "validation")
 AGAIN = "remove the folder and prepare it again"
-WHOLE = 64 * 2**20  # bytes; a folder up to this size is checked whole when opened
-SAMPLES, SAMPLE = 16, 2**16  # of larger ones, this many blocks of this many bytes of each shard
+LARGEST_UINT16_VOCAB = 2**16  # tokens
+FULL_CHECK_BYTES = 64 * 2**20  # folders up to this size are read and checked in full when opened
+SAMPLE_BLOCKS, BLOCK_BYTES = 16, 2**16  # of each shard of larger folders, which are checked
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,8 +38,8 @@ class Shard:
     path: Path
     tokens: int
     documents: int  # that start in it
-    sha256: str  # of the whole file
-    sample_sha256: str  # of the blocks of `sample`
+    sha256: str  # of the file
+    sample_sha256: str  # of the blocks of `sample_blocks`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,13 +48,13 @@ class Split:
 
     tokens: int
     documents: int
-    characters: int  # of the text that the tokens stand for
+    characters: int  # of the text
     shards: tuple[Shard, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)  # hashed as an object: a key of caches
 class TokenFolder:
-    """A token folder whose files have been checked; made by `TokenFolder.open`."""
+    """An opened token folder, whose files have been checked."""
 
     path: Path
     dtype: np.dtype[Any]  # of the tokens on disk
@@ -62,21 +62,21 @@ class TokenFolder:
     tokenizer_sha256: str
     bos: bool  # BOS stands before each document
     eos: bool  # EOS stands after each document
-    source: str  # where the text came from, in words
+    source: str  # description of where the text came from
     splits: Mapping[str, Split]  # "train" and "validation"
-    fingerprint: str  # equal for two folders exactly if they hold the same tokens
+    fingerprint: str  # equal for two folders if and only if they hold the same tokens
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "TokenFolder":
-        """Read a folder's description, and check its files against it.
+        """Read a folder's meta.json and check its files against it.
 
-        Folders up to 64 MiB are checked whole; of larger ones all sizes, and sampled blocks of
+        Folders up to 64 MiB are checked in full; of larger ones, all sizes and sampled blocks of
         every shard.
 
         Raises:
           UserError: if the folder is missing, damaged, or changed since it was written.
         """
-        folder = _described(Path(path))
+        folder = _read_meta(Path(path))
         tokenizer = folder.tokenizer_path
         if not tokenizer.is_file():
             raise UserError(f"{tokenizer} is missing; {AGAIN}")
@@ -85,9 +85,9 @@ class TokenFolder:
         shards = [shard for split in folder.splits.values() for shard in split.shards]
         for shard in shards:
             _check_size(folder, shard)
-        is_small = sum(shard.tokens for shard in shards) * folder.dtype.itemsize <= WHOLE
+        size = sum(shard.tokens for shard in shards) * folder.dtype.itemsize
         for shard in shards:
-            _check_content(folder, shard, is_small)
+            _check_content(folder, shard, full=size <= FULL_CHECK_BYTES)
         return folder
 
     @property
@@ -96,49 +96,44 @@ class TokenFolder:
         return self.path / TOKENIZER
 
     def arrays(self, split: str) -> tuple[np.ndarray, ...]:
-        """The tokens of each shard of a split, memory-mapped, read-only.
+        """Return the tokens of each shard of a split, memory-mapped and read-only.
 
-        Nobody may shorten the files while they are in use: the operating system then kills the
-        reader (SIGBUS).
+        The files must not be truncated while in use: the operating system would kill the reader
+        (SIGBUS).
         """
         return tuple(
             np.memmap(shard.path, dtype=self.dtype, mode="r") for shard in self.splits[split].shards
         )
 
     def document_starts(self, split: str) -> tuple[np.ndarray, ...]:
-        """For each shard of a split, the positions (uint64) at which documents start."""
+        """Return for each shard of a split the positions (uint64) at which documents start."""
         shards = self.splits[split].shards
         return tuple(np.load(starts_path(shard.path), mmap_mode="r") for shard in shards)
 
 
 def starts_path(shard: Path) -> Path:
-    """The file with the document starts of a shard."""
+    """Return the path of a shard's document starts."""
     return shard.with_suffix(".documents.npy")
 
 
 def fingerprint(meta: Mapping[str, Any]) -> str:
-    """The hash of a description without its own fingerprint and the words about the source."""
-    told = {key: value for key, value in meta.items() if key not in ("fingerprint", "source")}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    """Return the hash of a meta.json's contents, except for the fingerprint and the source."""
+    hashed = {key: value for key, value in meta.items() if key not in ("fingerprint", "source")}
+    return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
 
 
-def sample(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Blocks spread evenly over a file, first and last included, each with its position."""
-    last = max(0, path.stat().st_size - SAMPLE + 7) // 8 * 8
+def sample_blocks(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (position, bytes) of blocks spread evenly over a file, including both ends."""
+    last = max(0, path.stat().st_size - BLOCK_BYTES + 7) // 8 * 8
     with path.open("rb") as stream:
-        for index in range(SAMPLES):
-            stream.seek(last * index // (SAMPLES - 1) // 8 * 8)
-            yield stream.tell(), stream.read(SAMPLE)
+        for index in range(SAMPLE_BLOCKS):
+            stream.seek(last * index // (SAMPLE_BLOCKS - 1) // 8 * 8)
+            yield stream.tell(), stream.read(BLOCK_BYTES)
 
 
-def sample_hash(path: Path) -> str:
-    """The hash of a file's `sample`."""
-    return hashlib.sha256(b"".join(block for _, block in sample(path))).hexdigest()
-
-
-def _described(path: Path) -> TokenFolder:
-    """A folder as its meta.json describes it, unchecked."""
-    make = f"make it with: python prepare.py TEXT --output {path}"
+def _read_meta(path: Path) -> TokenFolder:
+    """Return a folder as described by its meta.json, before its files are checked."""
+    make = f"create it with: python prepare.py TEXT --output {path}"
     if not (path / META).is_file():
         raise UserError(f"{path} has no {META}; {make}")
     damaged = f"{path / META} is damaged; {AGAIN}"
@@ -165,7 +160,7 @@ def _described(path: Path) -> TokenFolder:
 
 
 def _split(folder: Path, split: Mapping[str, Any]) -> Split:
-    """A split from its part of meta.json."""
+    """Return a split from its entry in meta.json."""
     shards = [
         Shard(path=folder / Path(shard["file"]).name, **{k: shard[k] for k in shard if k != "file"})
         for shard in split["shards"]
@@ -174,7 +169,7 @@ def _split(folder: Path, split: Mapping[str, Any]) -> Split:
 
 
 def _check_size(folder: TokenFolder, shard: Shard) -> None:
-    """Refuse a shard that is missing or not as long as its description says."""
+    """Raise `UserError` for a shard that is missing or of the wrong length."""
     for path in (shard.path, starts_path(shard.path)):
         if not path.is_file():
             raise UserError(f"{path} is missing; {AGAIN}")
@@ -184,10 +179,10 @@ def _check_size(folder: TokenFolder, shard: Shard) -> None:
         raise UserError(f"{shard.path} has {size:,} bytes; expected {tokens}; {AGAIN}")
 
 
-def _check_content(folder: TokenFolder, shard: Shard, whole: bool) -> None:
-    """Refuse a shard with ids outside the vocabulary, or other than when it was written."""
+def _check_content(folder: TokenFolder, shard: Shard, full: bool) -> None:
+    """Raise `UserError` for a shard that has changed or has ids outside the vocabulary."""
     digest = hashlib.sha256()
-    for start, block in [(0, shard.path.read_bytes())] if whole else sample(shard.path):
+    for start, block in [(0, shard.path.read_bytes())] if full else sample_blocks(shard.path):
         tokens = np.frombuffer(block, folder.dtype)
         if len(tokens) and tokens.max() >= folder.vocab_size:
             at = int(np.argmax(tokens >= folder.vocab_size))
@@ -195,20 +190,54 @@ def _check_content(folder: TokenFolder, shard: Shard, whole: bool) -> None:
             limit = f"the vocabulary ends at {folder.vocab_size - 1}"
             raise UserError(f"{shard.path} has {where}, but {limit}; {AGAIN}")
         digest.update(block)
-    if digest.hexdigest() != (shard.sha256 if whole else shard.sample_sha256):
-        raise UserError(f"{shard.path} is not what was written; {AGAIN}")
+    if digest.hexdigest() != (shard.sha256 if full else shard.sample_sha256):
+        raise UserError(f"{shard.path} has changed since it was written; {AGAIN}")
 
 
-# Writes a token folder (see `tokens`), shard by shard, in little memory.
-#
-# Does not know where the tokens come from, nor how the folder gets its final name.
+# ---- where documents start ----
 
-LARGEST_UINT16_VOCAB = 2**16  # pieces
+
+def document_starts(folder: TokenFolder, split: str) -> np.ndarray:
+    """Return the positions at which documents start in a split, over all its files, as int64.
+
+    Raises:
+      UserError: if the folder does not record them, or records impossible ones.
+    """
+    positions, before = [], 0
+    for shard in folder.splits[split].shards:
+        positions.append(_starts_in(shard) + before)
+        before += shard.tokens
+    starts = np.concatenate(positions) if positions else np.zeros(0, np.int64)
+    if before and starts[:1].tolist() != [0]:
+        raise UserError(
+            f"the {split} split of {folder.path} does not say where its documents start, so they"
+            " cannot be packed; prepare it again, or set --config.data.packing=none"
+        )
+    return starts
+
+
+def _starts_in(shard: Shard) -> np.ndarray:
+    """Return the positions at which documents start in one file, as int64."""
+    path = starts_path(shard.path)
+    try:
+        starts = np.load(path)
+        is_valid = (starts.dtype, starts.shape) == (np.dtype("<u8"), (shard.documents,))
+    except (ValueError, EOFError, OSError, AttributeError):
+        is_valid = False
+    if is_valid:
+        starts = starts.astype(np.int64)
+        is_valid = bool((np.diff(starts, prepend=-1, append=shard.tokens) > 0).all())
+    if not is_valid:
+        raise UserError(f"{path} is damaged; {AGAIN}")
+    return starts
+
+
+# ---- writing ----
 
 
 @dataclasses.dataclass
 class _OpenShard:
-    """The shard that a split is being written to."""
+    """The shard of a split that is being written."""
 
     path: Path
     stream: BinaryIO
@@ -218,10 +247,10 @@ class _OpenShard:
 
 
 class TokenWriter:
-    """Takes tokens in order and leaves shards; `finish` writes the description."""
+    """Writes a token folder shard by shard; `finish` writes meta.json, which completes it."""
 
     def __init__(self, folder: Path, vocab_size: int, shard_tokens: int) -> None:
-        """Write to an existing folder that already has its tokenizer; shards of `shard_tokens`."""
+        """Start writing to a folder that has its tokenizer.model, in shards of `shard_tokens`."""
         self._folder = folder
         self._vocab_size = vocab_size
         self._dtype = np.dtype("<u2" if vocab_size <= LARGEST_UINT16_VOCAB else "<u4")
@@ -231,7 +260,14 @@ class TokenWriter:
         self._characters = dict.fromkeys(SPLITS, 0)
 
     def add(self, split: str, tokens: np.ndarray, starts: np.ndarray, characters: int) -> None:
-        """Append tokens to a split; documents start at the positions `starts` among them."""
+        """Append tokens to a split.
+
+        Args:
+          split: "train" or "validation".
+          tokens: integers [n].
+          starts: the positions among them at which documents start.
+          characters: of the text that they encode.
+        """
         self._characters[split] += characters
         while len(tokens):
             shard = self._open.get(split) or self._new_shard(split)
@@ -246,7 +282,7 @@ class TokenWriter:
                 self._close_shard(split)
 
     def finish(self, bos: bool, eos: bool, source: str) -> None:
-        """Close the shards and write meta.json, which makes the folder complete."""
+        """Close the shards and write meta.json."""
         for split in list(self._open):
             self._close_shard(split)
         tokenizer = (self._folder / TOKENIZER).read_bytes()
@@ -265,7 +301,7 @@ class TokenWriter:
         (self._folder / META).write_text(json.dumps(meta, indent=2) + "\n")
 
     def close(self) -> None:
-        """Let go of open files; for a writer that will not finish."""
+        """Close open files, after an error."""
         for shard in self._open.values():
             shard.stream.close()
 
@@ -278,6 +314,7 @@ class TokenWriter:
         shard = self._open.pop(split)
         shard.stream.close()
         starts = np.concatenate(shard.starts).astype("<u8")
+        sampled = b"".join(block for _, block in sample_blocks(shard.path))
         np.save(starts_path(shard.path), starts)
         self._shards[split].append(
             {
@@ -285,7 +322,7 @@ class TokenWriter:
                 "tokens": shard.tokens,
                 "documents": len(starts),
                 "sha256": shard.digest.hexdigest(),
-                "sample_sha256": sample_hash(shard.path),
+                "sample_sha256": hashlib.sha256(sampled).hexdigest(),
             }
         )
 
@@ -297,43 +334,3 @@ class TokenWriter:
             "characters": self._characters[split],
             "shards": shards,
         }
-
-
-# Where the documents of a token folder start, read and checked.
-#
-# Does not know what documents are for.
-
-
-def document_starts(folder: TokenFolder, split: str) -> np.ndarray:
-    """Where the documents of a split start, counted over all its files, as int64.
-
-    Raises:
-      UserError: if the folder does not tell, or tells what cannot be.
-    """
-    positions, before = [], 0
-    for shard in folder.splits[split].shards:
-        positions.append(_starts_in(shard) + before)
-        before += shard.tokens
-    starts = np.concatenate(positions) if positions else np.zeros(0, np.int64)
-    if before and starts[:1].tolist() != [0]:
-        raise UserError(
-            f"the {split} split of {folder.path} does not say where its documents start, so they"
-            " cannot be packed; prepare it again, or set --config.data.packing=none"
-        )
-    return starts
-
-
-def _starts_in(shard: Shard) -> np.ndarray:
-    """The positions at which documents start in one file, as int64."""
-    path = starts_path(shard.path)
-    try:
-        starts = np.load(path)
-        is_sane = (starts.dtype, starts.shape) == (np.dtype("<u8"), (shard.documents,))
-    except (ValueError, EOFError, OSError, AttributeError):
-        is_sane = False
-    if is_sane:
-        starts = starts.astype(np.int64)
-        is_sane = bool((np.diff(starts, prepend=-1, append=shard.tokens) > 0).all())
-    if not is_sane:
-        raise UserError(f"{path} is damaged; {AGAIN}")
-    return starts

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from llama_jax.config import Config
-from llama_jax.data.sequences import rows_of
+from llama_jax.data.datasets import open_dataset
 from llama_jax.data.token_folder import TokenFolder
 from llama_jax.distributed.mesh import batch_shards
 from llama_jax.hardware.accelerators import chip_of, machine_name, peak_flops
@@ -72,8 +72,10 @@ def introduction(
     train, validation = data.splits["train"], data.splits["validation"]
     batch, length = config.data.batch_size, config.data.sequence_length
     microbatches = config.optimizer.accumulation_steps
-    rows = rows_of(data, "train", length, "documents") if config.data.packing != "none" else None
-    tokens = len(rows) * length if rows else max(train.tokens, 1)
+    packed = (
+        open_dataset(data, "train", length, "documents") if config.data.packing != "none" else None
+    )
+    tokens = len(packed) * length if packed else max(train.tokens, 1)
     epochs = config.optimizer.steps * config.tokens_per_step / tokens
     where = f"resuming from step {step:,}" if step else "a new run"
     lines = [
@@ -87,9 +89,9 @@ def introduction(
         f" {validation.tokens:,} for validation",
         f"run       {folder}: {where}, {config.optimizer.steps:,} steps in all",
     ]
-    if rows:
-        filled = f"{rows.efficiency:.1%} of positions filled"
-        lines.insert(-1, f"packing   documents in {len(rows):,} rows, {filled}")
+    if packed:
+        filled = f"{packed.efficiency:.1%} of positions filled"
+        lines.insert(-1, f"packing   documents in {len(packed):,} sequences, {filled}")
     if peak := peak_flops(device, config.run.peak_flops):
         lines.append(
             f"peak      {peak / 1e12:,.4g} TFLOP/s a device; mfu is the share of it at"

@@ -262,7 +262,7 @@ MISTAKES = {
     (*TINY, "--profile=5:41"): (2, "--profile '5:41' goes beyond the run of optimizer.steps=40"),
     (*TINY, "--config.data.path=missing"): (
         1,
-        "missing has no meta.json; make it with: python prepare.py",
+        "missing has no meta.json; create it with: python prepare.py",
     ),
     (*TINY, "--config.model.vocab_size=300"): (2, "set --config.model.vocab_size=320"),
     (*TINY, "--config.model.vocab_size=300", "--config.data.corpus=stories"): (

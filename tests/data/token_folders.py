@@ -1,4 +1,4 @@
-"""Token folders of given documents, for the tests of this folder."""
+"""Helpers that write small token folders."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from llama_jax.data.token_folder import TokenFolder, TokenWriter
 
 
 def write_documents(path, train, validation=(), *, shard_tokens=23, bos=False, eos=False):
-    """A token folder of documents, each an array of tokens; most go on in the next file."""
+    """Write a token folder of documents, each an array of tokens; most span two files."""
     path.mkdir(parents=True, exist_ok=True)
     (path / "tokenizer.model").write_bytes(b"any bytes")
     writer = TokenWriter(path, vocab_size=2**20, shard_tokens=shard_tokens)
@@ -18,10 +18,10 @@ def write_documents(path, train, validation=(), *, shard_tokens=23, bos=False, e
 
 
 def counting(lengths, first=0):
-    """Documents of these lengths whose tokens count up from one to the next: none is like another.
+    """Return documents of these lengths whose tokens count up, so that all tokens are distinct.
 
-    Between two documents a number is left out, so that no token is one more than the last of the
-    document before.
+    One number is skipped between documents, so that no token follows the last of the document
+    before.
     """
     starts = first + np.cumsum([0, *(length + 1 for length in lengths)])[:-1]
     return [np.arange(start, start + length) for start, length in zip(starts, lengths)]

@@ -63,9 +63,11 @@ def test_packed_rows_are_counted(mesh, monkeypatch):
     class Rows(list):
         efficiency = 0.9724
 
-    monkeypatch.setattr(module, "rows_of", lambda data, split, length, packing: Rows([0] * 1500))
+    monkeypatch.setattr(
+        module, "open_dataset", lambda data, split, length, packing: Rows([0] * 1500)
+    )
     said = lines(make_config("tokens", "ckpt", data__packing="documents"), mesh)
-    assert said["packing"] == "documents in 1,500 rows, 97.2% of positions filled"
+    assert said["packing"] == "documents in 1,500 sequences, 97.2% of positions filled"
     assert "5,120 tokens (0.11 epochs)" in said["data"]  # 20 steps of 8 of the 1,500 rows are 0.107
     unpacked = lines(make_config("tokens", "ckpt"), mesh)
     assert "packing" not in unpacked

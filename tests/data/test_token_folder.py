@@ -1,17 +1,17 @@
-"""Token folders: what is written is what is read, and every change of it is noticed."""
+"""Token folders: writing and reading, fingerprints, and detection of every kind of damage."""
 
 import json
 
 import numpy as np
 import pytest
 
-from llama_jax.data import token_folder as tokens_file
+from llama_jax.data import token_folder
 from llama_jax.data.token_folder import TokenFolder, TokenWriter, fingerprint
 from llama_jax.errors import UserError
 
 
 def write(path, *, vocab_size=53, shard_tokens=20, train=50, validation=7, source="a test"):
-    """A token folder of counting tokens, with a document at every seventh."""
+    """Write a token folder whose tokens count up, with documents of seven tokens."""
     path.mkdir(parents=True)
     (path / "tokenizer.model").write_bytes(b"any bytes")
     writer = TokenWriter(path, vocab_size, shard_tokens)
@@ -24,7 +24,7 @@ def write(path, *, vocab_size=53, shard_tokens=20, train=50, validation=7, sourc
     return path
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_round_trip(tmp_path):
     folder = TokenFolder.open(write(tmp_path / "tokens"))
     assert folder.dtype == np.uint16
     assert (folder.vocab_size, folder.bos, folder.eos, folder.source) == (53, True, False, "a test")
@@ -44,20 +44,19 @@ def test_what_is_written_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, "uint16"), (65_537, "uint32")])
-def test_the_dtype_fits_the_vocabulary(tmp_path, vocab_size, dtype):
+def test_dtype_depends_on_vocabulary_size(tmp_path, vocab_size, dtype):
     folder = TokenFolder.open(write(tmp_path / "tokens", vocab_size=vocab_size))
     assert folder.dtype == dtype
-    (tmp_path / "tokens" / "train-00000.bin").stat()
     assert folder.arrays("train")[0].nbytes == 20 * np.dtype(dtype).itemsize
 
 
-def test_an_empty_split_has_no_shards(tmp_path):
+def test_empty_split_has_no_shards(tmp_path):
     folder = TokenFolder.open(write(tmp_path / "tokens", validation=0))
     assert folder.splits["validation"].tokens == 0
     assert folder.arrays("validation") == ()
 
 
-def test_the_fingerprint_follows_the_tokens_and_nothing_else(tmp_path):
+def test_fingerprint_depends_on_tokens_only(tmp_path):
     prints = [
         TokenFolder.open(write(tmp_path / name, **options)).fingerprint
         for name, options in {
@@ -72,7 +71,7 @@ def test_the_fingerprint_follows_the_tokens_and_nothing_else(tmp_path):
 
 
 def _edit_meta(path, **changes):
-    """Change meta.json and its fingerprint, as somebody who means it would."""
+    """Change meta.json and update its fingerprint."""
     meta = json.loads((path / "meta.json").read_text()) | changes
     meta["fingerprint"] = fingerprint(meta)
     (path / "meta.json").write_text(json.dumps(meta))
@@ -87,7 +86,7 @@ def _set_token(path, position, token):
 DAMAGE = {
     "no meta": (
         lambda p: (p / "meta.json").unlink(),
-        r"has no meta.json; make it with: python pre",
+        r"has no meta.json; create it with: python pre",
     ),
     "meta cut": (lambda p: (p / "meta.json").write_text("{"), r"meta.json is damaged"),
     "meta a list": (lambda p: (p / "meta.json").write_text("[]"), r"meta.json is damaged"),
@@ -117,14 +116,14 @@ DAMAGE = {
         lambda p: _set_token(p, 3, 60),
         r"train-00001.bin has id 60 at position 3, but the vocabulary ends at 52",
     ),
-    "edited": (lambda p: _set_token(p, 3, 5), r"train-00001.bin is not what was written"),
+    "edited": (lambda p: _set_token(p, 3, 5), r"train-00001.bin has changed since it was written"),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-@pytest.mark.parametrize("whole", [tokens_file.WHOLE, 0])
-def test_damage_is_noticed_and_told_in_one_line(tmp_path, monkeypatch, kind, whole):
-    monkeypatch.setattr(tokens_file, "WHOLE", whole)
+@pytest.mark.parametrize("full_check_bytes", [token_folder.FULL_CHECK_BYTES, 0])
+def test_damage_is_reported_in_one_line(tmp_path, monkeypatch, kind, full_check_bytes):
+    monkeypatch.setattr(token_folder, "FULL_CHECK_BYTES", full_check_bytes)
     path = write(tmp_path / "tokens")
     damage, message = DAMAGE[kind]
     damage(path)
@@ -135,20 +134,20 @@ def test_damage_is_noticed_and_told_in_one_line(tmp_path, monkeypatch, kind, who
 
 
 @pytest.mark.parametrize("name", ["missing", "empty"])
-def test_a_folder_without_tokens_says_how_to_make_it(tmp_path, name):
+def test_missing_folder_message_says_how_to_create_it(tmp_path, name):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=rf"python prepare.py TEXT --output .*{name}"):
         TokenFolder.open(tmp_path / name)
 
 
-def test_large_folders_are_sampled_at_both_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens_file, "WHOLE", 0)
-    monkeypatch.setattr(tokens_file, "SAMPLE", 64)
+def test_large_folders_are_checked_at_both_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_folder, "FULL_CHECK_BYTES", 0)
+    monkeypatch.setattr(token_folder, "BLOCK_BYTES", 64)
     path = write(tmp_path / "tokens", shard_tokens=4999, train=9_998)
     for position in (0, 4998):
         before = int(np.memmap(path / "train-00001.bin", np.uint16, "r")[position])
         _set_token(path, position, 52 - before)
-        with pytest.raises(UserError, match="is not what was written"):
+        with pytest.raises(UserError, match="has changed since it was written"):
             TokenFolder.open(path)
         _set_token(path, position, before)
         TokenFolder.open(path)

@@ -1,4 +1,4 @@
-"""Batches of packed documents: the order of (seed, step) alone, losses as of documents apart."""
+"""Batches of packed documents: order by (seed, step), and losses equal to unpacked documents."""
 
 import dataclasses
 import itertools
@@ -11,8 +11,8 @@ from tiny_run import make_config
 from token_folders import counting, write_documents
 
 from llama_jax.config import MeshConfig
+from llama_jax.data.datasets import make_example
 from llama_jax.data.loader import Batch, abstract_batch, training_batches, validation_batches
-from llama_jax.data.sequences import fill_row
 from llama_jax.data.token_folder import document_starts
 from llama_jax.distributed.mesh import make_mesh
 from llama_jax.training.step import evaluation_step, init_state, make_execution, train_step
@@ -42,7 +42,7 @@ def held_out(folder, **options):
 
 
 def stacked(batches, axis=0):
-    """The batches as one, one after another."""
+    """Return the batches concatenated."""
     return jax.tree.map(lambda *arrays: np.concatenate(arrays, axis), *batches)
 
 
@@ -52,7 +52,7 @@ def assert_equal(one, other):
 
 
 def pairs(batch):
-    """Every (input, target) of weight 1, ascending."""
+    """Return every (input, target) pair of weight 1, sorted."""
     counts = batch.weights_BT == 1
     return sorted(zip(batch.inputs_BT[counts].tolist(), batch.targets_BT[counts].tolist()))
 
@@ -61,7 +61,7 @@ def within(documents):
     return [(n, n + 1) for document in documents for n in document[:-1].tolist()]
 
 
-def test_a_packed_batch_says_whose_each_position_is(folder):
+def test_packed_batch_has_segments(folder):
     (batch,) = take(1, folder)
     shapes = jax.tree.map(lambda array: (array.shape, array.dtype), batch)
     assert dataclasses.astuple(shapes) == (
@@ -75,55 +75,58 @@ def test_a_packed_batch_says_whose_each_position_is(folder):
     assert batch.segments_BT.max() > 1
 
 
-def test_every_target_is_seen_once_an_epoch_in_a_new_order(folder):
+def test_each_epoch_has_every_target_once_in_a_new_order(folder):
     batches = training_batches(folder, batch_size=1, sequence_length=T, seed=3, packing="documents")
-    assert batches.efficiency == 227 / (batches.rows * T) > 0.9
-    taken = list(itertools.islice(batches, 2 * batches.rows))
+    assert batches.efficiency == 227 / (batches.epoch_size * T) > 0.9
+    taken = list(itertools.islice(batches, 2 * batches.epoch_size))
     batches.close()
-    first, second = stacked(taken[: batches.rows]), stacked(taken[batches.rows :])
+    first, second = stacked(taken[: batches.epoch_size]), stacked(taken[batches.epoch_size :])
     assert pairs(first) == pairs(second) == within(DOCUMENTS)
     assert not np.array_equal(first.inputs_BT, second.inputs_BT)
 
 
-def test_windows_fill_every_position(folder):
+def test_unpacked_examples_fill_every_position(folder):
     batches = training_batches(folder, batch_size=1, sequence_length=T, seed=3)
-    assert (batches.efficiency, batches.rows) == (1, 11)  # one in each file of 17 to 23 tokens
+    assert (batches.efficiency, batches.epoch_size) == (
+        1,
+        11,
+    )  # one in each file of 17 to 23 tokens
     assert next(batches).segments_BT is None
     batches.close()
 
 
-def test_the_order_is_a_function_of_seed_and_step(folder):
+def test_order_is_a_function_of_seed_and_step(folder):
     reference = take(12, folder)
     assert_equal(take(12, folder), reference)
     assert_equal(take(3, folder, start_step=9), reference[9:])
     assert not np.array_equal(take(1, folder, seed=4)[0].inputs_BT, reference[0].inputs_BT)
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_the_rows_of_a_step_do_not_depend_on_the_number_of_processes(folder, count):
+@pytest.mark.parametrize("count", [2])
+def test_batches_do_not_depend_on_the_number_of_shards(folder, count):
     reference = take(5, folder, start_step=2)
-    shares = [
-        take(5, folder, start_step=2, process_index=index, process_count=count)
+    shards = [
+        take(5, folder, start_step=2, shard_index=index, shard_count=count)
         for index in range(count)
     ]
-    assert_equal([stacked(parts) for parts in zip(*shares)], reference)
+    assert_equal([stacked(parts) for parts in zip(*shards)], reference)
 
 
-def test_validation_has_every_target_once_the_same_every_time(folder):
+def test_validation_has_every_target_once_and_is_repeatable(folder):
     batches = held_out(folder)
     assert [batch.inputs_BT.shape for batch in batches] == [(4, T)] * len(batches)
     assert pairs(stacked(batches)) == within(HELD_OUT)
     assert stacked(batches).weights_BT.sum() == 76
     assert_equal(held_out(folder), batches)
     assert_equal(held_out(folder, limit=1), batches[:1])
-    shares = [held_out(folder, process_index=index, process_count=2) for index in range(2)]
-    assert_equal([stacked(parts) for parts in zip(*shares)], batches)
-    assert not batches[-1].segments_BT[-1].any()  # a row of padding
-    assert all(batch.segments_BT is not None for batch in shares[1])
+    shards = [held_out(folder, shard_index=index, shard_count=2) for index in range(2)]
+    assert_equal([stacked(parts) for parts in zip(*shards)], batches)
+    assert not batches[-1].segments_BT[-1].any()  # a sequence of padding
+    assert all(batch.segments_BT is not None for batch in shards[1])
 
 
 @pytest.mark.parametrize("packing", ["none", "documents"])
-def test_the_abstract_batch_is_like_the_real_one(folder, packing):
+def test_abstract_batch_matches_a_real_one(folder, packing):
     config = make_config("nowhere", "nowhere", data__packing=packing, data__batch_size=4)
     (batch,) = take(1, folder, packing=packing)
     shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), batch)
@@ -132,7 +135,7 @@ def test_the_abstract_batch_is_like_the_real_one(folder, packing):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A tiny run on small numbers counted up: config, tokens, the compiled step and its state."""
+    """Return config, token folder, initial state and compiled step of a tiny run."""
     random = np.random.default_rng(0)
     lengths, firsts = random.integers(2, 31, 90), random.integers(0, VOCAB - 31, 90)
     documents = [first + np.arange(length) for first, length in zip(firsts, lengths)]
@@ -148,8 +151,8 @@ def run(tmp_path_factory):
     return config, folder, state, compiled
 
 
-def sitting(run, state, start, stop):
-    """The losses of some steps, their batches, and the state after them."""
+def train(run, state, start, stop):
+    """Return the losses and batches of some steps, and the state after them."""
     config, folder, _, step = run
     options = {"batch_size": config.data.batch_size, "seed": config.data.seed}
     losses, batches = [], take(stop - start, folder, start_step=start, **options)
@@ -160,39 +163,39 @@ def sitting(run, state, start, stop):
 
 
 @pytest.fixture(scope="module")
-def straight(run):
-    """Twenty steps in one sitting."""
-    return sitting(run, run[2], 0, 20)
+def uninterrupted(run):
+    """Run twenty steps without a break."""
+    return train(run, run[2], 0, 20)
 
 
-def test_a_packed_run_learns_and_resumes_where_it_was(run, straight):
-    losses, batches, _ = straight
+def test_packed_run_learns_and_resumes_exactly(run, uninterrupted):
+    losses, batches, _ = uninterrupted
     assert losses[-1] < losses[0] - 0.3
-    before, _, state = sitting(run, run[2], 0, 13)
-    after, resumed, _ = sitting(run, state, 13, 20)
+    before, _, state = train(run, run[2], 0, 13)
+    after, resumed, _ = train(run, state, 13, 20)
     assert before + after == losses
     assert_equal(resumed, batches[13:])
 
 
-def test_the_validation_loss_is_that_of_documents_apart(run, straight):
+def test_packed_validation_loss_equals_that_of_separate_documents(run, uninterrupted):
     config, folder, _, _ = run
     evaluate = jax.jit(partial(evaluation_step, execution=make_execution(config, training=False)))
     starts = document_starts(folder, "validation")
     documents = np.split(np.concatenate(folder.arrays("validation")), starts[1:])
     pieces = [
-        fill_row([document[start : start + T + 1]], T)
+        make_example([document[start : start + T + 1]], T)
         for document in documents
         for start in range(0, len(document) - 1, T)
     ]
-    rows = config.data.batch_size
-    packed = held_out(folder, batch_size=rows)
-    blanks = [fill_row([], T)] * (rows - 1)
-    apart = []  # each piece in a batch of its own, with no word of segments
+    batch_size = config.data.batch_size
+    packed = held_out(folder, batch_size=batch_size)
+    blanks = [make_example([], T)] * (batch_size - 1)
+    apart = []  # each piece in a batch of its own, without segments
     for piece in pieces:
         inputs, targets, weights, _ = (np.stack(column) for column in zip(piece, *blanks))
         apart.append(Batch(inputs_BT=inputs, targets_BT=targets, weights_BT=weights))
     sums = [
-        np.sum([evaluate(straight[2].model, batch) for batch in batches], axis=0)
+        np.sum([evaluate(uninterrupted[2].model, batch) for batch in batches], axis=0)
         for batches in (packed, apart)
     ]
     assert sums[0][1] == sums[1][1] == sum(len(document) - 1 for document in documents)
