@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # "cuda,cpu" also runs what needs a GPU
@@ -23,6 +24,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 FLAG = "jax_disable_most_optimizations"
 QUICK = jax.config.read(FLAG)
 REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.append(str(REPOSITORY / "benchmarks"))  # for story_recognition
 
 
 @pytest.fixture(scope="module", autouse=True)

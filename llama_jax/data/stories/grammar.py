@@ -1,21 +1,21 @@
-"""A small story grammar: tables of words, plots made of beats, and the telling of one story.
+"""A story grammar: tables of words, plots made of beats, and the generation of a story.
 
-A *table* is a text with one line per row. Its header names the slots that a row fills; cells are
-separated by " / ", and a cell may offer several choices, separated by commas:
+A *table* is a string with one line per row. Its header names the slots that a row fills. Cells are
+separated by " / ", and a cell may hold several choices, separated by commas:
 
     toy        / look
     ball       / red, blue, bouncy
     teddy bear / soft, brown
 
-One row is drawn as a whole, so that what stands together fits together: the teddy bear is never
-bouncy. A *script* is a text of beats, told in order and separated by blank lines. Every beat
-offers several wordings, each of which begins with a dash and may run over several lines:
+All slots of a table are filled from one row, so that they match: the teddy bear is never bouncy.
+A *script* is a string of beats, used in order and separated by blank lines. Every beat has several
+wordings, each of which begins with a dash and may span several lines:
 
     - {hero} had {a look} {toy}.
     - {His} best toy was {a look} {toy}.
 
 In a wording, `{toy}` is the word of that slot, `{a look}` the word with its article, and a slot
-written with a capital begins a sentence. A cell may hold slots too.
+with a capital begins a sentence. A cell may hold slots too.
 """
 
 from collections.abc import Sequence
@@ -31,9 +31,10 @@ Beat = tuple[str, ...]
 
 
 def table(text: str) -> Table:
-    """The rows of a table: for each, the slots it fills and the choices for every slot.
+    """Return the rows of a table: the choices for each slot.
 
-    Raises ValueError when a row has not as many cells as the header.
+    Raises:
+      ValueError: for a row with more or fewer cells than the header.
     """
     header, *lines = [line.split("/") for line in text.strip().splitlines()]
     slots = [slot.strip() for slot in header]
@@ -45,9 +46,10 @@ def table(text: str) -> Table:
 
 
 def script(text: str) -> tuple[Beat, ...]:
-    """The beats of a script, each with its wordings; line breaks inside a wording become spaces.
+    """Return the wordings of each beat of a script; line breaks in a wording become spaces.
 
-    Raises ValueError when a beat does not begin with a dash.
+    Raises:
+      ValueError: for a beat that does not begin with a dash.
     """
     beats = dedent(text).strip().split("\n\n")
     for beat in beats:
@@ -60,10 +62,10 @@ def script(text: str) -> tuple[Beat, ...]:
 
 
 class Slots(dict[str, str]):
-    """The words of one story by slot, which also know `{a toy}` and the capitals of `{He}`."""
+    """The words of one story by slot, with articles (`{a toy}`) and capitals (`{He}`)."""
 
     def __missing__(self, slot: str) -> str:
-        """The word of a slot that asks for an article or a capital; KeyError for an unknown one."""
+        """Return a slot's word with an article or a capital; KeyError for an unknown slot."""
         if slot[0].isupper():
             word = self[slot[0].lower() + slot[1:]]
             return word[0].upper() + word[1:]
@@ -75,13 +77,13 @@ class Slots(dict[str, str]):
 
 @dataclass(frozen=True)
 class Plot:
-    """One family of stories: the tables that are drawn from, and the beats that are told."""
+    """A family of stories: tables of words, and beats in order."""
 
     tables: tuple[Table, ...]
     beats: tuple[Beat, ...]
 
     def __post_init__(self) -> None:
-        """Raises ValueError when a wording or a cell uses a slot that no table fills."""
+        """Raise ValueError for a wording or a cell with a slot that no table fills."""
         rows = [row for drawn in self.tables for row in drawn]
         filled = Slots({slot: "word" for row in rows for slot, _ in row})
         cells = [word for row in rows for _, words in row for word in words]
@@ -94,20 +96,20 @@ class Plot:
                 ) from None
 
 
-def tell(plot: Plot, random: Random) -> str:
-    """One story of `plot`, a single line of text; all its chances are taken from `random`."""
+def generate_story(plot: Plot, random: Random) -> str:
+    """Return one story of `plot`, a single line; all choices are drawn from `random`."""
     slots = Slots()
     for drawn in plot.tables:
         for slot, choices in pick(drawn, random):
             slots[slot] = pick(choices, random)
     story = " ".join([pick(beat, random) for beat in plot.beats]).format_map(slots)
-    # A second round, because the words that were just filled in may hold slots themselves.
+    # A second pass, because cells may hold slots.
     return story.format_map(slots) if "{" in story else story
 
 
 def pick(choices: Sequence[Choice], random: Random) -> Choice:
-    """One of `choices`, all equally likely.
+    """Return one of `choices` with equal probability.
 
-    Only `random.random` promises the same numbers in every version of Python.
+    Only `random.random` is guaranteed to give the same numbers in every version of Python.
     """
     return choices[int(random.random() * len(choices))]

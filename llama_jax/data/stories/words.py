@@ -1,4 +1,4 @@
-"""The words that many plots share: who is in a story, how it opens, and the days it happens on."""
+"""Words that several plots share: characters, openings and days."""
 
 from llama_jax.data.stories.grammar import Table, script, table
 
@@ -15,10 +15,10 @@ BOYS = (
 
 
 def cast(first: str, second: str, elder: str = "Mom") -> Table:
-    """Who is in the stories of a plot: two children, either of whom may be the hero, and an elder.
+    """Return the characters of a plot: two children, either of whom may be the hero, and an adult.
 
-    A plot has its children to itself, as in a series of picture books. They take different
-    pronouns, so that "he" and "she" are never in doubt; grown-ups have none at all.
+    Each plot has its own children, with different pronouns, so that "he" and "she" are
+    unambiguous; adults are referred to by name only.
     """
 
     def row(hero: str, friend: str) -> str:

@@ -1,12 +1,12 @@
-"""The grammar knows its own stories again, and nothing that mixes people, things or events up."""
+"""Recognition accepts the grammar's own stories and rejects inconsistent ones."""
 
 import re
 
 import pytest
+from story_recognition import is_from_grammar
 
 from llama_jax.data.stories import stories
 from llama_jax.data.stories.grammar import Plot, script, table
-from llama_jax.data.stories.recognition import could_be_told
 
 PEOPLE = table("hero / he / his\nTim / he / his\nAnna / she / her")
 TOYS = table("toy / look / end\nball / red, old / rolled to {hero}\nduck / soft / lay in {his} bed")
@@ -28,8 +28,8 @@ LOST = Plot(
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_every_story_is_known_again(split):
-    assert all(could_be_told(story) for story in stories(split, 400, seed=3))
+def test_generated_stories_are_accepted(split):
+    assert all(is_from_grammar(story) for story in stories(split, 400, seed=3))
 
 
 @pytest.mark.parametrize(
@@ -42,8 +42,8 @@ def test_every_story_is_known_again(split):
         " ball!",
     ],
 )
-def test_whatever_the_plot_can_tell_is_recognised(story):
-    assert could_be_told(story, [LOST])
+def test_all_wordings_of_a_plot_are_accepted(story):
+    assert is_from_grammar(story, [LOST])
 
 
 @pytest.mark.parametrize(
@@ -68,13 +68,13 @@ def test_whatever_the_plot_can_tell_is_recognised(story):
         "",
     ],
 )
-def test_whatever_is_mixed_up_is_not(story):
-    assert not could_be_told(story, [LOST])
+def test_inconsistent_stories_are_rejected(story):
+    assert not is_from_grammar(story, [LOST])
 
 
-def test_one_foreign_word_is_enough():
+def test_one_unknown_word_is_rejected():
     for story in stories("train", 100, seed=3):
         words = list(re.finditer(r"\w+", story))
         middle = words[len(words) // 2]
         changed = f"{story[: middle.start()]}xyzzy{story[middle.end() :]}"
-        assert not could_be_told(changed)
+        assert not is_from_grammar(changed)

@@ -1,4 +1,4 @@
-"""The default corpus: stories that repeat exactly, never meet across splits, and read well."""
+"""The embedded corpus: deterministic stories, disjoint splits, and clean text."""
 
 import re
 import subprocess
@@ -18,13 +18,13 @@ GIRLS, BOYS = set(GIRL_NAMES), set(BOY_NAMES)
 
 @pytest.fixture(scope="module")
 def corpus() -> list[str]:
-    """A hundred thousand train stories."""
-    return list(stories("train", 100_000))
+    """Thirty thousand training stories."""
+    return list(stories("train", 30_000))
 
 
 @pytest.fixture(scope="module")
 def sample(corpus: list[str]) -> list[str]:
-    """Enough of the corpus to meet every wording many times."""
+    """Return enough stories to contain every wording many times."""
     return corpus[:6_000]
 
 
@@ -38,7 +38,7 @@ def test_same_arguments_give_the_same_stories() -> None:
     assert len({digest("train", seed) for seed in (-1, 0, 1)}) == 3
 
 
-def test_a_longer_run_begins_with_the_shorter_one(corpus: list[str]) -> None:
+def test_longer_run_begins_with_the_shorter_one(corpus: list[str]) -> None:
     assert list(islice(stories("train", 1_000_000), 50)) == corpus[:50]
 
 
@@ -49,14 +49,14 @@ def test_python_hash_seed_has_no_influence(hash_seed: str) -> None:
         "sys.stdout.write('\\n'.join(stories('validation', 200, 5)))"
     )
     environment = {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": ":".join(filter(None, sys.path))}
-    told = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, check=True
     ).stdout
-    assert sha256(told).hexdigest() == digest("validation", 5)
+    assert sha256(output).hexdigest() == digest("validation", 5)
 
 
-def test_no_story_is_told_twice(corpus: list[str]) -> None:
-    assert len(set(corpus)) == 100_000
+def test_stories_are_distinct(corpus: list[str]) -> None:
+    assert len(set(corpus)) == 30_000
 
 
 def test_splits_share_no_story_whatever_the_seed(corpus: list[str]) -> None:
@@ -65,7 +65,7 @@ def test_splits_share_no_story_whatever_the_seed(corpus: list[str]) -> None:
     assert held_out.isdisjoint(corpus)
 
 
-def test_no_stories_when_none_are_asked_for() -> None:
+def test_count_zero_gives_no_stories() -> None:
     assert list(stories("train", 0)) == []
 
 
@@ -102,7 +102,7 @@ def test_most_stories_open_with_once_upon_a_time(sample: list[str]) -> None:
     "flaw",
     [
         r"[^ -~]",  # anything but a line of plain ASCII
-        r"[{}|/\\]",  # an unfilled slot, or a separator of the tables
+        r"[{}|/\\]",  # an unfilled slot or a table separator
         r"  |^ | $| [.,!?]|[.,!?][A-Za-z]",  # spacing
         r"\.\.|,,|[,.!?] ?,|!\.|\?\.",  # doubled punctuation
         r"(?i)\b(?:a [aeiou]|an [^aeiou])",  # the wrong article
@@ -120,7 +120,7 @@ def test_quotes_open_and_close(sample: list[str]) -> None:
         pieces = story.split('"')
         assert len(pieces) % 2 == 1, story
         assert all(spoken[-1] in ".,!?" for spoken in pieces[1::2]), story
-        assert all(told[-1] == " " for told in pieces[:-1:2] if told), story
+        assert all(text[-1] == " " for text in pieces[:-1:2] if text), story
 
 
 def test_hero_stays_until_the_end(sample: list[str]) -> None:

@@ -1,12 +1,7 @@
-"""All the plots that a story can follow, by theme."""
+"""All plots that a story can follow."""
 
-from llama_jax.data.stories.plots.animals import ANIMALS
-from llama_jax.data.stories.plots.friends import FRIENDS
-from llama_jax.data.stories.plots.giving import GIVING
-from llama_jax.data.stories.plots.home import HOME
-from llama_jax.data.stories.plots.nature import NATURE
-from llama_jax.data.stories.plots.play import PLAY
+from llama_jax.data.stories.plots.friends import ANIMALS, FRIENDS
+from llama_jax.data.stories.plots.home import GIVING, HOME
+from llama_jax.data.stories.plots.outdoors import NATURE, PLAY
 
-PLOTS = PLAY + NATURE + HOME + GIVING + FRIENDS + ANIMALS
-
-__all__ = ["PLOTS"]
+PLOTS = PLAY + NATURE + HOME + GIVING + FRIENDS + ANIMALS  # the order is part of the corpus
