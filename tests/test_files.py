@@ -1,4 +1,4 @@
-"""Files and folders that are whole when they appear; folders' other rules are in test_prepare."""
+"""Atomic creation of files and folders, and progress output."""
 
 import os
 import signal
@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
+from llama_jax import files
 from llama_jax.errors import UserError
-from llama_jax.files import new_path
+from llama_jax.files import new_folder, new_path
 
 DIE = """
 import os, sys
@@ -29,28 +30,28 @@ def make_folder(place):
 
 
 @pytest.mark.parametrize("make", [make_file, make_folder])
-def test_a_path_appears_at_the_end_and_never_over_another(tmp_path, make):
+def test_new_path_appears_when_complete_and_never_overwrites(tmp_path, make):
     with new_path(tmp_path / "new" / "out.bin") as place:
         assert place.name == "out.bin" and not place.exists()
         make(place)
         assert not (tmp_path / "new" / "out.bin").exists()
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.bin"]
-    files = [path for path in (tmp_path / "new").rglob("*") if path.is_file()]
-    assert [path.read_text() for path in files] == ["whole"]
+    made = [path for path in (tmp_path / "new").rglob("*") if path.is_file()]
+    assert [path.read_text() for path in made] == ["whole"]
     with pytest.raises(UserError, match="exists already"), new_path(tmp_path / "new" / "out.bin"):
-        raise AssertionError("begun")
+        raise AssertionError("the block ran")
 
 
 @pytest.mark.parametrize("make", [make_file, make_folder])
 @pytest.mark.parametrize("error", [UserError("no"), KeyboardInterrupt(), OSError("disk full")])
-def test_a_failure_leaves_nothing(tmp_path, make, error):
+def test_failed_block_leaves_nothing(tmp_path, make, error):
     with pytest.raises(type(error)), new_path(tmp_path / "new" / "out") as place:
         make(place)
         raise error
     assert not list(tmp_path.iterdir())
 
 
-def test_one_that_appeared_meanwhile_is_not_overwritten(tmp_path):
+def test_path_created_meanwhile_is_not_overwritten(tmp_path):
     with pytest.raises(UserError, match="exists already"), new_path(tmp_path / "out") as place:
         make_file(place)
         (tmp_path / "out").write_text("another's")
@@ -59,7 +60,7 @@ def test_one_that_appeared_meanwhile_is_not_overwritten(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_what_a_killed_process_leaves_looks_unfinished_and_is_cleared(tmp_path, number):
+def test_leftovers_of_a_killed_process_are_hidden_and_removed(tmp_path, number):
     words = [sys.executable, "-c", DIE, str(tmp_path / "out"), str(int(number))]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(words, env=environment, capture_output=True, timeout=60)
@@ -69,3 +70,63 @@ def test_what_a_killed_process_leaves_looks_unfinished_and_is_cleared(tmp_path, 
     with new_path(tmp_path / "out") as place:
         make_file(place)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [UserError("no"), KeyboardInterrupt(), OSError("disk full")])
+def test_failed_block_leaves_no_folder(tmp_path, error):
+    with pytest.raises(type(error)), new_folder(tmp_path / "a" / "b" / "out") as folder:
+        (folder / "file").write_text("half")
+        raise error
+    assert not list(tmp_path.iterdir())
+
+
+def test_new_folder_appears_when_complete_and_never_overwrites(tmp_path):
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "file").write_text("whole")
+        assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
+    with pytest.raises(UserError, match="out exists already"), new_folder(tmp_path / "out"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_abandoned_folders_are_removed_and_locked_ones_kept(tmp_path):
+    abandoned = tmp_path / ".out.partial-12345678"
+    abandoned.mkdir()
+    (abandoned / "train-00000.bin").write_bytes(b"half")
+    other = tmp_path / ".other.partial-12345678"
+    other.mkdir()
+    with new_folder(tmp_path / "out") as first:
+        assert not abandoned.exists()
+        with pytest.raises(UserError, match="exists already"), new_folder(tmp_path / "out"):
+            assert first.is_dir()
+            (tmp_path / "out").mkdir()
+        (tmp_path / "out").rmdir()
+    assert other.is_dir()
+    assert (tmp_path / "out").is_dir()
+
+
+def test_path_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match=r"cannot write to .*/out: .*file is not a folder"),
+        new_folder(tmp_path / "file" / "out"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(("seconds", "lines"), [(1e9, ""), (0, "counting: 30%\ncounting: 100%\n")])
+def test_progress_lines_without_a_terminal(capsys, monkeypatch, seconds, lines):
+    monkeypatch.setattr(files, "SECONDS_BETWEEN_LINES", seconds)
+    with files.progress("counting", 10) as show:
+        show(3)
+        show(10)
+    assert capsys.readouterr() == ("", lines)
+
+
+def test_progress_bar_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with files.progress("counting", 2_000_000) as show:
+        show(500_000)
+        show(2_000_000)
+    assert "counting:   0%" in capsys.readouterr().err

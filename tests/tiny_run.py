@@ -11,7 +11,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from llama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
-from llama_jax.data.prepare.corpus import corpus_from_files
+from llama_jax.data.prepare.corpora import corpus_from_files
 from llama_jax.data.prepare.tokenize import TokenOptions, prepare
 from llama_jax.training import run
 

@@ -84,8 +84,7 @@ def open_data(config: Config) -> TokenFolder:
     """
     path = Path(config.data.path).expanduser()
     if config.data.corpus == "stories" and not path.exists():
-        from llama_jax.data.prepare.corpora import prepare_corpus
-        from llama_jax.data.prepare.tokenize import TokenOptions
+        from llama_jax.data.prepare.tokenize import TokenOptions, prepare_corpus
 
         options = TokenOptions(vocab_size=config.model.vocab_size)
         prepare_corpus("stories", path, options)

@@ -1,4 +1,4 @@
-"""The door prepare.py as a user meets it: what it makes, and what it says to mistakes."""
+"""prepare.py as a subprocess: token folders, error messages and interruption."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ STORIES = [f"Story {n} of a small boat with {n * 7} red sails.\nThe end." for n 
 
 
 def prepare(folder, *words):
-    """Run the door in a folder."""
+    """Run prepare.py in a folder."""
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "LLAMA_JAX_CACHE": "cache"}
     return subprocess.run(
         [*DOOR, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=60
@@ -31,7 +31,7 @@ def place(tmp_path):
     return tmp_path
 
 
-def test_a_text_becomes_a_token_folder(place):
+def test_text_becomes_a_token_folder(place):
     done = prepare(place, "text.txt", "--output", "data/mine", "--vocab_size=300")
     assert (done.returncode, done.stderr) == (0, "")
     assert "train: 39 documents" in done.stdout
@@ -46,7 +46,7 @@ def test_a_text_becomes_a_token_folder(place):
     assert TokenFolder.open(place / "again").fingerprint == folder.fingerprint
 
 
-def test_the_embedded_corpus_needs_no_flags(place):
+def test_embedded_corpus_needs_no_flags(place):
     done = prepare(place, "stories", "--stories=2000")
     assert (done.returncode, done.stderr) == (0, "")
     assert TokenFolder.open(place / "data" / "stories").splits["train"].documents == 2000
@@ -57,11 +57,11 @@ MISTAKES = {
     ("text.txt",): (2, "--output is missing"),
     ("missing.txt", "--output=out"): (1, "missing.txt does not exist"),
     ("storys",): (1, "storys does not exist; did you mean 'stories'?"),
-    ("empty", "--output=out"): (1, "empty holds no text"),
-    ("blank.txt", "--output=out"): (1, "blank.txt holds no text but blanks"),
+    ("empty", "--output=out"): (1, "empty holds no text files"),
+    ("blank.txt", "--output=out"): (1, "blank.txt holds only whitespace"),
     ("latin.txt", "--output=out"): (1, "latin.txt is not UTF-8: byte 0xe9 at position 3"),
     ("bad.jsonl", "--output=out"): (1, "bad.jsonl:2 is not JSON"),
-    ("image.png", "--output=out"): (1, "image.png is of an unknown kind"),
+    ("image.png", "--output=out"): (1, "image.png has an unknown type"),
     ("text.txt", "--output=out"): (1, "vocab_size=4096 is too large"),
     ("text.txt", "--output=out", "--vocab_size=9"): (1, "vocab_size=9 is too small"),
     ("text.txt", "--output=out", "--vocab_size=0"): (2, "--vocab_size 0 is out of range"),
@@ -71,22 +71,22 @@ MISTAKES = {
     ("text.txt", "--output=out", "--tokenizer=none.model"): (1, "none.model does not exist"),
     ("text.txt", "--output=out", "--tokenizer=text.txt"): (1, "not a SentencePiece model"),
     ("text.txt", "--output=out", "--tokenizer=a", "--vocab_size=9"): (2, "exclude each other"),
-    ("text.txt", "--output=out", "--validation=1"): (2, "--validation 1.0 is no fraction"),
-    ("text.txt", "--output=out", "--validation=nan"): (2, "--validation nan is no fraction"),
+    ("text.txt", "--output=out", "--validation=1"): (2, "--validation 1.0 is out of range"),
+    ("text.txt", "--output=out", "--validation=nan"): (2, "--validation nan is out of range"),
     ("text.txt", "--output=out", "--split_at="): (2, "--split_at needs one line"),
     ("text.txt", "--output=out", "--shard_tokens=0"): (2, "--shard_tokens 0 is out of range"),
     ("text.txt", "--output=out", "--workers=-1"): (2, "--workers -1 is out of range"),
     ("text.txt", "--output=out", "--errors=ignore"): (2, "invalid choice: 'ignore'"),
-    ("text.txt", "--output=out", "--stories=9"): (2, "--stories is for the corpus"),
+    ("text.txt", "--output=out", "--stories=9"): (2, "--stories applies to the corpus"),
     ("text.txt", "--output=out", "--vocabsize=9"): (2, "did you mean '--vocab_size'"),
     ("stories", "--stories=0"): (2, "--stories 0 is out of range"),
-    ("stories", "--validation=0.1"): (2, "--validation is not for `stories`"),
-    ("shakespeare", "--split_at=none"): (2, "--split_at is for files of your own"),
+    ("stories", "--validation=0.1"): (2, "--validation does not apply to `stories`"),
+    ("shakespeare", "--split_at=none"): (2, "--split_at applies to your own files"),
 }
 
 
 @pytest.mark.parametrize("words", MISTAKES, ids=" ".join)
-def test_a_mistake_is_one_line_and_leaves_nothing(place, words):
+def test_errors_are_one_line_and_leave_nothing(place, words):
     (place / "empty").mkdir()
     (place / "blank.txt").write_text(" \n\ufeff"[:2])
     (place / "latin.txt").write_bytes("café\n".encode("latin-1"))
@@ -109,7 +109,7 @@ def test_debug_shows_the_traceback(place):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_an_interrupted_run_leaves_nothing_that_looks_finished(place, how):
+def test_interrupted_run_leaves_no_finished_folder(place, how):
     train_tokenizer(STORIES, 300, place / "t.model")
     (place / "large.txt").write_text("\n<|endoftext|>\n".join(STORIES * 20_000))
     words = ["large.txt", "--output=data/large", "--tokenizer=t.model", "--workers=1"]

@@ -1,4 +1,4 @@
-"""Named corpora: the embedded one, and downloads from a server of our own that misbehaves."""
+"""Named corpora: the embedded stories, and downloads from a local server with faults."""
 
 import hashlib
 import http.server
@@ -10,15 +10,13 @@ import threading
 import pytest
 
 from llama_jax.data.prepare import corpora
-from llama_jax.data.prepare import corpora as downloads
 from llama_jax.data.prepare.corpora import (
-    default_options,
     download,
     named_corpus,
-    prepare_corpus,
     unpack,
 )
-from llama_jax.data.prepare.documents import Reading
+from llama_jax.data.prepare.documents import ReadState
+from llama_jax.data.prepare.tokenize import TokenOptions, default_options, prepare_corpus
 from llama_jax.data.stories import stories
 from llama_jax.errors import UserError
 
@@ -26,7 +24,7 @@ PLAY = "\n".join(f"Speaker {n}:\nWhat of the {n} boats, my lord?\n" for n in ran
 
 
 def archive(stories, name="data00.json"):
-    """A .tar.gz with one file of stories."""
+    """Return a .tar.gz with one file of stories."""
     data = json.dumps([{"story": story} for story in stories]).encode()
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w:gz") as tar:
@@ -43,7 +41,7 @@ FILES = {
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves `FILES`; `/broken/...` breaks off half-way."""
+    """Serves `FILES`; below `/broken` only the first half of each."""
 
     def do_GET(self):
         is_broken = self.path.startswith("/broken")
@@ -54,7 +52,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.server.served += 1  # before the answer, so that the client finds it counted
+        self.server.served += 1  # before the response, so that the client sees the count
         self.wfile.write(data[: len(data) // 2] if is_broken else data)
 
     def log_message(self, *_):
@@ -79,13 +77,13 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def test_the_cache_is_in_the_home_folder_unless_told(monkeypatch, tmp_path):
+def test_default_cache_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("LLAMA_JAX_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert downloads.cache_folder() == tmp_path / ".cache" / "llama_jax"
+    assert corpora.cache_folder() == tmp_path / ".cache" / "llama_jax"
 
 
-def test_a_file_is_downloaded_once(server, cache):
+def test_file_is_downloaded_once(server, cache):
     for _ in range(2):
         path = download(f"{server.url}/play.txt", "play.txt", hashlib.sha256(PLAY).hexdigest())
         assert path.read_bytes() == PLAY
@@ -98,10 +96,10 @@ def test_a_file_is_downloaded_once(server, cache):
     [
         ("/missing.txt", "", "Not Found"),
         ("/broken/play.txt", "", "the connection broke after"),
-        ("/play.txt", "0" * 64, "another file than expected"),
+        ("/play.txt", "0" * 64, "another sha256 than expected"),
     ],
 )
-def test_a_failed_download_names_the_url_and_the_place(server, cache, path, sha256, message):
+def test_failed_download_message_has_url_and_path(server, cache, path, sha256, message):
     with pytest.raises(UserError, match=message) as caught:
         download(server.url + path, "play.txt", sha256)
     assert server.url + path in str(caught.value)
@@ -110,7 +108,7 @@ def test_a_failed_download_names_the_url_and_the_place(server, cache, path, sha2
     assert not list(cache.iterdir())
 
 
-def test_no_network_is_one_clear_line(server, cache):
+def test_missing_network_is_one_line(server, cache):
     server.shutdown()
     server.server_close()
     with pytest.raises(UserError, match=r"cannot download .*: .*refused; get it by other means"):
@@ -121,16 +119,16 @@ def test_no_network_is_one_clear_line(server, cache):
 def test_shakespeare_is_one_document(server, monkeypatch, tmp_path):
     monkeypatch.setattr(corpora, "SHAKESPEARE_URL", f"{server.url}/play.txt")
     monkeypatch.setattr(corpora, "SHAKESPEARE_SHA256", hashlib.sha256(PLAY).hexdigest())
-    options = corpora.TokenOptions(vocab_size=300)
+    options = TokenOptions(vocab_size=300)
     folder = prepare_corpus("shakespeare", tmp_path / "out", options, validation=0.1)
     assert [split.documents for split in folder.splits.values()] == [1, 1]
     assert folder.source == "corpus shakespeare"
 
 
-def test_tinystories_are_unpacked_and_read(server, monkeypatch, cache):
+def test_tinystories_is_unpacked_once(server, monkeypatch, cache):
     monkeypatch.setattr(corpora, "TINYSTORIES_URL", f"{server.url}/stories.tar.gz")
     for _ in range(2):
-        splits = [split for split, _ in named_corpus("tinystories").read(Reading())]
+        splits = [split for split, _ in named_corpus("tinystories").read(ReadState())]
         assert splits == ["train"] * 38 + ["validation"] * 2
     assert server.served == 1
     assert (cache / "tinystories" / "data00.json").is_file()
@@ -140,7 +138,7 @@ DAMAGED = {"a page": b"<html>", "cut off": archive(["x"] * 999)[:90], "empty": b
 
 
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_archive_is_told_and_leaves_no_folder(cache, content):
+def test_damaged_archive_leaves_no_folder(cache, content):
     cache.mkdir()
     (cache / "a.tar.gz").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.tar\.gz cannot be unpacked.*delete it"):
@@ -148,7 +146,7 @@ def test_a_damaged_archive_is_told_and_leaves_no_folder(cache, content):
     assert [path.name for path in cache.iterdir()] == ["a.tar.gz"]
 
 
-def test_an_archive_cannot_write_outside(cache, tmp_path):
+def test_archive_cannot_write_outside_the_folder(cache, tmp_path):
     cache.mkdir()
     (cache / "a.tar.gz").write_bytes(archive(["x"], name="../../evil.json"))
     with pytest.raises(UserError, match="cannot be unpacked"):
@@ -156,21 +154,19 @@ def test_an_archive_cannot_write_outside(cache, tmp_path):
     assert not list(tmp_path.rglob("evil.json"))
 
 
-def test_stories_have_their_own_validation(tmp_path):
-    folder = prepare_corpus(
-        "stories", tmp_path / "out", corpora.TokenOptions(vocab_size=400), stories=100
-    )
+def test_stories_have_validation_stories(tmp_path):
+    folder = prepare_corpus("stories", tmp_path / "out", TokenOptions(vocab_size=400), stories=100)
     assert [split.documents for split in folder.splits.values()] == [100, 5]
     assert folder.vocab_size == 400
 
 
-def test_some_stories_for_training_begin_at_a_later_word():
-    told = {"train": list(stories("train", 64)), "validation": list(stories("validation", 3))}
+def test_some_training_stories_are_truncated_at_the_start():
+    complete = {"train": list(stories("train", 64)), "validation": list(stories("validation", 3))}
     read = {"train": [], "validation": []}
-    for split, passage in corpora.embedded_stories(64).read(Reading()):
-        read[split].append(passage.text)
-    assert read["validation"] == told["validation"]
-    cut = [(text, story) for text, story in zip(read["train"], told["train"]) if text != story]
+    for split, chunk in corpora.embedded_stories(64).read(ReadState()):
+        read[split].append(chunk.text)
+    assert read["validation"] == complete["validation"]
+    cut = [(text, story) for text, story in zip(read["train"], complete["train"]) if text != story]
     assert len(cut) == 11
     for text, story in cut:
         assert story.endswith(f" {text}")
@@ -178,18 +174,18 @@ def test_some_stories_for_training_begin_at_a_later_word():
     assert len({len(story.split()) - len(text.split()) for text, story in cut}) > 6
 
 
-def test_an_unknown_corpus_gets_a_suggestion():
+def test_unknown_corpus_gets_a_suggestion():
     with pytest.raises(UserError, match="did you mean 'shakespeare'"):
         named_corpus("shakespear")
 
 
-def test_an_existing_output_is_found_before_any_download(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "named_corpus", None)
+def test_existing_output_is_refused_before_any_download(tmp_path, cache):
     with pytest.raises(UserError, match="exists already"):
         prepare_corpus("tinystories", tmp_path)
+    assert not cache.exists()
 
 
-def test_every_corpus_has_a_vocabulary_size():
+def test_default_vocabulary_sizes():
     assert {name: default_options(name).vocab_size for name in (*corpora.NAMES, "book.txt")} == {
         "stories": 2048,
         "shakespeare": 2048,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from token_folders import counting, write_documents
 
 from llama_jax.data.datasets import PackedDataset, WindowDataset, make_example, open_dataset
-from llama_jax.data.prepare.corpus import corpus_from_files
+from llama_jax.data.prepare.corpora import corpus_from_files
 from llama_jax.data.prepare.tokenize import TokenOptions, prepare
 from llama_jax.data.token_folder import TokenFolder, TokenWriter, document_starts, starts_path
 from llama_jax.errors import UsageError, UserError

@@ -1,4 +1,4 @@
-"""Documents: every kind of file and separator, damage, and bounded memory."""
+"""Documents: file types and separators, damaged files, and bounded memory."""
 
 import json
 import tracemalloc
@@ -7,21 +7,27 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from llama_jax.data.prepare import documents as text_files
-from llama_jax.data.prepare.documents import END_OF_TEXT, Passage, Reading, passages, read_documents
+from llama_jax.data.prepare.documents import (
+    END_OF_TEXT,
+    Chunk,
+    ReadState,
+    read_documents,
+    split_documents,
+)
 from llama_jax.errors import UserError
 
 words = st.text(st.sampled_from("ab é\t\n."), max_size=20)
 
 
-def read(path, split_at="auto", reading=None):
-    """The documents of a path, as texts."""
+def read(path, split_at="auto", **settings):
+    """Return the documents of a path as strings, and the number of characters replaced."""
+    state = ReadState(**settings)
     documents = []
-    for passage in read_documents(path, split_at, reading):
-        if passage.is_first:
+    for chunk in read_documents(path, split_at, state):
+        if chunk.is_first:
             documents.append("")
-        documents[-1] += passage.text
-    return documents
+        documents[-1] += chunk.text
+    return documents, state.replaced
 
 
 @pytest.mark.parametrize(
@@ -43,64 +49,64 @@ def read(path, split_at="auto", reading=None):
         ("a\0b", "none", ["a\0b"]),
     ],
 )
-def test_text_is_split_where_asked(tmp_path, text, split_at, documents):
+def test_text_is_split_at_separators(tmp_path, text, split_at, documents):
     path = tmp_path / "text.txt"
     path.write_bytes(text.encode())
-    assert read(path, split_at) == documents
+    assert read(path, split_at)[0] == documents
 
 
-def test_json_lines_and_lists_and_folders_are_read_in_order(tmp_path):
+def test_folder_of_all_file_types_is_read_in_order(tmp_path):
     (tmp_path / "c").mkdir()
     (tmp_path / "b.jsonl").write_text('{"text": " one "}\n\n{"text": "two\\nlines", "x": 1}\n')
     (tmp_path / "a.txt").write_text("zero")
     (tmp_path / "c" / "d.json").write_text(json.dumps([{"story": "three"}, {"story": ""}]))
     (tmp_path / "notes.md").write_text("not read")
     (tmp_path / ".hidden.txt").write_text("not read")
-    assert read(tmp_path) == ["zero", "one", "two\nlines", "three"]
+    assert read(tmp_path)[0] == ["zero", "one", "two\nlines", "three"]
 
 
-@given(stories=st.lists(words | st.text(max_size=20), max_size=8), chunk=st.integers(1, 40))
-def test_a_json_list_is_read_the_same_in_any_chunks(tmp_path_factory, stories, chunk):
+@given(stories=st.lists(words | st.text(max_size=20), max_size=8), block=st.integers(1, 40))
+def test_json_list_does_not_depend_on_block_size(tmp_path_factory, stories, block):
     path = tmp_path_factory.mktemp("json") / "stories.json"
     path.write_text(json.dumps([{"story": story, "n": [1, {"]": "}"}]} for story in stories]))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_files, "CHUNK", chunk)
-        assert read(path, reading=Reading(errors="strict")) == [
-            story.strip() for story in stories if story.strip()
-        ]
+    found, _ = read(path, block_bytes=block)
+    assert found == [story.strip() for story in stories if story.strip()]
 
 
-@given(documents=st.lists(words, max_size=6), chunk=st.integers(1, 40))
-def test_a_text_is_split_the_same_in_any_chunks(tmp_path_factory, documents, chunk):
+@given(documents=st.lists(words, max_size=6), block=st.integers(1, 40))
+def test_split_text_does_not_depend_on_block_size(tmp_path_factory, documents, block):
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_bytes(f"\n{END_OF_TEXT}\n".join(documents).encode())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_files, "CHUNK", chunk)
-        assert read(path, END_OF_TEXT) == [text.strip() for text in documents if text.strip()]
+    found, _ = read(path, END_OF_TEXT, block_bytes=block)
+    assert found == [text.strip() for text in documents if text.strip()]
 
 
 @given(fragments=st.lists(words | st.none(), max_size=12), longest=st.integers(2, 9))
-def test_the_passages_of_a_document_are_the_document(fragments, longest):
+def test_concatenated_chunks_are_the_document(fragments, longest):
     found, first = [], True
-    for passage in passages([*fragments, None], longest):
-        assert passage.is_first == first
-        assert len(passage.text) <= longest
-        if passage.is_first:
+    for chunk in split_documents([*fragments, None], longest):
+        assert chunk.is_first == first
+        assert len(chunk.text) <= longest
+        if chunk.is_first:
             found.append("")
-        found[-1] += passage.text
-        first = passage.is_last
+        found[-1] += chunk.text
+        first = chunk.is_last
     joined = "".join("|" if fragment is None else fragment for fragment in fragments).split("|")
     assert [text.rstrip() for text in found] == [text.strip() for text in joined if text.strip()]
 
 
-def test_long_documents_are_cut_between_words():
-    cut = list(passages(["the boat was very red", None], longest=10))
+def test_long_documents_are_split_between_words():
+    cut = list(split_documents(["the boat was very red", None], longest=10))
     assert cut == [
-        Passage("the boat", True, False),
-        Passage(" was very", False, False),
-        Passage(" red", False, True),
+        Chunk("the boat", True, False),
+        Chunk(" was very", False, False),
+        Chunk(" red", False, True),
     ]
-    assert [len(passage.text) for passage in passages(["x" * 25, None], longest=10)] == [10, 10, 5]
+    assert [len(chunk.text) for chunk in split_documents(["x" * 25, None], longest=10)] == [
+        10,
+        10,
+        5,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -118,54 +124,49 @@ def test_long_documents_are_cut_between_words():
         ("a.json", b'{"story": "x"}', r"not a JSON list"),
         ("a.json", b'[{"story": "x"}, 5]', r"not a JSON list of objects"),
         ("a.json", b'[{"story": "x"}, {"story": "y"', r"object 2 is not JSON"),
-        ("a.json", b'[{"story": "x"},', r"cut short after 1 objects"),
-        ("a.json", b"", r"cut short after 0 objects"),
+        ("a.json", b'[{"story": "x"},', r"truncated after 1 objects"),
+        ("a.json", b"", r"truncated after 0 objects"),
         ("a.json", b'[{"story": x}' + b" " * 50, r"object 1 is not JSON"),
         ("a.json", b'[{"story":' * 50_000, r"object 1 is (not JSON|nested)"),
-        ("a.csv", b"x", r"a.csv is of an unknown kind"),
+        ("a.csv", b"x", r"a.csv has an unknown type"),
     ],
 )
-def test_damaged_files_are_refused_with_the_place(tmp_path, name, content, message):
+def test_damaged_file_message_has_the_position(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
         read(tmp_path / name)
     assert "\n" not in str(caught.value)
 
 
-def test_a_place_without_text_is_refused(tmp_path):
+def test_missing_and_empty_folders_are_refused(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         read(tmp_path / "missing.txt")
     with pytest.raises(UserError, match="holds no text"):
         read(tmp_path)
 
 
-@given(data=st.binary(max_size=60), chunk=st.integers(1, 9))
-def test_bad_bytes_are_replaced_and_counted(tmp_path_factory, data, chunk):
+@given(data=st.binary(max_size=60), block=st.integers(1, 9))
+def test_invalid_bytes_are_replaced_and_counted(tmp_path_factory, data, block):
     path = tmp_path_factory.mktemp("bytes") / "a.txt"
     path.write_bytes(b"." + data + b".")
-    reading = Reading(errors="replace")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_files, "CHUNK", chunk)
-        (text,) = read(path, "none", reading)
+    (text,), replaced = read(path, "none", errors="replace", block_bytes=block)
     assert text == (b"." + data + b".").decode(errors="replace")
-    assert reading.replaced == text.count("\ufffd") - data.count("\ufffd".encode())
+    assert replaced == text.count("\ufffd") - data.count("\ufffd".encode())
 
 
 def test_surrogate_escapes_are_replaced_and_counted(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a\\ud800b \\ud83d\\ude42"}')
-    reading = Reading(errors="replace")
-    assert read(path, "none", reading) == ["a\ufffdb 🙂"]
-    assert reading.replaced == 1
+    assert read(path, "none", errors="replace") == (["a\ufffdb 🙂"], 1)
 
 
 @pytest.mark.parametrize("split_at", ["none", "blank", END_OF_TEXT])
-def test_one_huge_line_takes_little_memory(tmp_path, split_at):
+def test_huge_line_takes_little_memory(tmp_path, split_at):
     path = tmp_path / "line.txt"
-    path.write_text("0123456 " * 2_500_000)  # 20 MB
+    path.write_text("0123456 " * 1_250_000)  # 10 MB
     tracemalloc.start()
-    length = sum(len(passage.text) for passage in read_documents(path, split_at))
+    length = sum(len(chunk.text) for chunk in read_documents(path, split_at))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert length == 20_000_000 - 1
-    assert peak < 10_000_000
+    assert length == 10_000_000 - 1
+    assert peak < 8_000_000

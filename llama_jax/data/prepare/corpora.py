@@ -1,6 +1,7 @@
-"""Files from the internet, fetched once into a cache folder, each whole or not at all.
+"""Corpora: documents assigned to the training or the validation split.
 
-`$LLAMA_JAX_CACHE` names that folder; by default it is `~/.cache/llama_jax`.
+Text files of the user, the embedded stories, and named downloads, which are kept in
+`$LLAMA_JAX_CACHE` (by default `~/.cache/llama_jax`).
 """
 
 import dataclasses
@@ -10,109 +11,143 @@ import os
 import tarfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from random import Random
 
-from llama_jax.data.prepare.corpus import HELD_OUT, Assigned, Corpus, corpus_from_files
-from llama_jax.data.prepare.documents import Passage, Reading
-from llama_jax.data.prepare.tokenize import TokenOptions, prepare
-from llama_jax.data.token_folder import TokenFolder
+from llama_jax.data.prepare.documents import Chunk, ReadState, read_documents, total_bytes
 from llama_jax.errors import UserError, did_you_mean
-from llama_jax.files import check_new_path, new_folder, progress
+from llama_jax.files import new_folder, progress
 
-BLOCK = 2**18  # bytes between two looks at the progress bar
-PATIENCE = 30  # seconds without a byte
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept."""
-    default = Path.home() / ".cache" / "llama_jax"
-    return Path(os.environ.get("LLAMA_JAX_CACHE") or default)
+VALIDATION_FRACTION = 0.05  # of the documents, unless set otherwise
+DOWNLOAD_BLOCK = 2**18  # bytes between two updates of the progress bar
+DOWNLOAD_TIMEOUT = 30  # seconds without a byte
+AssignedChunk = tuple[str, Chunk]  # "train" or "validation", and the text
 
 
-def download(url: str, name: str, sha256: str = "") -> Path:
-    """The file of a URL in the cache folder, fetched if it is not there.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Text that can be read repeatedly, the training split first."""
+
+    source: str  # description of where it comes from
+    read: Callable[[ReadState], Iterator[AssignedChunk]]
+    size: int  # value of `ReadState.done` at the end
+    unit: str = "B"  # of that size
+    errors: str = "strict"  # see `ReadState`
+    characters: int  # approximate total
+    notices: tuple[str, ...] = ()  # what the user should know about the split
+
+    def training_sample(self, characters: int) -> Iterator[str]:
+        """Yield text spread evenly over the training split, about so many characters in total."""
+        every = -(-self.characters // characters)
+        state = ReadState(errors=self.errors)
+        training = (chunk for split, chunk in self.read(state) if split == "train")
+        with progress("sampling text", self.size, self.unit) as show:
+            for index, chunk in enumerate(training):
+                if index % every == 0:
+                    show(state.done)
+                    yield chunk.text
+
+
+# ---- text files ----
+
+
+def corpus_from_files(
+    path: str | os.PathLike[str],
+    *,
+    split_at: str = "auto",
+    errors: str = "strict",
+    validation: float = VALIDATION_FRACTION,
+) -> Corpus:
+    """Return the documents of a text file or folder, the last of them held out for validation.
+
+    Reads all files once to count documents. Of a single document, the last part is held out.
 
     Args:
-      url: where it is.
-      name: what it is called in the cache folder.
-      sha256: what its hash must be; empty: whatever comes.
+      path: see `read_documents`, also for `split_at`.
+      errors: "strict" or "replace", for bytes that are not UTF-8.
+      validation: fraction of the documents that is held out, in [0, 1).
 
     Raises:
-      UserError: if it cannot be had; says where to put it by hand.
+      UserError: if there is no text, or a file cannot be read.
     """
-    path = cache_folder() / name
-    if path.is_file():
-        return path
-    partial = path.with_name(f".{name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        found = _fetch(url, partial)
-        if sha256 and found != sha256:
-            raise UserError(f"{url} gave another file than expected (sha256 {found})")
-        partial.replace(path)
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        if isinstance(error, urllib.error.HTTPError):
-            error.close()  # it keeps the connection
-        reason = " ".join(str(getattr(error, "reason", None) or error).split())
-        message = f"cannot download {url}: {reason}; get it by other means and put it at {path}"
-        raise UserError(message) from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    size, counting = total_bytes(path), ReadState(errors=errors)
+    documents = characters = 0
+    with progress("counting documents", size) as show:
+        for chunk in read_documents(path, split_at, counting):
+            documents += chunk.is_first
+            characters += len(chunk.text)
+            show(counting.done)
+    if not documents:
+        raise UserError(f"{path} holds only whitespace; expected at least one document")
+
+    def read(state: ReadState) -> Iterator[AssignedChunk]:
+        chunks = read_documents(path, split_at, state)
+        if documents == 1 and validation > 0:
+            return hold_out_end(chunks, round(characters * (1 - validation)))
+        return hold_out_documents(chunks, documents, validation)
+
+    notices = []
+    if counting.replaced:
+        notices.append(f"{counting.replaced:,} invalid characters were replaced by U+FFFD")
+    if documents == 1 and validation > 0:
+        unsplit = "" if split_at in ("auto", "none") else f", not split at {split_at!r}"
+        notices.append(f"there is one document{unsplit}; its last {validation:.0%} is validation")
+    return Corpus(
+        source=f"text of {os.fspath(path)}",
+        read=read,
+        size=size,
+        errors=errors,
+        characters=characters,
+        notices=tuple(notices),
+    )
 
 
-def _fetch(url: str, partial: Path) -> str:
-    """Write what a URL gives to a file; its hash."""
-    digest, done = hashlib.sha256(), 0
-    with urllib.request.urlopen(url, timeout=PATIENCE) as response, partial.open("wb") as stream:
-        size = int(response.headers.get("Content-Length") or 0)
-        with progress(f"downloading {url.rsplit('/', 1)[-1]}", size) as show:
-            while block := response.read(BLOCK):
-                stream.write(block)
-                digest.update(block)
-                done += len(block)
-                show(done)
-        stream.flush()
-        os.fsync(stream.fileno())
-    if size and done != size:
-        raise UserError(f"the connection broke after {done:,} of {size:,} bytes")
-    return digest.hexdigest()
+def hold_out_documents(
+    chunks: Iterable[Chunk], documents: int, validation: float
+) -> Iterator[AssignedChunk]:
+    """Yield the chunks of `documents` documents with their split; the last are for validation.
 
-
-def unpack(archive: Path, folder: Path) -> Path:
-    """The folder with what a `.tar.gz` archive holds, unpacked if it is not there.
-
-    Only plain files and folders that stay inside are taken out.
-
-    Raises:
-      UserError: if the archive is damaged.
+    Unless `validation` is 0, each split has at least one document.
     """
-    if folder.is_dir():
-        return folder
-    with new_folder(folder) as partial:
-        try:
-            with archive.open("rb") as raw, tarfile.open(fileobj=raw, mode="r:gz") as tar:
-                size = archive.stat().st_size
-                with progress(f"unpacking {archive.name}", size) as show:
-                    for member in tar:
-                        tar.extract(member, partial, filter="data")
-                        show(raw.tell())
-        except (tarfile.TarError, EOFError, OSError) as error:
-            reason = f"{archive} cannot be unpacked: {error}"
-            raise UserError(f"{reason}; delete it, and it is downloaded anew") from error
-    return folder
+    held_out = min(max(1, round(documents * validation)), documents - 1) if validation else 0
+    seen = 0
+    for chunk in chunks:
+        seen += chunk.is_first
+        yield "train" if seen <= documents - held_out else "validation", chunk
 
 
-# The corpora that have a name: one that the project makes itself, two from the internet.
+def hold_out_end(chunks: Iterable[Chunk], kept: int) -> Iterator[AssignedChunk]:
+    """Yield the chunks of one document with their split, cut at a line end near `kept`."""
+    split, position, is_first = "train", 0, True  # is_first: this split has no chunk yet
+    for chunk in chunks:
+        text, room = chunk.text, kept - position
+        position += len(text)
+        if split == "validation" or (room > len(text) and not chunk.is_last):
+            yield split, dataclasses.replace(chunk, is_first=is_first)
+            is_first = False
+            continue
+        cut = _line_end(text, max(1, room))
+        yield "train", Chunk(text[:cut].rstrip(), is_first, is_last=True)
+        split, rest, is_first = "validation", text[cut:].lstrip(), True
+        if rest:
+            yield split, Chunk(rest, is_first, chunk.is_last)
+            is_first = False
+
+
+def _line_end(text: str, near: int) -> int:
+    """Return the first line end from `near` on; else the last before, else a space, else `near`."""
+    positions = (text.find("\n", near), text.rfind("\n", 0, near), text.find(" ", near))
+    return next((position for position in positions if position > 0), near)
+
+
+# ---- named corpora ----
 
 NAMES = ("stories", "shakespeare", "tinystories")
-VOCAB_SIZES = {"stories": 2048, "shakespeare": 2048, "tinystories": 4096}  # unless asked for
-STORIES = 20_000  # made for training
-STORIES_PER_HELD_OUT = 20  # and one for validation with every so many
-STORY_LENGTH = 500  # characters, about
-CUT_EVERY = 6  # one story for training in so many has lost its beginning
+STORIES = 20_000  # training stories
+TRAINING_PER_VALIDATION = 20  # training stories for each validation story
+STORY_LENGTH = 500  # characters, approximately
+TRUNCATE_EVERY = 6  # one training story in so many is truncated at its start
 
 SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -124,13 +159,15 @@ TINYSTORIES_URL = (
 )
 
 
-def named_corpus(name: str, *, validation: float = HELD_OUT, stories: int = STORIES) -> Corpus:
-    """The corpus of a name, downloaded if need be.
+def named_corpus(
+    name: str, *, validation: float = VALIDATION_FRACTION, stories: int = STORIES
+) -> Corpus:
+    """Return the corpus of a name, downloaded if necessary.
 
     Args:
       name: one of `NAMES`.
-      validation: fraction that is held out; "stories" has its own stories for validation.
-      stories: how many stories "stories" has for training.
+      validation: fraction that is held out; not used by "stories".
+      stories: number of training stories of "stories".
 
     Raises:
       UserError: for an unknown name, or if a download fails.
@@ -151,23 +188,23 @@ def named_corpus(name: str, *, validation: float = HELD_OUT, stories: int = STOR
 
 
 def embedded_stories(count: int) -> Corpus:
-    """`count` stories for training and a twentieth of that for validation, made on the spot.
+    """Return `count` generated training stories and a twentieth as many for validation.
 
-    Some of those for training begin at a later word. A model that has only met openings where a
-    text begins cannot go on from "One day", which is what a user may well type.
+    Some training stories are truncated at their start: a model that has only seen complete stories
+    cannot continue a prompt from the middle of one, such as "One day".
     """
-    held_out = max(1, count // STORIES_PER_HELD_OUT)
+    held_out = max(1, count // TRAINING_PER_VALIDATION)
 
-    def read(reading: Reading) -> Iterator[Assigned]:
+    def read(state: ReadState) -> Iterator[AssignedChunk]:
         from llama_jax.data.stories import stories
 
         for number, story in enumerate(stories("train", count)):
-            reading.done += 1
-            text = without_beginning(story, number) if number % CUT_EVERY == 0 else story
-            yield "train", Passage(text, is_first=True, is_last=True)
+            state.done += 1
+            text = truncate_start(story, number) if number % TRUNCATE_EVERY == 0 else story
+            yield "train", Chunk(text, is_first=True, is_last=True)
         for story in stories("validation", held_out):
-            reading.done += 1
-            yield "validation", Passage(story, is_first=True, is_last=True)
+            state.done += 1
+            yield "validation", Chunk(story, is_first=True, is_last=True)
 
     return Corpus(
         source=f"corpus stories, {count} for training and {held_out} for validation",
@@ -178,26 +215,93 @@ def embedded_stories(count: int) -> Corpus:
     )
 
 
-def without_beginning(story: str, seed: int) -> str:
-    """The story from some word in its first three quarters on, but not the very first."""
+def truncate_start(story: str, seed: int) -> str:
+    """Return a story from a random word in its first three quarters on, except the very first."""
     words = story.split(" ")
     return " ".join(words[1 + int(Random(seed).random() * 0.75 * len(words)) :])
 
 
-def default_options(name: str) -> TokenOptions:
-    """How a corpus is tokenized unless asked otherwise; any name will do."""
-    return TokenOptions(vocab_size=VOCAB_SIZES.get(name, TokenOptions.vocab_size))
+# ---- downloads ----
 
 
-def prepare_corpus(
-    name: str,
-    output: str | os.PathLike[str],
-    options: TokenOptions | None = None,
-    *,
-    validation: float = HELD_OUT,
-    stories: int = STORIES,
-) -> TokenFolder:
-    """A named corpus as a new token folder; see `named_corpus` and `prepare`."""
-    check_new_path(Path(output))
-    corpus = named_corpus(name, validation=validation, stories=stories)
-    return prepare(corpus, Path(output), options or default_options(name))
+def cache_folder() -> Path:
+    """Return the folder of downloads."""
+    default = Path.home() / ".cache" / "llama_jax"
+    return Path(os.environ.get("LLAMA_JAX_CACHE") or default)
+
+
+def download(url: str, name: str, sha256: str = "") -> Path:
+    """Return the path of a downloaded file, from the cache if it is there.
+
+    Args:
+      url: to download from.
+      name: of the file in the cache folder.
+      sha256: expected hash; empty: not checked.
+
+    Raises:
+      UserError: if the download fails, with the path to put the file at.
+    """
+    path = cache_folder() / name
+    if path.is_file():
+        return path
+    partial = path.with_name(f".{name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = _fetch(url, partial)
+        if sha256 and found != sha256:
+            raise UserError(f"{url} has another sha256 than expected, {found}")
+        partial.replace(path)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it holds the connection
+        reason = " ".join(str(getattr(error, "reason", None) or error).split())
+        message = f"cannot download {url}: {reason}; get it by other means and put it at {path}"
+        raise UserError(message) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _fetch(url: str, partial: Path) -> str:
+    """Download a URL to a file and return its sha256."""
+    digest, done = hashlib.sha256(), 0
+    with (
+        urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response,
+        partial.open("wb") as stream,
+    ):
+        size = int(response.headers.get("Content-Length") or 0)
+        with progress(f"downloading {url.rsplit('/', 1)[-1]}", size) as show:
+            while block := response.read(DOWNLOAD_BLOCK):
+                stream.write(block)
+                digest.update(block)
+                done += len(block)
+                show(done)
+        stream.flush()
+        os.fsync(stream.fileno())
+    if size and done != size:
+        raise UserError(f"the connection broke after {done:,} of {size:,} bytes")
+    return digest.hexdigest()
+
+
+def unpack(archive: Path, folder: Path) -> Path:
+    """Return the folder with the contents of a `.tar.gz` archive, unpacked if it is missing.
+
+    Extracts only plain files and folders that stay inside.
+
+    Raises:
+      UserError: if the archive is damaged.
+    """
+    if folder.is_dir():
+        return folder
+    with new_folder(folder) as partial:
+        try:
+            with archive.open("rb") as raw, tarfile.open(fileobj=raw, mode="r:gz") as tar:
+                size = archive.stat().st_size
+                with progress(f"unpacking {archive.name}", size) as show:
+                    for member in tar:
+                        tar.extract(member, partial, filter="data")
+                        show(raw.tell())
+        except (tarfile.TarError, EOFError, OSError) as error:
+            reason = f"{archive} cannot be unpacked: {error}"
+            raise UserError(f"{reason}; delete it, and it is downloaded again") from error
+    return folder

@@ -1,8 +1,7 @@
-"""A corpus becomes a token folder, on all cores, in little memory, whole or not at all.
+"""Tokenization of a corpus into a token folder, in threads and in little memory.
 
-The result is the same for any number of workers: they only tokenize, each a batch of passages at
-a time (SentencePiece lets threads run side by side), and their results are taken in order. Does
-not know where corpora come from.
+The result does not depend on the number of workers: they tokenize batches of text
+(SentencePiece releases the GIL), and their results are written in order.
 """
 
 import collections
@@ -15,45 +14,73 @@ from pathlib import Path
 
 import numpy as np
 
-from llama_jax.data.prepare.corpus import Assigned, Corpus
-from llama_jax.data.prepare.documents import Passage, Reading
+from llama_jax.data.prepare.corpora import (
+    STORIES,
+    VALIDATION_FRACTION,
+    AssignedChunk,
+    Corpus,
+    named_corpus,
+)
+from llama_jax.data.prepare.documents import Chunk, ReadState
 from llama_jax.data.token_folder import TOKENIZER, TokenFolder, TokenWriter
-from llama_jax.files import new_folder, progress
+from llama_jax.files import check_new_path, new_folder, progress
 from llama_jax.text.tokenizer import Tokenizer, train_tokenizer
 
-BATCH = 2**18  # characters that a worker tokenizes at a time
-SAMPLE = 64_000_000  # characters that a tokenizer is trained on, at most
+BATCH_CHARACTERS = 2**18  # that a worker tokenizes at a time
+SAMPLE_CHARACTERS = 64_000_000  # that a tokenizer is trained on, at most
+VOCAB_SIZES = {"stories": 2048, "shakespeare": 2048}  # defaults of named corpora
+Encoded = tuple[str, np.ndarray, np.ndarray, int]  # split, tokens, document starts, characters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenOptions:
-    """How text becomes tokens on disk."""
+    """Settings of tokenization."""
 
-    tokenizer: str = ""  # SentencePiece model to use; empty: train one
-    vocab_size: int = 4096  # pieces of the one that is trained
+    tokenizer: str = ""  # path of a SentencePiece model; empty: train one
+    vocab_size: int = 4096  # of the tokenizer that is trained
     bos: bool = True  # put BOS before each document
     eos: bool = False  # put EOS after each document
-    shard_tokens: int = 100_000_000  # tokens in a file
-    workers: int = 0  # threads; 0: as many as there are cores
+    shard_tokens: int = 100_000_000  # tokens per file
+    workers: int = 0  # threads; 0: one per core
 
 
-def prepare(corpus: Corpus, output: Path, options: TokenOptions) -> TokenFolder:
-    """Tokenize a corpus into a new folder `output`.
+def default_options(corpus: str) -> TokenOptions:
+    """Return the default settings for a named corpus, or for any other text."""
+    return TokenOptions(vocab_size=VOCAB_SIZES.get(corpus, TokenOptions.vocab_size))
+
+
+def prepare_corpus(
+    name: str,
+    output: str | os.PathLike[str],
+    options: TokenOptions | None = None,
+    *,
+    validation: float = VALIDATION_FRACTION,
+    stories: int = STORIES,
+) -> TokenFolder:
+    """Write a named corpus to a new token folder; see `named_corpus` and `prepare`."""
+    check_new_path(Path(output))
+    corpus = named_corpus(name, validation=validation, stories=stories)
+    return prepare(corpus, Path(output), options or default_options(name))
+
+
+def prepare(
+    corpus: Corpus, output: Path, options: TokenOptions, batch_characters: int = BATCH_CHARACTERS
+) -> TokenFolder:
+    """Tokenize a corpus into a new folder `output`, which appears only when it is complete.
 
     Raises:
       UserError: if the folder exists or cannot be written, the tokenizer is unusable or cannot be
-        trained on this text, or the text is damaged. Nothing is left behind then.
+        trained on this text, or the text is damaged.
     """
     with new_folder(output) as folder:
         tokenizer = _tokenizer(corpus, folder / TOKENIZER, options)
         writer = TokenWriter(folder, tokenizer.vocab_size, options.shard_tokens)
-        reading = Reading(errors=corpus.errors)
-        encoder = _Encoder(tokenizer, options)
+        state = ReadState(errors=corpus.errors)
         try:
             with progress("tokenizing", corpus.size, corpus.unit) as show:
-                for encoded in encoder.encode_all(corpus.read(reading)):
+                for encoded in encode(corpus.read(state), tokenizer, options, batch_characters):
                     writer.add(*encoded)
-                    show(reading.done)
+                    show(state.done)
             writer.finish(options.bos, options.eos, corpus.source)
         finally:
             writer.close()
@@ -61,7 +88,7 @@ def prepare(corpus: Corpus, output: Path, options: TokenOptions) -> TokenFolder:
 
 
 def summary(folder: TokenFolder) -> list[str]:
-    """What a token folder holds, in lines for people."""
+    """Return lines that describe a token folder."""
     lines = []
     for name, split in folder.splits.items():
         line = f"{name}: {split.documents:,} documents, {split.tokens:,} tokens"
@@ -69,72 +96,73 @@ def summary(folder: TokenFolder) -> list[str]:
             line += f", {split.tokens / split.documents:,.1f} tokens per document"
             line += f", {split.characters / split.tokens:.2f} characters per token"
         lines.append(line)
-    return [*lines, f"vocabulary: {folder.vocab_size:,} pieces", f"written to {folder.path}"]
+    return [*lines, f"vocabulary: {folder.vocab_size:,} tokens", f"written to {folder.path}"]
 
 
 def _tokenizer(corpus: Corpus, path: Path, options: TokenOptions) -> Tokenizer:
-    """The tokenizer to use, in its place in the folder."""
+    """Train or copy the tokenizer to `path` and return it."""
     if not options.tokenizer:
-        return train_tokenizer(corpus.training_sample(SAMPLE), options.vocab_size, path)
+        return train_tokenizer(corpus.training_sample(SAMPLE_CHARACTERS), options.vocab_size, path)
     tokenizer = Tokenizer(options.tokenizer)
     shutil.copyfile(options.tokenizer, path)
     return tokenizer
 
 
-class _Encoder:
-    """Tokenizes passages, in batches, in threads, in order."""
+def encode(
+    chunks: Iterable[AssignedChunk],
+    tokenizer: Tokenizer,
+    options: TokenOptions,
+    batch_characters: int = BATCH_CHARACTERS,
+) -> Iterator[Encoded]:
+    """Yield for each batch of text its split, tokens, document starts and characters, in order.
 
-    def __init__(self, tokenizer: Tokenizer, options: TokenOptions) -> None:
-        self._tokenizer = tokenizer
-        self._bos = np.array([tokenizer.bos_id] * options.bos, np.int32)
-        self._eos = np.array([tokenizer.eos_id] * options.eos, np.int32)
-        self._workers = options.workers or os.cpu_count() or 1
+    Reads only a few batches ahead of the results taken.
+    """
+    bos = np.array([tokenizer.bos_id] * options.bos, np.int32)
+    eos = np.array([tokenizer.eos_id] * options.eos, np.int32)
 
-    def encode_all(
-        self, passages: Iterable[Assigned]
-    ) -> Iterator[tuple[str, np.ndarray, np.ndarray, int]]:
-        """For batch after batch: its split, tokens, document starts and characters."""
-        pending: collections.deque[Future[tuple[str, np.ndarray, np.ndarray, int]]]
-        pending = collections.deque()
-        with ThreadPoolExecutor(self._workers) as pool:
-            try:
-                for split, batch in _batches(passages):
-                    pending.append(pool.submit(self._encode, split, batch))
-                    if len(pending) > 2 * self._workers:
-                        yield pending.popleft().result()
-                while pending:
-                    yield pending.popleft().result()
-            finally:
-                for future in pending:
-                    future.cancel()
-
-    def _encode(self, split: str, batch: list[Passage]) -> tuple[str, np.ndarray, np.ndarray, int]:
-        """The tokens of a batch, where documents start among them, and its characters."""
+    def encode_batch(split: str, batch: list[Chunk]) -> Encoded:
         parts: list[np.ndarray] = []
         starts, position = [], 0
-        for passage in batch:
-            ids = self._tokenizer.encode_array(passage.text, continues=not passage.is_first)
-            if passage.is_first:
+        for chunk in batch:
+            ids = tokenizer.encode_array(chunk.text, continues=not chunk.is_first)
+            if chunk.is_first:
                 starts.append(position)
-                ids = np.concatenate([self._bos, ids])
-            if passage.is_last:
-                ids = np.concatenate([ids, self._eos])
+                ids = np.concatenate([bos, ids])
+            if chunk.is_last:
+                ids = np.concatenate([ids, eos])
             parts.append(ids)
             position += len(ids)
-        characters = sum(len(passage.text) for passage in batch)
+        characters = sum(len(chunk.text) for chunk in batch)
         return split, np.concatenate(parts), np.array(starts, np.int64), characters
 
+    workers = options.workers or os.cpu_count() or 1
+    pending: collections.deque[Future[Encoded]] = collections.deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for split, batch in _batches(chunks, batch_characters):
+                pending.append(pool.submit(encode_batch, split, batch))
+                if len(pending) > 2 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
 
-def _batches(passages: Iterable[Assigned]) -> Iterator[tuple[str, list[Passage]]]:
-    """Passages of the same split, gathered until they have `BATCH` characters."""
-    batch: list[Passage] = []
-    split, characters = "train", 0
-    for its_split, passage in passages:
-        if batch and (its_split != split or characters + len(passage.text) > BATCH):
-            yield split, batch
+
+def _batches(
+    chunks: Iterable[AssignedChunk], batch_characters: int
+) -> Iterator[tuple[str, list[Chunk]]]:
+    """Group consecutive chunks of the same split, up to `batch_characters` each."""
+    batch: list[Chunk] = []
+    current, characters = "train", 0
+    for split, chunk in chunks:
+        if batch and (split != current or characters + len(chunk.text) > batch_characters):
+            yield current, batch
             batch, characters = [], 0
-        split = its_split
-        batch.append(passage)
-        characters += len(passage.text)
+        current = split
+        batch.append(chunk)
+        characters += len(chunk.text)
     if batch:
-        yield split, batch
+        yield current, batch
