@@ -250,7 +250,7 @@ MISTAKES = {
     (*TINY, "--config.optimizer.learning_rate=nan"): (2, "learning_rate=nan is out of range"),
     (*TINY, "--config.model.dim=25"): (2, "model.dim=25 does not divide into model.num_heads=6"),
     (*TINY, "--config.model.num_kv_heads=4"): (2, "does not divide over model.num_kv_heads=4"),
-    (*TINY, "--config.model.dim=18"): (2, "gives an odd head dim of 3"),
+    (*TINY, "--config.model.dim=18"): (2, "model.head_dim=3 is odd"),
     (*TINY, "--config.data.batch_size=12"): (
         2,
         "over 8 devices × optimizer.accumulation_steps=1; the nearest that does is 16",
@@ -274,7 +274,7 @@ MISTAKES = {
     (*LONG, "--config.data.path=short"): (1, "the train split of short has"),
     (*TINY, "--config.data.path=unheld", at("other-fresh")): (
         1,
-        "the validation split of unheld has 0 tokens",
+        "the validation split of unheld has only 0 tokens",
     ),
     (*TINY, "--process_id=1"): (2, "--process_id needs --distributed"),
     (*TINY, "--distributed", "--num_processes=two"): (2, "invalid int value: 'two'"),

@@ -145,7 +145,7 @@ def test_an_absurd_number_costs_nothing(tmp_path, file, field, number):
     ("changes", "message"),
     [
         ({"n_heads": 5, "n_kv_heads": 5}, "model.dim=48 does not divide into model.num_heads=5"),
-        ({"n_heads": 16, "n_kv_heads": 16}, "gives an odd head dim of 3"),
+        ({"n_heads": 16, "n_kv_heads": 16}, "model.head_dim=3 is odd"),
         ({"n_heads": 6, "n_kv_heads": 4}, "does not divide over model.num_kv_heads=4"),
     ],
 )
