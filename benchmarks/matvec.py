@@ -5,7 +5,7 @@
 
 A kernel is outputs × inputs. Enough of them are multiplied in one program that no cache holds
 them all; times are of one product, GB/s counts the kernel's bytes as they are held. `chosen` marks
-the form that `products.times_quantized` takes on this backend. Forms take turns.
+the form that `kernels.matmul.times_quantized` takes on this backend. Forms take turns.
 """
 
 import argparse

@@ -101,7 +101,7 @@ def seconds_a_step(step: Callable[[], Any]) -> float:
 
 
 class Ours:
-    """The step of `programs.jit_train_step`, on one device."""
+    """The step of `training.step.jit_train_step`, on one device."""
 
     def __init__(self, job: Job, layers: int = -1):
         """With `layers` = `AS_MANY_AS_FIT` the stack is as high as the device's memory allows."""

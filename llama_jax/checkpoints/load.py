@@ -63,12 +63,12 @@ DTYPES = ("", "float32", "bfloat16")
 class Loaded:
     """What a checkpoint folder holds."""
 
-    model: Llama  # blocks stacked, or a list if quantised; see `model.unstack` for decoding
+    model: Llama  # blocks stacked, or a list if quantised; `model.unstacked.unstack` makes the list
     config: ModelConfig
     tokenizer: Tokenizer
     step: int
     bos: bool  # documents it learnt from begin with BOS
-    chat_template: str  # see `description.Description`
+    chat_template: str  # see `checkpoints.metadata.Description`
 
 
 def load(

@@ -25,7 +25,7 @@ class Description:
     bos: bool  # documents it learnt from begin with BOS
     eos: bool  # they end with EOS
     quantization: QuantizationConfig | None = None  # how its matrices are stored; None: as floats
-    chat_template: str = ""  # a key of `chat.TEMPLATES`, or "none"; "": nobody said
+    chat_template: str = ""  # a key of `text.chat.TEMPLATES`, or "none"; "": nobody said
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -86,9 +86,7 @@ def _set_aside(path: Path) -> None:
     shutil.move(path, target)
 
 
-# Whole checkpoints, read: a step's trees and what it tells of itself, every bit verified.
-#
-# What lies in a step's folder, `writer` says.
+# Reading a step: its trees and its metadata, every bit verified. `checkpoints.save` writes them.
 
 Tree = TypeVar("Tree")
 Report = Callable[[str], None]

@@ -1,10 +1,10 @@
-"""A run's folder: what it is a run of, and whose it is while it runs.
+"""A run's folder: which run it belongs to, and the lock that a process holds on it.
 
-    config.json        what `description` writes
+    config.json        written by `checkpoints.metadata`
     tokenizer.model    so that sampling needs nothing else
-    metrics.jsonl      what `metrics` writes
-    profile/           what `profiling` writes, when asked
-    <step>/            what `checkpoint` writes
+    metrics.jsonl      written by `training.metrics`
+    profile/           written by `training.profiling`, with --profile
+    <step>/            written by `checkpoints.save`
 
 A converted model has such a folder too, with step 0 alone. A folder that holds one, another run or
 anything else is refused: nothing in it is ever overwritten.

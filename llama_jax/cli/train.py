@@ -20,7 +20,7 @@ def parser() -> cli.Parser:
     """The flags beside the config's."""
     parser = cli.Parser(
         description=__doc__,
-        usage="train.py [--config FILE] [--config.KEY=VALUE ...] [--profile START:STOP]"
+        usage="%(prog)s [--config FILE] [--config.KEY=VALUE ...] [--profile START:STOP]"
         " [--distributed ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

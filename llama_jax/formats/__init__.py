@@ -1,1 +1,1 @@
-"""Model files of other projects: each format reads into `weights.Weights` and writes from it."""
+"""Model files of other projects; each format reads and writes `formats.weights.Weights`."""

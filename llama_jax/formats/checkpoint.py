@@ -164,7 +164,7 @@ def _floats(
 # Our own checkpoints as a format: read and written layer by layer, never whole.
 #
 # A converted model becomes a folder like a run's, with step 0 alone: no optimizer, no data, no run.
-# What is in the folder besides is `description`'s and `checkpoint_layout`'s business.
+# `checkpoints.metadata` and `checkpoints.layout` know what else is in the folder.
 
 STEP, META = "0", "meta"
 Report = Callable[[int], None]

@@ -1,7 +1,6 @@
 """From any format to any other, tensor by tensor, into a place that appears whole or not at all.
 
-What the formats are made of is theirs to know; see `formats`. Whether the result computes what the
-source does is `verification`'s to say.
+`formats.verify` checks that the result computes what the source does.
 """
 
 import contextlib

@@ -58,7 +58,7 @@ class Weights:
     tokenizer: bytes  # a SentencePiece model; empty where a source carries none
     bos: bool = True  # documents it learnt from begin with BOS
     is_rounded: bool = False  # the numbers are those of small integers, stored by us
-    chat_template: str = ""  # see `description.Description`
+    chat_template: str = ""  # see `checkpoints.metadata.Description`
 
     @property
     def dtype(self) -> np.dtype:

@@ -59,7 +59,9 @@ def decode_speculating(
     stops_S: jax.Array,
     execution: Execution = ONE_DEVICE,
 ) -> tuple[GenerationState, jax.Array, jax.Array]:
-    """Return state, history and new tokens [B, W] of the greedy `decode.decode` with guesses.
+    """Decode greedily with guesses, as `inference.decode.decode` does without.
+
+    Returns state, history and new tokens [B, W].
 
     Args:
       history_BS: the ids of each sequence up to and with `state.token_B`; it has space for

@@ -2,7 +2,7 @@
 
 The model is mathematics; which attention kernel runs, what is kept for the backward pass, how
 activations are sharded and when parameters are gathered comes in as `Execution`. A program makes
-one and passes it down: `training.step` for training, `inference.prefill` for generation.
+one and passes it down: `training.step` for training, `inference.engine` for generation.
 
 Rematerialisation policies, from most memory to least:
 

@@ -98,7 +98,11 @@ class RMSNorm(nnx.Module):
 
 
 def dropout(
-    x: jax.Array, rate: float, key: jax.Array | None, example_ids_B: jax.Array, batch_dim: int = 0
+    x: jax.Array,
+    rate: float,
+    key: jax.Array | None,
+    example_ids: Callable[[int], jax.Array],
+    batch_dim: int = 0,
 ) -> jax.Array:
     """`x` with a fraction `rate` of its elements zeroed and the rest scaled up; no key: `x`.
 
@@ -106,7 +110,7 @@ def dropout(
     whichever device the sequence lies.
 
     Args:
-      example_ids_B: int32, the index of each sequence of `x` in the whole batch.
+      example_ids: see `Execution.example_ids`; called only where something is dropped.
       batch_dim: the dim of `x` that is the batch.
     """
     if key is None or rate == 0.0:
@@ -116,4 +120,4 @@ def dropout(
         lambda example: jax.random.bernoulli(jax.random.fold_in(key, example), 1.0 - rate, shape),
         out_axes=batch_dim,
     )
-    return jnp.where(draw(example_ids_B), x / (1.0 - rate), 0.0)
+    return jnp.where(draw(example_ids(x.shape[batch_dim])), x / (1.0 - rate), 0.0)

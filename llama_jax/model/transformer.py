@@ -68,13 +68,13 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         """The residual stream [B, T, D] after this block, and the layer's updated cache."""
         keys = [None] * 3 if dropout_key is None else list(jax.random.split(dropout_key, 3))
-        examples_B = execution.example_ids(x_BTD.shape[0])
+        example_ids = execution.example_ids
         normed_BTD = self.attention_norm(x_BTD)
         mixed_BTD, cache = self.attention(normed_BTD, rotary, attention, cache, keys[0])
-        x_BTD += dropout(mixed_BTD, self.dropout_rate, keys[1], examples_B)
+        x_BTD += dropout(mixed_BTD, self.dropout_rate, keys[1], example_ids)
         x_BTD = execution.constrain(x_BTD, "batch", "length", "residual")
         ffn_BTD = self.ffn(self.ffn_norm(x_BTD), execution)
-        x_BTD += dropout(ffn_BTD, self.dropout_rate, keys[2], examples_B)
+        x_BTD += dropout(ffn_BTD, self.dropout_rate, keys[2], example_ids)
         return execution.constrain(x_BTD, "batch", "length", "residual"), cache
 
 
@@ -132,8 +132,7 @@ class Llama(nnx.Module):
 
         dtype = jnp.dtype(config.compute_dtype)
         x_BTD = embed(self.embedding, tokens_BT, dtype, execution.lookup)
-        examples_B = execution.example_ids(tokens_BT.shape[0])
-        x_BTD = dropout(x_BTD, config.dropout, embedding_key, examples_B)
+        x_BTD = dropout(x_BTD, config.dropout, embedding_key, execution.example_ids)
         x_BTD = execution.constrain(x_BTD, "batch", "length", "residual")
         if isinstance(self.blocks, Block):
             assert cache is None, "a cache needs an unstacked model; see `model.unstacked.unstack`"
@@ -159,8 +158,9 @@ class Llama(nnx.Module):
             arrays = (q_BTNH, k_BTKH, v_BTKH, segments_BT)
             if key is None or not rate:
                 return execution.attention(*arrays), None
-            examples_B = execution.example_ids(q_BTNH.shape[0])
-            drop = partial(dropout, rate=rate, key=key, example_ids_B=examples_B, batch_dim=1)
+            drop = partial(
+                dropout, rate=rate, key=key, example_ids=execution.example_ids, batch_dim=1
+            )
             return execution.attention(*arrays, drop), None
 
         return attention

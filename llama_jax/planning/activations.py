@@ -43,7 +43,7 @@ def residual_bytes(model: ModelConfig, batch: int, forward: ForwardPass) -> int:
     """Return the bytes of the residuals of all blocks and of the loss.
 
     Args:
-      model: one device's shard, see `memory.model_shard`.
+      model: one device's shard, see `planning.memory.model_shard`.
       batch: sequences on that device.
     """
     unsharded = dataclasses.replace(forward, sequence_shards=1)  # the traced program is the same

@@ -73,7 +73,7 @@ def quantize_kernel(kernel: jax.Array, outputs: Dims, group_size: int) -> dict[s
 
 
 class QuantizedLinear(QuantizedMatrix):
-    """A `layers.Linear` with a quantized kernel; the matmul runs in the dtype of x."""
+    """A `model.layers.Linear` with a quantized kernel; the matmul runs in the dtype of x."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         rows = x.shape[: x.ndim - len(self.inputs)]

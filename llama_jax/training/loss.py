@@ -167,7 +167,7 @@ class Share:
         weights_BT: jax.Array,
     ) -> tuple[Arrays, Arrays]:
         """The sums over all devices, and this one's part of the gradients."""
-        is_gathered = output_VD.shape[1] != hidden_BTD.shape[2]  # cut by `data_parallel`
+        is_gathered = output_VD.shape[1] != hidden_BTD.shape[2]  # sharded by `distributed.fsdp`
         whole_VD = output_VD.astype(hidden_BTD.dtype)
         if is_gathered:
             whole_VD = jax.lax.all_gather(whole_VD, "fsdp", axis=1, tiled=True)

@@ -28,8 +28,8 @@ from llama_jax.training.summary import memory_advice, versions
 def fit(config: Config, profile: Window | None = None) -> int:
     """Train as the config says, resuming by itself; 0 at the end, 130 or 143 after a signal.
 
-    Inside `distributed.joined`, this process does its part of the run. The steps of a `profile`
-    are traced.
+    Inside `distributed.processes.joined`, this process does its part of the run. The steps of a
+    `profile` are traced.
 
     Raises:
       UsageError: when the config does not fit the devices or the data.

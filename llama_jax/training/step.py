@@ -1,7 +1,7 @@
 """One step of training, (state, batch) → (state, metrics), and the state it turns.
 
 Dropout's key is a function of the seed and the step, so a resumed run draws what an uninterrupted
-one would have drawn. How a step is compiled for a mesh, `programs` knows.
+one would have drawn.
 """
 
 import dataclasses
@@ -219,10 +219,8 @@ def evaluation_step(
     return sums_over_rows(sums, model, batch)
 
 
-# What a run does over and over, jitted for its mesh, with shardings stated and the state donated.
-#
-# What the mesh cannot do is refused here, once and before anything is traced. What the programs
-# compute, `train_step` knows.
+# The programs of a run, jitted for its mesh, with shardings stated and the state donated. What the
+# mesh cannot do is refused here, before anything is traced.
 
 
 def state_shardings(config: Config, mesh: Mesh) -> TrainState:

@@ -66,9 +66,7 @@ def test_attention_weights_are_dropped_at_their_rate():
         q,
         k,
         jnp.ones_like(k),
-        partial(
-            dropout, rate=rate, key=jax.random.key(0), example_ids_B=jnp.arange(B), batch_dim=1
-        ),
+        partial(dropout, rate=rate, key=jax.random.key(0), example_ids=jnp.arange, batch_dim=1),
     )
     kept = np.asarray(out)[:, -1, :, 0] * 40 * (1 - rate)  # of 40 weights in each row and head
     np.testing.assert_allclose(kept, kept.round(), atol=1e-3)

@@ -11,6 +11,7 @@ from tiny_model import TINY, make_model
 
 from llama_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
 from llama_jax.data.loader import abstract_batch
+from llama_jax.distributed.mesh import make_mesh
 from llama_jax.errors import UsageError
 from llama_jax.model.execution import Execution
 from llama_jax.planning.compile import target_mesh
@@ -81,14 +82,25 @@ def test_offloading_moves_queries_keys_and_values_to_a_tpus_host_and_back():
     assert "pinned_host" not in gradients("save-qkv")[0].lower().as_text()
 
 
-def step_config(policy):
+def step_config(policy, **sizes):
     return Config(
-        model=ModelConfig(**TINY | {"vocab_size": 54}),
+        model=ModelConfig(**TINY | {"vocab_size": 54} | sizes),
         data=DataConfig(path="nowhere", batch_size=8, sequence_length=T),
         optimizer=OptimizerConfig(steps=2, learning_rate=1e-3, warmup_steps=1),
         mesh=MeshConfig(data=1, fsdp=4),
         run=RunConfig(remat=policy),
     )
+
+
+def test_the_train_step_of_a_config_recomputes_what_its_policy_says():
+    def matmuls(policy):
+        config = step_config(policy, num_layers=1)  # more layers are unrolled where all is kept
+        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        step = jit_train_step(config, mesh).lower(abstract_state(config), abstract_batch(config))
+        return step.as_text().count("stablehlo.dot_general")
+
+    none, qkv, block = map(matmuls, ("none", "save-qkv", "block"))
+    assert (qkv > none, block - qkv) == (True, 3)  # queries, keys and values are kept or not
 
 
 def test_devices_that_cannot_reach_the_host_are_told_in_one_line(monkeypatch):

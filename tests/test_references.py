@@ -1,0 +1,68 @@
+"""What docstrings, comments and documentation name of the package exists."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "llama_jax"
+ROOMS = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+REFERENCE = re.compile(r"`([a-z_]+(?:\.[A-Za-z_]\w*)+)`")
+FOLDERS = ("llama_jax", "benchmarks", "configs")
+FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+SUFFIXES = (".py", ".pkl")  # of files of others, such as Meta's `model.py`
+
+
+def dead(text):
+    """References to rooms in a text that lead nowhere."""
+    found = []
+    for reference in REFERENCE.findall(text):
+        room, *parts = reference.split(".")
+        if reference.endswith(SUFFIXES) or room not in ROOMS:
+            continue
+        if not exists(PACKAGE / room, parts):
+            found.append(reference)
+    return found
+
+
+def exists(place, parts):
+    """Whether names lead from a folder of the package to a module or to what one defines."""
+    while parts and (place / parts[0]).is_dir():
+        place, parts = place / parts[0], parts[1:]
+    if not parts:
+        return True
+    module = place / f"{parts[0]}.py"
+    if not module.is_file():
+        return place != PACKAGE and defines(place / "__init__.py", parts[0])
+    return len(parts) == 1 or defines(module, parts[1])
+
+
+def defines(module, name):
+    """Whether a module defines or imports a name at its top level."""
+    for node in ast.parse(module.read_text()).body:
+        names = [getattr(node, "name", "")]
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        names += [target.id for target in targets if isinstance(target, ast.Name)]
+        names += [alias.name for alias in getattr(node, "names", ())]
+        if name in names:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_references_name_what_exists(path):
+    assert dead(path.read_text()) == []
+
+
+def test_dead_references_are_found():
+    text = "`model.cache.KVCache`, `model.caches`, `model.cache.Cash`, `jax.jit`"
+    text += " `text.chat.TEMPLATES` `model.py`"
+    assert dead(text) == ["model.caches", "model.cache.Cash"]
+
+
+def test_paths_in_the_documentation_exist():
+    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
+        for path in re.findall(r"llama_jax/[a-z_0-9/]+(?:\.py)?", page.read_text()):
+            assert (ROOT / path).exists(), f"{page.name} names {path}"
