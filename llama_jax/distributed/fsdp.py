@@ -26,32 +26,42 @@ Tree = TypeVar("Tree")
 ROW_AXES = ("data", "fsdp")
 
 
-def sums_over_rows(function: Callable[[Any, Tree], Any], model: Any, batch: Tree) -> Any:
-    """`function(model, batch)`, scalars summed over sequences, each device computing its own."""
-    return _over_rows(lambda *given: (function(*given), ()), model, batch, ())[0]
+def sums_over_rows(
+    function: Callable[[Any, Any, Tree], Any], trainable: Any, frozen: Any, batch: Tree
+) -> Any:
+    """`function(trainable, frozen, batch)`, scalars summed over sequences.
+
+    Each device computes its own sequences.
+    """
+    return _over_rows(lambda *args: (function(*args), ()), trainable, frozen, batch, ())[0]
 
 
 def gradients_over_rows(
-    function: Callable[[Any, Tree], tuple[Any, Any]], model: Any, batch: Tree
+    function: Callable[[Any, Any, Tree], tuple[Any, Any]], trainable: Any, frozen: Any, batch: Tree
 ) -> tuple[Any, Any]:
-    """`function(model, batch)` → (sums, gradients), each device computing its own sequences.
+    """`function(trainable, frozen, batch)` → (sums, gradients of the trainable part).
 
-    Gradients are summed once over `data` and have the sharding of the parameters.
+    Each device computes its own sequences. Gradients are summed once over `data` and have the
+    sharding of the parameters.
     """
-    return _over_rows(function, model, batch, model)
+    return _over_rows(function, trainable, frozen, batch, trainable)
 
 
 def _over_rows(
-    function: Callable[[Any, Tree], tuple[Any, Any]], model: Any, batch: Tree, gradients: Any
+    function: Callable[[Any, Any, Tree], tuple[Any, Any]],
+    trainable: Any,
+    frozen: Any,
+    batch: Tree,
+    gradients: Any,
 ) -> tuple[Any, Any]:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or batch_shards(mesh) == 1:
-        return function(model, batch)
+        return function(trainable, frozen, batch)
     # Axes of size 1 are made manual too: then nothing is left to XLA's partitioner.
     axes = {*ROW_AXES} | {name for name, size in mesh.shape.items() if size == 1}
 
-    def part(model: Any, batch: Tree) -> tuple[Any, Any]:
-        sums, gradients = function(model, batch)
+    def shard(trainable: Any, frozen: Any, batch: Tree) -> tuple[Any, Any]:
+        sums, gradients = function(trainable, frozen, batch)
         return jax.lax.psum(sums, ROW_AXES), _summed(gradients)
 
     def along(axes_of: Any) -> Any:
@@ -59,12 +69,12 @@ def _over_rows(
 
     rows = PartitionSpec(RULES["batch"])
     return jax.shard_map(
-        part,
-        in_specs=(along(model), rows),
+        shard,
+        in_specs=(along(trainable), along(frozen), rows),
         out_specs=(PartitionSpec(), along(gradients)),
         axis_names=axes,
         check_vma=False,
-    )(model, batch)
+    )(trainable, frozen, batch)
 
 
 def _only(spec: PartitionSpec, axes: set[str]) -> PartitionSpec:

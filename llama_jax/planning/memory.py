@@ -99,7 +99,7 @@ def state_bytes(
     config = Config(model=model, data=data, optimizer=optimizer)
     state = abstract_state(config)
     places = state_shardings(config, mesh)  # type: ignore[arg-type]
-    parameters = device_bytes(state.model, places.model, is_tpu=is_tpu)
+    parameters = device_bytes(state.trainable, places.trainable, is_tpu=is_tpu)
     return parameters, device_bytes(state.optimizer, places.optimizer, is_tpu=is_tpu)
 
 

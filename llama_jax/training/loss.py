@@ -1,8 +1,10 @@
-"""Cross-entropy of a softmax over the vocabulary, and its gradient by the logits.
+"""Next-token cross-entropy that never holds the logits of all tokens.
 
-The vocabulary is whole, or cut over the mesh's axis `tensor`: then each device makes the logits of
-its own part, and what a softmax needs of the others is exchanged a number or two a token. Holds all
-the logits it is asked for; does not know how many tokens those are.
+Logits are computed, used and dropped a chunk of positions at a time. Where the vocabulary is
+sharded over the mesh's axis `tensor`, each device computes the logits of its shard, and the softmax
+exchanges two numbers per token. The gradient by the logits is a by-product of the same softmax, so
+it is computed in the forward pass: three matmuls per chunk, where differentiating through
+`jax.checkpoint` takes four.
 """
 
 import dataclasses
@@ -22,41 +24,41 @@ def summed_cross_entropy(
     targets_R: jax.Array,
     weights_R: jax.Array,
     z_loss: float,
-    is_cut: bool,
+    is_sharded: bool,
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """Two weighted sums over R tokens, in nats, and the first one's gradient by the logits [R, V].
+    """Return ((loss, nll), gradient of the loss by the logits [R, V]) for R tokens.
 
-    The second is of -log p(target); the first has more by the z-loss: `z_loss` · log² of each
-    softmax's denominator. Sums are float32 and the gradient has the dtype of `hidden_RD`.
+    `nll` is the weighted sum of -log p(target) in nats; `loss` adds the z-loss, `z_loss` · log² of
+    each softmax's denominator. Both are float32; the gradient has the dtype of `hidden_RD`.
 
     Args:
-      targets_R: the number of each token's target in the whole vocabulary.
-      is_cut: whether `output_VD` is this device's part, as `jax.shard_map` over `tensor` hands it.
+      targets_R: index of each token's target in the whole vocabulary.
+      is_sharded: whether `output_VD` is this device's shard inside `jax.shard_map` over `tensor`.
     """
     logits_RV = jnp.einsum("RD,VD->RV", hidden_RD, output_VD, preferred_element_type=jnp.float32)
     V = logits_RV.shape[1]
-    first = jax.lax.axis_index("tensor") * V if is_cut else jnp.int32(0)
+    first = jax.lax.axis_index("tensor") * V if is_sharded else jnp.int32(0)
     target_R1, weights_R1 = targets_R[:, None] - first, weights_R[:, None]
-    denominator_and_target = _over_devices if is_cut else _on_one_device
-    log_sum_R1, chosen_R1 = denominator_and_target(logits_RV, target_R1)
+    log_sum_and_target = _sharded_softmax if is_sharded else _softmax
+    log_sum_R1, chosen_R1 = log_sum_and_target(logits_RV, target_R1)
     nll = jnp.sum((log_sum_R1 - chosen_R1) * weights_R1)
     loss = nll + z_loss * jnp.sum(log_sum_R1**2 * weights_R1) if z_loss else nll
     is_target_RV = target_R1 == jnp.arange(V)[None]
-    share_RV = jnp.exp(logits_RV - log_sum_R1)
+    probability_RV = jnp.exp(logits_RV - log_sum_R1)
     if z_loss:
-        share_RV *= 1 + 2 * z_loss * log_sum_R1
-    slope_RV = (share_RV - is_target_RV.astype(jnp.float32)) * weights_R1
-    return (loss, nll), slope_RV.astype(hidden_RD.dtype)
+        probability_RV *= 1 + 2 * z_loss * log_sum_R1
+    gradient_RV = (probability_RV - is_target_RV.astype(jnp.float32)) * weights_R1
+    return (loss, nll), gradient_RV.astype(hidden_RD.dtype)
 
 
-def _on_one_device(logits_RV: jax.Array, target_R1: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The log of the softmax's denominator and the target's logit, [R, 1]."""
+def _softmax(logits_RV: jax.Array, target_R1: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the log of the softmax's denominator and the target's logit, each [R, 1]."""
     log_sum_R1 = jax.nn.logsumexp(logits_RV, axis=-1, keepdims=True)
     return log_sum_R1, jnp.take_along_axis(logits_RV, target_R1, axis=-1)
 
 
-def _over_devices(logits_RV: jax.Array, target_R1: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The same of the whole vocabulary; most targets are in the part of another device."""
+def _sharded_softmax(logits_RV: jax.Array, target_R1: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return what `_softmax` does for the whole vocabulary; most targets are on other devices."""
     V = logits_RV.shape[1]
     is_here_R1 = (target_R1 >= 0) & (target_R1 < V)
     chosen_R1 = jnp.take_along_axis(logits_RV, jnp.clip(target_R1, 0, V - 1), axis=-1)
@@ -67,14 +69,9 @@ def _over_devices(logits_RV: jax.Array, target_R1: jax.Array) -> tuple[jax.Array
     return highest_R1 + jnp.log(sum_R1), chosen_R1
 
 
-# Next-token cross-entropy that never holds the logits of all tokens.
-#
-# Logits are made, used and dropped a chunk of positions at a time, and on a mesh with a tensor axis
-# each device makes those of its own part of the vocabulary only. Their gradient is a by-product of
-# the same softmax, so it is taken in the forward pass: three matmuls a chunk where differentiating
-# through a checkpoint would do four.
+# ---- in chunks, over devices ----
 
-CHUNK_TOKENS = 1024  # positions, over the rows of one device, whose logits exist at once
+CHUNK_TOKENS = 1024  # positions of one device whose logits exist at once, over its sequences
 
 Arrays = tuple[jax.Array, ...]
 
@@ -82,7 +79,7 @@ Arrays = tuple[jax.Array, ...]
 def summed_nll(
     hidden_BTD: jax.Array, output_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
 ) -> jax.Array:
-    """The weighted sum over tokens of -log p(target), in nats, float32.
+    """Return the weighted sum over tokens of -log p(target), in nats, float32.
 
     Divide by the sum of the weights for the mean. Gradients flow to `hidden_BTD` and `output_VD`.
     """
@@ -97,23 +94,23 @@ def summed_loss(
     weights_BT: jax.Array,
     z_loss: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """The sum to make small, and `summed_nll`, which is the one to report; no gradient is of that.
+    """Return the loss to minimise, and `summed_nll` to report, which has no gradient.
 
-    The first has more by the z-loss: for each token `z_loss` · log² of its softmax's denominator,
-    which keeps logits from drifting away together (Chowdhery et al. 2022, section 5).
+    The loss adds the z-loss: for each token `z_loss` · log² of its softmax's denominator, which
+    keeps logits from drifting away together (Chowdhery et al. 2022, section 5).
     """
     loss, nll = _by_device(hidden_BTD, output_VD, targets_BT, weights_BT, z_loss, False)[0]
     return loss, nll
 
 
 def _forward(hidden_BTD, output_VD, targets_BT, weights_BT, z_loss):  # type: ignore[no-untyped-def]
-    """The sums, and the gradients that the first would pass on for a cotangent of 1."""
+    """Return the sums, and the gradients of the loss for a cotangent of 1."""
     return _by_device(hidden_BTD, output_VD, targets_BT, weights_BT, z_loss, True)
 
 
-def _backward(z_loss, slopes, cotangents):  # type: ignore[no-untyped-def]
+def _backward(z_loss, gradients, cotangents):  # type: ignore[no-untyped-def]
     cotangent = cotangents[0]
-    scaled = [(cotangent * slope.astype(jnp.float32)).astype(slope.dtype) for slope in slopes]
+    scaled = [(cotangent * x.astype(jnp.float32)).astype(x.dtype) for x in gradients]
     return *scaled, None, None
 
 
@@ -126,38 +123,38 @@ def _by_device(
     targets_BT: jax.Array,
     weights_BT: jax.Array,
     z_loss: float,
-    with_slopes: bool,
+    with_gradients: bool,
 ) -> tuple[Arrays, Arrays]:
-    """The sums and, if wanted, the gradients, each device doing its rows and its vocabulary.
+    """Return the sums and, if wanted, the gradients; each device computes its own shard.
 
-    A vocabulary that the tensor axis does not divide, every device of that axis does whole.
+    A vocabulary that the tensor axis does not divide is computed by every device of that axis.
     """
     mesh = jax.sharding.get_abstract_mesh()
     sizes = automatic(mesh)
     if all(size == 1 for size in sizes.values()):
-        share = Share(z_loss, with_slopes)
-        return share.sums(hidden_BTD, output_VD, targets_BT, weights_BT)
+        shard = Shard(z_loss, with_gradients)
+        return shard.sums(hidden_BTD, output_VD, targets_BT, weights_BT)
     rows = partition_spec(("batch",), hidden_BTD.shape[:1], mesh)
-    pieces = partition_spec(("vocab",), output_VD.shape[:1], mesh)
-    is_cut = pieces[0] is not None and sizes["tensor"] > 1
+    vocab = partition_spec(("vocab",), output_VD.shape[:1], mesh)
+    is_sharded = vocab[0] is not None and sizes["tensor"] > 1
     one = PartitionSpec()
     return jax.shard_map(
-        Share(z_loss, with_slopes, is_cut, rows[0] or ()).sums,
-        in_specs=(rows, pieces, rows, rows),
-        out_specs=((one, one), (rows, pieces) if with_slopes else ()),
+        Shard(z_loss, with_gradients, is_sharded, rows[0] or ()).sums,
+        in_specs=(rows, vocab, rows, rows),
+        out_specs=((one, one), (rows, vocab) if with_gradients else ()),
         axis_names=set(sizes),
         check_vma=False,
     )(hidden_BTD, output_VD, targets_BT, weights_BT)
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
-    """What one device does: some rows of the batch, all or some pieces of the vocabulary."""
+class Shard:
+    """The computation of one device: its sequences, and its shard of the vocabulary or all."""
 
     z_loss: float
-    with_slopes: bool  # whether gradients are wanted
-    pieces_are_cut: bool = False  # over the tensor axis
-    row_axes: str | tuple[str, ...] = ()  # the axes whose devices have other rows
+    with_gradients: bool  # whether gradients are wanted
+    vocab_is_sharded: bool = False  # over the tensor axis
+    row_axes: str | tuple[str, ...] = ()  # mesh axes over which sequences are sharded
 
     def sums(
         self,
@@ -166,70 +163,70 @@ class Share:
         targets_BT: jax.Array,
         weights_BT: jax.Array,
     ) -> tuple[Arrays, Arrays]:
-        """The sums over all devices, and this one's part of the gradients."""
+        """Return the sums over all devices, and this device's shard of the gradients."""
         is_gathered = output_VD.shape[1] != hidden_BTD.shape[2]  # sharded by `distributed.fsdp`
-        whole_VD = output_VD.astype(hidden_BTD.dtype)
+        gathered_VD = output_VD.astype(hidden_BTD.dtype)
         if is_gathered:
-            whole_VD = jax.lax.all_gather(whole_VD, "fsdp", axis=1, tiled=True)
+            gathered_VD = jax.lax.all_gather(gathered_VD, "fsdp", axis=1, tiled=True)
         chunks = _chunked(hidden_BTD, targets_BT, weights_BT)
-        totals, hidden_slopes, slope_VD = self._over_chunks(whole_VD, chunks)
+        totals, hidden_gradients, gradient_VD = self._over_chunks(gathered_VD, chunks)
         if self.row_axes:
-            totals, slope_VD = jax.lax.psum((totals, slope_VD), self.row_axes)
-        if not self.with_slopes:
+            totals, gradient_VD = jax.lax.psum((totals, gradient_VD), self.row_axes)
+        if not self.with_gradients:
             return totals, ()
         if is_gathered:
-            slope_VD = jax.lax.psum_scatter(slope_VD, "fsdp", scatter_dimension=1, tiled=True)
+            gradient_VD = jax.lax.psum_scatter(gradient_VD, "fsdp", scatter_dimension=1, tiled=True)
         B, T, D = hidden_BTD.shape
-        hidden_slope_BTD = hidden_slopes.swapaxes(0, 1).reshape(B, -1, D)[:, :T]
-        if self.pieces_are_cut:
-            hidden_slope_BTD = jax.lax.psum(hidden_slope_BTD, "tensor")
-        return totals, (hidden_slope_BTD, slope_VD.astype(output_VD.dtype))
+        hidden_gradient_BTD = hidden_gradients.swapaxes(0, 1).reshape(B, -1, D)[:, :T]
+        if self.vocab_is_sharded:
+            hidden_gradient_BTD = jax.lax.psum(hidden_gradient_BTD, "tensor")
+        return totals, (hidden_gradient_BTD, gradient_VD.astype(output_VD.dtype))
 
     def _over_chunks(self, output_VD: jax.Array, chunks: Arrays) -> tuple[Arrays, Any, Any]:
-        """This device's two sums; the gradients by each chunk's hidden states and by the matrix.
+        """Return this device's sums, and the gradients by hidden states (per chunk) and matrix.
 
-        Where none are wanted, these are None and 0.
+        Gradients that are not wanted are None and 0.
         """
 
         def step(carry: Any, chunk: Arrays) -> tuple[Any, Any]:
-            loss, nll, output_slope_VD = carry
+            loss, nll, output_gradient_VD = carry
             hidden_BCD, targets_BC, weights_BC = chunk
             hidden_RD = hidden_BCD.reshape(-1, hidden_BCD.shape[-1])  # R = B·C
-            (more_loss, more_nll), slope_RV = summed_cross_entropy(
+            (more_loss, more_nll), gradient_RV = summed_cross_entropy(
                 hidden_RD,
                 output_VD,
                 targets_BC.reshape(-1),
                 weights_BC.reshape(-1),
                 self.z_loss,
-                self.pieces_are_cut,
+                self.vocab_is_sharded,
             )
-            hidden_slope_BCD = None
-            if self.with_slopes:
-                hidden_slope_BCD = (slope_RV @ output_VD).reshape(hidden_BCD.shape)
-                output_slope_VD += jnp.einsum(
-                    "RV,RD->VD", slope_RV, hidden_RD, preferred_element_type=jnp.float32
+            hidden_gradient_BCD = None
+            if self.with_gradients:
+                hidden_gradient_BCD = (gradient_RV @ output_VD).reshape(hidden_BCD.shape)
+                output_gradient_VD += jnp.einsum(
+                    "RV,RD->VD", gradient_RV, hidden_RD, preferred_element_type=jnp.float32
                 )
-            return (loss + more_loss, nll + more_nll, output_slope_VD), hidden_slope_BCD
+            return (loss + more_loss, nll + more_nll, output_gradient_VD), hidden_gradient_BCD
 
         zero = jnp.float32(0)
-        start = jnp.zeros(output_VD.shape if self.with_slopes else (), jnp.float32)
-        (loss, nll, output_slope_VD), hidden_slopes = jax.lax.scan(
+        start = jnp.zeros(output_VD.shape if self.with_gradients else (), jnp.float32)
+        (loss, nll, output_gradient_VD), hidden_gradients = jax.lax.scan(
             step, (zero, zero, start), chunks
         )
-        return (loss, nll), hidden_slopes, output_slope_VD
+        return (loss, nll), hidden_gradients, output_gradient_VD
 
 
 def _chunked(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Each [B, T, …] array as [chunks, B, C, …]: rows stay on their devices, positions are cut.
+    """Return each [B, T, …] array as [chunks, B, C, …]: sequences stay on their devices.
 
-    Chunks are of equal length, so the last one is filled up with zeros: they weigh nothing.
+    All chunks have equal length; the last one is padded with zeros, whose weight is 0.
     """
     B, T = arrays[0].shape[:2]
     chunks = -(-T // max(1, CHUNK_TOKENS // B))
     C = -(-T // chunks)
 
-    def cut(array: jax.Array) -> jax.Array:
+    def split(array: jax.Array) -> jax.Array:
         filled = jnp.pad(array, [(0, 0), (0, chunks * C - T)] + [(0, 0)] * (array.ndim - 2))
         return filled.reshape(B, chunks, C, *array.shape[2:]).swapaxes(0, 1)
 
-    return tuple(cut(array) for array in arrays)
+    return tuple(split(array) for array in arrays)

@@ -1,16 +1,15 @@
-"""What a run tells while it goes: a line or a bar on the console, metrics.jsonl, TensorBoard.
+"""What a run reports while it goes: lines or a bar on the console, metrics.jsonl, TensorBoard.
 
-Only process 0 speaks. Does not know where the numbers come from.
+Only process 0 reports. Reporting never ends a run: a disk that is full or a terminal that is gone
+costs a warning, and lines of metrics.jsonl that are damaged are skipped.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 import jax
@@ -22,41 +21,49 @@ from llama_jax.hardware.accelerators import MemoryUse, memory_use, peak_flops
 from llama_jax.model.parameters import flops_per_token
 from llama_jax.training.step import StepMetrics
 
+Record = dict[str, Any]  # `step`, and numbers by name
 
-def spelled_duration(seconds: float) -> str:
-    """Seconds as 1h02m, 3m04s or 5s."""
-    whole = round(seconds)
-    hours, minutes = divmod(whole // 60, 60)
+
+def format_duration(seconds: float) -> str:
+    """Format seconds as 1h02m, 3m04s or 5s."""
+    rounded = round(seconds)
+    hours, minutes = divmod(rounded // 60, 60)
     if hours:
         return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"
+    return f"{minutes}m{rounded % 60:02d}s" if minutes else f"{rounded}s"
 
 
 class Console:
-    """Plain lines, and on a terminal a progress bar under them."""
+    """Plain lines on standard output, and on a terminal a progress bar under them."""
 
     def __init__(self, total: int, start: int) -> None:
         from tqdm.auto import tqdm
 
-        self._speaks = jax.process_index() == 0
+        self._is_shown = jax.process_index() == 0
         self._bar = tqdm(
             total=total,
             initial=start,
             # The line has speed and time left already; tqdm's own would leave the bar no room.
             bar_format="{bar:10} {n_fmt}/{total_fmt}  {desc}",
             dynamic_ncols=True,
-            disable=not (self._speaks and sys.stderr.isatty()),
+            disable=not (self._is_shown and sys.stderr.isatty()),
         )
 
     def line(self, text: str) -> None:
-        """One line, or several."""
-        if self._speaks:
-            self._bar.clear()
-            print(text, flush=True)
-            self._bar.refresh()
+        """Print one line, or several."""
+        if not self._is_shown:
+            return
+        self._bar.clear()
+        encoding = sys.stdout.encoding or "utf-8"
+        try:
+            print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        except (OSError, ValueError) as error:  # a closed pipe or terminal
+            self._is_shown = False
+            warn(f"standard output cannot be written ({error}); training goes on without it")
+        self._bar.refresh()
 
     def progress(self, step: int, line: str) -> None:
-        """Where the run stands: on the bar if there is one, else as a line."""
+        """Show where the run stands: on the bar if there is one, else as a line."""
         if self._bar.disable:
             self.line(line)
             return
@@ -68,89 +75,74 @@ class Console:
         self._bar.close()
 
 
-class MetricsFile:
-    """Appends records to metrics.jsonl, and to TensorBoard events when asked.
+# ---- metrics.jsonl: one JSON object per line, with a `step` ----
 
-    A disk that refuses a record costs one warning line, not the run.
-    """
+
+class MetricsFile:
+    """Appends records to a run's metrics.jsonl, and to TensorBoard events if wanted."""
 
     def __init__(self, folder: Path, tensorboard: bool):
-        self._file = _continued(folder / METRICS) if jax.process_index() == 0 else None
+        """Open the file to append to.
+
+        Raises:
+          UsageError: if `tensorboard` is set and tensorboardX is not installed.
+        """
+        self._path = folder / METRICS
+        self._file: TextIO | None = None
         self._events = None
         self._has_warned = False
-        if tensorboard and self._file:
-            pass
+        if jax.process_index() == 0:
+            self._events = _event_writer(folder / "tensorboard") if tensorboard else None
+            try:
+                self._file = _open_at_line_start(self._path)
+            except OSError as error:
+                self._warn(error)
 
-            self._events = event_writer(folder / "tensorboard")
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Append one record; it has a `step`."""
-        if self._file is None:
-            return
-        try:
-            self._file.write(json.dumps(_finite(record)) + "\n")
-            self._file.flush()
-        except OSError as error:
-            if not self._has_warned:
-                warn(f"{METRICS} is not written: {error.strerror}; training goes on")
-            self._has_warned = True
+    def write(self, record: Record) -> None:
+        """Append one record."""
+        if self._file is not None:
+            try:
+                self._file.write(json.dumps(_without_nan(record)) + "\n")
+                self._file.flush()
+            except OSError as error:
+                self._warn(error)
         if self._events is not None:
             for name, value in record.items():
                 if isinstance(value, float):
                     self._events.add_scalar(name, value, record["step"])
 
-    def __enter__(self) -> "MetricsFile":
-        return self
+    def earlier_sessions(self, step: int) -> "Earlier":
+        """Return the time that the sessions before this one took up to `step`; see `Earlier`."""
+        records, skipped = read_records(self._path)
+        if skipped:
+            warn(f"{self._path} has {skipped} damaged lines, which are skipped")
+        return earlier_sessions(records, step)
 
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _tb: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close what is open."""
         for output in (self._file, self._events):
             if output is not None:
-                with contextlib.suppress(OSError):  # a full disk was warned of already
+                try:
                     output.close()
+                except OSError as error:
+                    self._warn(error)
+
+    def _warn(self, error: OSError) -> None:
+        if not self._has_warned:
+            warn(f"{METRICS} is not written: {error.strerror}; training goes on")
+        self._has_warned = True
 
 
-def _continued(path: Path) -> TextIO:
-    """A file to append lines to, after ending the one that a killed process left unfinished."""
+def _open_at_line_start(path: Path) -> TextIO:
+    """Open a file to append lines to, after ending one that a killed process left unfinished."""
     is_cut = path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
     file = path.open("a")
     file.write("\n" if is_cut else "")
     return file
 
 
-def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with numbers that JSON lacks (NaN, Inf) as text."""
-    return {
-        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in record.items()
-    }
-
-
-def read_metrics(folder: Path) -> dict[int, dict[str, Any]]:
-    """All records by step, merged; of a step that was run twice, the later numbers."""
-    steps: dict[int, dict[str, Any]] = {}
-    for line in (folder / METRICS).read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # cut off when the process was killed
-            continue
-        steps.setdefault(record["step"], {}).update(record)
-    return dict(sorted(steps.items()))
-
-
-# TensorBoard events through tensorboardX, which is an extra.
-
-
-def event_writer(folder: Path) -> Any:
-    """A writer with `add_scalar(name, value, step)` and `close()`.
-
-    Raises:
-      UsageError: when tensorboardX is not installed.
-    """
+def _event_writer(folder: Path) -> Any:
+    """Return tensorboardX's writer."""
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
@@ -160,37 +152,106 @@ def event_writer(folder: Path) -> Any:
     return SummaryWriter(str(folder))
 
 
-# Where a run's wall time goes: seconds a step, and the share of all time spent in steps.
-#
-# The rest is restoring, compiling, validating, sampling and saving. Over several sittings, a step
-# that was made twice counts once, and the time between sittings does not count at all.
+def _without_nan(record: Record) -> Record:
+    """Return the record with numbers that JSON lacks (NaN and infinity) as text."""
+    return {
+        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in record.items()
+    }
 
-SITTING, WALL = "sitting", "wall_seconds"  # fields of a record that a later sitting reads
+
+def read_records(path: Path) -> tuple[list[Record], int]:
+    """Return the records of a metrics file, and the number of lines that are not records.
+
+    Such lines are cut off, damaged or foreign. A file that does not exist has no records.
+    """
+    records: list[Record] = []
+    skipped = 0
+    if not path.is_file():
+        return records, skipped
+    with path.open(errors="replace") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if _is_record(record):
+                records.append(record)
+            elif line.strip():
+                skipped += 1
+    return records, skipped
+
+
+def _is_record(value: Any) -> bool:
+    """Whether a JSON value is an object with a step whose other values are numbers."""
+    if not isinstance(value, dict):
+        return False
+    step = value.get("step")
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 2**53:
+        return False
+    return all(
+        isinstance(number, int | float) or number in ("nan", "inf", "-inf")
+        for number in value.values()
+    )
+
+
+def read_metrics(folder: Path) -> dict[int, Record]:
+    """Return one record per step of a run, ascending; of a step run twice, the later numbers."""
+    steps: dict[int, Record] = {}
+    for record in read_records(folder / METRICS)[0]:
+        steps.setdefault(record["step"], {}).update(record)
+    return dict(sorted(steps.items()))
+
+
+# ---- where a run's wall time goes ----
+#
+# What is not spent in steps is spent restoring, compiling, validating, sampling and saving. Over
+# several sessions, a step that was made twice counts once, and the time between sessions does not
+# count at all.
 
 
 @dataclasses.dataclass(frozen=True)
 class Earlier:
-    """What the sittings before this one took, as far as metrics.jsonl tells."""
+    """Time that earlier sessions of a run took."""
 
-    sittings: int = 0
-    wall: float = 0.0  # seconds, of each sitting up to its last record
-    steps: float = 0.0  # seconds, of the steps that this sitting goes on from
+    sessions: int = 0
+    wall: float = 0.0  # seconds, of each session up to its last record
+    steps: float = 0.0  # seconds, of the steps that are not made again
+
+
+def earlier_sessions(records: list[Record], step: int) -> Earlier:
+    """Return the time of the sessions that led to `step`, the last step not made again."""
+    walls: dict[int, float] = {}
+    seconds: dict[int, float] = {}
+    for record in records:
+        if "seconds" in record:
+            seconds[record["step"]] = float(record["seconds"])
+        number = record.get("session", record.get("sitting"))  # "sitting" in older versions
+        if number is not None and "wall_seconds" in record:
+            walls[int(number)] = float(record["wall_seconds"])
+    if not walls:
+        return Earlier()
+    in_steps = sum(spent for made, spent in seconds.items() if made <= step)
+    return Earlier(max(walls), sum(walls.values()), in_steps)
 
 
 class StepClock:
-    """Wall time of a sitting: the speed of its steps, and how much of it went into them."""
+    """The seconds per step of a session, and its goodput: the part of wall time spent in steps.
 
-    def __init__(self, begun: float, earlier: Earlier = Earlier()) -> None:
-        """`begun`: when the sitting began, by `time.perf_counter`."""
-        self._begun, self._earlier = begun, earlier
-        self._since, self._paused, self._in_steps = begun, 0.0, 0.0
+    As a context manager it pauses: what runs inside is not part of a step.
+    """
+
+    def __init__(self, opened: float, earlier: Earlier = Earlier()) -> None:
+        """`opened`: when the session began, by `time.perf_counter`."""
+        self._opened, self._earlier = opened, earlier
+        self._since, self._paused, self._in_steps = opened, 0.0, 0.0
 
     def start(self) -> None:
-        """The next lap begins now."""
+        """Start the first lap."""
         self._since, self._paused = time.perf_counter(), 0.0
 
     def lap(self, steps: int) -> float:
-        """Seconds a step since the last lap, pauses left out."""
+        """Return the seconds per step since the last lap, without pauses."""
         now = time.perf_counter()
         spent = max(now - self._since - self._paused, 1e-9)
         self._in_steps += spent
@@ -198,79 +259,44 @@ class StepClock:
         return spent / max(steps, 1)
 
     def __enter__(self) -> None:
-        """Begin a pause: what follows is not part of a step."""
         self._pause = time.perf_counter()
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self._paused += time.perf_counter() - self._pause
 
     @property
-    def sitting(self) -> int:
-        """Which sitting of the run this is, from 1."""
-        return self._earlier.sittings + 1
+    def session(self) -> int:
+        """The number of this session in the run, from 1."""
+        return self._earlier.sessions + 1
 
     @property
     def wall(self) -> float:
-        """Seconds since this sitting began."""
-        return time.perf_counter() - self._begun
+        """Seconds since this session began."""
+        return time.perf_counter() - self._opened
 
     @property
     def goodput(self) -> float:
-        """The share of this sitting's time spent in steps."""
+        """The part of this session's time spent in steps."""
         return self._in_steps / max(self.wall, 1e-9)
 
     @property
     def run_goodput(self) -> float:
-        """The share of all sittings' time spent in steps that count."""
+        """The part of all sessions' time spent in steps that count."""
         earlier = self._earlier
         return (earlier.steps + self._in_steps) / max(earlier.wall + self.wall, 1e-9)
 
     @property
     def summary(self) -> str:
-        """The share of this sitting, and of all if there were others."""
-        others = f" ({self.run_goodput:.0%} over {self.sitting} sittings)"
-        return f"{self.goodput:.0%}{others if self.sitting > 1 else ''}"
+        """The goodput of this session, and of all if there were others."""
+        others = f" ({self.run_goodput:.0%} over {self.session} sessions)"
+        return f"{self.goodput:.0%}{others if self.session > 1 else ''}"
 
 
-def earlier_sittings(metrics: Path, step: int) -> Earlier:
-    """What metrics.jsonl tells of the sittings that led to `step`; nothing of older versions' runs.
-
-    Args:
-      metrics: the file, which need not exist.
-      step: the last step that the coming sitting will not make again.
-    """
-    walls: dict[int, float] = {}
-    seconds: dict[int, float] = {}
-    for record in _records(metrics):
-        if "seconds" in record:
-            seconds[record["step"]] = record["seconds"]
-        if SITTING in record:
-            walls[record[SITTING]] = record[WALL]
-    if not walls:
-        return Earlier()
-    in_steps = sum(spent for made, spent in seconds.items() if made <= step)
-    return Earlier(max(walls), sum(walls.values()), in_steps)
-
-
-def _records(metrics: Path) -> Any:
-    """The lines of a file that are whole."""
-    if not metrics.is_file():
-        return
-    with metrics.open() as lines:
-        for line in lines:
-            try:
-                yield json.loads(line)
-            except ValueError:  # cut off when the process was killed
-                continue
-
-
-# What the steps told, fetched from the device now and then: metrics.jsonl and the console's line.
-#
-# Does not know what to do about a step that was not finite; it says which one it was.
+# ---- metrics of steps ----
 
 
 class Reporter:
-    """Collects what steps tell and reports it in portions."""
+    """Collects the metrics of steps and reports them in portions."""
 
     def __init__(
         self,
@@ -287,18 +313,18 @@ class Reporter:
         self._flops = flops_per_token(config.model, config.data.sequence_length)
 
     def add(self, metrics: StepMetrics) -> None:
-        """Take what a step will tell; wait only for the one before it."""
+        """Take the metrics of a step; wait only for those of the step before it."""
         self._pending.append(metrics)
         jax.block_until_ready(self._pending[-2:][0])  # at most one step is queued
 
     def report(self, step: int) -> tuple[int, StepMetrics] | None:
-        """Write and say what the steps up to `step` told; the first that was not finite, if any."""
-        told, self._pending = jax.device_get(self._pending), []
-        if not told:
+        """Report the pending steps up to `step`; return the first that was not finite, if any."""
+        pending, self._pending = jax.device_get(self._pending), []
+        if not pending:
             return None
-        seconds = self._clock.lap(len(told))
+        seconds = self._clock.lap(len(pending))
         use = memory_use(self._devices)
-        for number, metrics in enumerate(told, step - len(told) + 1):
+        for number, metrics in enumerate(pending, step - len(pending) + 1):
             if not metrics.healthy:
                 return number, metrics
             record = {
@@ -308,32 +334,29 @@ class Reporter:
                 "gradient_norm": float(metrics.gradient_norm),
                 "seconds": seconds,
             }
-            self._metrics.write(
-                record | (self._instruments(seconds, use) if number == step else {})
-            )
-        loss = sum(float(metrics.loss) for metrics in told) / len(told)
-        self._console.progress(step, self._line(step, loss, told[-1], seconds, use))
+            self._metrics.write(record | (self._speed(seconds, use) if number == step else {}))
+        loss = sum(float(metrics.loss) for metrics in pending) / len(pending)
+        self._console.progress(step, self._line(step, loss, pending[-1], seconds, use))
         return None
 
-    def _instruments(self, seconds: float, use: MemoryUse | None) -> dict[str, int | float]:
-        """What the last step of a portion tells besides: speed, memory and time well spent."""
+    def _speed(self, seconds: float, use: MemoryUse | None) -> Record:
+        """Return what the last step of a portion has besides: speed, memory and goodput."""
         clock, rate = self._clock, self._config.tokens_per_step / seconds
-        told: dict[str, int | float] = {"tokens_per_second": rate}
+        record: Record = {"tokens_per_second": rate}
         if self._peak:
-            told["mfu"] = rate * self._flops / self._peak
+            record["mfu"] = rate * self._flops / self._peak
         if use:
-            told |= {"memory_gb": use.in_use / 1e9, "peak_memory_gb": use.peak / 1e9}
-        told |= {"goodput": clock.goodput, "run_goodput": clock.run_goodput}
-        return told | {WALL: clock.wall, SITTING: clock.sitting}
+            record |= {"memory_gb": use.in_use / 1e9, "peak_memory_gb": use.peak / 1e9}
+        record |= {"goodput": clock.goodput, "run_goodput": clock.run_goodput}
+        return record | {"wall_seconds": clock.wall, "session": clock.session}
 
     def _line(
         self, step: int, loss: float, metrics: StepMetrics, seconds: float, use: MemoryUse | None
     ) -> str:
-        """A step's line."""
         total, rate = self._config.optimizer.steps, self._config.tokens_per_step / seconds
         mfu = f"  mfu {rate * self._flops / self._peak:.1%}" if self._peak else ""
         memory = f"  mem {use.peak / 1e9:.1f} GB" if use else ""
-        left = spelled_duration(seconds * (total - step))
+        left = format_duration(seconds * (total - step))
         return (
             f"step {step:>{len(str(total))}}/{total}  loss {loss:.4f}"
             f"  lr {metrics.learning_rate:.2e}  norm {metrics.gradient_norm:.2f}"

@@ -1,9 +1,7 @@
-"""Rounding at random, so that small changes to numbers kept in few bits are not lost.
+"""AdamW as llama2.c uses it: warm-up, cosine, clipping, weight decay on matrices only.
 
-A float32 becomes the bfloat16 below or above it, each with the probability that makes the result
-right on average (Croci et al. 2022, "Stochastic rounding", section 2). Where rounding to nearest
-drops a change of less than half a unit for ever, this lets it through now and then. Does not know
-what is rounded.
+Moments are kept in float32, or in bfloat16 to halve their memory, rounded stochastically. All
+arithmetic is float32.
 """
 
 from typing import Any, TypeVar
@@ -14,39 +12,6 @@ import optax
 from flax import nnx
 
 from llama_jax.config import OptimizerConfig
-
-DROPPED = 16  # bits that bfloat16 has fewer than float32, all of them at the end
-
-
-def round_at_random(x: jax.Array, key: jax.Array) -> jax.Array:
-    """Finite float32 as bfloat16; equal to `x` on average over keys, exact where it can be."""
-    noise = _hashed(_hashed(_places(x.shape)) ^ jax.random.bits(key)) >> DROPPED
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
-    return jax.lax.bitcast_convert_type((bits >> DROPPED).astype(jnp.uint16), jnp.bfloat16)
-
-
-def _places(shape: tuple[int, ...]) -> jax.Array:
-    """The number of each element, counted through the array, modulo 2³²."""
-    place = jnp.zeros(shape, jnp.uint32)
-    for dim, size in enumerate(shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, dim)
-    return place
-
-
-def _hashed(x: jax.Array) -> jax.Array:
-    """32 bits, all of which depend on all of those given: MurmurHash3's last steps (Appleby).
-
-    Not `jax.random.bits` for every element: on CPU those do not fuse with what they are added to,
-    and each array of noise would be held whole.
-    """
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
-
-
-# AdamW as llama2.c uses it: warm-up, cosine, clipping, decay on matrices only.
-#
-# Moments are kept in float32, or in bfloat16 to halve their memory. Arithmetic is float32 always.
 
 Tree = TypeVar("Tree")
 
@@ -68,10 +33,10 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """The optimizer of a run; its moments are shaped and sharded like the parameters."""
+    """Return the optimizer of a run; its moments are shaped and sharded like the parameters."""
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
     adamw = optax.chain(
-        adam if config.moments_dtype == "float32" else _with_short_moments(adam),
+        adam if config.moments_dtype == "float32" else _with_bfloat16_moments(adam),
         optax.add_decayed_weights(config.weight_decay, mask=is_matrix),
         optax.scale_by_learning_rate(learning_rate_schedule(config)),
     )
@@ -80,8 +45,10 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
 
 
-def _with_short_moments(adam: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Adam that keeps both moments in bfloat16, rounded at random by a key made of the step.
+def _with_bfloat16_moments(adam: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Return Adam with both moments kept in bfloat16, rounded stochastically.
+
+    The key of the rounding is made from the step.
 
     Not rounded to nearest: bfloat16 has 8 bits, and what should change by less than 1/512 of itself
     would stay for ever, so that a second moment with beta2 = 0.999 never falls. Measured on three
@@ -99,7 +66,7 @@ def _with_short_moments(adam: optax.GradientTransformation) -> optax.GradientTra
         updates, wide = adam.update(gradients, wide, parameters)
         moments, structure = jax.tree.flatten((wide.mu, wide.nu))
         keys = jax.random.split(jax.random.key(wide.count), len(moments))
-        rounded = [round_at_random(moment, key) for moment, key in zip(moments, keys)]
+        rounded = [round_stochastically(moment, key) for moment, key in zip(moments, keys)]
         mu, nu = jax.tree.unflatten(structure, rounded)
         return updates, wide._replace(mu=mu, nu=nu)
 
@@ -111,7 +78,7 @@ def _cast(tree: Tree, dtype: Any) -> Tree:
 
 
 def is_matrix(model: Tree) -> Tree:
-    """True for each parameter described by two axes or more: those that weight decay acts on.
+    """Return True for each parameter with at least two logical axes: those with weight decay.
 
     The layer dim of stacked blocks is not an axis, so norm scales are never taken for matrices.
     """
@@ -120,3 +87,39 @@ def is_matrix(model: Tree) -> Tree:
         model,
         is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
     )
+
+
+# ---- stochastic rounding ----
+
+DROPPED_BITS = 16  # low bits of float32 that bfloat16 lacks
+
+
+def round_stochastically(x: jax.Array, key: jax.Array) -> jax.Array:
+    """Round finite float32 to bfloat16, up or down at random.
+
+    Each neighbour has the probability that makes the result equal to `x` on average (Croci et al.
+    2022, "Stochastic rounding", section 2). Rounding to nearest would drop every change of less
+    than half a unit; this lets it through now and then.
+    """
+    noise = _hashed(_hashed(_places(x.shape)) ^ jax.random.bits(key)) >> DROPPED_BITS
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
+    return jax.lax.bitcast_convert_type((bits >> DROPPED_BITS).astype(jnp.uint16), jnp.bfloat16)
+
+
+def _places(shape: tuple[int, ...]) -> jax.Array:
+    """Return the index of each element in the flat array, modulo 2³²."""
+    place = jnp.zeros(shape, jnp.uint32)
+    for dim, size in enumerate(shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, dim)
+    return place
+
+
+def _hashed(x: jax.Array) -> jax.Array:
+    """Return 32 bits, each of which depends on all bits of `x`: MurmurHash3's finalizer (Appleby).
+
+    Not `jax.random.bits` for every element: on CPU those do not fuse with what they are added to,
+    and each array of noise would be materialised.
+    """
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)

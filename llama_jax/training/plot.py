@@ -1,9 +1,11 @@
-"""The picture of a run, RUN/loss.png, from its metrics: python -m llama_jax.plot RUN
+"""The plot of a run's losses, loss.png in its folder, from its metrics.
 
-Loss over steps, every step faintly and smoothed in front, validation as points, and under it the
-learning rate. Drawn at the end of every run, and on demand while it goes on.
+Loss over steps, every step faintly with a smoothed line in front, validation losses as points, and
+under it the learning rate. Drawn at the end of a run, and on demand while it goes on.
 """
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +13,17 @@ import numpy as np
 
 from llama_jax.checkpoints.run_folder import METRICS
 from llama_jax.errors import UserError
-from llama_jax.training.metrics import read_metrics
+from llama_jax.training.metrics import Record, read_metrics
 
 PICTURE = "loss.png"
 INK, FAINT, TRAIN, VALIDATION = "#333333", "#bbbbbb", "#4c78a8", "#e4572e"
 
 
 def draw(folder: Path) -> Path:
-    """Draw the picture of a run; the path of the PNG.
+    """Draw the losses of a run; return the path of the PNG.
 
     Raises:
-      UserError: when the folder has no metrics yet.
+      UserError: if the folder has no metrics yet.
     """
     if not (folder / METRICS).is_file():
         raise UserError(f"{folder} has no {METRICS}; expected the folder of a run")
@@ -30,14 +32,12 @@ def draw(folder: Path) -> Path:
     if not len(train[0]):
         raise UserError(f"{folder / METRICS} has no steps yet; train for longer")
 
-    import matplotlib
+    if "matplotlib" not in sys.modules:  # importing it fails where a notebook's backend is named
+        os.environ.pop("MPLBACKEND", None)
+    from matplotlib.figure import Figure  # not pyplot: a figure by itself needs no backend
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (loss_axes, rate_axes) = pyplot.subplots(
-        2, 1, sharex=True, figsize=(9, 6), height_ratios=(5, 1), layout="constrained"
-    )
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=(5, 1))
     _draw_loss(loss_axes, train, _series(steps, "validation_loss"))
     rate_axes.plot(*_series(steps, "learning_rate"), color=FAINT, linewidth=1.5)
     rate_axes.set_ylabel("learning rate", color=INK)
@@ -48,12 +48,11 @@ def draw(folder: Path) -> Path:
     figure.suptitle(folder.resolve().name, x=0.01, ha="left", color=INK, fontweight="bold")
     path = folder / PICTURE
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
     return path
 
 
-def _series(steps: dict[int, dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps that have a number of that name, and the numbers."""
+def _series(steps: dict[int, Record], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the steps that have a finite number of that name, and the numbers."""
     pairs = [(step, float(record[name])) for step, record in steps.items() if name in record]
     finite = [pair for pair in pairs if np.isfinite(pair[1])]
     return np.asarray([step for step, _ in finite]), np.asarray([value for _, value in finite])
@@ -62,7 +61,7 @@ def _series(steps: dict[int, dict[str, Any]], name: str) -> tuple[np.ndarray, np
 def _draw_loss(
     axes: Any, train: tuple[np.ndarray, np.ndarray], validation: tuple[np.ndarray, np.ndarray]
 ) -> None:
-    """The upper panel: what a person wants to see."""
+    """Draw the upper panel."""
     steps, losses = train
     axes.plot(steps, losses, color=TRAIN, alpha=0.25, linewidth=0.8)
     axes.plot(steps, _smoothed(losses), color=TRAIN, linewidth=2, label="training, smoothed")
@@ -71,7 +70,7 @@ def _draw_loss(
         label = f"validation, best {validation[1][best]:.3f} at step {validation[0][best]:,}"
         axes.plot(*validation, "o-", color=VALIDATION, markersize=5, linewidth=1, label=label)
     lowest = min([losses.min(), *validation[1]])
-    # The first steps fall from the height of chance; they must not squeeze all that follows.
+    # The first steps start at the loss of chance; they must not squeeze all that follows.
     highest = np.quantile(losses[min(len(losses) // 50, 100) :], 0.995)
     axes.set_ylim(lowest - 0.05 * (highest - lowest), highest + 0.1 * (highest - lowest) + 1e-6)
     axes.set_ylabel("loss, nats per token", color=INK)
@@ -80,7 +79,7 @@ def _draw_loss(
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """A centred running mean over a fiftieth of the run, narrower at the ends."""
+    """Return a centred running mean over a fiftieth of the run, narrower at the ends."""
     half = max(1, len(values) // 100)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))

@@ -1,8 +1,8 @@
 """A trace of a few steps of a run, written by JAX's profiler into the run's folder.
 
-Process 0 traces, with its devices. Outside the window it costs a comparison a step; within, the
-device is waited for only at both ends, so that the trace holds these steps and no others, and
-what validating and saving between them takes.
+Process 0 traces its devices. Outside the window this costs a comparison per step; inside, the
+device is waited for at both ends only, so that the trace holds exactly these steps and what
+validation and saving between them take.
 """
 
 import contextlib
@@ -17,12 +17,12 @@ from llama_jax.checkpoints.layout import first_line
 from llama_jax.errors import UsageError, warn
 
 FOLDER = "profile"  # in the run's folder
-START_AND_STOP = "expected START:STOP, two numbers of steps made, such as 10:13"
+EXPECTED = "expected START:STOP, such as 10:13 for steps 11 to 13"
 
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """From when `start` steps are made to when `stop` are: steps start + 1 to stop."""
+    """The steps `start` + 1 to `stop` of a run, counted from 1."""
 
     start: int
     stop: int
@@ -33,17 +33,17 @@ class Window:
 
 
 def parse_window(text: str, steps: int) -> Window:
-    """The window that `--profile` names, of a run of so many steps.
+    """Parse the value of `--profile` for a run of `steps` steps.
 
     Raises:
-      UsageError: when it is no window of that run.
+      UsageError: if it is not a window of that run.
     """
     numbers = text.split(":")
     if len(numbers) != 2 or not all(number.strip().isdecimal() for number in numbers):
-        raise UsageError(f"--profile {text!r} is not understood; {START_AND_STOP}")
+        raise UsageError(f"--profile {text!r} cannot be parsed; {EXPECTED}")
     start, stop = map(int, numbers)
     if start >= stop:
-        raise UsageError(f"--profile {text!r} ends before it begins; {START_AND_STOP}")
+        raise UsageError(f"--profile {text!r} is empty; {EXPECTED}")
     if stop > steps:
         raise UsageError(
             f"--profile {text!r} goes beyond the run of optimizer.steps={steps}; end it at {steps}"
@@ -55,27 +55,27 @@ def parse_window(text: str, steps: int) -> Window:
 class Profiler:
     """Traces the steps of a window; without one it does nothing."""
 
-    def __init__(self, window: Window | None, folder: Path, say: Callable[[str], None]):
-        """`folder`: the run's; `say`: takes a line for the console."""
+    def __init__(self, window: Window | None, folder: Path, print_line: Callable[[str], None]):
+        """`folder`: the run's; `print_line`: takes a line for the console."""
         self._window = window if jax.process_index() == 0 else None
-        self._folder, self._say = folder / FOLDER, say
+        self._folder, self._print_line = folder / FOLDER, print_line
         self._is_tracing = False
 
     def skip_to(self, step: int) -> None:
-        """Say so if the window is over before the first step of this sitting."""
+        """Drop a window that is over before the first step of this session, with a line."""
         if self._window and self._window.stop <= step:
-            self._say(f"profile   {self._window} were made in an earlier sitting: no trace")
+            self._print_line(f"profile   {self._window} were made in an earlier session: no trace")
             self._window = None
 
     def is_due(self, step: int) -> bool:
-        """Whether `turn` has something to do once `step` steps are made."""
+        """Return whether a trace starts or stops after `step` steps."""
         window = self._window
         if window is None:
             return False
         return step >= window.stop if self._is_tracing else window.start <= step < window.stop
 
-    def turn(self, step: int) -> None:
-        """Begin the trace, or end it; the `step` steps made must be done on the device too."""
+    def toggle(self, step: int) -> None:
+        """Start or stop the trace; all `step` steps must have finished on the device."""
         if self._is_tracing:
             self.close(step)
         elif self._window:
@@ -85,23 +85,23 @@ class Profiler:
             self._is_tracing = True
 
     def step(self, number: int) -> AbstractContextManager[object]:
-        """Inside the block, a step is made; the trace marks it."""
+        """Return a context manager that marks a step in the trace."""
         if self._is_tracing:
             return jax.profiler.StepTraceAnnotation("step", step_num=number)
         return contextlib.nullcontext()
 
     def close(self, step: int) -> None:
-        """End a trace that was begun, and say what is in it and how to look at it."""
+        """Stop a running trace, and say what is in it and how to open it."""
         if not self._is_tracing or self._window is None:
             return
         traced, self._window, self._is_tracing = Window(self._window.start, step), None, False
         try:
             jax.profiler.stop_trace()
-        except Exception as error:  # a disk that is full, say; the run matters more
+        except Exception as error:  # such as a full disk, which must not end the run
             warn(f"the profile of {traced} could not be written: {first_line(error)}")
             return
-        self._say(
-            f"profile   {traced} in {self._folder}; look with: pip install xprof &&"
+        self._print_line(
+            f"profile   {traced} in {self._folder}; open with: pip install xprof &&"
             f" xprof --port 8791 {self._folder}  (or open the perfetto_trace.json.gz in it at"
             " https://ui.perfetto.dev)"
         )

@@ -1,99 +1,235 @@
-"""A run from a config: checks it against devices and data, takes its folder, and trains.
+"""The loop of a run: step, report, validate, save, until the last step or a stop signal.
 
-What happens between the first step and the last is in `trainer`.
+What a step computes is in `training.step`; this module decides when. A checkpoint is written before
+anything that only informs, such as a sample, so that no failure there can cost training.
 """
 
-from pathlib import Path
+import dataclasses
+import math
+import shlex
+import time
+from collections.abc import Callable
+from types import TracebackType
 
 import jax
+import jax.numpy as jnp
 
-from llama_jax.checkpoints.metadata import Run
-from llama_jax.checkpoints.restore import finished_steps
-from llama_jax.checkpoints.run_folder import claimed_by_all, describe, require_same_run, settings
+from llama_jax.checkpoints.metadata import CONFIG
+from llama_jax.checkpoints.save import CheckpointWriter
 from llama_jax.config import Config
-from llama_jax.data.token_folder import TokenFolder
-from llama_jax.distributed.consistency import require_same, together
-from llama_jax.distributed.mesh import make_mesh
-from llama_jax.distributed.preemption import stop_of_all
-from llama_jax.distributed.processes import require_joined
-from llama_jax.errors import UsageError, catch_out_of_memory
-from llama_jax.hardware.accelerators import memory_limit
-from llama_jax.training.loop import Trainer, restore_or_begin
-from llama_jax.training.metrics import MetricsFile
-from llama_jax.training.profiling import Window
-from llama_jax.training.step import jit_programs
-from llama_jax.training.summary import memory_advice, versions
+from llama_jax.data.loader import Batch, abstract_batch
+from llama_jax.errors import NonFiniteLossError, UserError, is_out_of_memory, warn
+from llama_jax.training.metrics import Console, MetricsFile, Reporter, StepClock, format_duration
+from llama_jax.training.plot import draw
+from llama_jax.training.profiling import Profiler, Window
+from llama_jax.training.session import Session, open_session
+from llama_jax.training.step import StepMetrics, TrainState
+from llama_jax.training.summary import run_summary, versions
+from llama_jax.training.validation import Validation
 
 
-def fit(config: Config, profile: Window | None = None) -> int:
-    """Train as the config says, resuming by itself; 0 at the end, 130 or 143 after a signal.
+def fit(
+    config: Config, profile: Window | None = None, devices: list[jax.Device] | None = None
+) -> int:
+    """Train as the config says, resuming from the newest checkpoint; return the exit code.
 
-    Inside `distributed.processes.joined`, this process does its part of the run. The steps of a
-    `profile` are traced.
+    It is 0 at the end, and 130 or 143 after Ctrl-C or SIGTERM. Inside
+    `distributed.processes.joined` this process does its part of the run.
 
-    Raises:
-      UsageError: when the config does not fit the devices or the data.
-      UserError: when data or folder are not as they should be, or processes disagree.
-      NonFiniteLossError: when a loss or gradient is not finite; the last good state is saved.
-      OutOfMemoryError: when the devices cannot hold it.
-    """
-    require_joined()
-    require_same(settings(config) | versions())
-    folder = Path(config.run.checkpoint_dir).expanduser()
-    mesh = make_mesh(config.mesh)
-    programs = jit_programs(config, mesh)  # refused, if at all, before anything is written
-    with (
-        claimed_by_all(folder),
-        stop_of_all() as stop,
-        jax.set_mesh(mesh),
-        catch_out_of_memory(memory_advice(config, mesh), memory_limit(mesh.devices.flat)),
-    ):
-        data = _data_of_all(config)
-        seen = {"data.fingerprint": data.fingerprint[:16], "checkpoints": finished_steps(folder)}
-        require_same(seen)
-        run = Run(config=config, bos=data.bos, eos=data.eos)
-        require_same_run(folder, run, data.tokenizer_path)
-        beginning = restore_or_begin(config, folder, data, mesh)
-        with together():
-            if jax.process_index() == 0:  # only now does nothing stand against it
-                describe(folder, run, data.tokenizer_path)
-        with (
-            MetricsFile(folder, config.run.tensorboard) as metrics,
-            Trainer(
-                config, folder, data, mesh, programs, stop, metrics, beginning, profile
-            ) as trainer,
-        ):
-            return trainer.run()
-
-
-def _data_of_all(config: Config) -> TokenFolder:
-    """The run's data; process 0 comes first, to make what is missing for those on its disk."""
-    is_first = jax.process_index() == 0
-    with together():
-        data = open_data(config) if is_first else None
-    with together():
-        return data or open_data(config)
-
-
-def open_data(config: Config) -> TokenFolder:
-    """The run's token folder; the embedded stories are prepared if it is missing.
+    Args:
+      profile: steps to trace.
+      devices: to train on; by default all.
 
     Raises:
-      UsageError: when its vocabulary is not the model's.
-      UserError: when it is missing or damaged.
+      UsageError: if the config does not fit the devices or the data.
+      UserError: if data or folder cannot be used, a checkpoint cannot be written, or processes
+        disagree.
+      NonFiniteLossError: if a loss or gradient is not finite; the last good state is saved.
+      OutOfMemoryError: if the devices have not enough memory.
     """
-    path = Path(config.data.path).expanduser()
-    if config.data.corpus == "stories" and not path.exists():
-        from llama_jax.data.prepare.tokenize import TokenOptions, prepare_corpus
+    with open_session(config, profile, devices) as session:
+        return train(session)
 
-        options = TokenOptions(vocab_size=config.model.vocab_size)
-        prepare_corpus("stories", path, options)
-    folder = TokenFolder.open(path)
-    if folder.vocab_size != config.model.vocab_size:
-        makes_it = "move it away and it is made anew, or " * (config.data.corpus == "stories")
-        raise UsageError(
-            f"{path} has a vocabulary of {folder.vocab_size} and model.vocab_size is"
-            f" {config.model.vocab_size}; {makes_it}set"
-            f" --config.model.vocab_size={folder.vocab_size}"
+
+def train(session: Session) -> int:
+    """Take all steps that are left; return the exit code as `fit` does, with its errors."""
+    with Trainer(session) as trainer:
+        return trainer.run()
+
+
+class Trainer:
+    """The loop of one session, and what it writes to."""
+
+    def __init__(self, session: Session):
+        self.session, self.config, self.folder = session, session.config, session.folder
+        start = session.start
+        self.state, self.step = start.state, start.step
+        self.saved_step, self.best_loss = start.saved_step, start.best_loss
+        self.validation = Validation(session)
+        self.batches = session.batches(self.step)
+        self.writer = CheckpointWriter(self.folder, self.config.run.keep_last)
+        self.console = Console(self.config.optimizer.steps, self.step)
+        self.profiler = Profiler(session.profile, self.folder, self.console.line)
+        self.metrics = MetricsFile(self.folder, self.config.run.tensorboard)
+        self.clock = StepClock(session.opened, self.metrics.earlier_sessions(self.step))
+        devices = list(session.mesh.devices.flat)
+        self.reporter = Reporter(self.config, devices, self.metrics, self.console, self.clock)
+
+    def __enter__(self) -> "Trainer":
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        """Finish the checkpoint being written and close console and files."""
+        self.profiler.close(self.step)
+        if hasattr(self.batches, "close"):
+            self.batches.close()
+        self.console.close()
+        self.metrics.close()
+        try:
+            self.writer.close()
+        except UserError:
+            if error is None:  # else the first error is the one to report
+                raise
+
+    def run(self) -> int:
+        """Take all steps that are left; return the exit code."""
+        session, total = self.session, self.config.optimizer.steps
+        for line in run_summary(self.config, session.mesh, session.data, self.folder, self.step):
+            self.console.line(line)
+        if self.step >= total:
+            self.console.line(f"finished: all {total:,} steps were made already")
+            return 0
+        step_function = self._compile()
+        self.profiler.skip_to(self.step)
+        self.clock.start()
+        while self.step < total and not session.stop.ask():
+            self._profile_if_due()
+            with self.profiler.step(self.step + 1):
+                self.state, metrics = step_function(self.state, next(self.batches))
+                self.reporter.add(metrics)
+            self.step += 1
+            self._profile_if_due()
+            self._follow_up(is_last=self.step == total)
+        if session.stop.ask():
+            return self._leave()
+        self.writer.wait()
+        self._finish(total)
+        return 0
+
+    def _compile(self) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+        """Compile the train step for the shapes of this run."""
+        started = time.perf_counter()
+        lowered = self.session.programs.train.lower(self.state, abstract_batch(self.config))
+        compiled = lowered.compile()
+        self.console.line(f"compiled  in {time.perf_counter() - started:.1f} s")
+        return compiled
+
+    def _profile_if_due(self) -> None:
+        """Start or stop a trace between two steps."""
+        if self.profiler.is_due(self.step):
+            jax.block_until_ready(self.state)  # queued steps must not reach into the trace
+            with self.clock:
+                self.profiler.toggle(self.step)
+
+    def _follow_up(self, is_last: bool) -> None:
+        """Report, validate, save and sample where it is due."""
+        run, loss = self.config.run, math.inf
+        is_validated = self.step % run.eval_every == 0 or is_last
+        is_saved = self.step % run.save_every == 0 or is_last
+        if is_validated or is_saved or self.step % run.log_every == 0:
+            self._report()  # what is validated or saved is known to be finite
+        if is_validated:
+            with self.clock:
+                loss = self.validation.loss(self.state, self.step, self.best_loss, self._write)
+        is_best = loss < self.best_loss  # False for NaN
+        if is_best:
+            self.best_loss = loss
+        if is_best or is_saved:
+            with self.clock:
+                self._save(loss)
+        if is_validated and run.sample_tokens and not self.session.stop.ask():
+            with self.clock:
+                self._sample()
+
+    def _write(self, record: dict[str, int | float], line: str) -> None:
+        """Write a record to the metrics and its line to the console."""
+        self.metrics.write(record)
+        self.console.line(line)
+
+    def _report(self) -> None:
+        """Report the pending steps; stop the run if one of them was not finite."""
+        if failed := self.reporter.report(self.step):
+            self._stop_before(*failed)
+
+    def _stop_before(self, step: int, metrics: StepMetrics) -> None:
+        """End the run at a step whose loss or gradient was not finite."""
+        self.step, last_good = step - 1, step - 1
+        self.state = dataclasses.replace(self.state, healthy=jnp.bool(True))
+        if self.saved_step != last_good:
+            self._save(math.inf)
+        self.writer.wait()
+        raise NonFiniteLossError(
+            f"step {step} has loss {metrics.loss} and gradient norm {metrics.gradient_norm};"
+            f" stopped before its update. The last good step is {last_good}, saved in"
+            f" {self.folder}; try a lower --config.optimizer.learning_rate"
         )
-    return folder
+
+    def _save(self, validation_loss: float) -> None:
+        """Start to write a checkpoint of the current state."""
+        if jax.process_index() == 0 and not (self.folder / CONFIG).exists():
+            raise UserError(
+                f"{self.folder} was moved or removed while training; stopped at step {self.step},"
+                " which is not saved. Put the folder back and run the same command again"
+            )
+        best = {} if math.isinf(self.best_loss) else {"best_validation_loss": self.best_loss}
+        self.writer.save(
+            self.step,
+            self.state.trainable,
+            self.state.optimizer,
+            {"data": self.session.data.fingerprint, "versions": versions()} | best,
+            validation_loss,
+        )
+        self.saved_step = self.step
+
+    def _sample(self) -> None:
+        """Show what the model writes now; a failure is a warning, since it costs no training."""
+        try:
+            text = self.validation.sample(self.state, seed=self.step)
+            if text is not None:
+                self.console.line(text)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            warn(f"no sample at step {self.step}: {error!r}; training goes on")
+
+    def _leave(self) -> int:
+        """Save the current step and say how to go on."""
+        self._report()
+        if self.saved_step != self.step:
+            self._save(math.inf)
+        self.writer.wait()
+        self.console.line(
+            f"stopped at step {self.step:,}, saved in {self.folder};"
+            " the same command goes on from there"
+        )
+        return self.session.stop.exit_code
+
+    def _finish(self, total: int) -> None:
+        """Draw the losses and say how to sample."""
+        if jax.process_index() == 0:
+            try:
+                draw(self.folder)
+            except Exception as error:  # every step is made and saved
+                warn(f"the loss plot could not be drawn: {error!r}")
+        prompt = self.config.run.sample_prompt
+        words = ["python", "sample.py", "--ckpt", str(self.folder)]
+        words += ["--prompt", prompt] if prompt else []
+        self.console.line(
+            f"finished {total:,} steps in {format_duration(self.clock.wall)}, goodput"
+            f" {self.clock.summary}; sample with: {shlex.join(words)}"
+        )

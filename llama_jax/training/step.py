@@ -1,13 +1,17 @@
-"""One step of training, (state, batch) → (state, metrics), and the state it turns.
+"""One step of training: (state, batch) → (state, metrics).
 
-Dropout's key is a function of the seed and the step, so a resumed run draws what an uninterrupted
-one would have drawn.
+The state is split into what is trained and what is frozen, and the loss is an argument, so that
+fine-tuning is another state and another loss, not another step. In pretraining the trainable part
+is the whole model and nothing is frozen.
+
+Dropout's key is a function of the seed and the step: a resumed run draws what an uninterrupted one
+would have drawn.
 """
 
 import dataclasses
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -36,25 +40,26 @@ from llama_jax.errors import UsageError
 from llama_jax.kernels.attention import KERNELS, choose_kernel
 from llama_jax.model.execution import HOST_MEMORY, Execution
 from llama_jax.model.transformer import Llama
-from llama_jax.training.loss import summed_loss, summed_nll
+from llama_jax.training.loss import summed_loss
 from llama_jax.training.optimizer import learning_rate_schedule, make_optimizer
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes."""
+    """What a step takes and returns."""
 
-    step: jax.Array  # updates made so far
+    step: jax.Array  # int32, updates made so far
     healthy: jax.Array  # False once a loss or gradient was not finite: then nothing changes
-    model: Llama
+    trainable: Any  # parameters with gradients and moments; the whole `Llama` in pretraining
+    frozen: Any  # parameters that the loss only reads; None in pretraining
     optimizer: optax.OptState
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepMetrics:
-    """What a step tells, as float32 scalars on the device."""
+    """Metrics of a step, as float32 scalars on the device."""
 
     loss: jax.Array  # mean nats per unmasked token, before the update
     gradient_norm: jax.Array  # before clipping
@@ -62,16 +67,66 @@ class StepMetrics:
     healthy: jax.Array  # whether the update was made
 
 
+Sums = tuple[jax.Array, jax.Array]
+
+
+class Loss(Protocol):
+    """A loss to train with, summed over sequences."""
+
+    def __call__(
+        self,
+        trainable: Any,
+        frozen: Any,
+        batch: Batch,
+        *,
+        config: Config,
+        execution: Execution,
+        dropout_key: jax.Array | None,
+    ) -> tuple[jax.Array, Sums]:
+        """Return (the sum to minimise, (the summed loss to report, the sum of the weights)).
+
+        The step divides gradients and the reported loss by the sum of the weights over the whole
+        batch. Without a `dropout_key` nothing is dropped.
+        """
+        ...
+
+
+def next_token_loss(
+    trainable: Llama,
+    frozen: None,
+    batch: Batch,
+    *,
+    config: Config,
+    execution: Execution,
+    dropout_key: jax.Array | None,
+) -> tuple[jax.Array, Sums]:
+    """The loss of pretraining: cross-entropy of each target, and the z-loss of the config."""
+    hidden_BTD, _ = trainable.hidden(
+        batch.inputs_BT,
+        segments_BT=batch.segments_BT,
+        dropout_key=dropout_key,
+        execution=execution,
+    )
+    loss, nll = summed_loss(
+        hidden_BTD,
+        trainable.output_VD,
+        batch.targets_BT,
+        batch.weights_BT,
+        config.optimizer.z_loss,
+    )
+    return loss, (nll, jnp.sum(batch.weights_BT))
+
+
 def init_state(config: Config) -> TrainState:
-    """The state before the first step, a pure function of `config.run.seed`."""
+    """Return the state before the first step, a pure function of `config.run.seed`."""
     model = Llama(config.model, rngs=nnx.Rngs(config.run.seed))
     optimizer = make_optimizer(config.optimizer).init(model)
-    return TrainState(jnp.int32(0), jnp.bool(True), model, optimizer)
+    return TrainState(jnp.int32(0), jnp.bool(True), model, None, optimizer)
 
 
 @lru_cache(maxsize=16)
 def abstract_state(config: Config) -> TrainState:
-    """That state with shapes in place of arrays; costs no memory. Shared, so not to be changed."""
+    """Return `init_state` with shapes in place of arrays. Cached: do not modify it."""
     return jax.eval_shape(lambda: init_state(config))
 
 
@@ -79,13 +134,13 @@ UNROLLED_ON_CPU = 16  # a rolled-up scan copies what each layer keeps: 5 % slowe
 
 
 def make_execution(config: Config, mesh: Mesh | None = None, *, training: bool = True) -> Execution:
-    """How a run's model is executed on a mesh, or on this process's first device.
+    """Return how a run's model is executed on a mesh, or on this process's first device.
 
     Args:
       training: whether there is a backward pass, and dropout.
 
     Raises:
-      UsageError: when the devices lack the attention kernel or what `run.remat` needs.
+      UsageError: if the devices lack the attention kernel or what `run.remat` needs.
     """
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
     remat = config.run.remat if training else "none"
@@ -105,10 +160,10 @@ def make_execution(config: Config, mesh: Mesh | None = None, *, training: bool =
 
 
 def attention_kernel(config: Config, device: jax.Device, *, training: bool) -> str:
-    """The name of the attention kernel of a run; only training drops attention weights.
+    """Return the name of a run's attention kernel; only training drops attention weights.
 
     Raises:
-      UsageError: when the device lacks the kernel that the config names.
+      UsageError: if the device lacks the kernel that the config names.
     """
     return choose_kernel(
         config.run.attention,
@@ -120,7 +175,7 @@ def attention_kernel(config: Config, device: jax.Device, *, training: bool) -> s
 
 
 def _require_host_memory() -> None:
-    """Raise `UsageError` when this process's devices do not reach the host's memory."""
+    """Raise `UsageError` if this process's devices cannot address the host's memory."""
     device = jax.local_devices()[0]
     kinds = [memory.kind for memory in device.addressable_memories()]
     if HOST_MEMORY not in kinds:
@@ -131,155 +186,163 @@ def _require_host_memory() -> None:
 
 
 def train_step(
-    state: TrainState, batch: Batch, config: Config, execution: Execution
+    state: TrainState,
+    batch: Batch,
+    config: Config,
+    execution: Execution,
+    loss: Loss = next_token_loss,
 ) -> tuple[TrainState, StepMetrics]:
-    """One update from a whole batch, microbatch by microbatch.
+    """Make one update from a batch, microbatch by microbatch.
 
     Losses and gradients are summed over microbatches, then over devices, and divided once by the
-    number of unmasked tokens, so that other microbatches change nothing but rounding.
+    sum of the weights, so that the number of microbatches changes nothing but rounding.
     """
     key = jax.random.fold_in(jax.random.key(config.run.seed), state.step)
-    (nll, tokens), gradients = summed_gradients(state.model, batch, key, config, execution)
-    tokens = jnp.maximum(tokens, 1.0)
-    gradients = jax.tree.map(lambda gradient: gradient / tokens, gradients)
-    return _update(state, nll / tokens, gradients, config)
+    (total, weights), gradients = summed_gradients(
+        state.trainable, state.frozen, batch, key, config, execution, loss
+    )
+    weights = jnp.maximum(weights, 1.0)
+    gradients = jax.tree.map(lambda gradient: gradient / weights, gradients)
+    return _update(state, total / weights, gradients, config)
 
 
 def summed_gradients(
-    model: Llama,
+    trainable: Any,
+    frozen: Any,
     batch: Batch,
     key: jax.Array,
     config: Config,
     execution: Execution,
-) -> tuple[tuple[jax.Array, jax.Array], Llama]:
-    """((nll, number of unmasked tokens), gradients of the loss), summed over the whole batch.
+    loss: Loss = next_token_loss,
+) -> tuple[Sums, Any]:
+    """Return ((loss, weights), gradients of the trainable part), summed over the whole batch.
 
     Dropout is drawn from `key`.
     """
-    accumulated = partial(_accumulated, key=key, config=config, execution=execution)
-    return gradients_over_rows(accumulated, model, batch)
 
+    def accumulated(trainable: Any, frozen: Any, batch: Batch) -> tuple[Sums, Any]:
+        def microbatch(trainable: Any, batch: Batch, row_B: jax.Array) -> tuple[jax.Array, Sums]:
+            dropout_key = jax.random.fold_in(key, row_B[0]) if config.model.dropout else None
+            return loss(
+                trainable,
+                frozen,
+                batch,
+                config=config,
+                execution=execution,
+                dropout_key=dropout_key,
+            )
 
-def _accumulated(
-    model: Llama, batch: Batch, *, key: jax.Array, config: Config, execution: Execution
-) -> tuple[tuple[jax.Array, jax.Array], Llama]:
-    """The nll and number of tokens of some rows, and the gradients of their loss, all summed."""
-
-    def summed(model: Llama, batch: Batch, row_B: jax.Array) -> tuple[jax.Array, Any]:
-        hidden_BTD, _ = model.hidden(
-            batch.inputs_BT,
-            segments_BT=batch.segments_BT,
-            dropout_key=jax.random.fold_in(key, row_B[0]) if config.model.dropout else None,
-            execution=execution,
+        B = batch.inputs_BT.shape[0]
+        microbatches = config.optimizer.accumulation_steps
+        gradients_of = optax.microbatch(
+            jax.value_and_grad(microbatch, has_aux=True),
+            argnums=(1, 2),
+            microbatch_size=B // microbatches if microbatches > 1 else None,
         )
-        targets = (batch.targets_BT, batch.weights_BT)
-        loss, nll = summed_loss(hidden_BTD, model.output_VD, *targets, config.optimizer.z_loss)
-        return loss, (nll, jnp.sum(batch.weights_BT))
+        (_, sums), gradients = gradients_of(trainable, batch, jnp.arange(B))
+        return sums, gradients
 
-    rows = batch.inputs_BT.shape[0]
-    microbatches = config.optimizer.accumulation_steps
-    accumulated = optax.microbatch(
-        jax.value_and_grad(summed, has_aux=True),
-        argnums=(1, 2),
-        microbatch_size=rows // microbatches if microbatches > 1 else None,
-    )
-    (_, sums), gradients = accumulated(model, batch, jnp.arange(rows))
-    return sums, gradients
+    return gradients_over_rows(accumulated, trainable, frozen, batch)
 
 
 def _update(
-    state: TrainState, loss: jax.Array, gradients: Llama, config: Config
+    state: TrainState, loss: jax.Array, gradients: Any, config: Config
 ) -> tuple[TrainState, StepMetrics]:
-    """The state after the optimizer's update, or unchanged if it would be spoilt."""
+    """Apply the optimizer, or keep the state where loss or gradients are not finite."""
     norm = optax.tree.norm(gradients)
     healthy = state.healthy & jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, optimizer = make_optimizer(config.optimizer).update(
-        gradients, state.optimizer, state.model
+        gradients, state.optimizer, state.trainable
     )
-    model = optax.apply_updates(state.model, updates)
-    moved = TrainState(state.step + 1, healthy, model, optimizer)
-    stayed = dataclasses.replace(state, healthy=healthy)
+    trainable = optax.apply_updates(state.trainable, updates)
+    changed = dataclasses.replace(
+        state, step=state.step + 1, healthy=healthy, trainable=trainable, optimizer=optimizer
+    )
+    kept = dataclasses.replace(state, healthy=healthy)
     rate = learning_rate_schedule(config.optimizer)(state.step)
     metrics = StepMetrics(loss, norm, jnp.float32(rate), healthy)
-    return jax.tree.map(partial(jnp.where, healthy), moved, stayed), metrics
+    return jax.tree.map(partial(_where, healthy), changed, kept), metrics
+
+
+def _where(condition: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    return x if x is y else jnp.where(condition, x, y)  # frozen arrays are passed through
 
 
 def evaluation_step(
-    model: Llama, batch: Batch, execution: Execution
-) -> tuple[jax.Array, jax.Array]:
-    """The summed negative log-likelihood of a batch and its number of unmasked tokens."""
+    trainable: Any,
+    frozen: Any,
+    batch: Batch,
+    config: Config,
+    execution: Execution,
+    loss: Loss = next_token_loss,
+) -> Sums:
+    """Return the summed loss of a batch to report, and the sum of its weights."""
 
-    def sums(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        hidden_BTD, _ = model.hidden(
-            batch.inputs_BT, segments_BT=batch.segments_BT, execution=execution
-        )
-        nll = summed_nll(hidden_BTD, model.output_VD, batch.targets_BT, batch.weights_BT)
-        return nll, jnp.sum(batch.weights_BT)
+    def sums(trainable: Any, frozen: Any, batch: Batch) -> Sums:
+        return loss(trainable, frozen, batch, config=config, execution=execution, dropout_key=None)[
+            1
+        ]
 
-    return sums_over_rows(sums, model, batch)
-
-
-# The programs of a run, jitted for its mesh, with shardings stated and the state donated. What the
-# mesh cannot do is refused here, before anything is traced.
-
-
-def state_shardings(config: Config, mesh: Mesh) -> TrainState:
-    """Where each array of the state lies."""
-    return shardings(abstract_state(config), mesh)
+    return sums_over_rows(sums, trainable, frozen, batch)
 
 
-def jit_train_step(config: Config, mesh: Mesh, execution: Execution | None = None) -> Any:
-    """`train_step` for a mesh, with the state donated; by default run as `make_execution` has it.
+# ---- the programs of a run, jitted for its mesh ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The jitted programs of a run, neither traced nor compiled yet."""
+
+    init: Callable[[], TrainState]  # `init_state`, each device making its own shards
+    train: Any  # `train_step`: (state, batch) → (state, metrics); the state is donated
+    evaluate: Callable[[Any, Any, Batch], Sums]  # `evaluation_step`: (trainable, frozen, batch)
+
+
+def jit_programs(config: Config, mesh: Mesh, loss: Loss = next_token_loss) -> Programs:
+    """Return the programs of a run on a mesh.
 
     Raises:
-      UsageError: when the config does not divide over the mesh, or its devices lack the attention
-        or what `run.remat` takes.
+      UsageError: if the config does not divide over the mesh, or its devices lack the attention
+        kernel or what `run.remat` needs.
+    """
+    execution = make_execution(config, mesh, training=False)
+    places, replicated = state_shardings(config, mesh), NamedSharding(mesh, PartitionSpec())
+    return Programs(
+        init=jax.jit(partial(init_state, config), out_shardings=places),
+        train=jit_train_step(config, mesh, loss=loss),
+        evaluate=jax.jit(
+            partial(evaluation_step, config=config, execution=execution, loss=loss),
+            in_shardings=(places.trainable, places.frozen, batch_sharding(mesh)),
+            out_shardings=(replicated, replicated),
+        ),
+    )
+
+
+def jit_train_step(
+    config: Config,
+    mesh: Mesh,
+    execution: Execution | None = None,
+    loss: Loss = next_token_loss,
+) -> Any:
+    """Return `train_step` jitted for a mesh, with the state donated.
+
+    Args:
+      execution: by default that of `make_execution`.
+
+    Raises:
+      UsageError: see `jit_programs`.
     """
     require_fitting(config, mesh.shape)
     execution = execution or make_execution(config, mesh)
     places, replicated = state_shardings(config, mesh), NamedSharding(mesh, PartitionSpec())
     return jax.jit(
-        partial(train_step, config=config, execution=execution),
+        partial(train_step, config=config, execution=execution, loss=loss),
         in_shardings=(places, batch_sharding(mesh)),
         out_shardings=(places, replicated),
         donate_argnums=0,
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Programs:
-    """The two that a run asks again and again."""
-
-    train: Any  # `train_step`
-    evaluate: Callable[[Llama, Batch], tuple[jax.Array, jax.Array]]  # `evaluation_step`
-
-
-def jit_programs(config: Config, mesh: Mesh) -> Programs:
-    """A run's programs, neither traced nor compiled yet.
-
-    Raises:
-      UsageError: see `jit_train_step` and `jit_evaluation_step`.
-    """
-    return Programs(jit_train_step(config, mesh), jit_evaluation_step(config, mesh))
-
-
-def jit_init(config: Config, mesh: Mesh) -> Callable[[], TrainState]:
-    """`init_state` for a mesh: each device makes its own part."""
-    return jax.jit(partial(init_state, config), out_shardings=state_shardings(config, mesh))
-
-
-def jit_evaluation_step(
-    config: Config, mesh: Mesh
-) -> Callable[[Llama, Batch], tuple[jax.Array, jax.Array]]:
-    """`evaluation_step` for a mesh.
-
-    Raises:
-      UsageError: when its devices lack the attention.
-    """
-    execution = make_execution(config, mesh, training=False)
-    places, replicated = state_shardings(config, mesh).model, NamedSharding(mesh, PartitionSpec())
-    return jax.jit(
-        partial(evaluation_step, execution=execution),
-        in_shardings=(places, batch_sharding(mesh)),
-        out_shardings=(replicated, replicated),
-    )
+def state_shardings(config: Config, mesh: Mesh) -> TrainState:
+    """Return the sharding of each array of the state."""
+    return shardings(abstract_state(config), mesh)

@@ -6,7 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from tiny_run import make_config, make_tokens, quick_runs
+from tiny_run import fit, make_config, make_tokens, quick_runs
 from tiny_weights import tiny_weights
 
 from llama_jax.checkpoints import load as loading
@@ -15,7 +15,6 @@ from llama_jax.checkpoints.restore import finished_steps
 from llama_jax.errors import UsageError, UserError
 from llama_jax.formats import checkpoint as checkpoint_folder
 from llama_jax.model.parameters import named_leaves
-from llama_jax.training.run import fit
 
 
 @pytest.fixture(scope="module")

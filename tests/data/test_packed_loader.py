@@ -179,7 +179,9 @@ def test_packed_run_learns_and_resumes_exactly(run, uninterrupted):
 
 def test_packed_validation_loss_equals_that_of_separate_documents(run, uninterrupted):
     config, folder, _, _ = run
-    evaluate = jax.jit(partial(evaluation_step, execution=make_execution(config, training=False)))
+    evaluate = jax.jit(
+        partial(evaluation_step, config=config, execution=make_execution(config, training=False))
+    )
     starts = document_starts(folder, "validation")
     documents = np.split(np.concatenate(folder.arrays("validation")), starts[1:])
     pieces = [
@@ -195,7 +197,7 @@ def test_packed_validation_loss_equals_that_of_separate_documents(run, uninterru
         inputs, targets, weights, _ = (np.stack(column) for column in zip(piece, *blanks))
         apart.append(Batch(inputs_BT=inputs, targets_BT=targets, weights_BT=weights))
     sums = [
-        np.sum([evaluate(uninterrupted[2].model, batch) for batch in batches], axis=0)
+        np.sum([evaluate(uninterrupted[2].trainable, None, batch) for batch in batches], axis=0)
         for batches in (packed, apart)
     ]
     assert sums[0][1] == sums[1][1] == sum(len(document) - 1 for document in documents)

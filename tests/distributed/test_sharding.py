@@ -30,7 +30,7 @@ from llama_jax.errors import UsageError
 from llama_jax.kernels.blockwise import blockwise_attention
 from llama_jax.model.execution import Execution
 from llama_jax.training.loss import summed_nll
-from llama_jax.training.step import jit_evaluation_step, make_execution, summed_gradients
+from llama_jax.training.step import jit_programs, make_execution, summed_gradients
 
 AXES = ("data", "fsdp", "tensor")
 SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(shape) == 8]
@@ -90,7 +90,7 @@ def compiled(shape, config):
             jax.device_put(make_batch(config.data.packing), batch_sharding(mesh)),
         )
         step = jax.jit(
-            lambda *given: summed_gradients(*given, key, config, execution),
+            lambda model, batch: summed_gradients(model, None, batch, key, config, execution),
             out_shardings=(None, places),
         )
         program = step.lower(*given).compile()
@@ -145,9 +145,10 @@ def test_validation_is_cut_as_training_is():
         model = make_model(**SIZES)
         given = (
             jax.device_put(model, shardings(model, mesh)),
+            None,
             jax.device_put(make_batch(), batch_sharding(mesh)),
         )
-        program = jit_evaluation_step(config, mesh).lower(*given).compile()
+        program = jit_programs(config, mesh).evaluate.lower(*given).compile()
         sums = program(*given)
     expected = compiled((1, 1, 1), make_config())[1][0]
     np.testing.assert_allclose(sums, expected, rtol=1e-5)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_model import make_model
-from tiny_run import make_config, make_tokens, quick_runs
+from tiny_run import fit, make_config, make_tokens, quick_runs
 from tiny_weights import built
 
 from llama_jax.checkpoints.load import load
@@ -28,7 +28,6 @@ from llama_jax.quantization.modules import QuantizedLinear, QuantizedMatrix
 from llama_jax.quantization.rounding import to_int4, to_int8
 from llama_jax.quantization.surgery import allocate, quantized_nbytes
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.training.run import fit
 
 pytestmark = pytest.mark.optimized
 

@@ -1,33 +1,35 @@
-"""What a run tells: times, lines and records."""
+"""What a run reports: durations, lines and records."""
 
 import io
 import json
 import math
+import sys
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from llama_jax.training import metrics
-from llama_jax.training import metrics as tensorboard
-from llama_jax.training.metrics import Console, MetricsFile, read_metrics, spelled_duration
+from llama_jax.training.metrics import Console, MetricsFile, format_duration, read_metrics
 
 
 @pytest.mark.parametrize(
-    ("seconds", "spelled"),
+    ("seconds", "formatted"),
     [(0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (184, "3m04s"), (3600, "1h00m"), (90061, "25h01m")],
 )
-def test_durations_are_spelled_for_people(seconds, spelled):
-    assert spelled_duration(seconds) == spelled
+def test_durations_are_formatted(seconds, formatted):
+    assert format_duration(seconds) == formatted
 
 
-def test_records_are_merged_by_step_and_the_later_sitting_wins(tmp_path):
-    with MetricsFile(tmp_path, tensorboard=False) as file:
+def test_records_are_merged_by_step_and_the_later_session_wins(tmp_path):
+    with closing(MetricsFile(tmp_path, tensorboard=False)) as file:
         file.write({"step": 2, "loss": 2.0})
         file.write({"step": 1, "loss": 3.0})
         file.write({"step": 2, "validation_loss": math.nan})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')  # killed here
-    with MetricsFile(tmp_path, tensorboard=False) as file:
+    with closing(MetricsFile(tmp_path, tensorboard=False)) as file:
         file.write({"step": 2, "loss": 2.5})
     assert read_metrics(tmp_path) == {
         1: {"step": 1, "loss": 3.0},
@@ -38,15 +40,16 @@ def test_records_are_merged_by_step_and_the_later_sitting_wins(tmp_path):
 
 
 def test_records_are_on_disk_at_once(tmp_path):
-    with MetricsFile(tmp_path, tensorboard=False) as file:
+    with closing(MetricsFile(tmp_path, tensorboard=False)) as file:
         file.write({"step": 1, "loss": 3.0})
         assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 3.0}
 
 
 def test_tensorboard_gets_every_number_that_is_measured(tmp_path, monkeypatch):
-    class Events:
+    class SummaryWriter:
         def __init__(self, folder):
-            self.folder, self.scalars = folder, []
+            assert folder == str(tmp_path / "tensorboard")
+            self.scalars = scalars
 
         def add_scalar(self, *scalar):
             self.scalars.append(scalar)
@@ -54,18 +57,18 @@ def test_tensorboard_gets_every_number_that_is_measured(tmp_path, monkeypatch):
         def close(self):
             self.scalars.append("closed")
 
-    made = []
-    monkeypatch.setattr(tensorboard, "event_writer", lambda *w: made.append(Events(*w)) or made[0])
-    with MetricsFile(tmp_path, tensorboard=True) as file:
-        file.write({"step": 3, "loss": 2.0, "goodput": 0.5, "sitting": 1})
-    assert made[0].folder == tmp_path / "tensorboard"
-    assert made[0].scalars == [("loss", 2.0, 3), ("goodput", 0.5, 3), "closed"]
+    scalars = []
+    monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=SummaryWriter))
+    file = MetricsFile(tmp_path, tensorboard=True)
+    file.write({"step": 3, "loss": 2.0, "goodput": 0.5, "session": 1})
+    file.close()
+    assert scalars == [("loss", 2.0, 3), ("goodput", 0.5, 3), "closed"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_full_disk_costs_one_warning_and_not_the_run(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    with MetricsFile(tmp_path, tensorboard=False) as file:
+    with closing(MetricsFile(tmp_path, tensorboard=False)) as file:
         for step in range(3):
             file.write({"step": step, "loss": 1.0})
     line = "warning: metrics.jsonl is not written: No space left on device; training goes on\n"
@@ -97,7 +100,24 @@ def test_only_process_0_speaks_and_writes(tmp_path, capsys, monkeypatch):
     console.line("hello")
     console.close()
     metrics.warn("hello")
-    with MetricsFile(tmp_path, tensorboard=False) as file:
+    with closing(MetricsFile(tmp_path, tensorboard=False)) as file:
         file.write({"step": 1})
     assert capsys.readouterr() == ("", "")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_line_that_the_terminal_cannot_encode_is_escaped(monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(metrics.sys, "stdout", output)
+    Console(total=9, start=0).line("café ✓")
+    assert output.buffer.getvalue() == b"caf\\xe9 \\u2713\n"
+
+
+def test_closed_standard_output_is_a_warning(monkeypatch, capsys):
+    output = io.StringIO()
+    output.close()
+    monkeypatch.setattr(metrics.sys, "stdout", output)
+    console = Console(total=9, start=0)
+    console.line("hello")
+    console.line("hello again")
+    assert capsys.readouterr().err.count("warning: standard output cannot be written") == 1

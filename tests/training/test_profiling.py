@@ -17,16 +17,16 @@ def test_a_window_is_two_numbers_of_steps_made():
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "'' is not understood; expected START:STOP"),
-        ("5", "'5' is not understood"),
-        ("5:6:7", "'5:6:7' is not understood"),
-        ("five:6", "'five:6' is not understood"),
-        (":6", "':6' is not understood"),
-        ("-1:3", "'-1:3' is not understood"),
-        ("1.5:3", "'1.5:3' is not understood"),
-        ("1:²", "'1:²' is not understood"),
-        ("6:6", "'6:6' ends before it begins"),
-        ("7:6", "'7:6' ends before it begins"),
+        ("", "'' cannot be parsed; expected START:STOP"),
+        ("5", "'5' cannot be parsed"),
+        ("5:6:7", "'5:6:7' cannot be parsed"),
+        ("five:6", "'five:6' cannot be parsed"),
+        (":6", "':6' cannot be parsed"),
+        ("-1:3", "'-1:3' cannot be parsed"),
+        ("1.5:3", "'1.5:3' cannot be parsed"),
+        ("1:²", "'1:²' cannot be parsed"),
+        ("6:6", "'6:6' is empty"),
+        ("7:6", "'7:6' is empty"),
         ("7:21", "'7:21' goes beyond the run of optimizer.steps=20; end it at 20 or before"),
     ],
 )
@@ -38,7 +38,7 @@ def test_a_window_that_is_none_is_refused(text, says):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What the profiler of JAX is asked to do."""
+    """What the profiler of JAX is called for."""
     calls = []
     monkeypatch.setattr(profiling.jax.profiler, "start_trace", lambda *_, **__: calls.append("on"))
     monkeypatch.setattr(profiling.jax.profiler, "stop_trace", lambda: calls.append("off"))
@@ -46,17 +46,17 @@ def calls(monkeypatch):
 
 
 def walk(window, folder, steps, calls):
-    """A sitting's steps; what was said, and what was traced of them."""
+    """Take a session's steps; return the lines printed."""
     said = []
     profiler = Profiler(window, folder, said.append)
     profiler.skip_to(steps.start)
     for made in steps:
         for _ in range(2):  # before the step and, as the next one's number, after the last
             if profiler.is_due(made):
-                profiler.turn(made)
+                profiler.toggle(made)
         calls.append(made + 1)
     if profiler.is_due(steps.stop):
-        profiler.turn(steps.stop)
+        profiler.toggle(steps.stop)
     profiler.close(steps.stop)
     return said
 
@@ -69,7 +69,7 @@ def walk(window, folder, steps, calls):
         (Window(3, 5), range(5), [1, 2, 3, "on", 4, 5, "off"], "steps 4 to 5 in "),
         (Window(1, 4), range(2, 5), ["on", 3, 4, "off", 5], "steps 3 to 4 in "),  # resumed within
         (Window(1, 9), range(3), [1, "on", 2, 3, "off"], "steps 2 to 3 in "),  # stopped within
-        (Window(1, 3), range(3, 5), [4, 5], "steps 2 to 3 were made in an earlier sitting"),
+        (Window(1, 3), range(3, 5), [4, 5], "steps 2 to 3 were made in an earlier session"),
     ],
 )
 def test_the_steps_of_the_window_are_traced_and_no_others(

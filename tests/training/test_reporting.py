@@ -1,4 +1,4 @@
-"""What is told of a portion of steps: records, a line, and the step that was not finite."""
+"""What is reported of a portion of steps: records, a line, and the step that was not finite."""
 
 import jax
 import jax.numpy as jnp
@@ -30,24 +30,24 @@ def now(monkeypatch):
 
 
 def reporter(now, **changes):
-    """A reporter of the third sitting, 10 seconds after it began, with its records and lines."""
+    """A reporter of the third session, 10 seconds after it began, with its records and lines."""
     config = make_config("tokens", "ckpt", **changes)
     records, lines = Written(), Written()
-    clock = StepClock(now[0], Earlier(sittings=2, wall=50.0, steps=30.0))
+    clock = StepClock(now[0], Earlier(sessions=2, wall=50.0, steps=30.0))
     now[0] += 10
     clock.start()
     return Reporter(config, jax.devices()[:2], records, lines, clock), records, lines
 
 
-def told(loss, healthy=True):
+def metrics_of(loss, healthy=True):
     return StepMetrics(*map(jnp.float32, (loss, 0.5, 3e-4)), jnp.bool(healthy))
 
 
-def test_every_step_has_a_record_and_the_last_of_them_the_instruments(now, monkeypatch):
+def test_every_step_has_a_record_and_the_last_of_them_speed_and_memory(now, monkeypatch):
     monkeypatch.setattr(reporting, "memory_use", lambda _: MemoryUse(2 * 10**9, 3 * 10**9, 0))
     subject, records, lines = reporter(now, run__peak_flops=1e8)
     for loss in (4.0, 2.0):
-        subject.add(told(loss))
+        subject.add(metrics_of(loss))
     now[0] += 8
     assert subject.report(7) is None
     basis = {"learning_rate": pytest.approx(3e-4), "gradient_norm": 0.5, "seconds": 4.0}
@@ -61,7 +61,7 @@ def test_every_step_has_a_record_and_the_last_of_them_the_instruments(now, monke
         "goodput": pytest.approx(8 / 18),
         "run_goodput": pytest.approx(38 / 68),
         "wall_seconds": 18.0,
-        "sitting": 3,
+        "session": 3,
     }
     share = f"{records[1]['mfu']:.1%}"
     assert lines == [
@@ -74,7 +74,7 @@ def test_every_step_has_a_record_and_the_last_of_them_the_instruments(now, monke
 def test_what_is_not_known_is_left_out(now, monkeypatch):
     monkeypatch.setattr(reporting, "memory_use", lambda _: None)
     subject, records, lines = reporter(now)
-    subject.add(told(4.0))
+    subject.add(metrics_of(4.0))
     now[0] += 8
     subject.report(1)
     assert not {"mfu", "memory_gb", "peak_memory_gb"} & records[0].keys()
@@ -84,7 +84,7 @@ def test_what_is_not_known_is_left_out(now, monkeypatch):
 def test_the_first_step_that_was_not_finite_ends_the_records(now):
     subject, records, lines = reporter(now)
     for loss, healthy in ((4.0, True), (jnp.nan, False), (jnp.nan, False)):
-        subject.add(told(loss, healthy))
+        subject.add(metrics_of(loss, healthy))
     number, metrics = subject.report(9)
     assert number == 8 and not metrics.healthy
     assert [record["step"] for record in records] == [7] and lines == []

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.training.optimizer import round_at_random
+from llama_jax.training.optimizer import round_stochastically
 
 MANY = 2**16
 
 
 @pytest.mark.parametrize("value", [1.001, -0.3, 3.1e-5, 7e30, 1 + 2**-8 + 2**-15])
 def test_it_is_a_neighbour_and_on_average_the_number_itself(value):
-    rounded = round_at_random(jnp.full(MANY, value, jnp.float32), jax.random.key(0))
+    rounded = round_stochastically(jnp.full(MANY, value, jnp.float32), jax.random.key(0))
     assert rounded.dtype == jnp.bfloat16
     found = np.float64(rounded)
     low, high = found.min(), found.max()
@@ -26,14 +26,14 @@ def test_it_is_a_neighbour_and_on_average_the_number_itself(value):
 def test_what_bfloat16_can_say_stays():
     exact = jnp.arange(-128.0, 129.0) * 2.0**-3
     for seed in range(5):
-        rounded = round_at_random(exact.reshape(257, 1), jax.random.key(seed))
+        rounded = round_stochastically(exact.reshape(257, 1), jax.random.key(seed))
         np.testing.assert_array_equal(np.float32(rounded)[:, 0], exact)
 
 
 def test_elements_and_keys_decide_independently():
     """Agreement of two fair coins is a fair coin, whatever they are tossed for."""
     halfway = jnp.full((64, 32, 32), 1 + 2**-8, jnp.float32)
-    up = [np.asarray(round_at_random(halfway, jax.random.key(n)) > 1) for n in (0, 1, 0)]
+    up = [np.asarray(round_stochastically(halfway, jax.random.key(n)) > 1) for n in (0, 1, 0)]
     np.testing.assert_array_equal(up[0], up[2])
     pairs = [(up[0], up[1])]
     pairs += [(up[0], np.roll(up[0], step, axis)) for step in (1, 2, 8) for axis in range(3)]

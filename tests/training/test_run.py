@@ -1,28 +1,27 @@
-"""The loop: a tiny run learns, resumes bit by bit, and stops before it is spoilt."""
+"""The loop of a run: it learns, resumes bit by bit, and stops before a step that is not finite."""
 
 import dataclasses
 import gzip
 import json
 import math
+import shutil
+import signal
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
-from tiny_run import make_config, make_tokens, quick_runs
+from tiny_run import fit, make_config, make_tokens, quick_runs
 
 from llama_jax.checkpoints import restore as reader
 from llama_jax.checkpoints.restore import finished_steps
-from llama_jax.data import loader as run_batches
+from llama_jax.checkpoints.save import CheckpointWriter
 from llama_jax.data.token_folder import TokenFolder
-from llama_jax.distributed.preemption import StopSignal
 from llama_jax.errors import NonFiniteLossError, OutOfMemoryError, UsageError, UserError
-from llama_jax.training import loop as trainer
-from llama_jax.training import metrics as reporting
 from llama_jax.training import run
-from llama_jax.training.loop import Trainer
 from llama_jax.training.metrics import read_metrics
 from llama_jax.training.profiling import Window
-from llama_jax.training.run import fit
+from llama_jax.training.session import open_session
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,24 +50,45 @@ def losses(folder):
     return {step: record["loss"] for step, record in read_metrics(folder).items()}
 
 
-@pytest.fixture
-def stop_at(monkeypatch):
-    """Makes runs stop politely, as by SIGTERM, once a step has been followed up."""
+def train(config, on_batch=None, **changes):
+    """Train a session with some of its parts replaced.
 
-    def arrange(step):
-        follow_up = Trainer._follow_up
-
-        def and_stop(self, is_last):
-            follow_up(self, is_last)
-            if self.step == step:
-                self.stop.number = 15
-
-        monkeypatch.setattr(Trainer, "_follow_up", and_stop)
-
-    return arrange
+    Args:
+      on_batch: called with the number of each step and its batch, on the host, before the step.
+    """
+    with open_session(config, devices=jax.devices()[:1]) as session:
+        if on_batch is not None:
+            changes["batches"] = lambda step: observed(session.batches(step), step, on_batch)
+        if "evaluate" in changes:
+            evaluate = changes.pop("evaluate")
+            changes["programs"] = dataclasses.replace(session.programs, evaluate=evaluate)
+        return run.train(dataclasses.replace(session, **changes))
 
 
-def test_a_tiny_model_learns(tokens, tmp_path, capfd):
+def observed(batches, start, on_batch):
+    for step, batch in enumerate(batches, start + 1):
+        batch = jax.tree.map(lambda array: jax.device_get(array).copy(), batch)
+        on_batch(step, batch)
+        yield batch
+
+
+def stop_at(last):
+    """Return an `on_batch` that sends SIGTERM during step `last`."""
+
+    def on_batch(step, _):
+        if step == last:
+            signal.raise_signal(signal.SIGTERM)
+
+    return on_batch
+
+
+def validation_losses(values):
+    """Return an `evaluate` program that gives these mean losses, one per validation batch."""
+    values = iter(values)
+    return lambda *_: (jnp.float32(next(values)), jnp.float32(1.0))
+
+
+def test_tiny_model_learns(tokens, tmp_path, capfd):
     config = make_config(
         tokens, tmp_path / "ckpt", optimizer__steps=120, model__dropout=0.0, run__eval_every=40
     )
@@ -80,20 +100,18 @@ def test_a_tiny_model_learns(tokens, tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_a_run_in_two_sittings_is_the_run_in_one_bit_by_bit(tokens, tmp_path, stop_at, monkeypatch):
+def test_resumed_run_equals_uninterrupted_run_bit_by_bit(tokens, tmp_path):
     straight, cut = (make_config(tokens, tmp_path / name) for name in ("straight", "cut"))
     assert straight.model.dropout > 0
     assert fit(straight) == 0
-    stop_at(13)
-    assert fit(cut) == 143
+    assert train(cut, stop_at(13)) == 143
     assert finished_steps(tmp_path / "cut")[-1] == 13
-    monkeypatch.undo()
     assert fit(cut) == 0
     assert checksums(tmp_path / "cut", 20) == checksums(tmp_path / "straight", 20)
     assert losses(tmp_path / "cut") == losses(tmp_path / "straight")
     assert len(losses(tmp_path / "cut")) == 20
-    told = [record for record in read_metrics(tmp_path / "cut").values() if "sitting" in record]
-    assert [(record["step"], record["sitting"]) for record in told] == [
+    told = [record for record in read_metrics(tmp_path / "cut").values() if "session" in record]
+    assert [(record["step"], record["session"]) for record in told] == [
         *((step, 1) for step in (5, 10, 13)),
         *((step, 2) for step in (15, 20)),
     ]
@@ -102,20 +120,7 @@ def test_a_run_in_two_sittings_is_the_run_in_one_bit_by_bit(tokens, tmp_path, st
     assert told[3]["wall_seconds"] < told[4]["wall_seconds"]
 
 
-def test_instruments_ask_the_device_once_a_report(config, monkeypatch):
-    asked = []
-
-    def counted(name):
-        function = getattr(reporting, name)
-        return lambda *words: asked.append(name) or function(*words)
-
-    for name in ("memory_use", "peak_flops"):
-        monkeypatch.setattr(reporting, name, counted(name))
-    assert fit(config) == 0
-    assert asked == ["peak_flops"] + 4 * ["memory_use"]  # 20 steps, a report every 5
-
-
-def test_a_profile_has_its_steps_and_no_others(config, tmp_path, capfd):
+def test_profile_has_exactly_its_steps(config, tmp_path, capfd):
     assert fit(config, Window(2, 4)) == 0
     line = "profile   steps 3 to 4 in "
     assert line + str(tmp_path / "ckpt" / "profile") in capfd.readouterr().out
@@ -128,19 +133,18 @@ def test_a_profile_has_its_steps_and_no_others(config, tmp_path, capfd):
     assert list(trace.parent.glob("*.xplane.pb"))
 
 
-def test_running_out_of_memory_is_one_line_with_knobs(config, monkeypatch):
-    def compile_too_much(self):
-        return jnp.zeros(1 << 50, jnp.uint8).block_until_ready()
+def test_running_out_of_memory_is_one_line_with_advice(config):
+    def allocate_too_much(*_):
+        jnp.zeros(1 << 50, jnp.uint8).block_until_ready()
 
-    monkeypatch.setattr(Trainer, "_compile", compile_too_much)
     line = (
         r"needed, beyond the limit of [\d.]+ GiB; try --config\.\S+, --config\.\S+ or \S+; python"
     )
     with pytest.raises(OutOfMemoryError, match=line):
-        fit(config)
+        train(config, evaluate=allocate_too_much)
 
 
-def test_a_checkpoint_that_does_not_fit_in_memory_is_not_called_damaged(config, monkeypatch):
+def test_out_of_memory_while_restoring_is_not_called_damage(config, monkeypatch):
     def read_too_much(*_):
         return jnp.zeros(1 << 50, jnp.uint8).block_until_ready()
 
@@ -152,42 +156,31 @@ def test_a_checkpoint_that_does_not_fit_in_memory_is_not_called_damaged(config, 
     assert finished_steps(Path(config.run.checkpoint_dir)) == saved
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_before_its_update(config, tmp_path, monkeypatch):
-    batches = run_batches.training_batches
+def test_non_finite_loss_stops_the_run_before_its_update(config, tmp_path):
+    def nan_at_8(step, batch):
+        if step == 8:
+            batch.weights_BT[0, 0] = math.nan
 
-    def spoilt(*words, start_step=0, **options):
-        for step, batch in enumerate(batches(*words, start_step=start_step, **options), start_step):
-            if step == 7:  # the eighth step
-                batch.weights_BT[0, 0] = math.nan
-            yield batch
-
-    monkeypatch.setattr(run_batches, "training_batches", spoilt)
-    for _ in range(2):  # the same command again says the same again
+    for _ in range(2):  # the same command again reports the same again
         with pytest.raises(NonFiniteLossError, match=r"step 8 has loss nan .* good step is 7"):
-            fit(config)
+            train(config, nan_at_8)
         assert finished_steps(tmp_path / "ckpt")[-1] == 7
         assert list(losses(tmp_path / "ckpt")) == [1, 2, 3, 4, 5, 6, 7]
-    monkeypatch.undo()
     assert fit(config) == 0
     assert losses(tmp_path / "ckpt")[20] < losses(tmp_path / "ckpt")[1]
 
 
-def test_a_run_that_is_spoilt_at_once_has_saved_its_beginning(config, tmp_path, monkeypatch):
-    batches = run_batches.training_batches
+def test_non_finite_first_step_saves_the_initial_state(config, tmp_path):
+    def infinite(_, batch):
+        batch.weights_BT[0, 0] = math.inf
 
-    def spoilt(*words, **options):
-        for batch in batches(*words, **options):
-            batch.weights_BT[0, 0] = math.inf
-            yield batch
-
-    monkeypatch.setattr(run_batches, "training_batches", spoilt)
     with pytest.raises(NonFiniteLossError, match="good step is 0, saved"):
-        fit(config)
+        train(config, infinite)
     assert finished_steps(tmp_path / "ckpt") == [0]
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("changes", "message"),
     [
         ({"run__attention": "cudnn", "model__dropout": 0.0}, "run.attention='cudnn' needs an NVI"),
         ({"run__attention": "splash", "model__dropout": 0.0}, "'splash' needs a TPU and this run"),
@@ -196,95 +189,162 @@ def test_a_run_that_is_spoilt_at_once_has_saved_its_beginning(config, tmp_path, 
         ({"optimizer__accumulation_steps": 3}, "data.batch_size=8 does not divide"),
     ],
 )
-def test_what_the_devices_cannot_do_is_refused_with_nothing_written(
-    tokens, tmp_path, monkeypatch, asked, message
+def test_unsupported_settings_are_refused_before_anything_is_written(
+    tokens, tmp_path, monkeypatch, changes, message
 ):
     monkeypatch.setattr("llama_jax.training.step.HOST_MEMORY", "moon")
     with pytest.raises(UsageError, match=message):
-        fit(make_config(tokens, tmp_path / "ckpt", **asked))
+        fit(make_config(tokens, tmp_path / "ckpt", **changes))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_validation_loss_of_nan_is_never_the_best(config, tmp_path, monkeypatch):
-    told = iter([3.0, math.nan, 2.0, 2.5])
-    monkeypatch.setattr(Trainer, "_validate", lambda self: next(told))
-    config = make_config(config.data.path, tmp_path / "ckpt", run__eval_every=5, run__keep_last=1)
-    assert fit(config) == 0
+def test_validation_loss_of_nan_is_never_the_best(config, tmp_path):
+    config = make_config(
+        config.data.path,
+        tmp_path / "ckpt",
+        run__eval_every=5,
+        run__keep_last=1,
+        run__eval_batches=1,
+    )
+    assert train(config, evaluate=validation_losses([3.0, math.nan, 2.0, 2.5])) == 0
     assert finished_steps(tmp_path / "ckpt") == [15, 20]
     meta = json.loads((tmp_path / "ckpt" / "20" / "meta" / "metadata").read_text())
     assert meta["best_validation_loss"] == 2.0
 
 
-def test_the_best_of_an_earlier_sitting_is_kept(config, tmp_path, monkeypatch, stop_at):
-    told = iter([1.0, 3.0, 2.0, 2.5])
-    monkeypatch.setattr(Trainer, "_validate", lambda self: next(told))
-    config = make_config(config.data.path, tmp_path / "ckpt", run__eval_every=5, run__keep_last=1)
-    stop_at(7)
-    assert fit(config) == 143
-    stop_at(-1)
-    assert fit(config) == 0
+def test_best_checkpoint_of_an_earlier_session_is_kept(config, tmp_path):
+    config = make_config(
+        config.data.path,
+        tmp_path / "ckpt",
+        run__eval_every=5,
+        run__keep_last=1,
+        run__eval_batches=1,
+    )
+    assert train(config, stop_at(7), evaluate=validation_losses([1.0])) == 143
+    assert train(config, evaluate=validation_losses([3.0, 2.0, 2.5])) == 0
     assert finished_steps(tmp_path / "ckpt") == [5, 20]
 
 
-def test_a_stop_in_validation_is_heard_there(config, tmp_path, monkeypatch):
-    said = []
-    monkeypatch.setattr(StopSignal, "ask", lambda self: bool(said))
-    monkeypatch.setattr(StopSignal, "exit_code", 143)
-    jitted = run.jit_programs
+def test_stop_signal_ends_a_validation(config, tmp_path):
+    calls = []
 
-    def programs(*words):
-        made = jitted(*words)
-        evaluate = lambda *batch: said.append(1) or made.evaluate(*batch)  # noqa: E731
-        return dataclasses.replace(made, evaluate=evaluate)
+    def evaluate(*_):
+        calls.append(1)
+        signal.raise_signal(signal.SIGTERM)
+        return jnp.float32(1.0), jnp.float32(1.0)
 
-    monkeypatch.setattr(run, "jit_programs", programs)
-    assert fit(config) == 143
-    assert len(said) == 1  # one batch of the two
+    assert train(config, evaluate=evaluate) == 143
+    assert len(calls) == 1  # one batch of the two
     assert finished_steps(tmp_path / "ckpt")[-1] == 10
     assert "validation_loss" not in read_metrics(tmp_path / "ckpt")[10]
 
 
-def test_a_full_disk_is_told_once_and_the_first_error_wins(config, tmp_path, monkeypatch):
+def test_first_error_is_reported_when_closing_fails_too(config, monkeypatch):
     def full(self, *_):
         raise UserError("the disk is full")
 
-    monkeypatch.setattr(trainer.CheckpointWriter, "save", full)
-    close = trainer.CheckpointWriter.close
+    monkeypatch.setattr(CheckpointWriter, "save", full)
+    close = CheckpointWriter.close
 
     def close_badly(self):
         close(self)
         raise UserError("could not close")
 
-    monkeypatch.setattr(trainer.CheckpointWriter, "close", close_badly)
+    monkeypatch.setattr(CheckpointWriter, "close", close_badly)
     with pytest.raises(UserError, match="the disk is full"):
         fit(config)
 
 
+# What only informs never costs training.
+
+
+def test_failing_sample_and_plot_are_warnings_after_the_save(config, tmp_path, capfd):
+    folder = tmp_path / "ckpt"
+    sampling = make_config(config.data.path, folder, run__sample_tokens=4)
+
+    def evaluate(*_):  # from now on no file can be drawn to, and no tokenizer read
+        (folder / "loss.png").mkdir(exist_ok=True)
+        tokenizer.rename(tokenizer.with_suffix(".away")) if tokenizer.exists() else None
+        return jnp.float32(1.0), jnp.float32(1.0)
+
+    copy = tmp_path / "copy"
+    shutil.copytree(config.data.path, copy)
+    tokenizer = TokenFolder.open(copy).tokenizer_path
+    sampling = make_config(copy, folder, run__sample_tokens=4)
+    assert train(sampling, evaluate=evaluate) == 0
+    assert finished_steps(folder)[-1] == 20
+    warnings = capfd.readouterr().err
+    assert "warning: no sample at step 10: " in warnings
+    assert "warning: the loss plot could not be drawn: IsADirectoryError" in warnings
+
+
+def test_sample_prompt_longer_than_the_context_is_refused_at_the_start(config, tmp_path):
+    prompt = "The red boat sails home. " * 20
+    config = make_config(
+        config.data.path, tmp_path / "new", run__sample_prompt=prompt, run__sample_tokens=4
+    )
+    with pytest.raises(UsageError, match=r"run.sample_prompt has \d+ tokens and .*=32; expected f"):
+        fit(config)
+
+
+def test_folder_that_is_removed_stops_the_run_at_the_next_save(config, tmp_path):
+    config = make_config(config.data.path, tmp_path / "ckpt", run__save_every=50)
+
+    def remove(step, _):
+        if step == 7:
+            shutil.rmtree(tmp_path / "ckpt")
+
+    with pytest.raises(UserError, match="was moved or removed while training; stopped at step 10"):
+        train(config, remove)
+    assert (
+        not list((tmp_path / "ckpt").glob("*")) or not (tmp_path / "ckpt" / "config.json").exists()
+    )
+
+
+def test_damaged_metrics_are_skipped_and_counted(config, tmp_path, capfd):
+    assert train(config, stop_at(13)) == 143
+    metrics = tmp_path / "ckpt" / "metrics.jsonl"
+    foreign = [
+        b"hello",
+        b"[1]",
+        b'{"step": "x"}',
+        b'{"step": 5, "loss": []}',
+        b"\xff\xfe{",
+        b"[" * 9999,
+    ]
+    metrics.write_bytes(b"\n".join([*foreign, metrics.read_bytes()]))
+    capfd.readouterr()
+    assert fit(config) == 0
+    assert "metrics.jsonl has 6 damaged lines, which are skipped" in capfd.readouterr().err
+    assert list(losses(tmp_path / "ckpt")) == list(range(1, 21))
+    assert (tmp_path / "ckpt" / "loss.png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize(
-    ("kept", "asked"),
+    ("old", "new"),
     [
         ("float32", "bfloat16"),
         pytest.param("bfloat16", "float32", marks=pytest.mark.slow),
     ],
 )
-def test_moments_of_another_dtype_are_refused_by_name(tokens, tmp_path, kept, asked):
+def test_other_dtype_of_moments_is_refused(tokens, tmp_path, old, new):
     options = {"optimizer__steps": 5, "run__eval_every": 50}
-    started = make_config(tokens, tmp_path / "ckpt", optimizer__moments_dtype=kept, **options)
+    started = make_config(tokens, tmp_path / "ckpt", optimizer__moments_dtype=old, **options)
     assert fit(started) == 0
-    changed = make_config(tokens, tmp_path / "ckpt", optimizer__moments_dtype=asked, **options)
-    message = f"optimizer.moments_dtype is '{kept}' there and '{asked}' here; choose another folder"
+    changed = make_config(tokens, tmp_path / "ckpt", optimizer__moments_dtype=new, **options)
+    message = f"optimizer.moments_dtype is '{old}' there and '{new}' here; choose another folder"
     with pytest.raises(UserError, match=message):
         fit(changed)
     assert fit(started) == 0  # the refusal has damaged nothing
 
 
-def test_other_data_are_refused_unless_accepted(config, tokens, tmp_path):
+def test_other_data_is_refused_unless_accepted(config, tokens, tmp_path):
     config = make_config(tokens, tmp_path / "ckpt", optimizer__steps=5)
     assert fit(config) == 0
     tokenizer = TokenFolder.open(tokens).tokenizer_path
     other = make_tokens(tmp_path / "other", tokenizer=tokenizer, colours=("pink",)).path
     changed = make_config(other, tmp_path / "ckpt", optimizer__steps=7)
-    with pytest.raises(UserError, match="are not those that step 5 of"):
+    with pytest.raises(UserError, match=r"step 5 of \S+ was trained on other data than"):
         fit(changed)
     assert finished_steps(tmp_path / "ckpt") == [5]
     accepted = make_config(other, tmp_path / "ckpt", optimizer__steps=7, data__allow_change=True)

@@ -18,8 +18,7 @@ from llama_jax.hardware.hlo import collectives
 from llama_jax.training.step import (
     abstract_state,
     init_state,
-    jit_evaluation_step,
-    jit_init,
+    jit_programs,
     jit_train_step,
     make_execution,
     state_shardings,
@@ -103,7 +102,7 @@ def whole():
 @pytest.mark.parametrize("accumulation", [2, 4])
 def test_a_batch_cut_into_microbatches_gives_the_same_update(whole, accumulation):
     state, told = run(make_config(accumulation))
-    assert_close([state.model, whole[0].model])
+    assert_close([state.trainable, whole[0].trainable])
     for metrics, expected in zip(told, whole[1]):
         assert metrics.loss == pytest.approx(expected.loss, rel=1e-5)
         assert metrics.gradient_norm == pytest.approx(expected.gradient_norm, rel=1e-4)
@@ -114,14 +113,15 @@ def test_the_loss_is_a_mean_over_tokens_not_over_microbatches(whole):
     config = make_config()
     mesh = one_device()
     model, evaluate, batch = (
-        init_state(config).model,
-        jit_evaluation_step(config, mesh),
+        init_state(config).trainable,
+        jit_programs(config, mesh).evaluate,
         make_batch(),
     )
-    nll, tokens = evaluate(model, batch)
+    nll, tokens = evaluate(model, None, batch)
     assert whole[1][0].loss == pytest.approx(float(nll / tokens), rel=1e-5)
     parts = [
-        evaluate(model, jax.tree.map(lambda x, i=i: x[i : i + 4], batch)) for i in (0, 4, 8, 12)
+        evaluate(model, None, jax.tree.map(lambda x, i=i: x[i : i + 4], batch))
+        for i in (0, 4, 8, 12)
     ]
     of_means = np.mean([nll / tokens for nll, tokens in parts])
     assert abs(of_means / whole[1][0].loss - 1) > 1e-4
@@ -140,13 +140,13 @@ def test_on_every_mesh_training_goes_as_on_one_device(whole, sizes, accumulation
     state, told = run(make_config(accumulation), mesh)
     losses = [metrics.loss for metrics in told]
     np.testing.assert_allclose(losses, [metrics.loss for metrics in whole[1]], rtol=1e-5)
-    assert_close([state.model, whole[0].model], 2e-5)
+    assert_close([state.trainable, whole[0].trainable], 2e-5)
 
 
 def test_recomputing_activations_changes_nothing(whole):
     state, told = run(make_config(remat="block"))
     assert told[2].loss == pytest.approx(whole[1][2].loss, rel=1e-5)
-    assert_close([state.model, whole[0].model])
+    assert_close([state.trainable, whole[0].trainable])
 
 
 def test_the_z_loss_is_learned_from_and_not_reported(whole):
@@ -177,7 +177,7 @@ def sent_by(config, sizes):
 
 
 def parameter_bytes(config):
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(first_state(config).model))
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(first_state(config).trainable))
 
 
 def test_gradients_cross_the_network_once_however_many_microbatches():
@@ -228,10 +228,10 @@ def test_on_two_axes_too_no_device_ever_has_all_parameters():
 
 def test_optimizer_state_lies_where_its_parameter_does():
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
-    state = jit_init(make_config(), mesh)()
-    places = {leaf.shape: leaf.sharding.spec for leaf in jax.tree.leaves(state.model)}
+    state = jit_programs(make_config(), mesh).init()
+    places = {leaf.shape: leaf.sharding.spec for leaf in jax.tree.leaves(state.trainable)}
     moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
-    assert len(moments) == 2 * len(jax.tree.leaves(state.model))
+    assert len(moments) == 2 * len(jax.tree.leaves(state.trainable))
     for moment in moments:
         assert moment.sharding.spec == places[moment.shape]
     cut = [leaf for leaf in moments if leaf.addressable_shards[0].data.size < leaf.size]
@@ -246,7 +246,7 @@ def test_the_state_is_donated():
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         assert compiled.memory_analysis().alias_size_in_bytes >= size
         compiled(state, batch)
-        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.model))
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.trainable))
 
 
 @pytest.mark.parametrize("spoilt", ["batch", "parameter"])
@@ -260,7 +260,7 @@ def test_a_spoilt_step_changes_nothing_and_neither_does_any_after_it(spoilt):
         if spoilt == "batch":
             bad.weights_BT[0, 0] = np.nan
         else:
-            state.model.norm.scale[...] = state.model.norm.scale[...].at[5].set(jnp.inf)
+            state.trainable.norm.scale[...] = state.trainable.norm.scale[...].at[5].set(jnp.inf)
         before = jax.device_get(state)
         state, metrics = step(state, bad)
         assert not metrics.healthy

@@ -1,4 +1,4 @@
-"""The lines a run begins with."""
+"""The lines that a run starts with."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ from tiny_run import make_config
 from llama_jax.config import MeshConfig
 from llama_jax.distributed.mesh import make_mesh
 from llama_jax.training import summary as module
-from llama_jax.training.summary import introduction
+from llama_jax.training.summary import run_summary
 
 SPLIT = SimpleNamespace(tokens=5120)
 DATA = SimpleNamespace(path="tokens", splits={"train": SPLIT, "validation": SPLIT})
@@ -18,7 +18,7 @@ DATA = SimpleNamespace(path="tokens", splits={"train": SPLIT, "validation": SPLI
 
 def lines(config, mesh, step=0):
     """The lines by their first words."""
-    said = introduction(config, mesh, DATA, "ckpt", step)
+    said = run_summary(config, mesh, DATA, "ckpt", step)
     return {line[:9].rstrip(): line[10:] for line in said}
 
 
@@ -33,33 +33,33 @@ def test_devices_kernels_and_memory_are_named(mesh):
     assert said["device"] == f"8 × cpu (data 2 × fsdp 2 × tensor 2), {jax_version}"
     assert said["attention"] == "blockwise (run.attention=auto); remat none"
     assert said["run"] == "ckpt: a new run, 20 steps in all"
-    assert "peak" not in said  # of a CPU nobody knows it
+    assert "peak" not in said  # unknown for a CPU
 
 
-def test_a_kernel_that_differs_in_validation_is_named_too(mesh):
+def test_kernel_that_differs_in_validation_is_named_too(mesh):
     config = make_config("tokens", "ckpt", run__remat="block")
     assert config.model.dropout
     said = lines(config, mesh, step=1234)
     auto = "xla in training, blockwise in validation (run.attention=auto)"
     assert said["attention"] == f"{auto}; remat block"
     assert said["run"] == "ckpt: resuming from step 1,234, 20 steps in all"
-    asked = make_config("tokens", "ckpt", run__attention="xla")
-    assert lines(asked, mesh)["attention"] == "xla; remat none"
+    explicit = make_config("tokens", "ckpt", run__attention="xla")
+    assert lines(explicit, mesh)["attention"] == "xla; remat none"
 
 
-def test_a_given_peak_a_cut_sequence_and_processes_are_named(mesh, monkeypatch):
+def test_peak_sharded_sequences_and_processes_are_named(mesh, monkeypatch):
     monkeypatch.setattr(module.jax, "process_count", lambda: 3)
     config = make_config("tokens", "ckpt", run__peak_flops=1.5e12)
     config = dataclasses.replace(config, mesh=MeshConfig(fsdp=2, tensor=2, sequence=True))
     said = lines(config, mesh)
-    axes = "data 2 × fsdp 2 × tensor 2, sequences cut over tensor"
+    axes = "data 2 × fsdp 2 × tensor 2, sequences sharded over tensor"
     assert said["device"].startswith(f"8 × cpu in 3 processes ({axes}), jax")
     assert said["peak"] == (
-        "1.5 TFLOP/s a device; mfu is the share of it at 6N + 12·L·H·Q·T FLOPs a token"
+        "1.5 TFLOP/s a device; mfu is relative to it at 6N + 12·L·H·Q·T FLOPs a token"
     )
 
 
-def test_packed_rows_are_counted(mesh, monkeypatch):
+def test_packed_sequences_are_counted(mesh, monkeypatch):
     class Rows(list):
         efficiency = 0.9724
 

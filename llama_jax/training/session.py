@@ -1,0 +1,185 @@
+"""A session: one process's work on a run, from a config to everything that the loop works with.
+
+A run may take several sessions, each of which resumes where the one before it stopped. Opening one
+checks the config against devices and data, claims the run's folder and restores the newest intact
+checkpoint. Nothing is written before all checks have passed.
+"""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from llama_jax.checkpoints.metadata import Run
+from llama_jax.checkpoints.restore import finished_steps, restore_newest
+from llama_jax.checkpoints.run_folder import claimed_by_all, describe, require_same_run, settings
+from llama_jax.config import Config
+from llama_jax.data.loader import Batch, load_training_batches
+from llama_jax.data.token_folder import TokenFolder
+from llama_jax.distributed.consistency import require_same, together
+from llama_jax.distributed.mesh import make_mesh, placed
+from llama_jax.distributed.preemption import StopSignal, stop_of_all
+from llama_jax.distributed.processes import require_joined
+from llama_jax.errors import UsageError, UserError, catch_out_of_memory, warn
+from llama_jax.hardware.accelerators import memory_limit
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.training.profiling import Window
+from llama_jax.training.step import (
+    Programs,
+    TrainState,
+    abstract_state,
+    jit_programs,
+    state_shardings,
+)
+from llama_jax.training.summary import memory_advice, versions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a session starts."""
+
+    state: TrainState
+    step: int = 0  # updates made so far
+    saved_step: int = -1  # step of the newest checkpoint; -1: there is none
+    best_loss: float = math.inf  # lowest validation loss of all sessions so far
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Session:
+    """What the loop works with; its parts can be replaced, by tests for example."""
+
+    config: Config
+    folder: Path  # the run's, claimed by this process
+    data: TokenFolder
+    mesh: Mesh
+    programs: Programs
+    start: Start
+    batches: Callable[[int], Iterator[Batch]]  # the endless batches after a step
+    stop: StopSignal
+    profile: Window | None  # steps to trace
+    opened: float  # by `time.perf_counter`
+
+
+@contextlib.contextmanager
+def open_session(
+    config: Config, profile: Window | None = None, devices: list[jax.Device] | None = None
+) -> Iterator[Session]:
+    """Open a session of a run; inside the block, signals are remembered and the mesh is set.
+
+    Arguments and errors as for `run.fit`.
+    """
+    opened = time.perf_counter()
+    require_joined()
+    require_same(settings(config) | versions())
+    folder = Path(config.run.checkpoint_dir).expanduser()
+    mesh = make_mesh(config.mesh, devices)
+    programs = jit_programs(config, mesh)
+    with (
+        claimed_by_all(folder),
+        stop_of_all() as stop,
+        jax.set_mesh(mesh),
+        catch_out_of_memory(memory_advice(config, mesh), memory_limit(mesh.devices.flat)),
+    ):
+        data = _open_data_on_all(config)
+        _require_fitting_prompt(config, data)
+        seen = {"data.fingerprint": data.fingerprint[:16], "checkpoints": finished_steps(folder)}
+        require_same(seen)
+        run = Run(config=config, bos=data.bos, eos=data.eos)
+        require_same_run(folder, run, data.tokenizer_path)
+        start = _restore(config, folder, data, mesh) or Start(state=programs.init())
+        with together():
+            if jax.process_index() == 0:
+                describe(folder, run, data.tokenizer_path)
+        yield Session(
+            config=config,
+            folder=folder,
+            data=data,
+            mesh=mesh,
+            programs=programs,
+            start=start,
+            batches=lambda step: load_training_batches(config, data, mesh, step),
+            stop=stop,
+            profile=profile,
+            opened=opened,
+        )
+
+
+def _restore(config: Config, folder: Path, data: TokenFolder, mesh: Mesh) -> Start | None:
+    """Return the state of the newest intact checkpoint on this mesh; None if there is none at all.
+
+    Raises:
+      UserError: if no checkpoint is intact, or it was trained on other data.
+    """
+    shardings = state_shardings(config, mesh)
+    expected = placed(abstract_state(config), shardings)
+    items = {"model": expected.trainable, "optimizer": expected.optimizer}
+    restored = restore_newest(folder, items, report=warn, set_aside=True)
+    if restored is None:
+        return None
+    if restored.meta.get("data") != data.fingerprint and not config.data.allow_change:
+        raise UserError(
+            f"step {restored.step} of {folder} was trained on other data than {data.path} holds"
+            " now; restore them, or accept the change with --config.data.allow_change=true"
+        )
+    step, healthy = jax.device_put(
+        (jnp.int32(restored.step), jnp.bool(True)), (shardings.step, shardings.healthy)
+    )
+    model, optimizer = restored.trees["model"], restored.trees["optimizer"]
+    return Start(
+        state=TrainState(step, healthy, trainable=model, frozen=None, optimizer=optimizer),
+        step=restored.step,
+        saved_step=restored.step,
+        best_loss=restored.meta.get("best_validation_loss", math.inf),
+    )
+
+
+def _require_fitting_prompt(config: Config, data: TokenFolder) -> None:
+    """Refuse a prompt of validation samples that leaves no room in the context."""
+    if not config.run.sample_tokens:
+        return
+    tokenizer, context = Tokenizer(data.tokenizer_path), config.model.context_length
+    length = len(tokenizer.encode(config.run.sample_prompt, bos=True, eos=False))
+    if length >= context:
+        raise UsageError(
+            f"run.sample_prompt has {length} tokens and model.context_length={context}; expected"
+            f" fewer than {context} tokens, or --config.run.sample_tokens=0"
+        )
+
+
+def _open_data_on_all(config: Config) -> TokenFolder:
+    """Open the data on every process; process 0 first, since it may have to prepare them."""
+    is_first = jax.process_index() == 0
+    with together():
+        data = open_data(config) if is_first else None
+    with together():
+        return data or open_data(config)
+
+
+def open_data(config: Config) -> TokenFolder:
+    """Return the run's token folder; the embedded stories are prepared if it does not exist.
+
+    Raises:
+      UsageError: if its vocabulary has another size than the model's.
+      UserError: if it is missing or damaged.
+    """
+    path = Path(config.data.path).expanduser()
+    if config.data.corpus == "stories" and not path.exists():
+        from llama_jax.data.prepare.tokenize import TokenOptions, prepare_corpus
+
+        options = TokenOptions(vocab_size=config.model.vocab_size)
+        prepare_corpus("stories", path, options)
+    folder = TokenFolder.open(path)
+    if folder.vocab_size != config.model.vocab_size:
+        remedy = "move it away and it is made anew, or " * (config.data.corpus == "stories")
+        raise UsageError(
+            f"{path} has a vocabulary of {folder.vocab_size} and model.vocab_size is"
+            f" {config.model.vocab_size}; {remedy}set"
+            f" --config.model.vocab_size={folder.vocab_size}"
+        )
+    return folder
