@@ -5,7 +5,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip install --quiet --disable-pip-version-check
 AS_USED = JAX_DISABLE_MOST_OPTIMIZATIONS=0
-CODE = llama_jax configs tests benchmarks $(wildcard *.py)
+CODE = llama_jax configs tests benchmarks docs $(wildcard *.py)
 
 .PHONY: help demo test test-slow test-parity lint types clean
 

@@ -66,3 +66,11 @@ def test_paths_in_the_documentation_exist():
     for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
         for path in re.findall(r"llama_jax/[a-z_0-9/]+(?:\.py)?", page.read_text()):
             assert (ROOT / path).exists(), f"{page.name} names {path}"
+
+
+def test_modules_in_the_architecture_page_exist():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    modules = set(re.findall(r"`([a-z_0-9/]+\.py)`", page))
+    assert len(modules) > 20
+    for module in modules:
+        assert any((place / module).is_file() for place in (PACKAGE, ROOT)), module
