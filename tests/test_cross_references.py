@@ -12,6 +12,7 @@ ROOMS = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 REFERENCE = re.compile(r"`([a-z_]+(?:\.[A-Za-z_]\w*)+)`")
 FOLDERS = ("llama_jax", "benchmarks", "configs")
 FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 SUFFIXES = (".py", ".pkl")  # of files of others, such as Meta's `model.py`
 
 
@@ -63,9 +64,21 @@ def test_dead_references_are_found():
 
 
 def test_paths_in_the_documentation_exist():
-    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
-        for path in re.findall(r"llama_jax/[a-z_0-9/]+(?:\.py)?", page.read_text()):
+    for page in PAGES:
+        folders = "llama_jax|tests|docs|configs|benchmarks"
+        for path in re.findall(
+            rf"(?<![\w./])(?:{folders})/[a-z_0-9/]+(?:\.\w+)?", page.read_text()
+        ):
             assert (ROOT / path).exists(), f"{page.name} names {path}"
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    callers = [*PAGES, ROOT / ".pre-commit-config.yaml", ROOT / ".github/workflows/ci.yml"]
+    for path in callers:
+        text = re.sub(r"PYTHON=\S+ ", "", path.read_text())
+        for target in re.findall(r"(?:^|`|: )make ([a-z-]+)", text, re.MULTILINE):
+            assert target in targets, f"{path.name} calls make {target}"
 
 
 def test_modules_in_the_architecture_page_exist():
