@@ -44,16 +44,16 @@ def test_the_table_has_every_config_with_its_numbers(config):
     from llama_jax.cli.config_flags import read_config
     from llama_jax.model.parameters import count_parameters
 
-    run = read_config([f"--config={ROOT / 'configs' / config}.py"], default="")
+    run = read_config(f"{ROOT / 'configs' / config}.py")
     row = f"| `{config}` | {count_parameters(run.model):,} | {run.tokens_per_step:,} |"
     assert row in README
 
 
 @pytest.mark.parametrize("words", re.findall(r"--config\.[a-z_.0-9]*[a-z0-9]", README))
 def test_overrides_in_the_text_are_keys(words):
-    from llama_jax.cli.config_flags import config_from_flags
+    from llama_jax.cli.config_flags import load_config
 
-    config = config_from_flags([], default=str(ROOT / "configs" / "demo.py"))
+    config = load_config(str(ROOT / "configs" / "demo.py"))
     for name in words.removeprefix("--config.").split("."):
         config = config[name]
 
