@@ -125,11 +125,22 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds a number or text that is a default to the help, unless the help ends with it already."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default, text = action.default, action.help or ""
+        is_shown = isinstance(default, int | float | str) and not isinstance(default, bool)
+        if not is_shown or default == "" or text.endswith(")"):
+            return text
+        return super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises `UsageError`, and names the closest flag."""
 
     def __init__(self, **kwargs: Any) -> None:
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        kwargs.setdefault("formatter_class", HelpFormatter)
         super().__init__(allow_abbrev=False, conflict_handler="resolve", **kwargs)
         self._negative_number_matcher = re.compile(r"-\.?\d")  # -1:2 is a value, not a flag
         # `run` handles it; here it is for --help.

@@ -109,3 +109,19 @@ def test_a_value_may_begin_with_a_minus(value):
     parser = Parser()
     parser.add_argument("--profile")
     assert parser.parse_args(["--profile", value]).profile == value
+
+
+def test_help_shows_defaults_that_say_something():
+    parser = Parser()
+    parser.add_argument("--seed", type=int, default=0, help="of the run")
+    parser.add_argument("--name", default="", help="any")
+    parser.add_argument("--fast", action="store_true", help="estimate")
+    parser.add_argument("--config", default="/long/path/demo.py", help="a file (demo.py)")
+    lines = [" ".join(line.split()) for line in parser.format_help().splitlines()]
+    for line in (
+        "--seed SEED of the run (default: 0)",
+        "--name NAME any",
+        "--fast estimate",
+        "--config CONFIG a file (demo.py)",
+    ):
+        assert line in lines
