@@ -12,6 +12,7 @@ ROOMS = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 REFERENCE = re.compile(r"`([a-z_]+(?:\.[A-Za-z_]\w*)+)`")
 FOLDERS = ("llama_jax", "benchmarks", "configs")
 FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+FILES += sorted(ROOT.glob("docs/**/*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 SUFFIXES = (".py", ".pkl")  # of files of others, such as Meta's `model.py`
 
