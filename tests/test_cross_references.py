@@ -1,10 +1,14 @@
 """What docstrings, comments and documentation name of the package exists."""
 
 import ast
+import dataclasses
 import re
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
+
+from llama_jax.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "llama_jax"
@@ -14,6 +18,11 @@ FOLDERS = ("llama_jax", "benchmarks", "configs")
 FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 FILES += sorted(ROOT.glob("docs/**/*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+KEYS = {  # of a config, such as `data.path`, which look like modules
+    f"{section}.{field.name}"
+    for section, each in get_type_hints(Config).items()
+    for field in dataclasses.fields(each)
+}
 SUFFIXES = (".py", ".pkl")  # of files of others, such as Meta's `model.py`
 
 
@@ -22,7 +31,7 @@ def dead(text):
     found = []
     for reference in REFERENCE.findall(text):
         room, *parts = reference.split(".")
-        if reference.endswith(SUFFIXES) or room not in ROOMS:
+        if reference.endswith(SUFFIXES) or room not in ROOMS or reference in KEYS:
             continue
         if not exists(PACKAGE / room, parts):
             found.append(reference)
