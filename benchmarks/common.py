@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from llama_jax.cli.startup import SETTING, VARIABLE
+from llama_jax.cli.main import HUGE_PAGES, HUGE_PAGES_VARIABLE
 
 SHAPES = {
     "260k": {"vocab_size": 512, "dim": 64, "num_layers": 5, "num_heads": 8, "hidden_dim": 172},
@@ -96,7 +96,7 @@ class Worker:
         self.name, self.seconds = name, list[float]()
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
-        with mock.patch.dict(os.environ, {VARIABLE: SETTING} if huge_pages else {}):
+        with mock.patch.dict(os.environ, {HUGE_PAGES_VARIABLE: HUGE_PAGES} if huge_pages else {}):
             self._process.start()
         theirs.close()
         self.problem = self._answer()

@@ -1,10 +1,14 @@
 """What docstrings, comments and documentation name of the package exists."""
 
 import ast
+import dataclasses
 import re
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
+
+from llama_jax.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "llama_jax"
@@ -12,6 +16,13 @@ ROOMS = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 REFERENCE = re.compile(r"`([a-z_]+(?:\.[A-Za-z_]\w*)+)`")
 FOLDERS = ("llama_jax", "benchmarks", "configs")
 FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+FILES += sorted(ROOT.glob("docs/**/*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+KEYS = {  # of a config, such as `data.path`, which look like modules
+    f"{section}.{field.name}"
+    for section, each in get_type_hints(Config).items()
+    for field in dataclasses.fields(each)
+}
 SUFFIXES = (".py", ".pkl")  # of files of others, such as Meta's `model.py`
 
 
@@ -20,7 +31,7 @@ def dead(text):
     found = []
     for reference in REFERENCE.findall(text):
         room, *parts = reference.split(".")
-        if reference.endswith(SUFFIXES) or room not in ROOMS:
+        if reference.endswith(SUFFIXES) or room not in ROOMS or reference in KEYS:
             continue
         if not exists(PACKAGE / room, parts):
             found.append(reference)
@@ -63,6 +74,26 @@ def test_dead_references_are_found():
 
 
 def test_paths_in_the_documentation_exist():
-    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
-        for path in re.findall(r"llama_jax/[a-z_0-9/]+(?:\.py)?", page.read_text()):
+    for page in PAGES:
+        folders = "llama_jax|tests|docs|configs|benchmarks"
+        for path in re.findall(
+            rf"(?<![\w./])(?:{folders})/[a-z_0-9/]+(?:\.\w+)?", page.read_text()
+        ):
             assert (ROOT / path).exists(), f"{page.name} names {path}"
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    callers = [*PAGES, ROOT / ".pre-commit-config.yaml", ROOT / ".github/workflows/ci.yml"]
+    for path in callers:
+        text = re.sub(r"PYTHON=\S+ ", "", path.read_text())
+        for target in re.findall(r"(?:^|`|: )make ([a-z-]+)", text, re.MULTILINE):
+            assert target in targets, f"{path.name} calls make {target}"
+
+
+def test_modules_in_the_architecture_page_exist():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    modules = set(re.findall(r"`([a-z_0-9/]+\.py)`", page))
+    assert len(modules) > 20
+    for module in modules:
+        assert any((place / module).is_file() for place in (PACKAGE, ROOT)), module

@@ -1,4 +1,4 @@
-"""The notebooks: kept without outputs, and run from top to bottom as a user would."""
+"""The notebooks: stored without outputs, and run from top to bottom."""
 
 import json
 import os
@@ -18,13 +18,13 @@ SHORT = " ".join(
 
 
 def cells(path, kind="code"):
-    """The sources of one kind of cells."""
+    """Return the sources of the cells of one kind."""
     found = json.loads(path.read_text())["cells"]
     return ["".join(cell["source"]) for cell in found if cell["cell_type"] == kind]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_outputs_are_not_kept(path):
+def test_outputs_are_not_stored(path):
     for cell in json.loads(path.read_text())["cells"]:
         if cell["cell_type"] == "code":
             assert cell["outputs"] == []
@@ -32,10 +32,10 @@ def test_outputs_are_not_kept(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_doors_and_configs_exist(path):
+def test_scripts_and_configs_exist(path):
     text = "\n".join(cells(path))
-    for door in re.findall(r"!python (\w+\.py)", text):
-        assert (ROOT / door).is_file()
+    for script in re.findall(r"!python (\w+\.py)", text):
+        assert (ROOT / script).is_file()
     for choices in re.findall(r"CONFIG = .*@param \[(.*)\]", text):
         for name in choices.split(", "):
             assert (ROOT / "configs" / f"{json.loads(name)}.py").is_file()
@@ -43,25 +43,25 @@ def test_doors_and_configs_exist(path):
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """What a user has after cloning: the files that the notebooks use, and no runs."""
+    """A fresh clone, with the files that the notebooks use."""
     folder = tmp_path_factory.mktemp("clone")
-    for door in ROOT.glob("*.py"):
-        shutil.copy(door, folder)
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, folder)
     for part in ("llama_jax", "configs", "notebooks"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
 
 def run(clone, name, **parameters):
-    """The text that each code cell printed, and the kinds of what else it showed.
+    """Return the text that the code cells printed, and the MIME types of their other outputs.
 
-    A cell with the parameters' new values comes after the first; nothing is installed.
+    A cell with the values of `parameters` is inserted, and cells that install are left out.
     """
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     notebook = nbformat.read(clone / "notebooks" / name, as_version=4)
-    given = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
+    values = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
     at = next(i for i, cell in enumerate(notebook.cells) if "parameters" in tags(cell))
-    notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(given))
+    notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(values))
     notebook.cells = [cell for cell in notebook.cells if "install" not in tags(cell)]
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -87,18 +87,18 @@ def tags(cell):
 @pytest.mark.filterwarnings("ignore")
 def test_train_then_sample(clone):
     names = {"CONFIG": "demo", "CHECKPOINT": "ckpt/notebook", "FLAGS": SHORT}
-    said, shown = run(clone, "train_tpu.ipynb", **names)
-    assert "fits: " in said
-    assert "sample with: python sample.py --ckpt ckpt/notebook" in said
+    printed, shown = run(clone, "train_tpu.ipynb", **names)
+    assert "fits: " in printed
+    assert "sample with: python sample.py --ckpt ckpt/notebook" in printed
     assert "image/png" in shown
-    assert said.count("Once upon a time") >= 3
+    assert printed.count("Once upon a time") >= 3
     assert (clone / "ckpt" / "notebook.gguf").is_file()
 
-    said, _ = run(clone, "train_tpu.ipynb", **names)  # again: nothing is lost or made anew
-    assert "all 20 steps were made already" in said
+    printed, _ = run(clone, "train_tpu.ipynb", **names)  # again: nothing is lost or repeated
+    assert "all 20 steps were made already" in printed
 
-    said, _ = run(clone, "sample_tpu.ipynb", WEIGHTS="ckpt/notebook", CHECKPOINT="ckpt/int8")
-    assert "fits: " in said
-    assert "Once upon a time" in said
-    assert re.search(r"\d\.\d  Once upon a time", said)
-    assert "Error" not in said
+    printed, _ = run(clone, "sample_tpu.ipynb", WEIGHTS="ckpt/notebook", CHECKPOINT="ckpt/int8")
+    assert "fits: " in printed
+    assert "Once upon a time" in printed
+    assert re.search(r"\d\.\d  Once upon a time", printed)
+    assert "Error" not in printed

@@ -1,10 +1,10 @@
-"""Dialogues from the texts of their messages; shared by some tests."""
+"""Dialogues from the texts of their messages."""
 
 from llama_jax.text.chat import Message
 
 
 def dialogue(system, turns):
-    """Messages in order, from the texts of them."""
+    """Return messages with these texts, user and assistant in turn."""
     roles = ("user", "assistant")
     turns = turns[: len(turns) - (len(turns) % 2 == 0)]
     messages = [Message(roles[index % 2], turn) for index, turn in enumerate(turns)]

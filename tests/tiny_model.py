@@ -1,4 +1,4 @@
-"""A model no two of whose sizes agree, and its parameters by name; shared by some tests."""
+"""A tiny model with pairwise different sizes, and its parameters by name."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +11,7 @@ TINY |= {"num_layers": 3, "context_length": 32}
 
 
 def parameters(model):
-    """The parameters by the names that `reference` uses; those of blocks have a leading L."""
+    """Return the parameters by their names in `reference`; those of blocks are stacked, [L, …]."""
     attention, ffn = model.blocks.attention, model.blocks.ffn
     named = {name: getattr(attention, name).kernel for name in ("wq", "wk", "wv", "wo")}
     named |= {name: getattr(ffn, name).kernel for name in ("gate", "up", "down")}
@@ -21,12 +21,12 @@ def parameters(model):
 
 
 def plain(model):
-    """The parameters as the plain arrays that `reference` takes."""
+    """Return the parameters as NumPy arrays, as `reference` takes them."""
     return {name: np.asarray(param[...]) for name, param in parameters(model).items()}
 
 
 def make_model(weights=None, **changes):
-    """A tiny model with given weights, or with some large enough that every part matters."""
+    """Return a model with these weights, or random ones so large that every part matters."""
     model = abstract(ModelConfig(**TINY | changes))
     random = np.random.default_rng(0)
     for name, param in parameters(model).items():

@@ -1,4 +1,4 @@
-"""A run so small that it takes seconds: its text, its tokens, its config. Shared by some tests."""
+"""Text, tokens and config of a training run that takes seconds."""
 
 import contextlib
 import dataclasses
@@ -22,24 +22,24 @@ FILE += "def get_config():\n    return as_config_dict({config!r})\n"
 
 
 def make_text(path, colours=COLOURS, stories=100):
-    """A text file of little stories."""
-    told = (
+    """Write a text file of short stories and return its path."""
+    texts = (
         f"The {colours[n % len(colours)]} boat number {n} sails home.\nIt has {n % 7} sails."
         for n in range(stories)
     )
-    path.write_text("\n<|endoftext|>\n".join(told))
+    path.write_text("\n<|endoftext|>\n".join(texts))
     return path
 
 
 def make_tokens(path, vocab_size=VOCAB, tokenizer="", **text):
-    """A prepared token folder."""
+    """Prepare a token folder of such a text."""
     source = make_text(path.with_suffix(".txt"), **text)
     corpus = corpus_from_files(source, validation=0.1)
     return prepare(corpus, path, TokenOptions(vocab_size=vocab_size, tokenizer=str(tokenizer)))
 
 
 def make_config(data, checkpoint_dir, **changes):
-    """The run's config; `changes` by dotted name with `__` for the dot."""
+    """Return the run's config; `changes` are named section__key."""
     config = Config(
         model=ModelConfig(
             vocab_size=VOCAB,
@@ -70,7 +70,7 @@ def make_config(data, checkpoint_dir, **changes):
 
 
 def write_config(path, config):
-    """A config file for the door."""
+    """Write a config file and return its path."""
     path.write_text(FILE.format(config=config))
     return path
 

@@ -1,146 +1,123 @@
-"""A run's config from the command line: `--config FILE` and `--config.key=value`, in any order.
-
-Does not know the other flags of a door; words that are neither are refused with what may be meant.
-"""
+"""The `Config` of a run: a config file with the `--config.key=value` flags applied to it."""
 
 import difflib
 import re
-import sys
-from collections.abc import Sequence
+import runpy
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from llama_jax.config import Config, parse, type_name
 from llama_jax.errors import UsageError, UserError, did_you_mean
 
-CONFIG_FLAG = re.compile(r"^--(no)?config\.(?P<key>[^=]+)(=(?P<value>.*))?$", re.DOTALL)
+CONFIG_FLAG = re.compile(r"--(?P<no>no)?config\.(?P<key>[^=]+)(=(?P<value>.*))?", re.DOTALL)
 
 
-def read_config(argv: Sequence[str], default: str) -> Config:
-    """The `Config` of `--config FILE` and `--config.key=value`; see `config_from_flags`.
-
-    Raises:
-      UsageError: also for a file without a key that it should have, for a value out of range.
-    """
-    path, overrides, strays = _split_config_flags(argv, default)
-    return parse(Config, _overridden(path, overrides, strays), where=path)
-
-
-def config_from_flags(argv: Sequence[str], default: str) -> Any:
-    """The ConfigDict of `--config FILE` with every `--config.key=value` applied, in any order.
+def read_config(path: str, words: Sequence[str] = ()) -> Config:
+    """Return the validated `Config` of a file with flags such as `--config.run.seed=1` applied.
 
     Raises:
-      UsageError: for a stray word, a file that is missing or broken, a key that is unknown, a
-        value of the wrong type.
+      UsageError: as `load_config` does, and for a key that is missing or a value out of range.
     """
-    return _overridden(*_split_config_flags(argv, default))
+    return parse(Config, load_config(path, words), where=path)
 
 
-def _overridden(path: str, overrides: list[str], strays: list[str]) -> Any:
-    """The ConfigDict of a file with overrides applied; strays are refused."""
-    from absl import flags
-    from ml_collections import config_flags
+def load_config(path: str, words: Sequence[str] = ()) -> Any:
+    """Return the ConfigDict of a file with flags applied; of several for one key the last counts.
 
+    Flags are written as in absl: `--config.key=value`, `--config.key value` and, for booleans,
+    `--config.key` and `--noconfig.key`.
+
+    Raises:
+      UsageError: for a file that is missing or broken, an unknown key, a value of the wrong type,
+        or a word that is not a flag.
+    """
     config = _load(path)
-    leaves = _leaves(config)
-    if strays:
-        raise UsageError(_not_understood(strays[0], leaves))
-    overrides = [_checked(word, path, leaves) for word in overrides]
-    values, words = flags.FlagValues(), [sys.argv[0], *overrides]
-    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=words)
-    try:
-        values(words)
-    except flags.IllegalFlagValueError as error:
-        word = next((word for word in overrides if word in str(error)), overrides[0])
-        raise UsageError(_wrong_type(word, leaves)) from error
+    leaves = dict(_leaves(config))
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        flag = CONFIG_FLAG.fullmatch(word)
+        if flag is None:
+            raise UsageError(_unknown_word(word, leaves))
+        key, text = flag["key"], flag["value"]
+        if key not in leaves:
+            raise UsageError(_unknown_key(path, key, leaves))
+        is_switch = isinstance(leaves[key], bool)
+        if flag["no"] and (text is not None or not is_switch):
+            raise UsageError(_unknown_word(word, leaves))
+        if text is None and not flag["no"] and words and not words[0].startswith("--"):
+            text = words.pop(0)
+        elif text is None and is_switch:
+            text = "false" if flag["no"] else "true"
+        elif text is None:
+            example = f"--config.{key}={leaves[key]}"
+            raise UsageError(f"{word} has no value; expected one, as in {example}")
+        config.update_from_flattened_dict({key: _parse_value(key, text, type(leaves[key]))})
     return config
 
 
-def _split_config_flags(argv: Sequence[str], default: str) -> tuple[str, list[str], list[str]]:
-    """The config's path, the overrides as `--config.key=value` words, and what is neither."""
-    path, overrides, strays, words = default, [], [], list(argv)
-    while words:
-        word = words.pop(0)
-        override = CONFIG_FLAG.match(word)
-        if word == "--config" or word.startswith("--config="):
-            path = word.partition("=")[2] or (words.pop(0) if words else "")
-            if not path:
-                raise UsageError("--config names no file; for example --config configs/demo.py")
-        elif override and override["value"] is not None and not override[1]:
-            overrides.append(word)
-        elif override and override["value"] is None:
-            is_switch = override[1] or not words or words[0].startswith("--")
-            overrides.append(word if is_switch else f"{word}={words.pop(0)}")
-        else:
-            strays.append(word)
-    return path, overrides, strays
-
-
-def _not_understood(word: str, leaves: dict[str, Any]) -> str:
-    """The complaint about a word that is no flag, with the config's keys that may be meant."""
-    name, equals, value = word.lstrip("-").partition("=")
-    meant = [leaf for leaf in leaves if name in (leaf, leaf.split(".")[-1])]
-    if equals and not meant and not word.startswith("-"):
-        meant = [name if "." in name else f"SECTION.{name}"]
-    is_key = equals or word.startswith("--")
-    examples = " or ".join(f"--config.{key}{equals}{value}" for key in meant if is_key)
-    hint = f"; did you mean {examples}" if examples else "; see --help"
-    return f"{word!r} is not understood{hint}"
-
-
 def _load(path: str) -> Any:
-    """The ConfigDict that a config file's `get_config()` returns."""
+    """Return the ConfigDict that the `get_config()` of a Python file returns."""
     if not Path(path).is_file():
-        known = sorted(str(file) for file in Path("configs").glob("*.py"))
-        there = f"there are {', '.join(known)}" if known else "expected one like configs/demo.py"
-        raise UsageError(
-            f"config file {path!r} does not exist{did_you_mean(path, known) or '; ' + there}"
-        )
-    scope: dict[str, Any] = {"__file__": path, "__name__": "config"}
+        known = {file.stem: str(file) for file in sorted(Path("configs").glob("*.py"))}
+        choices = f"; expected one of {', '.join(known.values()) or 'your config files'}"
+        hint = did_you_mean(known.get(Path(path).stem, path), known.values()) or choices
+        raise UsageError(f"config file {path!r} does not exist{hint}")
     try:
-        exec(compile(Path(path).read_text(), path, "exec"), scope)
+        scope = runpy.run_path(path)
         if "get_config" not in scope:
             raise UsageError(f"{path} defines no get_config(); see configs/demo.py")
         config = scope["get_config"]()
-        if not hasattr(config, "items"):
-            raise UsageError(f"{path}: get_config() returns {config!r}; expected a ConfigDict")
-        return config
     except UserError:
         raise
     except SyntaxError as error:
         raise UsageError(f"{path}:{error.lineno}: {error.msg}") from error
     except Exception as error:
         raise UsageError(f"{path} fails: {type(error).__name__}: {error}") from error
+    if not hasattr(config, "update_from_flattened_dict"):
+        raise UsageError(f"{path}: get_config() returns {config!r}; expected a ConfigDict")
+    return config
 
 
-def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """The values of a ConfigDict by dotted name."""
-    leaves: dict[str, Any] = {}
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted name and the value of every leaf of a ConfigDict."""
     for name, value in tree.items():
-        is_section = hasattr(value, "items")
-        leaves |= _leaves(value, f"{prefix}{name}.") if is_section else {prefix + name: value}
-    return leaves
+        if hasattr(value, "items"):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
-def _checked(word: str, path: str, leaves: dict[str, Any]) -> str:
-    """An override with its value written out, if the config has its key; else the nearest."""
-    match = CONFIG_FLAG.match(word)
-    key, value = match["key"], match["value"]  # type: ignore[index]
-    if key not in leaves:
-        tails = {leaf.split(".")[-1]: leaf for leaf in leaves}
-        tail = difflib.get_close_matches(key.split(".")[-1], tails, n=1)
-        hint = f"; did you mean {tails[tail[0]]!r}?" if tail else did_you_mean(key, leaves)
-        raise UsageError(f"{path} has no key {key!r}{hint or '; see configs/demo.py'}")
-    if value is not None:
-        return word
-    if not isinstance(leaves[key], bool):
-        example = f"--config.{key}={leaves[key]}"
-        raise UsageError(f"{word} has no value; expected one, as in {example}")
-    return f"--config.{key}={'false' if match[1] else 'true'}"  # type: ignore[index]
+def _parse_value(key: str, text: str, expected: type) -> Any:
+    """Return the value that a flag's text stands for."""
+    from absl import flags
+
+    parsers = {bool: flags.BooleanParser, int: flags.IntegerParser, float: flags.FloatParser}
+    try:
+        return parsers.get(expected, flags.ArgumentParser)().parse(text)
+    except (ValueError, TypeError) as error:
+        message = f"config.{key}={text!r} has the wrong type; expected {type_name(expected)}"
+        raise UsageError(message) from error
 
 
-def _wrong_type(word: str, leaves: dict[str, Any]) -> str:
-    """The complaint about an override whose value does not fit its key."""
-    match = CONFIG_FLAG.match(word)
-    key, value = match["key"], match["value"]  # type: ignore[index]
-    return f"config.{key}={value!r} has the wrong type; expected {type_name(type(leaves[key]))}"
+def _unknown_word(word: str, leaves: dict[str, Any]) -> str:
+    """Return the message about a word that is no flag, with the flags that may be meant."""
+    name, equals, value = word.lstrip("-").partition("=")
+    if word.endswith(".py"):
+        return f"{word!r} is not understood; did you mean --config {word}?"
+    meant = [leaf for leaf in leaves if name in (leaf, leaf.split(".")[-1])]
+    if not word.startswith("--"):  # `lr=3` may be a key, `lr` may be anything
+        meant = (meant or [name if "." in name else f"SECTION.{name}"]) if equals else []
+    examples = " or ".join(f"--config.{key}{equals}{value}" for key in meant)
+    return f"{word!r} is not understood" + (
+        f"; did you mean {examples}?" if meant else "; see --help"
+    )
+
+
+def _unknown_key(path: str, key: str, leaves: dict[str, Any]) -> str:
+    """Return the message about a key that a config does not have, with the closest that it has."""
+    by_last_name = {leaf.split(".")[-1]: leaf for leaf in leaves}
+    close = difflib.get_close_matches(key.split(".")[-1], by_last_name, n=1)
+    hint = f"; did you mean {by_last_name[close[0]]!r}?" if close else did_you_mean(key, leaves)
+    return f"{path} has no key {key!r}{hint or '; see configs/demo.py'}"

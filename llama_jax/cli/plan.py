@@ -18,7 +18,8 @@ DECODING_FLAGS = ("batch", "context", "quantize", "cache_dtype", "dtype")
 def parse_flags(argv: list[str]) -> tuple[Any, list[str]]:
     """Return the parsed flags, and the arguments about the config."""
     parser = cli.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", help="config file of the run; default configs/demo.py")
+    config_help = "config of the run (configs/demo.py)"
+    parser.add_argument("--config", metavar="FILE", default=cli.DEMO, help=config_help)
     parser.add_argument("--target", default="", help="such as v5e-8, v5p-64, v5e:4x4, H200-8")
     parser.add_argument("--mode", default="train", choices=("train", "decode"), help="what to plan")
     parser.add_argument("--fast", action="store_true", help="estimate only, do not compile")
@@ -45,7 +46,7 @@ def parse_flags(argv: list[str]) -> tuple[Any, list[str]]:
         raise UsageError(f"--{unused[0]} is for decoding; add --mode decode or leave it out")
     if flags.search and flags.mode == "decode":
         raise UsageError("--search is for training; leave out --search or --mode decode")
-    return flags, words if flags.config is None else ["--config", flags.config, *words]
+    return flags, words
 
 
 def main(argv: list[str]) -> int:
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
     if flags.table:
         print(table_of_configs())
         return 0
-    config = read_config(words, default=str(cli.CONFIGS / "demo.py"))
+    config = read_config(flags.config, words)
     if not flags.target:
         raise UsageError("--target is missing; expected devices such as v5e-8 or H200-1")
 
@@ -88,4 +89,4 @@ def table_of_configs() -> str:
     from llama_jax.planning.report import table
 
     paths = sorted(cli.CONFIGS.glob("*.py"), key=lambda path: path.stem)
-    return table({path.stem: read_config([], default=str(path)) for path in paths})
+    return table({path.stem: read_config(str(path)) for path in paths})

@@ -1,13 +1,16 @@
-"""Draw the loss picture of a run, RUN/loss.png: llama-jax plot RUN"""
+"""Draw the loss curve of a run as RUN/loss.png: llama-jax plot RUN"""
 
 from pathlib import Path
 
 from llama_jax.cli.main import Parser
-from llama_jax.training.plot import draw
 
 
 def main(argv: list[str]) -> None:
-    """Draw the run that the command line names."""
+    """Run the command."""
     parser = Parser(description=__doc__)
     parser.add_argument("run", nargs="?", default="ckpt", help="folder of a run")
-    print(draw(Path(parser.parse_args(argv).run).expanduser()))
+    folder = Path(parser.parse_args(argv).run).expanduser()
+
+    from llama_jax.training.plot import draw
+
+    print(draw(folder))

@@ -1,7 +1,7 @@
 """Train a Llama: python train.py --config configs/110m.py --config.optimizer.learning_rate=3e-4
 
-Without --config it trains configs/demo.py. The same command resumes where it stopped. On several
-machines it runs on each of them, with --distributed: see docs/pods.md.
+Without --config it trains configs/demo.py. The same command resumes a run that was interrupted. On
+several machines, start it on each of them with --distributed: see docs/pods.md.
 """
 
 import argparse
@@ -13,11 +13,11 @@ from llama_jax.cli import main as cli
 from llama_jax.cli.config_flags import read_config
 from llama_jax.errors import UsageError
 
-BY_HAND = ("coordinator", "num_processes", "process_id", "timeout")
+PROCESS_FLAGS = ("coordinator", "num_processes", "process_id", "timeout")
 
 
 def parser() -> cli.Parser:
-    """The flags beside the config's."""
+    """Return the parser of all flags but `--config.key=value`."""
     parser = cli.Parser(
         description=__doc__,
         usage="%(prog)s [--config FILE] [--config.KEY=VALUE ...] [--profile START:STOP]"
@@ -25,40 +25,46 @@ def parser() -> cli.Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
+        "--config", metavar="FILE", default=cli.DEMO, help="config of the run (configs/demo.py)"
+    )
+    parser.add_argument(
         "--profile",
         metavar="START:STOP",
-        help="trace the steps from when START are made to when STOP are, such as 10:13",
+        help="trace the steps after step START up to step STOP, such as 10:13",
     )
     add = parser.add_argument_group("several processes, on one machine or many").add_argument
     add(
         "--distributed",
         action="store_true",
-        help="be one of the processes that Slurm, Open MPI, GKE, Cloud TPU or these flags name:",
+        help="be one of several processes, which Slurm, Open MPI, GKE or Cloud TPU describe, or"
+        " these flags:",
     )
-    add("--coordinator", metavar="HOST:PORT", help="where process 0 waits for the others")
-    add("--num_processes", metavar="N", type=int, help="how many there are")
-    add("--process_id", metavar="I", type=int, help="which one this is, from 0")
-    add("--timeout", metavar="SECONDS", type=float, help="how long the others may be silent (300)")
+    add("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    add("--num_processes", metavar="N", type=int, help="number of processes")
+    add("--process_id", metavar="I", type=int, help="number of this process, from 0")
+    add("--timeout", metavar="SECONDS", type=float, help="longest silence of a process (300)")
     return parser
 
 
 def main(argv: list[str]) -> int:
-    """Flags in, a run out."""
-    options, words = parser().parse_known_args(argv)
-    given = {name: value for name in BY_HAND if (value := getattr(options, name)) is not None}
-    if given and not options.distributed:
-        raise UsageError(f"--{next(iter(given))} needs --distributed")
-    config = read_config(words, default=str(cli.CONFIGS / "demo.py"))
+    """Run the command and return its exit code."""
+    flags, words = parser().parse_known_args(argv)
+    processes = {
+        name: value for name in PROCESS_FLAGS if (value := getattr(flags, name)) is not None
+    }
+    if processes and not flags.distributed:
+        raise UsageError(f"--{next(iter(processes))} needs --distributed; add it")
+    config = read_config(flags.config, words)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every file
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every file
 
-    from llama_jax.cli.startup import use_compilation_cache
     from llama_jax.distributed.processes import joined
     from llama_jax.training.profiling import parse_window
     from llama_jax.training.run import fit
 
-    asked = options.profile
-    profile = None if asked is None else parse_window(asked, config.optimizer.steps)
-    use_compilation_cache()
-    with joined(**given) if options.distributed else contextlib.nullcontext():
-        return fit(config, profile)
+    window = None
+    if flags.profile is not None:
+        window = parse_window(flags.profile, config.optimizer.steps)
+    cli.use_compilation_cache()
+    with joined(**processes) if flags.distributed else contextlib.nullcontext():
+        return fit(config, window)

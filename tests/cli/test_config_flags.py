@@ -1,10 +1,10 @@
-"""A config file and the flags that override it; every mistake in one line."""
+"""Config files and the flags that override them."""
 
 # ruff: noqa: E501 (a table of mistakes reads best with one to a line)
 
 import pytest
 
-from llama_jax.cli.config_flags import config_from_flags, read_config
+from llama_jax.cli.config_flags import load_config, read_config
 from llama_jax.errors import UsageError
 
 FILE = """
@@ -28,27 +28,19 @@ def place(tmp_path, monkeypatch):
 
 
 def flags(*words):
-    return config_from_flags(words, default="configs/tiny.py")
+    return load_config("configs/tiny.py", words)
 
 
-def refusal(*words):
-    """The one line that these words are refused with."""
+def message(*words, path="configs/tiny.py"):
+    """The one-line error for these words."""
     with pytest.raises(UsageError) as error:
-        flags(*words)
+        load_config(path, words)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-def test_without_flags_the_default_file_is_read():
-    assert flags().model.dim == 24
-
-
-def test_the_order_of_words_does_not_matter(place):
-    (place / "other.py").write_text(FILE.replace("24", "48"))
-    before = flags("--config.model.dropout=0.5", "--config", "other.py")
-    after = flags("--config=other.py", "--config.model.dropout", "0.5")
-    assert before == after
-    assert (after.model.dim, after.model.dropout) == (48, 0.5)
+def test_without_flags_the_config_is_that_of_the_file():
+    assert flags().to_dict()["model"] == {"dim": 24, "dropout": 0.0, "tied": True, "name": "tiny"}
 
 
 @pytest.mark.parametrize(
@@ -63,12 +55,13 @@ def test_the_order_of_words_does_not_matter(place):
         (["--config.run.debug"], "run", "debug", True),
         (["--config.run.debug", "--config.run.seed=1"], "run", "debug", True),
         (["--config.run.debug=true"], "run", "debug", True),
+        (["--config.run.debug", "true"], "run", "debug", True),
         (["--config.model.tied=False"], "model", "tied", False),
         (["--noconfig.model.tied"], "model", "tied", False),
         (["--config.model.dim=1", "--config.model.dim=2"], "model", "dim", 2),
     ],
 )
-def test_an_override_reaches_its_key(words, section, key, value):
+def test_a_flag_sets_its_key(words, section, key, value):
     got = flags(*words)[section][key]
     assert (got, type(got)) == (value, type(value))
 
@@ -78,10 +71,8 @@ def test_an_override_reaches_its_key(words, section, key, value):
     [
         (["model.dim=3"], "'model.dim=3' is not understood; did you mean --config.model.dim=3"),
         (["stray"], "'stray' is not understood; see --help"),
+        (["configs/tiny.py"], "'configs/tiny.py' is not understood; did you mean --config configs/tiny.py?"),
         (["--steps"], "'--steps' is not understood; see --help"),
-        (["--config", "configs/tny.py"], "'configs/tny.py' does not exist; did you mean 'configs/tiny.py'?"),
-        (["--config=zzz"], "config file 'zzz' does not exist; there are configs/tiny.py"),
-        (["--config"], "--config names no file; for example --config configs/demo.py"),
         (["steps=3"], "'steps=3' is not understood; did you mean --config.SECTION.steps=3"),
         (["dim=3"], "'dim=3' is not understood; did you mean --config.model.dim=3"),
         (["--dim=3"], "'--dim=3' is not understood; did you mean --config.model.dim=3"),
@@ -94,14 +85,27 @@ def test_an_override_reaches_its_key(words, section, key, value):
         (["--config.model=3"], "has no key 'model'"),
         (["--config.model.dim=3.5"], "config.model.dim='3.5' has the wrong type; expected an integer"),
         (["--config.model.dim"], "--config.model.dim has no value; expected one, as in"),
-            (["--noconfig.model.tied=true"], "'--noconfig.model.tied=true' is not understood"),
-            (["--configs=3"], "'--configs=3' is not understood; see --help"),
+        (["--noconfig.model.tied=true"], "'--noconfig.model.tied=true' is not understood"),
+        (["--noconfig.model.dim", "3"], "'--noconfig.model.dim' is not understood"),
+        (["--configs=3"], "'--configs=3' is not understood; see --help"),
         (["--config.model.dropout=much"], "='much' has the wrong type; expected a number"),
         (["--config.model.tied=perhaps"], "='perhaps' has the wrong type; expected True or False"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_named_in_one_line(words, says):
-    assert says in refusal(*words)
+def test_a_wrong_flag_is_a_one_line_error(words, says):
+    assert says in message(*words)
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("configs/tny.py", "'configs/tny.py' does not exist; did you mean 'configs/tiny.py'?"),
+        ("tiny", "'tiny' does not exist; did you mean 'configs/tiny.py'?"),
+        ("zzz", "config file 'zzz' does not exist; expected one of configs/tiny.py"),
+    ],
+)
+def test_a_missing_file_is_a_one_line_error(path, says):
+    assert says in message(path=path)
 
 
 @pytest.mark.parametrize(
@@ -111,11 +115,15 @@ def test_a_mistake_is_named_in_one_line(words, says):
         ("x = 1", "broken.py defines no get_config(); see configs/demo.py"),
         ("import no_such_module", "broken.py fails: ModuleNotFoundError: No module named"),
         ("def get_config():\n    return 1 / 0", "broken.py fails: ZeroDivisionError"),
+        (
+            "def get_config():\n    return 7",
+            "broken.py: get_config() returns 7; expected a ConfigDict",
+        ),
     ],
 )
-def test_a_broken_file_is_named_in_one_line(place, text, says):
+def test_a_broken_file_is_a_one_line_error(place, text, says):
     (place / "broken.py").write_text(text)
-    assert says in refusal("--config=broken.py")
+    assert says in message(path="broken.py")
 
 
 EMPTY = "from ml_collections import ConfigDict\nget_config = ConfigDict"
@@ -128,8 +136,8 @@ EMPTY = "from ml_collections import ConfigDict\nget_config = ConfigDict"
         (FILE, "unknown key 'model.name' in wrong.py; did you mean 'norm_eps'?"),
     ],
 )
-def test_a_key_that_is_missing_or_too_many_is_named_with_its_file(place, text, says):
+def test_a_missing_or_unknown_key_is_reported_with_its_file(place, text, says):
     (place / "wrong.py").write_text(text)
     with pytest.raises(UsageError) as error:
-        read_config(["--config=wrong.py"], default="configs/tiny.py")
+        read_config("wrong.py")
     assert str(error.value).startswith(says)

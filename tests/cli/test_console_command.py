@@ -1,4 +1,4 @@
-"""The console command `llama-jax`, in processes of its own as pip's script starts it."""
+"""The console command `llama-jax`, in a new process, as pip's script starts it."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ def llama_jax(*words):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_names_itself_in_its_help(command):
+def test_every_command_has_help(command):
     code, out, err = llama_jax(command, "--help")
     assert (code, err) == (0, "")
     assert out.startswith(f"usage: llama-jax {command} ")
@@ -33,17 +33,26 @@ def test_help_lists_every_command():
     assert llama_jax()[0] == 2
 
 
-def test_a_misspelt_command_is_one_line():
-    assert llama_jax("sampel") == (2, "", "error: 'sampel' is no command; did you mean 'sample'?\n")
+def test_debug_may_precede_the_command(tmp_path):
+    code, _, err = llama_jax("--debug", "plot", str(tmp_path))
+    assert code == 1 and "Traceback" in err
 
 
-def test_chat_is_sampling_with_the_chat_flag():
+def test_a_misspelt_command_is_a_one_line_error():
+    assert llama_jax("sampel") == (
+        2,
+        "",
+        "error: unknown command 'sampel'; did you mean 'sample'?\n",
+    )
+
+
+def test_chat_is_sample_with_the_chat_flag():
     code, _, err = llama_jax("chat", "--prompt", "Hello")
     assert (code, err) == (2, "error: --chat does not use --prompt; leave it out\n")
     assert llama_jax("sample", "--chat", "--prompt", "Hello")[1:] == ("", err)
 
 
-def test_a_command_keeps_its_words_and_its_exit_code(tmp_path):
+def test_arguments_and_exit_code_are_those_of_the_command(tmp_path):
     code, out, err = llama_jax("plot", str(tmp_path))
     assert (code, out) == (1, "")
     assert err == f"error: {tmp_path} has no metrics.jsonl; expected the folder of a run\n"

@@ -1,4 +1,4 @@
-"""Flags in, one-line errors and exit codes out."""
+"""Errors as one line, exit codes, and suggestions for misspelt flags."""
 
 import subprocess
 import sys
@@ -11,8 +11,8 @@ from llama_jax.cli.main import Parser
 from llama_jax.errors import UsageError
 
 
-def door(body, *words, **options):
-    """Run a door whose main has this body, in a process of its own."""
+def run_command(body, *words, **options):
+    """Run a command whose `main` has this body, in a new process."""
     script = "import sys\nfrom llama_jax.cli.main import run, Parser\n"
     script += "from llama_jax.errors import *\n"
     script += f"def main(argv):\n{textwrap.indent(body, '    ')}\nrun(main)"
@@ -21,8 +21,8 @@ def door(body, *words, **options):
 
 
 @pytest.fixture(autouse=True)
-def findable(monkeypatch):
-    """Doors in processes of their own find the package."""
+def python_path(monkeypatch):
+    """New processes find the package."""
     package = sys.modules["llama_jax"].__path__[0]
     monkeypatch.setenv("PYTHONPATH", package.removesuffix("llama_jax"))
 
@@ -40,27 +40,27 @@ def findable(monkeypatch):
         ("Parser().parse_args(argv)", 0, ""),
     ],
 )
-def test_a_door_ends_with_a_code_and_at_most_one_line(body, code, line):
-    done = door(body)
+def test_a_command_ends_with_an_exit_code_and_at_most_one_line(body, code, line):
+    done = run_command(body)
     assert (done.returncode, done.stderr) == (code, line)
 
 
-def test_debug_shows_the_traceback_and_is_no_word_of_the_doors():
-    done = door("print(argv)\nraise UserError('bad')", "a", "--debug", "b")
+def test_debug_prints_the_traceback_and_is_not_passed_on():
+    done = run_command("print(argv)\nraise UserError('bad')", "a", "--debug", "b")
     assert done.stdout == "['a', 'b']\n"
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "UserError: bad" in done.stderr
 
 
-def test_a_fault_of_ours_keeps_its_traceback():
-    done = door("return {}['x']")
+def test_a_bug_keeps_its_traceback():
+    done = run_command("return {}['x']")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
 
 
-@pytest.mark.parametrize("lines", [1, 9999])  # found out when flushing, and while printing
-def test_a_reader_that_leaves_is_no_error(lines):
+@pytest.mark.parametrize("lines", [1, 9999])  # noticed when flushing, and while printing
+def test_a_closed_pipe_is_no_error(lines):
     script = "import sys\nfrom llama_jax.cli.main import run\nsys.stdin.read()\n"
     script += f"run(lambda argv: [print('x' * 80) for _ in range({lines})] and 0)"
     command, pipe = [sys.executable, "-c", script], subprocess.PIPE
@@ -71,7 +71,7 @@ def test_a_reader_that_leaves_is_no_error(lines):
     assert process.returncode == 0
 
 
-def test_a_full_device_is_explained():
+def test_out_of_memory_is_one_line_with_advice():
     line = cli.one_line(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9663676416"))
     assert line.startswith("out of memory: 9.0 GiB more were needed; when sampling, try --quantize")
     assert cli.one_line(RuntimeError("else")) is None
@@ -86,7 +86,7 @@ def test_a_full_device_is_explained():
         (["--temperature=hot"], "invalid float value: 'hot'; see --help"),
     ],
 )
-def test_the_parser_names_the_nearest_flag(words, says):
+def test_the_parser_names_the_closest_flag(words, says):
     parser = Parser()
     parser.add_argument("--temperature", type=float, default=1.0)
     with pytest.raises(UsageError) as error:
@@ -94,7 +94,7 @@ def test_the_parser_names_the_nearest_flag(words, says):
     assert says in str(error.value)
 
 
-def test_a_misspelt_flag_beside_the_configs_is_named_and_the_configs_are_left_alone():
+def test_flags_of_the_config_are_left_and_misspelt_others_reported():
     parser = Parser()
     parser.add_argument("--profile")
     parser.add_argument("--help_config_section")
@@ -105,7 +105,23 @@ def test_a_misspelt_flag_beside_the_configs_is_named_and_the_configs_are_left_al
 
 
 @pytest.mark.parametrize("value", ["-1:2", "-.5", "-1"])
-def test_a_value_may_begin_like_a_negative_number(value):
+def test_a_value_may_begin_with_a_minus(value):
     parser = Parser()
     parser.add_argument("--profile")
     assert parser.parse_args(["--profile", value]).profile == value
+
+
+def test_help_shows_defaults_that_say_something():
+    parser = Parser()
+    parser.add_argument("--seed", type=int, default=0, help="of the run")
+    parser.add_argument("--name", default="", help="any")
+    parser.add_argument("--fast", action="store_true", help="estimate")
+    parser.add_argument("--config", default="/long/path/demo.py", help="a file (demo.py)")
+    lines = [" ".join(line.split()) for line in parser.format_help().splitlines()]
+    for line in (
+        "--seed SEED of the run (default: 0)",
+        "--name NAME any",
+        "--fast estimate",
+        "--config CONFIG a file (demo.py)",
+    ):
+        assert line in lines

@@ -44,7 +44,7 @@ ON_TENSOR_MESHES = {  # few rows and many, one axis and two, each policy; some t
 def shipped_configs():
     """Every config in configs/, by name."""
     paths = sorted((HERE.parents[1] / "configs").glob("*.py"))
-    return {path.stem: read_config([], str(path)) for path in paths}
+    return {path.stem: read_config(str(path)) for path in paths}
 
 
 def on_tensor_meshes():
@@ -58,7 +58,7 @@ def on_tensor_meshes():
                 f"--config.{section.get(word.partition('=')[0], 'mesh')}.{word}"
                 for word in way.split()
             ]
-            yield f"7b {target} {way}", read_config([*shallow.split(), *words], path)
+            yield f"7b {target} {way}", read_config(path, [*shallow.split(), *words])
 
 
 def planned():
