@@ -7,14 +7,14 @@ Does not know models, steps or checksums.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from llama_jax.errors import UserError
+from llama_jax.errors import UsageError, UserError
 
 FLOATS = {
     np.dtype(np.float32): "<f4",
@@ -120,8 +120,43 @@ def require_plausible(item: Path, numbers: int) -> None:
         )
 
 
+def resolved(folder: Path) -> Path:
+    """Return a folder's absolute path, for TensorStore and Orbax.
+
+    Raises:
+      UsageError: if TensorStore would take it for another, or cannot take it at all.
+    """
+    folder = folder.resolve()
+    name = folder.as_posix()
+    if "\\" in name:  # TensorStore reads and writes `a/b` instead of `a\b`
+        raise UsageError(f"{folder} has a backslash in its name; choose another folder")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{name!r} is not a name in UTF-8; choose another folder") from None
+    return folder
+
+
+def orbax_path(folder: Path) -> Any:
+    """Return a folder's absolute path for Orbax, in which no character is special.
+
+    Orbax finds its own files with `glob`, and in the paths of etils the name of the folder is part
+    of the pattern: in `run[1]` nothing matches, and a checkpoint is written without its arrays.
+    """
+    from etils import epath
+
+    folder = resolved(folder)
+    base: Any = type(epath.Path(folder))
+
+    class LiteralPath(base):
+        def glob(self, pattern: str) -> Iterator[Any]:
+            return map(type(self), Path(self).glob(pattern))
+
+    return LiteralPath(folder)
+
+
 def _store(item: Path) -> dict[str, Any]:
-    base = {"driver": "file", "path": f"{item.resolve()}/"}
+    base = {"driver": "file", "path": f"{resolved(item)}/"}
     return {"driver": "ocdbt", "base": base}
 
 

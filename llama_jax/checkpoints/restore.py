@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from llama_jax.checkpoints.layout import damaged, refuse_links
+from llama_jax.checkpoints.layout import damaged, orbax_path, refuse_links
 from llama_jax.checkpoints.save import checksums
 from llama_jax.distributed.consistency import gathered, together
 from llama_jax.errors import UserError, is_out_of_memory
@@ -162,10 +162,10 @@ def _read_with_orbax(path: Path, wanted: dict[str, Any]) -> Restored:
     trees: dict[str, Any] = {}
     json_handler = ocp.JsonCheckpointHandler()
     with ocp.Checkpointer(json_handler, multiprocessing_options=alone) as reader:
-        meta = reader.restore((path / "meta").resolve())
+        meta = reader.restore(orbax_path(path / "meta"))
     with ocp.StandardCheckpointer(multiprocessing_options=alone) as reader:
         for item, tree in wanted.items():
-            place, leaves = (path / item).resolve(), named_leaves(tree)
+            place, leaves = orbax_path(path / item), named_leaves(tree)
             stored = ocp.StandardCheckpointHandler().metadata(place).tree
             leaves = {
                 name: leaf.update(dtype=stored[name].dtype) if name in stored else leaf

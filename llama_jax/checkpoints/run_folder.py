@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 
+from llama_jax.checkpoints.layout import resolved
 from llama_jax.checkpoints.metadata import CONFIG, Run, read_run, write_atomically, write_run
 from llama_jax.config import Config
 from llama_jax.distributed.consistency import gathered, together
@@ -101,9 +102,11 @@ def claimed(folder: Path) -> Iterator[None]:
     """Hold a folder, made if missing, for this process alone.
 
     Raises:
-      UsageError: when it is a file or cannot be written.
+      UsageError: when it is a file, cannot be written, or has a name that arrays cannot be stored
+        under.
       UserError: when another process trains in it, or it holds anything but a run.
     """
+    resolved(folder)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; expected a folder to write checkpoints in")
     if folder.exists() and not (folder / CONFIG).exists():

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.checkpoints.layout import first_line
+from llama_jax.checkpoints.layout import first_line, names, orbax_path
 from llama_jax.checkpoints.run_folder import require_space
 from llama_jax.distributed.consistency import together
 from llama_jax.errors import UserError
@@ -89,12 +89,15 @@ class CheckpointWriter:
             best_fn=_validation_loss,  # without it Orbax forgets metrics when the process ends
             cleanup_tmp_directories=True,
             create=False,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._check_arrays),
         )
         self._folder = folder
+        self._partial = lambda: folder / f"{self._step}{ocp.utils.TMP_DIR_SUFFIX}"
+        self._step, self._names = -1, dict[str, set[str]]()  # of the step that is being written
         self._args, self._save_args = ocp.args, ocp.SaveArgs
         with _plain_errors(folder):
             self._manager = ocp.CheckpointManager(
-                folder.resolve(), options=options, item_names=(*ITEMS, "meta")
+                orbax_path(folder), options=options, item_names=(*ITEMS, "meta")
             )
 
     def save(
@@ -113,6 +116,8 @@ class CheckpointWriter:
             item: self._args.StandardSave(leaves, save_args=self._in_layers(leaves))
             for item, leaves in items.items()
         }
+        self.wait()  # for the step before, which `_check_arrays` may still be looking at
+        self._step, self._names = step, {item: set(leaves) for item, leaves in items.items()}
         with _plain_errors(self._folder):
             self._manager.save(
                 step,
@@ -130,6 +135,15 @@ class CheckpointWriter:
             name: self._save_args(shard_axes=(0,) if name.startswith("blocks.") else ())
             for name in leaves
         }
+
+    def _check_arrays(self) -> None:
+        """Raise unless every item lists its arrays; called before a step gets its final name.
+
+        What is raised here ends the save: older steps are kept.
+        """
+        for item, expected in self._names.items():
+            if missing := expected - set(names(self._partial() / item)):
+                raise ValueError(f"{min(missing)} of {item} is missing from step {self._step}")
 
     def wait(self) -> None:
         """Return when everything saved is on disk."""
