@@ -6,7 +6,14 @@ Zarr array a name, beside a `_METADATA` that lists the names; one with JSON is a
 Does not know models, steps or checksums.
 """
 
+import errno
+import functools
+import inspect
 import json
+import logging
+import os
+import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +23,9 @@ import numpy as np
 
 from llama_jax.errors import UsageError, UserError
 
+# Whose words are looked for in the middle of longer messages of Orbax and TensorStore.
+SYSTEM_ERRORS = [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM]
+SYSTEM_ERRORS += [errno.EMFILE, errno.EIO]
 FLOATS = {
     np.dtype(np.float32): "<f4",
     np.dtype(np.float16): "<f2",
@@ -23,6 +33,7 @@ FLOATS = {
 }
 ZARR_NAMES = FLOATS | {np.dtype(np.int8): "|i1", np.dtype(np.uint8): "|u1"}
 LARGEST_RATIO = 1000  # of an item's numbers to its files: nobody's weights shrink like that
+STEP = re.compile(r"0|[1-9][0-9]{0,8}")  # the name of a checkpoint's folder
 Shape = tuple[int, ...]
 
 
@@ -120,6 +131,12 @@ def require_plausible(item: Path, numbers: int) -> None:
         )
 
 
+def finished_steps(folder: Path) -> list[int]:
+    """Return the steps that a folder has checkpoints of, ascending."""
+    names = [path.name for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
+    return sorted(int(name) for name in names if STEP.fullmatch(name))
+
+
 def resolved(folder: Path) -> Path:
     """Return a folder's absolute path, for TensorStore and Orbax.
 
@@ -179,7 +196,37 @@ def damaged(checkpoint: Path, why: Exception | str) -> UserError:
     return UserError(f"checkpoint {checkpoint} is damaged: {why}")
 
 
+def reason(error: Exception) -> str:
+    """Return why an operation failed, in one line: the system's words if it was the system."""
+    known = (os.strerror(code) for code in SYSTEM_ERRORS)
+    return next((words for words in known if words in str(error)), "") or first_line(error)
+
+
 def first_line(error: Exception) -> str:
-    """The first telling line of an error of several screens."""
+    """Return the first line of an error's message that is not empty, cut at 160 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:160]
+
+
+@functools.cache
+def quiet_orbax() -> None:
+    """Keep Orbax from printing tracebacks of what is raised anyway, for the rest of the process.
+
+    Several of its threads log the same error, and each read that it abandons after one prints a
+    traceback when it is collected, at any time later.
+    """
+    logging.getLogger("absl").addFilter(
+        lambda record: not (record.exc_info and "orbax" in record.pathname)
+    )
+    report, is_coroutine = sys.unraisablehook, inspect.iscoroutine
+
+    def hook(unraisable: Any) -> None:
+        try:  # when the interpreter exits, anything may be gone
+            is_closed = "Event loop is closed" in str(unraisable.exc_value)
+            is_abandoned = is_closed or is_coroutine(unraisable.object)
+        except Exception:
+            is_abandoned = False
+        if not is_abandoned:
+            report(unraisable)
+
+    sys.unraisablehook = hook

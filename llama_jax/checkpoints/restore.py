@@ -4,31 +4,27 @@ Knows their names and the order to try them in, not what lies in them.
 """
 
 import dataclasses
-import functools
-import inspect
-import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 
-from llama_jax.checkpoints.layout import damaged, orbax_path, refuse_links
+from llama_jax.checkpoints.layout import (
+    STEP,
+    damaged,
+    finished_steps,
+    orbax_path,
+    quiet_orbax,
+    refuse_links,
+)
 from llama_jax.checkpoints.save import checksums
 from llama_jax.distributed.consistency import gathered, together
 from llama_jax.errors import UserError, is_out_of_memory
 from llama_jax.model.parameters import named_leaves
 
 Content = TypeVar("Content")
-STEP = re.compile(r"0|[1-9][0-9]{0,8}")  # what a checkpoint's folder is called
-
-
-def finished_steps(folder: Path) -> list[int]:
-    """The steps of the checkpoints in a folder, ascending; anything that is not one is ignored."""
-    names = [path.name for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
-    return sorted(int(name) for name in names if STEP.fullmatch(name))
 
 
 def folder_and_step(path: str | Path) -> tuple[Path, Path | None]:
@@ -141,7 +137,7 @@ def restore(path: Path, wanted: dict[str, Any]) -> Restored:
 def _read(path: Path, wanted: dict[str, Any]) -> Restored:
     """What `restore` returns, unverified; each process reads its part and waits for no other."""
     refuse_links(path)
-    _silence_abandoned_reads()
+    quiet_orbax()
     try:
         return _read_with_orbax(path, wanted)
     except UserError:
@@ -181,19 +177,6 @@ def _renamed(tree: Tree, leaves: dict[str, Any]) -> Tree:
     return jax.tree.unflatten(
         jax.tree.structure(tree), [leaves[name] for name in named_leaves(tree)]
     )
-
-
-@functools.cache
-def _silence_abandoned_reads() -> None:
-    """Orbax drops reads that it began when one fails; each would print a traceback much later."""
-    tell = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        is_closed = "Event loop is closed" in str(unraisable.exc_value)
-        if not (inspect.iscoroutine(unraisable.object) or is_closed):
-            tell(unraisable)
-
-    sys.unraisablehook = hook
 
 
 def _verify(path: Path, item: str, leaves: dict[str, Any], expected: dict[str, int]) -> None:

@@ -156,17 +156,21 @@ def _lock(lock: Any, folder: Path) -> None:
 
 
 def require_space(folder: Path, needed: int, what: str = "a checkpoint") -> None:
-    """Refuse to begin a write that the disk has no room for.
-
-    Raises:
-      UserError: with both numbers.
-    """
+    """Raise `UserError` if a folder's disk has fewer bytes free than a write needs."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist any more; {what} cannot be written there")
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"{folder} has {free / 1e9:.2f} GB free, and {what} takes {needed / 1e9:.2f} GB;"
+            f"{folder} has {_format_size(free)} free, and {what} takes {_format_size(needed)};"
             " make room and run the same command again"
         )
+
+
+def _format_size(size: int) -> str:
+    units = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"))
+    scale, unit = next((pair for pair in units if size >= pair[0]), (1e3, "kB"))
+    return f"{size / scale:,.1f} {unit}"
 
 
 # A run's folder as all its processes see it: process 0 holds it, the others find it there.
