@@ -8,6 +8,7 @@ Does not know models, steps or checksums.
 
 import errno
 import functools
+import hashlib
 import inspect
 import json
 import logging
@@ -33,19 +34,50 @@ FLOATS = {
 }
 ZARR_NAMES = FLOATS | {np.dtype(np.int8): "|i1", np.dtype(np.uint8): "|u1"}
 LARGEST_RATIO = 1000  # of an item's numbers to its files: nobody's weights shrink like that
+CHECKSUM = "checksum"  # key of an item's JSON
 STEP = re.compile(r"0|[1-9][0-9]{0,8}")  # the name of a checkpoint's folder
 Shape = tuple[int, ...]
 
 
+class ConfigMismatch(UserError):
+    """A checkpoint's arrays are not those of the model that `config.json` describes."""
+
+
+def with_checksum(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return a tree that JSON can hold with a checksum of itself, for `read_json`."""
+    return tree | {CHECKSUM: _json_checksum(tree)}
+
+
 def write_json(item: Path, tree: dict[str, Any]) -> None:
-    """A new item with JSON."""
+    """Create an item with JSON."""
     item.mkdir()
-    (item / "metadata").write_text(json.dumps(tree))
+    (item / "metadata").write_text(json.dumps(with_checksum(tree)))
 
 
-def read_json(item: Path) -> Any:
-    """What an item with JSON holds; `OSError` or `ValueError` if it is none."""
-    return json.loads((item / "metadata").read_text())
+def read_json(item: Path) -> dict[str, Any]:
+    """Return what an item with JSON holds, verified if it was written with a checksum.
+
+    Raises:
+      OSError, ValueError: when it is missing or damaged.
+    """
+    try:
+        tree = json.loads((item / "metadata").read_bytes())
+    except RecursionError:
+        raise ValueError(f"{item.name} is nested too deeply") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{item.name} is not a mapping")
+    if (found := tree.pop(CHECKSUM, None)) and found != _json_checksum(tree):
+        raise ValueError(f"checksum of {item.name} differs")
+    return tree
+
+
+def _json_checksum(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def file_checksum(path: Path) -> str:
+    """Return the SHA-256 of a small file, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def write_names(item: Path, shapes: Mapping[str, Shape]) -> None:
@@ -88,12 +120,12 @@ def open_array(item: Path, name: str, shape: Shape, dtype: np.dtype) -> Any:
     """An array to read from by `array[...].read().result()`.
 
     Raises:
-      ValueError: when it is missing, has another shape or another kind of numbers.
+      ConfigMismatch: when it has another shape.
+      ValueError: when it is missing or has another kind of numbers.
     """
     array = _open(item, name, open=True, fill_missing_data_reads=False)
     chunk = array.chunk_layout.read_chunk.shape
-    if array.shape != shape:
-        raise ValueError(f"{name} is {list(array.shape)}, expected {list(shape)}")
+    require_shapes(item, {name: array.shape}, {name: shape})
     if why := other_numbers(name, np.dtype(array.dtype.numpy_dtype), dtype):
         raise ValueError(why)
     if any(part > max(whole, 1) for part, whole in zip(chunk, shape)):
@@ -121,14 +153,39 @@ def names(item: Path) -> list[str]:
     )
 
 
+def require_shapes(item: Path, stored: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
+    """Raise `ConfigMismatch` unless an item's arrays have the expected names and shapes."""
+    for name in {**expected, **stored}:
+        found, wanted = (
+            str(list(shapes[name])) if name in shapes else "missing"
+            for shapes in (stored, expected)
+        )
+        if found != wanted:
+            raise ConfigMismatch(
+                f"checkpoint {item.parent} does not fit its config.json: {item.name}.{name} is"
+                f" {found} in the checkpoint and {wanted} in the config's model; restore the"
+                " config.json it was saved with"
+            )
+
+
 def require_plausible(item: Path, numbers: int) -> None:
-    """`UserError` if a folder is far too small to hold so many numbers."""
-    size = sum(path.stat().st_size for path in item.rglob("*") if path.is_file())
+    """Raise `UserError` if a folder is far too small to hold so many numbers.
+
+    Raises:
+      OSError: when it cannot be listed.
+    """
+    size = 0
+    for folder, _, files in os.walk(item, onerror=_raise):
+        size += sum((Path(folder) / file).stat().st_size for file in files)
     if size * LARGEST_RATIO < numbers:
         raise UserError(
             f"{item} has {size:,} bytes, which cannot hold the {numbers:,} numbers of its config;"
             " copy it again"
         )
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def finished_steps(folder: Path) -> list[int]:
@@ -191,8 +248,10 @@ def refuse_links(checkpoint: Path) -> None:
 
 
 def damaged(checkpoint: Path, why: Exception | str) -> UserError:
-    """The complaint about a checkpoint that is not what was written."""
-    why = first_line(why) if isinstance(why, Exception) else why
+    """Return the error for a checkpoint that cannot be read."""
+    why = reason(why) if isinstance(why, Exception) else why
+    if why == os.strerror(errno.EACCES):
+        return UserError(f"checkpoint {checkpoint} cannot be read: {why}; ask for access to it")
     return UserError(f"checkpoint {checkpoint} is damaged: {why}")
 
 

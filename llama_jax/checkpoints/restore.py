@@ -13,11 +13,14 @@ import jax
 
 from llama_jax.checkpoints.layout import (
     STEP,
+    ConfigMismatch,
     damaged,
     finished_steps,
     orbax_path,
     quiet_orbax,
+    read_json,
     refuse_links,
+    require_shapes,
 )
 from llama_jax.checkpoints.save import checksums
 from llama_jax.distributed.consistency import gathered, together
@@ -54,24 +57,28 @@ def newest_whole(
       UserError: when there are checkpoints and none of them is whole.
     """
     steps = finished_steps(folder)
-    damaged: list[Path] = []
+    failed: dict[Path, str] = {}
+    mismatches = 0
     for step in reversed(steps):
         path = folder / str(step)
         try:
             content = read(path)
         except UserError as error:
-            if len(steps) == 1:
-                raise
-            report(f"{error}; falling back to the one before it")
-            damaged.append(path)
+            failed[path] = str(error)  # the error itself would keep alive what was read
+            mismatches += isinstance(error, ConfigMismatch)
             continue
-        if set_aside:
-            for path in damaged:
+        for path, why in failed.items():
+            report(f"{why}; falling back to step {step}")
+            if set_aside:
                 _set_aside(path)
         return content
-    if steps:
-        raise UserError(f"none of the checkpoints in {folder} can be read; see the lines above")
-    return None
+    if not steps:
+        return None
+    if mismatches == len(steps) or len(steps) == 1:  # it is one mistake
+        raise UserError(next(iter(failed.values())))
+    for why in failed.values():
+        report(why)
+    raise UserError(f"none of the checkpoints in {folder} can be read; see the lines above")
 
 
 def _set_aside(path: Path) -> None:
@@ -156,17 +163,14 @@ def _read_with_orbax(path: Path, wanted: dict[str, Any]) -> Restored:
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
     trees: dict[str, Any] = {}
-    json_handler = ocp.JsonCheckpointHandler()
-    with ocp.Checkpointer(json_handler, multiprocessing_options=alone) as reader:
-        meta = reader.restore(orbax_path(path / "meta"))
+    meta = read_json(path / "meta")
     with ocp.StandardCheckpointer(multiprocessing_options=alone) as reader:
         for item, tree in wanted.items():
             place, leaves = orbax_path(path / item), named_leaves(tree)
             stored = ocp.StandardCheckpointHandler().metadata(place).tree
-            leaves = {
-                name: leaf.update(dtype=stored[name].dtype) if name in stored else leaf
-                for name, leaf in leaves.items()
-            }
+            shapes = {name: leaf.shape for name, leaf in leaves.items()}
+            require_shapes(place, {n: leaf.shape for n, leaf in stored.items()}, shapes)
+            leaves = {name: leaf.update(dtype=stored[name].dtype) for name, leaf in leaves.items()}
             trees[item] = _renamed(tree, reader.restore(place, leaves))
             meta["checksums"][item]  # an item without them is damaged
     return Restored(int(path.name), trees, meta)

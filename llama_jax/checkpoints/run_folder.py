@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 
-from llama_jax.checkpoints.layout import resolved
+from llama_jax.checkpoints.layout import file_checksum, resolved
 from llama_jax.checkpoints.metadata import CONFIG, Run, read_run, write_atomically, write_run
 from llama_jax.config import Config
 from llama_jax.distributed.consistency import gathered, together
@@ -59,6 +59,20 @@ def describe(folder: Path, run: Run, tokenizer: Path) -> None:
     """Make a folder the run's own, once nothing stands against it; call it inside `claimed`."""
     write_run(folder, run)
     write_atomically(folder / TOKENIZER, tokenizer.read_bytes())
+
+
+def require_tokenizer(folder: Path, meta: dict[str, Any]) -> None:
+    """Raise `UserError` if the tokenizer file is not the one that a step was saved with.
+
+    Args:
+      meta: of the step; steps of earlier versions have no checksum of the tokenizer.
+    """
+    path, expected = folder / TOKENIZER, meta.get(TOKENIZER)
+    if expected and path.is_file() and file_checksum(path) != expected:
+        raise UserError(
+            f"{path} is not the file that the checkpoint was saved with (its checksum differs);"
+            " restore it from a copy, or from the folder of the data"
+        )
 
 
 def _has_begun(folder: Path) -> bool:

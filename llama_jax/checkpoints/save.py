@@ -16,13 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.checkpoints.layout import (
+    file_checksum,
     finished_steps,
     names,
     orbax_path,
     quiet_orbax,
     reason,
+    with_checksum,
 )
-from llama_jax.checkpoints.run_folder import require_space
+from llama_jax.checkpoints.run_folder import TOKENIZER, require_space
 from llama_jax.distributed.consistency import together
 from llama_jax.errors import UserError
 from llama_jax.model.parameters import named_leaves
@@ -99,6 +101,8 @@ class CheckpointWriter:
             async_options=ocp.AsyncOptions(post_finalization_callback=self._require_arrays),
         )
         self._folder, self._ocp = folder, ocp
+        tokenizer = folder / TOKENIZER
+        self._tokenizer = {TOKENIZER: file_checksum(tokenizer)} if tokenizer.exists() else {}
         self._step = -1  # the one being saved
         self._names: dict[str, set[str]] = {}  # of its arrays, by item
         try:
@@ -122,7 +126,8 @@ class CheckpointWriter:
         items = {"model": named_leaves(model), "optimizer": named_leaves(optimizer)}
         with together():
             require_space(self._folder, sum(leaf.nbytes for leaf in jax.tree.leaves(items)))
-        meta = meta | {"checksums": {item: checksums(leaves) for item, leaves in items.items()}}
+        sums = {item: checksums(leaves) for item, leaves in items.items()}
+        meta = with_checksum(meta | {"checksums": sums} | self._tokenizer)
         loss = validation_loss if validation_loss < float("inf") else float("inf")  # NaN is no best
         args = {
             item: self._ocp.args.StandardSave(leaves, save_args=self._in_layers(leaves))
