@@ -6,6 +6,7 @@ never leaves a partial one under its final name.
 
 import contextlib
 import fcntl
+import glob
 import os
 import secrets
 import shutil
@@ -104,7 +105,7 @@ def _remove_empty(folders: list[Path]) -> None:
 
 def _remove_abandoned(path: Path) -> None:
     """Remove partial folders for `path` whose lock no living process holds."""
-    for partial in path.parent.glob(f".{path.name}.partial-*"):
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
         with contextlib.suppress(OSError):
             with (partial / LOCK).open("a") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -90,20 +90,21 @@ def test_new_folder_appears_when_complete_and_never_overwrites(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_abandoned_folders_are_removed_and_locked_ones_kept(tmp_path):
-    abandoned = tmp_path / ".out.partial-12345678"
+@pytest.mark.parametrize("name", ["out", "out[1]"])
+def test_abandoned_folders_are_removed_and_locked_ones_kept(tmp_path, name):
+    abandoned = tmp_path / f".{name}.partial-12345678"
     abandoned.mkdir()
     (abandoned / "train-00000.bin").write_bytes(b"half")
     other = tmp_path / ".other.partial-12345678"
     other.mkdir()
-    with new_folder(tmp_path / "out") as first:
+    with new_folder(tmp_path / name) as first:
         assert not abandoned.exists()
-        with pytest.raises(UserError, match="exists already"), new_folder(tmp_path / "out"):
+        with pytest.raises(UserError, match="exists already"), new_folder(tmp_path / name):
             assert first.is_dir()
-            (tmp_path / "out").mkdir()
-        (tmp_path / "out").rmdir()
+            (tmp_path / name).mkdir()
+        (tmp_path / name).rmdir()
     assert other.is_dir()
-    assert (tmp_path / "out").is_dir()
+    assert (tmp_path / name).is_dir()
 
 
 def test_path_below_a_file_is_refused(tmp_path):

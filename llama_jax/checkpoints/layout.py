@@ -6,16 +6,27 @@ Zarr array a name, beside a `_METADATA` that lists the names; one with JSON is a
 Does not know models, steps or checksums.
 """
 
+import errno
+import functools
+import hashlib
+import inspect
 import json
-from collections.abc import Mapping
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from llama_jax.errors import UserError
+from llama_jax.errors import UsageError, UserError
 
+# Whose words are looked for in the middle of longer messages of Orbax and TensorStore.
+SYSTEM_ERRORS = [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM]
+SYSTEM_ERRORS += [errno.EMFILE, errno.EIO]
 FLOATS = {
     np.dtype(np.float32): "<f4",
     np.dtype(np.float16): "<f2",
@@ -23,18 +34,50 @@ FLOATS = {
 }
 ZARR_NAMES = FLOATS | {np.dtype(np.int8): "|i1", np.dtype(np.uint8): "|u1"}
 LARGEST_RATIO = 1000  # of an item's numbers to its files: nobody's weights shrink like that
+CHECKSUM = "checksum"  # key of an item's JSON
+STEP = re.compile(r"0|[1-9][0-9]{0,8}")  # the name of a checkpoint's folder
 Shape = tuple[int, ...]
 
 
+class ConfigMismatch(UserError):
+    """A checkpoint's arrays are not those of the model that `config.json` describes."""
+
+
+def with_checksum(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return a tree that JSON can hold with a checksum of itself, for `read_json`."""
+    return tree | {CHECKSUM: _json_checksum(tree)}
+
+
 def write_json(item: Path, tree: dict[str, Any]) -> None:
-    """A new item with JSON."""
+    """Create an item with JSON."""
     item.mkdir()
-    (item / "metadata").write_text(json.dumps(tree))
+    (item / "metadata").write_text(json.dumps(with_checksum(tree)))
 
 
-def read_json(item: Path) -> Any:
-    """What an item with JSON holds; `OSError` or `ValueError` if it is none."""
-    return json.loads((item / "metadata").read_text())
+def read_json(item: Path) -> dict[str, Any]:
+    """Return what an item with JSON holds, verified if it was written with a checksum.
+
+    Raises:
+      OSError, ValueError: when it is missing or damaged.
+    """
+    try:
+        tree = json.loads((item / "metadata").read_bytes())
+    except RecursionError:
+        raise ValueError(f"{item.name} is nested too deeply") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{item.name} is not a mapping")
+    if (found := tree.pop(CHECKSUM, None)) and found != _json_checksum(tree):
+        raise ValueError(f"checksum of {item.name} differs")
+    return tree
+
+
+def _json_checksum(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def file_checksum(path: Path) -> str:
+    """Return the SHA-256 of a small file, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def write_names(item: Path, shapes: Mapping[str, Shape]) -> None:
@@ -77,12 +120,12 @@ def open_array(item: Path, name: str, shape: Shape, dtype: np.dtype) -> Any:
     """An array to read from by `array[...].read().result()`.
 
     Raises:
-      ValueError: when it is missing, has another shape or another kind of numbers.
+      ConfigMismatch: when it has another shape.
+      ValueError: when it is missing or has another kind of numbers.
     """
     array = _open(item, name, open=True, fill_missing_data_reads=False)
     chunk = array.chunk_layout.read_chunk.shape
-    if array.shape != shape:
-        raise ValueError(f"{name} is {list(array.shape)}, expected {list(shape)}")
+    require_shapes(item, {name: array.shape}, {name: shape})
     if why := other_numbers(name, np.dtype(array.dtype.numpy_dtype), dtype):
         raise ValueError(why)
     if any(part > max(whole, 1) for part, whole in zip(chunk, shape)):
@@ -110,9 +153,30 @@ def names(item: Path) -> list[str]:
     )
 
 
+def require_shapes(item: Path, stored: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
+    """Raise `ConfigMismatch` unless an item's arrays have the expected names and shapes."""
+    for name in {**expected, **stored}:
+        found, wanted = (
+            str(list(shapes[name])) if name in shapes else "missing"
+            for shapes in (stored, expected)
+        )
+        if found != wanted:
+            raise ConfigMismatch(
+                f"checkpoint {item.parent} does not fit its config.json: {item.name}.{name} is"
+                f" {found} in the checkpoint and {wanted} in the config's model; restore the"
+                " config.json it was saved with"
+            )
+
+
 def require_plausible(item: Path, numbers: int) -> None:
-    """`UserError` if a folder is far too small to hold so many numbers."""
-    size = sum(path.stat().st_size for path in item.rglob("*") if path.is_file())
+    """Raise `UserError` if a folder is far too small to hold so many numbers.
+
+    Raises:
+      OSError: when it cannot be listed.
+    """
+    size = 0
+    for folder, _, files in os.walk(item, onerror=_raise):
+        size += sum((Path(folder) / file).stat().st_size for file in files)
     if size * LARGEST_RATIO < numbers:
         raise UserError(
             f"{item} has {size:,} bytes, which cannot hold the {numbers:,} numbers of its config;"
@@ -120,8 +184,53 @@ def require_plausible(item: Path, numbers: int) -> None:
         )
 
 
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def finished_steps(folder: Path) -> list[int]:
+    """Return the steps that a folder has checkpoints of, ascending."""
+    names = [path.name for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
+    return sorted(int(name) for name in names if STEP.fullmatch(name))
+
+
+def resolved(folder: Path) -> Path:
+    """Return a folder's absolute path, for TensorStore and Orbax.
+
+    Raises:
+      UsageError: if TensorStore would take it for another, or cannot take it at all.
+    """
+    folder = folder.resolve()
+    name = folder.as_posix()
+    if "\\" in name:  # TensorStore reads and writes `a/b` instead of `a\b`
+        raise UsageError(f"{folder} has a backslash in its name; choose another folder")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{name!r} is not a name in UTF-8; choose another folder") from None
+    return folder
+
+
+def orbax_path(folder: Path) -> Any:
+    """Return a folder's absolute path for Orbax, in which no character is special.
+
+    Orbax finds its own files with `glob`, and in the paths of etils the name of the folder is part
+    of the pattern: in `run[1]` nothing matches, and a checkpoint is written without its arrays.
+    """
+    from etils import epath
+
+    folder = resolved(folder)
+    base: Any = type(epath.Path(folder))
+
+    class LiteralPath(base):
+        def glob(self, pattern: str) -> Iterator[Any]:
+            return map(type(self), Path(self).glob(pattern))
+
+    return LiteralPath(folder)
+
+
 def _store(item: Path) -> dict[str, Any]:
-    base = {"driver": "file", "path": f"{item.resolve()}/"}
+    base = {"driver": "file", "path": f"{resolved(item)}/"}
     return {"driver": "ocdbt", "base": base}
 
 
@@ -139,12 +248,44 @@ def refuse_links(checkpoint: Path) -> None:
 
 
 def damaged(checkpoint: Path, why: Exception | str) -> UserError:
-    """The complaint about a checkpoint that is not what was written."""
-    why = first_line(why) if isinstance(why, Exception) else why
+    """Return the error for a checkpoint that cannot be read."""
+    why = reason(why) if isinstance(why, Exception) else why
+    if why == os.strerror(errno.EACCES):
+        return UserError(f"checkpoint {checkpoint} cannot be read: {why}; ask for access to it")
     return UserError(f"checkpoint {checkpoint} is damaged: {why}")
 
 
+def reason(error: Exception) -> str:
+    """Return why an operation failed, in one line: the system's words if it was the system."""
+    known = (os.strerror(code) for code in SYSTEM_ERRORS)
+    return next((words for words in known if words in str(error)), "") or first_line(error)
+
+
 def first_line(error: Exception) -> str:
-    """The first telling line of an error of several screens."""
+    """Return the first line of an error's message that is not empty, cut at 160 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:160]
+
+
+@functools.cache
+def quiet_orbax() -> None:
+    """Keep Orbax from printing tracebacks of what is raised anyway, for the rest of the process.
+
+    Several of its threads log the same error, and each read that it abandons after one prints a
+    traceback when it is collected, at any time later.
+    """
+    logging.getLogger("absl").addFilter(
+        lambda record: not (record.exc_info and "orbax" in record.pathname)
+    )
+    report, is_coroutine = sys.unraisablehook, inspect.iscoroutine
+
+    def hook(unraisable: Any) -> None:
+        try:  # when the interpreter exits, anything may be gone
+            is_closed = "Event loop is closed" in str(unraisable.exc_value)
+            is_abandoned = is_closed or is_coroutine(unraisable.object)
+        except Exception:
+            is_abandoned = False
+        if not is_abandoned:
+            report(unraisable)
+
+    sys.unraisablehook = hook

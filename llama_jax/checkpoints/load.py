@@ -16,7 +16,7 @@ from llama_jax.checkpoints import layout
 from llama_jax.checkpoints.layout import damaged, other_numbers
 from llama_jax.checkpoints.metadata import Description, read_description
 from llama_jax.checkpoints.restore import Restored, folder_and_step, newest_whole, restore
-from llama_jax.checkpoints.run_folder import TOKENIZER
+from llama_jax.checkpoints.run_folder import TOKENIZER, require_tokenizer
 from llama_jax.config import MeshConfig, ModelConfig, require
 from llama_jax.distributed.mesh import make_mesh, placed, shardings
 from llama_jax.errors import UsageError, UserError, warn, whole_number
@@ -103,6 +103,7 @@ def load(
     config = dataclasses.replace(description.model, compute_dtype=compute_dtype)
     description = dataclasses.replace(description, model=config)
     restored = _restore(folder, step, description, mesh)
+    require_tokenizer(folder, restored.meta)
     tokenizer = Tokenizer(folder / TOKENIZER)
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(

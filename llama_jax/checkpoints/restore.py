@@ -4,31 +4,30 @@ Knows their names and the order to try them in, not what lies in them.
 """
 
 import dataclasses
-import functools
-import inspect
-import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 
-from llama_jax.checkpoints.layout import damaged, refuse_links
+from llama_jax.checkpoints.layout import (
+    STEP,
+    ConfigMismatch,
+    damaged,
+    finished_steps,
+    orbax_path,
+    quiet_orbax,
+    read_json,
+    refuse_links,
+    require_shapes,
+)
 from llama_jax.checkpoints.save import checksums
 from llama_jax.distributed.consistency import gathered, together
 from llama_jax.errors import UserError, is_out_of_memory
 from llama_jax.model.parameters import named_leaves
 
 Content = TypeVar("Content")
-STEP = re.compile(r"0|[1-9][0-9]{0,8}")  # what a checkpoint's folder is called
-
-
-def finished_steps(folder: Path) -> list[int]:
-    """The steps of the checkpoints in a folder, ascending; anything that is not one is ignored."""
-    names = [path.name for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
-    return sorted(int(name) for name in names if STEP.fullmatch(name))
 
 
 def folder_and_step(path: str | Path) -> tuple[Path, Path | None]:
@@ -58,24 +57,28 @@ def newest_whole(
       UserError: when there are checkpoints and none of them is whole.
     """
     steps = finished_steps(folder)
-    damaged: list[Path] = []
+    failed: dict[Path, str] = {}
+    mismatches = 0
     for step in reversed(steps):
         path = folder / str(step)
         try:
             content = read(path)
         except UserError as error:
-            if len(steps) == 1:
-                raise
-            report(f"{error}; falling back to the one before it")
-            damaged.append(path)
+            failed[path] = str(error)  # the error itself would keep alive what was read
+            mismatches += isinstance(error, ConfigMismatch)
             continue
-        if set_aside:
-            for path in damaged:
+        for path, why in failed.items():
+            report(f"{why}; falling back to step {step}")
+            if set_aside:
                 _set_aside(path)
         return content
-    if steps:
-        raise UserError(f"none of the checkpoints in {folder} can be read; see the lines above")
-    return None
+    if not steps:
+        return None
+    if mismatches == len(steps) or len(steps) == 1:  # it is one mistake
+        raise UserError(next(iter(failed.values())))
+    for why in failed.values():
+        report(why)
+    raise UserError(f"none of the checkpoints in {folder} can be read; see the lines above")
 
 
 def _set_aside(path: Path) -> None:
@@ -141,7 +144,7 @@ def restore(path: Path, wanted: dict[str, Any]) -> Restored:
 def _read(path: Path, wanted: dict[str, Any]) -> Restored:
     """What `restore` returns, unverified; each process reads its part and waits for no other."""
     refuse_links(path)
-    _silence_abandoned_reads()
+    quiet_orbax()
     try:
         return _read_with_orbax(path, wanted)
     except UserError:
@@ -160,17 +163,14 @@ def _read_with_orbax(path: Path, wanted: dict[str, Any]) -> Restored:
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
     trees: dict[str, Any] = {}
-    json_handler = ocp.JsonCheckpointHandler()
-    with ocp.Checkpointer(json_handler, multiprocessing_options=alone) as reader:
-        meta = reader.restore((path / "meta").resolve())
+    meta = read_json(path / "meta")
     with ocp.StandardCheckpointer(multiprocessing_options=alone) as reader:
         for item, tree in wanted.items():
-            place, leaves = (path / item).resolve(), named_leaves(tree)
+            place, leaves = orbax_path(path / item), named_leaves(tree)
             stored = ocp.StandardCheckpointHandler().metadata(place).tree
-            leaves = {
-                name: leaf.update(dtype=stored[name].dtype) if name in stored else leaf
-                for name, leaf in leaves.items()
-            }
+            shapes = {name: leaf.shape for name, leaf in leaves.items()}
+            require_shapes(place, {n: leaf.shape for n, leaf in stored.items()}, shapes)
+            leaves = {name: leaf.update(dtype=stored[name].dtype) for name, leaf in leaves.items()}
             trees[item] = _renamed(tree, reader.restore(place, leaves))
             meta["checksums"][item]  # an item without them is damaged
     return Restored(int(path.name), trees, meta)
@@ -181,19 +181,6 @@ def _renamed(tree: Tree, leaves: dict[str, Any]) -> Tree:
     return jax.tree.unflatten(
         jax.tree.structure(tree), [leaves[name] for name in named_leaves(tree)]
     )
-
-
-@functools.cache
-def _silence_abandoned_reads() -> None:
-    """Orbax drops reads that it began when one fails; each would print a traceback much later."""
-    tell = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        is_closed = "Event loop is closed" in str(unraisable.exc_value)
-        if not (inspect.iscoroutine(unraisable.object) or is_closed):
-            tell(unraisable)
-
-    sys.unraisablehook = hook
 
 
 def _verify(path: Path, item: str, leaves: dict[str, Any], expected: dict[str, int]) -> None:

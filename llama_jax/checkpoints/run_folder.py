@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 
+from llama_jax.checkpoints.layout import file_checksum, resolved
 from llama_jax.checkpoints.metadata import CONFIG, Run, read_run, write_atomically, write_run
 from llama_jax.config import Config
 from llama_jax.distributed.consistency import gathered, together
@@ -58,6 +59,20 @@ def describe(folder: Path, run: Run, tokenizer: Path) -> None:
     """Make a folder the run's own, once nothing stands against it; call it inside `claimed`."""
     write_run(folder, run)
     write_atomically(folder / TOKENIZER, tokenizer.read_bytes())
+
+
+def require_tokenizer(folder: Path, meta: dict[str, Any]) -> None:
+    """Raise `UserError` if the tokenizer file is not the one that a step was saved with.
+
+    Args:
+      meta: of the step; steps of earlier versions have no checksum of the tokenizer.
+    """
+    path, expected = folder / TOKENIZER, meta.get(TOKENIZER)
+    if expected and path.is_file() and file_checksum(path) != expected:
+        raise UserError(
+            f"{path} is not the file that the checkpoint was saved with (its checksum differs);"
+            " restore it from a copy, or from the folder of the data"
+        )
 
 
 def _has_begun(folder: Path) -> bool:
@@ -101,9 +116,11 @@ def claimed(folder: Path) -> Iterator[None]:
     """Hold a folder, made if missing, for this process alone.
 
     Raises:
-      UsageError: when it is a file or cannot be written.
+      UsageError: when it is a file, cannot be written, or has a name that arrays cannot be stored
+        under.
       UserError: when another process trains in it, or it holds anything but a run.
     """
+    resolved(folder)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; expected a folder to write checkpoints in")
     if folder.exists() and not (folder / CONFIG).exists():
@@ -153,17 +170,21 @@ def _lock(lock: Any, folder: Path) -> None:
 
 
 def require_space(folder: Path, needed: int, what: str = "a checkpoint") -> None:
-    """Refuse to begin a write that the disk has no room for.
-
-    Raises:
-      UserError: with both numbers.
-    """
+    """Raise `UserError` if a folder's disk has fewer bytes free than a write needs."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist any more; {what} cannot be written there")
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"{folder} has {free / 1e9:.2f} GB free, and {what} takes {needed / 1e9:.2f} GB;"
+            f"{folder} has {_format_size(free)} free, and {what} takes {_format_size(needed)};"
             " make room and run the same command again"
         )
+
+
+def _format_size(size: int) -> str:
+    units = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"))
+    scale, unit = next((pair for pair in units if size >= pair[0]), (1e3, "kB"))
+    return f"{size / scale:,.1f} {unit}"
 
 
 # A run's folder as all its processes see it: process 0 holds it, the others find it there.

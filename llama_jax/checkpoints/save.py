@@ -5,6 +5,9 @@ that swap places are noticed. It depends on values alone: not on sharding, and n
 in which an array is read. Does not know where arrays come from.
 """
 
+import contextlib
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.checkpoints.layout import first_line
-from llama_jax.checkpoints.run_folder import require_space
+from llama_jax.checkpoints.layout import (
+    file_checksum,
+    finished_steps,
+    names,
+    orbax_path,
+    quiet_orbax,
+    reason,
+    with_checksum,
+)
+from llama_jax.checkpoints.run_folder import TOKENIZER, require_space
 from llama_jax.distributed.consistency import together
 from llama_jax.errors import UserError
 from llama_jax.model.parameters import named_leaves
@@ -63,101 +74,127 @@ def partial_checksum(part: np.ndarray, start: int = 0) -> int:
     return total % 2**32
 
 
-# Whole checkpoints, written.
-#
-# A checkpoint is a step's folder with three items: `model` and `optimizer`, flat mappings from a
-# dotted name to an array, and `meta`, JSON with a checksum of every array. Orbax makes a folder
-# appear whole or not at all; that its bytes are still what was written, the checksums tell.
+# ---- saving ----
 
-ITEMS = ("model", "optimizer")
+ITEMS = ("model", "optimizer")  # flat mappings from a dotted name to an array
+META = "meta"  # JSON with a checksum of every array
 
 
 class CheckpointWriter:
-    """Writes checkpoints in the background; keeps the last few and the best.
+    """Saves checkpoints in the background; keeps the last few and the best.
 
-    An error of the disk shows at the next `save` or `wait`, as a `UserError`.
+    A step appears under its name when all of it is written, and never otherwise. Errors of a
+    background save are raised by the next call of any method, as a `UserError` in one line.
     """
 
     def __init__(self, folder: Path, keep_last: int):
         import orbax.checkpoint as ocp
         from orbax.checkpoint import checkpoint_managers as policies
 
+        quiet_orbax()
         best = policies.BestN(get_metric_fn=_validation_loss, reverse=True, n=1)
-        kept = policies.AnyPreservationPolicy([policies.LatestN(keep_last), best])
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=kept,
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_last), best]),
             best_fn=_validation_loss,  # without it Orbax forgets metrics when the process ends
             cleanup_tmp_directories=True,
             create=False,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._require_arrays),
         )
-        self._folder = folder
-        self._args, self._save_args = ocp.args, ocp.SaveArgs
-        with _plain_errors(folder):
+        self._folder, self._ocp = folder, ocp
+        tokenizer = folder / TOKENIZER
+        self._tokenizer = {TOKENIZER: file_checksum(tokenizer)} if tokenizer.exists() else {}
+        self._step = -1  # the one being saved
+        self._names: dict[str, set[str]] = {}  # of its arrays, by item
+        try:
             self._manager = ocp.CheckpointManager(
-                folder.resolve(), options=options, item_names=(*ITEMS, "meta")
+                orbax_path(folder), options=options, item_names=(*ITEMS, META)
             )
+        except Exception as error:
+            raise UserError(f"{folder} cannot take checkpoints: {reason(error)}") from error
 
     def save(
         self, step: int, model: Llama, optimizer: Any, meta: dict[str, Any], validation_loss: float
     ) -> None:
-        """Begin to write a checkpoint; its arrays may be donated as soon as this returns.
+        """Start saving a step; its arrays may be donated as soon as this returns.
 
-        `validation_loss` is in nats per token, or not finite when this step was not validated.
+        Args:
+          step: number of updates made, the name of the checkpoint.
+          meta: what JSON can hold, returned again by `checkpoints.restore`.
+          validation_loss: in nats per token; not finite if this step was not validated.
         """
+        self.wait()
         items = {"model": named_leaves(model), "optimizer": named_leaves(optimizer)}
         with together():
             require_space(self._folder, sum(leaf.nbytes for leaf in jax.tree.leaves(items)))
         sums = {item: checksums(leaves) for item, leaves in items.items()}
+        meta = with_checksum(meta | {"checksums": sums} | self._tokenizer)
         loss = validation_loss if validation_loss < float("inf") else float("inf")  # NaN is no best
-        saved = {
-            item: self._args.StandardSave(leaves, save_args=self._in_layers(leaves))
+        args = {
+            item: self._ocp.args.StandardSave(leaves, save_args=self._in_layers(leaves))
             for item, leaves in items.items()
         }
-        with _plain_errors(self._folder):
+        self._step, self._names = step, {item: set(leaves) for item, leaves in items.items()}
+        with self._errors_of_saving():
             self._manager.save(
                 step,
-                args=self._args.Composite(
-                    **saved,
-                    meta=self._args.JsonSave(meta | {"checksums": sums}),
-                ),
+                args=self._ocp.args.Composite(**args, meta=self._ocp.args.JsonSave(meta)),
                 metrics={"validation_loss": loss},
                 force=True,
             )
 
     def _in_layers(self, leaves: dict[str, Any]) -> dict[str, Any]:
-        """How to store each array: stacked ones so that a layer can be read without the others."""
+        """Return how each array is chunked: stacked ones so that one layer can be read alone."""
         return {
-            name: self._save_args(shard_axes=(0,) if name.startswith("blocks.") else ())
+            name: self._ocp.SaveArgs(shard_axes=(0,) if name.startswith("blocks.") else ())
             for name in leaves
         }
 
+    def _require_arrays(self) -> None:
+        """Raise unless every item of the step being saved lists its arrays.
+
+        Called by Orbax before the step gets its final name and older ones are deleted.
+        """
+        for item, expected in self._names.items():
+            if missing := expected - set(names(self._partial / item)):
+                raise ValueError(
+                    f"array {min(missing)} of {item} is missing from the written files"
+                )
+
+    @property
+    def _partial(self) -> Path:
+        """Where the step being saved is written until it is complete."""
+        return self._folder / f"{self._step}{self._ocp.utils.TMP_DIR_SUFFIX}"
+
+    def raise_if_failed(self) -> None:
+        """Raise `UserError` if the last save has failed; returns at once while it is running."""
+        if not self._manager.is_saving_in_progress():
+            self.wait()
+
     def wait(self) -> None:
         """Return when everything saved is on disk."""
-        with _plain_errors(self._folder):
+        with self._errors_of_saving():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Finish what is being written and let go."""
-        with _plain_errors(self._folder):
-            self._manager.close()  # waits first
+        """Wait, then release files and threads."""
+        with self._errors_of_saving():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _errors_of_saving(self) -> Iterator[None]:
+        """Turn what Orbax raises into a line, and remove what was written of the failed step."""
+        try:
+            yield
+        except Exception as error:
+            if jax.process_index() == 0:
+                shutil.rmtree(self._partial, ignore_errors=True)
+            steps = finished_steps(self._folder) if self._folder.is_dir() else []
+            left = f"step {steps[-1]} before it is intact" if steps else "there is none before it"
+            raise UserError(
+                f"the checkpoint of step {self._step} could not be saved in {self._folder}:"
+                f" {reason(error)}; {left}, and the same command goes on from there"
+            ) from error
 
 
 def _validation_loss(metrics: dict[str, float]) -> float:
     return metrics["validation_loss"]
-
-
-class _plain_errors:
-    """Turns whatever Orbax raises into one line."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, UserError):
-            raise UserError(
-                f"a checkpoint could not be written to {self._folder}: {first_line(error)};"
-                " older checkpoints are intact"
-            ) from error

@@ -18,7 +18,7 @@ from llama_jax.checkpoints.layout import damaged
 from llama_jax.checkpoints.load import MODEL, stored_model
 from llama_jax.checkpoints.metadata import Description, read_description, write_description
 from llama_jax.checkpoints.restore import folder_and_step, newest_whole
-from llama_jax.checkpoints.run_folder import TOKENIZER
+from llama_jax.checkpoints.run_folder import TOKENIZER, require_tokenizer
 from llama_jax.checkpoints.save import partial_checksum
 from llama_jax.errors import UserError, warn
 from llama_jax.formats.weights import BLOCKS, DTYPES, Tensor, Weights, of_layer, tensor_shapes
@@ -183,11 +183,13 @@ def read(path: Path) -> Weights:
     folder, step = folder_and_step(path)
     description = read_description(folder)
     if step is not None:
-        tensors: dict[str, Tensor] | None = _read_step(step, description)
+        found: StepContent | None = _read_step(step, description)
     else:
-        tensors = newest_whole(folder, lambda step: _read_step(step, description), report=warn)
-    if tensors is None:
+        found = newest_whole(folder, lambda step: _read_step(step, description), report=warn)
+    if found is None:
         raise UserError(f"{folder} has no finished checkpoint; train for longer, or look elsewhere")
+    tensors, meta = found
+    require_tokenizer(folder, meta)
     return Weights(
         config=description.model,
         tensors=tensors,
@@ -198,27 +200,32 @@ def read(path: Path) -> Weights:
     )
 
 
-def _read_step(step: Path, description: Description) -> dict[str, Tensor]:
-    """The tensors of a step."""
+StepContent = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+def _read_step(step: Path, description: Description) -> StepContent:
+    """Return the tensors of a step and its metadata."""
     layout.refuse_links(step)
     model = stored_model(step, description)
     try:
-        arrays = _stored_arrays(step, model)
+        meta = layout.read_json(step / META)
+        arrays = _stored_arrays(step, model, meta["checksums"][MODEL])
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise layout.damaged(step, error) from error
     if description.quantization is None:
-        return {n: t for a in arrays.values() for n, t in _tensors(a).items()}
+        return {n: t for a in arrays.values() for n, t in _tensors(a).items()}, meta
     whole = {name: Tensor(array.shape, array.dtype, array.read) for name, array in arrays.items()}
-    return float_tensors(model, whole)
+    return float_tensors(model, whole), meta
 
 
-def _stored_arrays(step: Path, model: Llama) -> dict[str, StoredArray]:
+def _stored_arrays(step: Path, model: Llama, sums: dict[str, int]) -> dict[str, StoredArray]:
     """The arrays of a step by name, or whatever is raised if one is not as `model` has it."""
     item, last = step / MODEL, LastStack()
     leaves = named_leaves(model)
-    sums = layout.read_json(step / META)["checksums"][MODEL]
     if different := leaves.keys() ^ set(layout.names(item)):
-        raise ValueError(f"{min(different)} is in one of model and config only")
+        raise ValueError(f"{min(different)} is in only one of checkpoint and config.json")
     if unsummed := leaves.keys() - sums.keys():
         raise ValueError(f"the checksum of {min(unsummed)} is missing")
     arrays = {}
@@ -273,7 +280,8 @@ def write(
     else:
         shapes, sums = _write_integers(weights, item, quantization, report)
     layout.write_names(item, shapes)
-    layout.write_json(path / STEP / META, {"checksums": {MODEL: sums}})
+    tokenizer = layout.file_checksum(path / TOKENIZER)
+    layout.write_json(path / STEP / META, {"checksums": {MODEL: sums}, TOKENIZER: tokenizer})
 
 
 Written = tuple[dict[str, tuple[int, ...]], dict[str, int]]  # shapes and checksums by name

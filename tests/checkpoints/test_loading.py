@@ -1,6 +1,9 @@
 """A trained model from its folder, however that is named and whatever is broken in it."""
 
+import errno
 import json
+import os
+import re
 import shutil
 
 import jax
@@ -159,7 +162,7 @@ MISTAKES = {
     "does not exist": shutil.rmtree,
     "holds no run": lambda folder: (folder / "config.json").unlink(),
     "config.json is damaged": lambda folder: (folder / "config.json").write_text("{"),
-    "has 330 pieces and the model 320": other_tokenizer,
+    "tokenizer.model is not the file that the checkpoint was saved with": other_tokenizer,
 }
 
 
@@ -169,6 +172,59 @@ def test_what_is_missing_is_named_in_one_line(folder, says):
     with pytest.raises(UserError, match=says) as error:
         load(folder)
     assert "\n" not in str(error.value)
+
+
+def strip_checksums(folder):
+    """Make the metadata of a folder what earlier versions wrote."""
+    for step in finished_steps(folder):
+        path = folder / str(step) / "meta" / "metadata"
+        tree = json.loads(path.read_text())
+        assert tree.keys() >= {"tokenizer.model", "checksum"}
+        path.write_text(json.dumps({"checksums": tree["checksums"], "data": tree["data"]}))
+
+
+def test_folders_of_earlier_versions_are_loaded(folder):
+    strip_checksums(folder)
+    assert load(folder).step == 8
+    other_tokenizer(folder)
+    with pytest.raises(UserError, match="has 330 pieces and the model 320"):
+        load(folder)
+
+
+def test_a_flipped_bit_in_the_tokenizer_is_noticed(folder, converted, tmp_path):
+    copy = shutil.copytree(converted["float32"], tmp_path / "model")
+    for place, read in ((folder, load), (copy, load), (copy, checkpoint_folder.read)):
+        path = place / "tokenizer.model"
+        content = path.read_bytes()
+        path.write_bytes(content[:50] + bytes([content[50] ^ 1]) + content[51:])
+        with pytest.raises(UserError, match="model is not the file"):
+            read(place)
+        path.write_bytes(content)
+        read(place)
+
+
+@pytest.mark.parametrize("read", [load, checkpoint_folder.read])
+def test_a_config_of_another_model_is_one_line(folder, read, capsys):
+    path = folder / "config.json"
+    tree = json.loads(path.read_text())
+    tree["config"]["model"]["hidden_dim"] += 8
+    path.write_text(json.dumps(tree))
+    with pytest.raises(UserError) as error:
+        read(folder)
+    says = (
+        r"8 does not fit its config.json: model.blocks.*\.kernel is \[[\d, ]+\] in the checkpoint"
+    )
+    assert re.search(says, str(error.value)) and "\n" not in str(error.value)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_step_that_may_not_be_read_is_not_called_damaged(folder, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match="8 cannot be read: Permission denied; ask for access"):
+        load(folder / "8")
 
 
 @pytest.mark.parametrize(

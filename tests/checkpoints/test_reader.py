@@ -6,6 +6,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny_checkpoints import WANTED, abstract, assert_is, data_files, make_trees, newest
 
+from llama_jax.checkpoints.layout import read_json
 from llama_jax.checkpoints.restore import restore
 from llama_jax.config import MeshConfig
 from llama_jax.distributed.mesh import make_mesh
@@ -44,14 +45,35 @@ def test_a_single_flipped_bit_is_noticed(folder, item):
 
 
 def test_another_shape_or_name_is_refused_in_one_line(good):
-    wrong = {"model": WANTED["model"] | {"extra": jax.ShapeDtypeStruct((2,), "float32")}}
-    with pytest.raises(UserError, match=r"checkpoint .*/9 is damaged") as error:
-        restore(good / "9", wrong)
-    assert "\n" not in str(error.value)
     here = WANTED["optimizer"]["m"].sharding
     m = jax.ShapeDtypeStruct((4, 64), "float32", sharding=here)
-    with pytest.raises(UserError, match=r"checkpoint .*/9 is damaged"):
-        restore(good / "9", {"optimizer": WANTED["optimizer"] | {"m": m}})
+    less = {name: leaf for name, leaf in WANTED["model"].items() if name != "half"}
+    for wanted, says in (
+        ({"model": WANTED["model"] | {"more": m}}, "model.more is missing in the .* and .4, 64."),
+        ({"model": less}, "model.half is .7. in the checkpoint and missing in the config's model"),
+        ({"optimizer": WANTED["optimizer"] | {"m": m}}, "optimizer.m is .3, 64. in .* and .4, 64."),
+    ):
+        with pytest.raises(UserError, match=f"9 does not fit its config.json: {says}") as error:
+            restore(good / "9", wanted)
+        assert "\n" not in str(error.value)
+
+
+def test_a_flipped_bit_in_the_metadata_is_noticed(folder):
+    """No key or value is lost or changed by it, whichever bit it is."""
+    path = folder / "9" / "meta" / "metadata"
+    content, expected = path.read_bytes(), newest(folder)[0].meta
+    outcomes = []
+    for place in range(0, len(content), 7):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        try:
+            found = read_json(path.parent)
+        except ValueError:
+            outcomes.append("refused")
+        else:
+            outcomes.append("harmless")
+            assert expected.items() <= found.items()
+    path.write_bytes(content)
+    assert outcomes.count("refused") > 0.9 * len(outcomes)
 
 
 def test_another_mesh_gets_the_same_bits(good):

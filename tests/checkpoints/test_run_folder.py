@@ -157,5 +157,5 @@ def test_one_process_at_a_time_and_a_dead_one_does_not_count(folder):
 
 def test_room_on_the_disk_is_asked_for(tmp_path):
     require_space(tmp_path, 1000)
-    with pytest.raises(UserError, match=r"a checkpoint takes 1000000000\.00 GB; make room"):
+    with pytest.raises(UserError, match=r"a checkpoint takes 1,000,000\.0 TB; make room"):
         require_space(tmp_path, 10**18)

@@ -44,6 +44,7 @@ DAMAGE = {
     "an item is gone": lambda step: shutil.rmtree(step / "optimizer"),
     "meta is garbage": spoil_meta,
     "meta is another thing": lambda step: spoil_meta(step, "[]"),
+    "meta is nested deeply": lambda step: spoil_meta(step, "[" * 100_000),
     "meta lacks checksums": lambda step: spoil_meta(step, json.dumps(META)),
     "a link leads outside": link_inside,
 }

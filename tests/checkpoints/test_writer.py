@@ -1,6 +1,11 @@
 """Checkpoints written: all that was given, in time, without a word; or one line."""
 
+import contextlib
+import gc
 import shutil
+import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +13,6 @@ import numpy as np
 import pytest
 from tiny_checkpoints import META, abstract, make_trees, save
 
-from llama_jax.checkpoints import run_folder
 from llama_jax.checkpoints.restore import finished_steps, restore
 from llama_jax.checkpoints.save import CheckpointWriter
 from llama_jax.errors import UserError
@@ -58,23 +62,72 @@ def test_a_spoilt_note_on_the_best_is_told_in_one_line(folder):
 def test_a_full_disk_is_found_before_anything_is_written(folder, monkeypatch):
     writer = CheckpointWriter(folder, 3)
     usage = shutil.disk_usage(folder)
-    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: usage._replace(free=3))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=3_000))
     trees = make_trees(10)
-    with pytest.raises(UserError, match=r"has 0\.00 GB free, .* make room"):
+    with pytest.raises(UserError, match=r"has 3\.0 kB free, and a checkpoint takes 6\.9 kB; make"):
         writer.save(10, trees["model"], trees["optimizer"], META, 1.0)
     writer.close()
     assert finished_steps(folder) == [5, 9]
 
 
-def test_an_error_of_the_disk_is_one_line(folder, monkeypatch):
+@contextlib.contextmanager
+def largest_file(size):
+    """Make writes beyond a file size fail, as those to a full disk do."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_failed_background_save_is_one_line_and_leaves_nothing(folder, capfd):
+    writer = CheckpointWriter(folder, 1)
+    trees = make_trees(10, size=10_000)
+    writer.raise_if_failed()
+    with largest_file(100_000):
+        writer.save(10, trees["model"], trees["optimizer"], META, 1.0)
+        deadline = time.monotonic() + 30
+        with pytest.raises(UserError) as error:
+            while time.monotonic() < deadline:
+                writer.raise_if_failed()
+                time.sleep(0.01)
+    writer.close()  # reports it once
+    says = f"checkpoint of step 10 could not be saved in {folder}: File too large; step 9 before"
+    assert says in str(error.value) and "\n" not in str(error.value)
+    assert sorted(path.name for path in folder.iterdir()) == ["5", "9"]
+    gc.collect()
+    assert capfd.readouterr() == ("", "")
+    save(folder, {10: 1.0})
+    assert finished_steps(folder) == [5, 9, 10]
+
+
+def test_a_folder_removed_during_the_run_is_named(folder):
     writer = CheckpointWriter(folder, 3)
-
-    def fail(*_, **__):
-        raise OSError("first line\nand many more")
-
-    monkeypatch.setattr(writer._manager, "wait_until_finished", fail)
-    with pytest.raises(UserError, match=r"could not be written to .*: first line; older") as error:
-        writer.wait()
-    assert "\n" not in str(error.value)
-    monkeypatch.undo()
+    shutil.rmtree(folder)
+    trees = make_trees(10)
+    with pytest.raises(UserError, match="ckpt does not exist any more"):
+        writer.save(10, trees["model"], trees["optimizer"], META, 1.0)
     writer.close()
+    assert not folder.exists()
+
+
+BROKEN = """
+from llama_jax.checkpoints.layout import quiet_orbax
+quiet_orbax()
+class Error(Exception):
+    def __str__(self):
+        raise ValueError
+class Broken:
+    def __del__(self):
+        raise Error
+Broken()
+kept = Broken()  # until the interpreter exits
+"""
+
+
+def test_the_hook_for_abandoned_reads_never_raises():
+    done = subprocess.run([sys.executable, "-c", BROKEN], capture_output=True, text=True)
+    assert done.stderr.count("Exception ignored in: <function Broken.__del__") == 2
+    assert "unraisablehook" not in done.stderr
