@@ -57,7 +57,7 @@ def test_documents_are_concatenated_each_after_bos(text, tmp_path):
         assert tokens_of(folder, split) == list(itertools.chain(*ids))
         assert folder.splits[split].documents == len(stories)
         assert folder.splits[split].characters == sum(map(len, stories))
-        starts = folder.document_starts(split)[0]
+        starts = folder.document_starts(split)
         assert (folder.arrays(split)[0][starts] == tokenizer.bos_id).all()
     assert any("train: 37 documents" in line for line in summary(folder))
 
@@ -251,7 +251,7 @@ def test_tinystories_are_split_into_stories(tmp_path):
     assert [split.documents for split in folder.splits.values()] == [7442, 392]
     stories = (DATA / "tinystories.txt").read_text().split("<|endoftext|>")
     tokenizer = Tokenizer(DATA / "tok512.model")
-    tokens, starts = folder.arrays("train")[0], folder.document_starts("train")[0]
+    tokens, starts = folder.arrays("train")[0], folder.document_starts("train")
     for index in (0, 1, 5000):
         expected = tokenizer.encode(stories[index].strip(), bos=True, eos=False)
         assert tokens[starts[index] : starts[index + 1]].tolist() == expected
