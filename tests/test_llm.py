@@ -217,7 +217,7 @@ def test_a_checkpoint_chooses_its_chat_format(folder, tmp_path):
         assert made.usage.prompt_tokens == expected
     none = loaded("none")
     assert none.chat(DIALOGUE, template="alpaca", max_tokens=1).usage.prompt_tokens == long
-    with pytest.raises(UserError, match="learnt no chat format; choose one with template"):
+    with pytest.raises(UserError, match="trained on no chat format; choose a template"):
         none.chat(DIALOGUE)
     with pytest.raises(UsageError, match="template='chatml' is unknown"):
         loaded("chatml").chat(DIALOGUE)
@@ -306,7 +306,7 @@ def test_a_chat_takes_as_many_stops_as_a_completion(llm):
         ({"max_context": 161}, "max_context=161 is out of range"),
         ({"max_context": 50.5}, "max_context=50.5 is not an integer"),
         ({"max_context": "50"}, "max_context='50' is not an integer"),
-        ({"template": 5}, "template=5 is no text; expected one of llama2, alpaca"),
+        ({"template": 5}, "template=5 is not text; expected one of llama2, alpaca"),
         ({"template": "chatml"}, "template='chatml' is unknown"),
         ({"cache_dtype": "int4"}, "cache_dtype='int4' is unknown"),
     ],

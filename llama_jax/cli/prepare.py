@@ -4,11 +4,13 @@ python prepare.py stories                                  # the embedded corpus
 python prepare.py shakespeare --vocab_size 2048            # a 1 MB download
 python prepare.py tinystories                              # a 2 GB download
 python prepare.py my_texts/ --output data/mine             # your own .txt, .jsonl or .json
+python prepare.py a.jsonl b.jsonl --text_key body --output data/both
 python prepare.py book.txt --output data/book --tokenizer tokenizer.model
 """
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,14 @@ from llama_jax.data.prepare.corpora import (
     corpus_from_files,
     named_corpus,
 )
-from llama_jax.data.prepare.tokenize import TokenOptions, default_options, prepare, summary
+from llama_jax.data.prepare.documents import ReadOptions
+from llama_jax.data.prepare.tokenize import (
+    TokenOptions,
+    default_options,
+    prepare,
+    split_warning,
+    summary,
+)
 from llama_jax.errors import UsageError, UserError, did_you_mean
 from llama_jax.files import check_new_path
 from llama_jax.text.tokenizer import Tokenizer
@@ -35,8 +44,8 @@ def main(argv: list[str]) -> None:
     given = vars(flags)
     _check(given)
     changes = {name: given[name] for name in OPTION_NAMES if name in given}
-    options = dataclasses.replace(default_options(flags.input), **changes)
-    output = Path(flags.output or Path("data") / flags.input)
+    options = dataclasses.replace(default_options(flags.inputs[0]), **changes)
+    output = Path(flags.output or Path("data") / flags.inputs[0])
     check_new_path(output)
     if options.tokenizer:
         Tokenizer(options.tokenizer)  # checked before any text is read
@@ -44,6 +53,8 @@ def main(argv: list[str]) -> None:
     folder = prepare(corpus, output, options)
     for line in (*corpus.notices, *summary(folder)):
         print(line)
+    if corpus.validation and (warning := split_warning(folder, corpus.validation)):
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def _parser() -> cli.Parser:
@@ -51,24 +62,25 @@ def _parser() -> cli.Parser:
     defaults = TokenOptions()
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("input", help=f"a text file, a folder of them, or one of {', '.join(NAMES)}")
-    add(
-        "--output",
-        default="",
-        help="folder to create; required for your own text (data/INPUT)",
-    )
+    input_help = f"text files and folders of them, or one of {', '.join(NAMES)}"
+    add("inputs", nargs="+", metavar="input", help=input_help)
+    output_help = "folder to create; required for your own text (data/INPUT)"
+    add("--output", default="", help=output_help)
     add("--tokenizer", default="", help="a SentencePiece model to use instead of training one")
     vocab_help = (
         f"tokens of the tokenizer to train ({defaults.vocab_size}; 2048 for stories, shakespeare)"
     )
     add("--vocab_size", type=int, default=argparse.SUPPRESS, help=vocab_help)
     held_out_help = (
-        f"fraction of the documents, the last ones, for validation ({VALIDATION_FRACTION})"
+        f"fraction of the text for validation ({VALIDATION_FRACTION}): the last documents of one"
+        " file, documents from all over several files, and the end of a document too long for that"
     )
     add("--validation", type=float, default=argparse.SUPPRESS, help=held_out_help)
     split_help = "document separator in .txt files: a line of this text, `blank` lines, or `none`"
     split_help += " (auto: <|endoftext|> if the start of the file has such a line)"
     add("--split_at", default=argparse.SUPPRESS, metavar="TEXT", help=split_help)
+    key_help = "name of the text in the objects of .jsonl and .json files (text, or story)"
+    add("--text_key", default=argparse.SUPPRESS, metavar="KEY", help=key_help)
     errors_help = "how to treat bytes that are not UTF-8 (strict)"
     choices = ("strict", "replace")
     add("--errors", choices=choices, default=argparse.SUPPRESS, help=errors_help)
@@ -86,15 +98,19 @@ def _parser() -> cli.Parser:
 
 def _check(given: dict[str, Any]) -> None:
     """Raise an error for flags that contradict each other or do not apply to the input."""
-    source, is_named = given["input"], given["input"] in NAMES
-    if not is_named and not Path(source).exists():
-        kinds = f"expected a text file, a folder of them, or one of {', '.join(NAMES)}"
-        raise UserError(f"{source} does not exist{did_you_mean(source, NAMES)}; {kinds}")
+    inputs = given["inputs"]
+    source, is_named = inputs[0], inputs[0] in NAMES
+    for path in inputs:
+        if path in NAMES and len(inputs) > 1:
+            raise UsageError(f"{path} is a corpus by itself; prepare it without other inputs")
+        if path not in NAMES and not Path(path).exists():
+            kinds = f"expected a text file, a folder of them, or one of {', '.join(NAMES)}"
+            raise UserError(f"{path} does not exist{did_you_mean(path, NAMES)}; {kinds}")
     if not is_named and not given["output"]:
         raise UsageError(f"--output is missing; name a folder to create for the tokens of {source}")
     if given["tokenizer"] and "vocab_size" in given:
         raise UsageError("--tokenizer and --vocab_size exclude each other; use one of them")
-    for flag in ("split_at", "errors"):
+    for flag in ("split_at", "text_key", "errors"):
         if is_named and flag in given:
             raise UsageError(f"--{flag} applies to your own files only; leave it out for {source}")
     if source != "stories" and "stories" in given:
@@ -118,8 +134,13 @@ def _check(given: dict[str, Any]) -> None:
 
 def _corpus(given: dict[str, Any]) -> Corpus:
     """Return the corpus that the command line names."""
-    options = ("validation", "stories", "split_at", "errors")
-    arguments = {name: given[name] for name in options if name in given}
-    if given["input"] in NAMES:
-        return named_corpus(given["input"], **arguments)
-    return corpus_from_files(given["input"], **arguments)
+    inputs = given["inputs"]
+    split = {name: given[name] for name in ("validation", "stories") if name in given}
+    if inputs[0] in NAMES:
+        return named_corpus(inputs[0], **split)
+    reading: dict[str, Any] = {
+        name: given[name] for name in ("split_at", "errors") if name in given
+    }
+    if "text_key" in given:
+        reading["text_keys"] = (given["text_key"],)
+    return corpus_from_files(*inputs, options=ReadOptions(**reading), **split)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llama_jax.config import PACKINGS
-from llama_jax.data.token_folder import TokenFolder, document_starts
+from llama_jax.data.token_folder import TokenFolder
 from llama_jax.errors import UsageError, UserError
 
 OPEN_BINS = 1024  # bins that a piece may still be added to; changing it changes the data order
@@ -104,7 +104,7 @@ class PackedDataset:
         """
         self._arrays = folder.arrays(split)
         self._ends = list(itertools.accumulate(len(array) for array in self._arrays))
-        self._starts = document_starts(folder, split)
+        self._starts = folder.document_starts(split)
         tokens = np.diff(self._starts, append=self._ends[-1] if self._ends else 0)
         if folder.bos and not folder.eos:
             tokens[:-1] += 1

@@ -25,6 +25,8 @@ from llama_jax.errors import UserError
 META, TOKENIZER = "meta.json", "tokenizer.model"
 KIND, VERSION = "llama_jax tokens", 1
 SPLITS: tuple[str, ...] = ("train", "validation")
+# Folders without hashes of the document starts keep the fingerprint that runs have recorded.
+UNHASHED = ("fingerprint", "source", "documents_sha256")
 AGAIN = "remove the folder and prepare it again"
 LARGEST_UINT16_VOCAB = 2**16  # tokens
 FULL_CHECK_BYTES = 64 * 2**20  # folders up to this size are read and checked in full when opened
@@ -40,6 +42,7 @@ class Shard:
     documents: int  # that start in it
     sha256: str  # of the file
     sample_sha256: str  # of the blocks of `sample_blocks`
+    documents_sha256: str = ""  # of the file of document starts; "": older folders do not have it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,11 +70,13 @@ class TokenFolder:
     fingerprint: str  # equal for two folders if and only if they hold the same tokens
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> "TokenFolder":
+    def open(
+        cls, path: str | os.PathLike[str], full_check_bytes: int = FULL_CHECK_BYTES
+    ) -> "TokenFolder":
         """Read a folder's meta.json and check its files against it.
 
-        Folders up to 64 MiB are checked in full; of larger ones, all sizes and sampled blocks of
-        every shard.
+        Folders up to `full_check_bytes` are checked in full; of larger ones, all sizes and sampled
+        blocks of every shard, and the document starts when they are read.
 
         Raises:
           UserError: if the folder is missing, damaged, or changed since it was written.
@@ -86,8 +91,11 @@ class TokenFolder:
         for shard in shards:
             _check_size(folder, shard)
         size = sum(shard.tokens for shard in shards) * folder.dtype.itemsize
+        is_full = size <= full_check_bytes
         for shard in shards:
-            _check_content(folder, shard, full=size <= FULL_CHECK_BYTES)
+            _check_content(folder, shard, is_full)
+            if is_full:
+                _read_starts(shard)
         return folder
 
     @property
@@ -105,10 +113,23 @@ class TokenFolder:
             np.memmap(shard.path, dtype=self.dtype, mode="r") for shard in self.splits[split].shards
         )
 
-    def document_starts(self, split: str) -> tuple[np.ndarray, ...]:
-        """Return for each shard of a split the positions (uint64) at which documents start."""
-        shards = self.splits[split].shards
-        return tuple(np.load(starts_path(shard.path), mmap_mode="r") for shard in shards)
+    def document_starts(self, split: str) -> np.ndarray:
+        """Return the positions at which documents start in a split, over all its files, as int64.
+
+        Raises:
+          UserError: if the folder does not record them, or they have changed since.
+        """
+        positions, before = [np.zeros(0, np.int64)], 0
+        for shard in self.splits[split].shards:
+            positions.append(_read_starts(shard) + before)
+            before += shard.tokens
+        starts = np.concatenate(positions)
+        if before and starts[:1].tolist() != [0]:
+            raise UserError(
+                f"the {split} split of {self.path} does not say where its documents start, so they"
+                " cannot be packed; prepare it again, or set --config.data.packing=none"
+            )
+        return starts
 
 
 def starts_path(shard: Path) -> Path:
@@ -117,9 +138,13 @@ def starts_path(shard: Path) -> Path:
 
 
 def fingerprint(meta: Mapping[str, Any]) -> str:
-    """Return the hash of a meta.json's contents, except for the fingerprint and the source."""
-    hashed = {key: value for key, value in meta.items() if key not in ("fingerprint", "source")}
-    return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
+    """Return the hash of a meta.json's contents, except for the keys in `UNHASHED`."""
+
+    def hashed(value: dict[str, Any]) -> dict[str, Any]:
+        return {key: value[key] for key in value if key not in UNHASHED}
+
+    content = json.loads(json.dumps(meta), object_hook=hashed)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def sample_blocks(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -194,41 +219,26 @@ def _check_content(folder: TokenFolder, shard: Shard, full: bool) -> None:
         raise UserError(f"{shard.path} has changed since it was written; {AGAIN}")
 
 
-# ---- where documents start ----
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def document_starts(folder: TokenFolder, split: str) -> np.ndarray:
-    """Return the positions at which documents start in a split, over all its files, as int64.
-
-    Raises:
-      UserError: if the folder does not record them, or records impossible ones.
-    """
-    positions, before = [], 0
-    for shard in folder.splits[split].shards:
-        positions.append(_starts_in(shard) + before)
-        before += shard.tokens
-    starts = np.concatenate(positions) if positions else np.zeros(0, np.int64)
-    if before and starts[:1].tolist() != [0]:
-        raise UserError(
-            f"the {split} split of {folder.path} does not say where its documents start, so they"
-            " cannot be packed; prepare it again, or set --config.data.packing=none"
-        )
-    return starts
-
-
-def _starts_in(shard: Shard) -> np.ndarray:
-    """Return the positions at which documents start in one file, as int64."""
+def _read_starts(shard: Shard) -> np.ndarray:
+    """Return the positions at which documents start in one file, as int64, after checking them."""
     path = starts_path(shard.path)
-    try:
-        starts = np.load(path)
-        is_valid = (starts.dtype, starts.shape) == (np.dtype("<u8"), (shard.documents,))
-    except (ValueError, EOFError, OSError, AttributeError):
-        is_valid = False
+    is_valid = shard.documents_sha256 in ("", _file_sha256(path))
+    if is_valid:
+        try:
+            starts = np.load(path)
+            is_valid = (starts.dtype, starts.shape) == (np.dtype("<u8"), (shard.documents,))
+        except Exception:  # a damaged header fails in NumPy's parser in many ways
+            is_valid = False
     if is_valid:
         starts = starts.astype(np.int64)
         is_valid = bool((np.diff(starts, prepend=-1, append=shard.tokens) > 0).all())
     if not is_valid:
-        raise UserError(f"{path} is damaged; {AGAIN}")
+        raise UserError(f"{path} has changed since it was written; {AGAIN}")
     return starts
 
 
@@ -323,6 +333,7 @@ class TokenWriter:
                 "documents": len(starts),
                 "sha256": shard.digest.hexdigest(),
                 "sample_sha256": hashlib.sha256(sampled).hexdigest(),
+                "documents_sha256": _file_sha256(starts_path(shard.path)),
             }
         )
 

@@ -1,6 +1,7 @@
-"""What the sides of a dialogue said, checked: their roles, their order, and JSON of them.
+"""Chat messages, and the templates that turn a dialogue into the ids of a prompt.
 
-Knows no format in which a model is told of them.
+Llama 2's template gives exactly the ids of Meta's reference implementation, Alpaca's those of its
+training code.
 """
 
 import abc
@@ -16,18 +17,19 @@ from llama_jax.text.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
 KEYS = ("role", "content")
-ORDER = "expected user and assistant in turns, after a system message or none"
+
+# ---- messages ----
 
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """What one side said.
+    """A message of a dialogue.
 
     Raises:
-      UserError: when made of an unknown role, or of content that is no text or no Unicode.
+      UserError: for an unknown role, or content that is not text or has a lone surrogate.
     """
 
-    role: str  # one of ROLES
+    role: str  # one of `ROLES`
     content: str
 
     def __post_init__(self) -> None:
@@ -45,26 +47,26 @@ class Message:
 
 
 def parse_messages(listing: object) -> list[Message]:
-    """The messages of JSON such as `[{"role": "user", "content": "Hello"}]`.
+    """Return the messages of JSON such as `[{"role": "user", "content": "Hello"}]`.
 
-    Items may also be messages already.
+    Items may also be `Message` objects.
 
     Raises:
-      UserError: naming the item and its key.
+      UserError: with the item and the key that are wrong.
     """
     if not isinstance(listing, list | tuple):
         raise UserError(
             f"messages={reprlib.repr(listing)} is not a list; expected a list of messages, each"
             ' like {"role": "user", "content": "Hello"}'
         )
-    return [_parsed(f"messages[{index}]", item) for index, item in enumerate(listing)]
+    return [_parse_message(f"messages[{index}]", item) for index, item in enumerate(listing)]
 
 
-def _parsed(place: str, item: object) -> Message:
+def _parse_message(place: str, item: object) -> Message:
     if isinstance(item, Message):
         return item
     if not isinstance(item, Mapping):
-        raise UserError(f"{place}={reprlib.repr(item)} is no message; expected role and content")
+        raise UserError(f"{place}={reprlib.repr(item)} is not a message; expected role and content")
     for key in item:
         if key not in KEYS:
             hint = did_you_mean(str(key), KEYS)
@@ -78,33 +80,36 @@ def _parsed(place: str, item: object) -> Message:
         raise UserError(f"{place}.{error}") from error
 
 
-def in_order(messages: Sequence[Message]) -> tuple[str | None, list[str], list[str]]:
-    """The system message if any, what the user said, and the answers to all but the last."""
+def split_dialogue(messages: Sequence[Message]) -> tuple[str | None, list[str], list[str]]:
+    """Return the system message or None, the user messages, and the answers to all but the last.
+
+    Raises:
+      UserError: unless user and assistant alternate, after an optional system message, and the
+        last message is the user's.
+    """
     has_system = bool(messages) and messages[0].role == "system"
     turns = messages[has_system:]
     for index, message in enumerate(turns):
         if message.role != ("assistant" if index % 2 else "user"):
             place = f"messages[{index + has_system}].role={message.role!r}"
-            raise UserError(f"{place} is out of order; {ORDER}")
+            order = "expected user and assistant alternately, after an optional system message"
+            raise UserError(f"{place} is out of order; {order}")
     if not turns:
         found = "only a system message" if has_system else "no message"
-        raise UserError(f"the dialogue has {found}; expected one of the user at its end")
+        raise UserError(f"the dialogue has {found}; expected a user message at its end")
     if len(turns) % 2 == 0:
         place = f"messages[{len(messages) - 1}], the last, is the assistant's"
-        raise UserError(f"{place}; expected the user's, for the assistant to answer")
+        raise UserError(f"{place}; expected a user message, for the assistant to answer")
     contents = [message.content for message in turns]
     return messages[0].content if has_system else None, contents[::2], contents[1::2]
 
 
-# Dialogues as token ids: the formats in which models learnt to answer.
-#
-# Llama 2's is id for id what Meta's reference makes; Alpaca's is that of its training. Where the
-# ids go, and how an answer's text is cut, is not known here.
+# ---- templates ----
 
 
 @dataclasses.dataclass(frozen=True)
 class Stops:
-    """What ends an answer: ids, and texts in it."""
+    """The token ids and the strings that end an answer."""
 
     ids: tuple[int, ...]
     strings: tuple[str, ...]
@@ -113,8 +118,8 @@ class Stops:
 class Template(abc.ABC):
     """A chat format.
 
-    Content never becomes a control id, and content that holds one of the format's own tags is
-    refused. An answer ends at such a tag too, so what was answered can always be sent back.
+    Content never becomes a control id, and content with one of the template's own tags is refused.
+    An answer ends at such a tag too, so that every answer can be sent back in the next prompt.
     """
 
     name: ClassVar[str]
@@ -122,51 +127,48 @@ class Template(abc.ABC):
 
     @abc.abstractmethod
     def prompts(self, system: str | None, users: Sequence[str]) -> list[str]:
-        """For each thing that the user said, the text to which the assistant's answer is added."""
+        """Return for each user message the text that the assistant's answer follows."""
 
     @abc.abstractmethod
-    def answered(self, prompt: str, answer: str, tokenizer: Tokenizer) -> list[int]:
-        """The ids of a prompt with its answer, which begin with those of the prompt alone."""
+    def encode_exchange(self, prompt: str, answer: str, tokenizer: Tokenizer) -> list[int]:
+        """Return the ids of a prompt and its answer; they begin with those of the prompt."""
 
-    def asked(self, prompt: str, tokenizer: Tokenizer) -> list[int]:
-        """The ids of a prompt that awaits its answer."""
+    def encode_prompt(self, prompt: str, tokenizer: Tokenizer) -> list[int]:
+        """Return the ids of a prompt that is to be answered."""
         return tokenizer.encode(prompt, bos=True, eos=False)
 
     def encode(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
-        """The ids whose continuation is the assistant's answer to the last message.
+        """Return the ids whose continuation is the assistant's answer to the last message.
 
-        They begin with the ids of the dialogue up to any earlier message of the user.
+        They begin with the ids of the dialogue up to any earlier user message.
 
         Raises:
-          UserError: for roles out of order, and for content that holds a tag of the format.
+          UserError: for roles out of order, and for content with a tag of the template.
         """
-        self._refuse_tags(messages)
-        system, users, answers = in_order(messages)
-        *past, last = self.prompts(system, users)
-        ids = []
-        for prompt, answer in zip(past, answers):
-            ids += self.answered(prompt, answer, tokenizer)
-        return ids + self.asked(last, tokenizer)
-
-    def stops(self, tokenizer: Tokenizer) -> Stops:
-        """What ends an answer in this format."""
-        return Stops(ids=(tokenizer.eos_id,), strings=self.tags)
-
-    def _refuse_tags(self, messages: Sequence[Message]) -> None:
         for index, message in enumerate(messages):
             for tag in self.tags:
                 if tag in message.content:
                     raise UserError(
-                        f"messages[{index}].content holds {tag!r}, which the {self.name} format"
-                        " uses to mark who speaks; remove or respell it"
+                        f"messages[{index}].content has {tag!r}, which the {self.name} template"
+                        " uses to mark who speaks; remove it or spell it differently"
                     )
+        system, users, answers = split_dialogue(messages)
+        *past, last = self.prompts(system, users)
+        ids = []
+        for prompt, answer in zip(past, answers):
+            ids += self.encode_exchange(prompt, answer, tokenizer)
+        return ids + self.encode_prompt(last, tokenizer)
+
+    def stops(self, tokenizer: Tokenizer) -> Stops:
+        """Return what ends an answer."""
+        return Stops(ids=(tokenizer.eos_id,), strings=self.tags)
 
 
 class Llama2Template(Template):
-    """The format of Llama-2-chat: each exchange between BOS and EOS, the tags plain text.
+    """The template of Llama-2-chat: each exchange between BOS and EOS, the tags as plain text.
 
-    As in Meta's reference a system message, even an empty one, is a part of the first exchange,
-    and blanks around what user and assistant said are dropped.
+    As in Meta's reference, a system message (even an empty one) is a part of the first exchange,
+    and whitespace around the messages of user and assistant is dropped.
     """
 
     name = "llama2"
@@ -178,16 +180,16 @@ class Llama2Template(Template):
             first = f"<<SYS>>\n{system}\n<</SYS>>\n\n{first}"
         return [f"[INST] {user.strip()} [/INST]" for user in (first, *rest)]
 
-    def answered(self, prompt: str, answer: str, tokenizer: Tokenizer) -> list[int]:
+    def encode_exchange(self, prompt: str, answer: str, tokenizer: Tokenizer) -> list[int]:
         return tokenizer.encode(f"{prompt} {answer.strip()} ", bos=True, eos=True)
 
 
 class AlpacaTemplate(Template):
-    """The format of Stanford Alpaca, which knows an instruction, perhaps an input, and a response.
+    """The template of Stanford Alpaca: an instruction, an optional input, and a response.
 
-    What the user says is an instruction. With a system message that is not empty, that one is the
-    instruction and what the user says its input. The format has no dialogues: earlier exchanges
-    stand before the last as whole examples, each between BOS and EOS, as in training.
+    A user message is an instruction. With a system message that is not empty, that is the
+    instruction and the user message its input. The format has no dialogues: earlier exchanges
+    precede the last as complete examples, each between BOS and EOS, as in training.
     """
 
     name = "alpaca"
@@ -196,63 +198,65 @@ class AlpacaTemplate(Template):
     def prompts(self, system: str | None, users: Sequence[str]) -> list[str]:
         return [alpaca_prompt(system, user) if system else alpaca_prompt(user) for user in users]
 
-    def answered(self, prompt: str, answer: str, tokenizer: Tokenizer) -> list[int]:
-        # Apart: a piece such as ':"' would span both, but answers follow the prompt's own ids.
-        after = _continuing(answer, tokenizer)
-        return [*self.asked(prompt, tokenizer), *after, tokenizer.eos_id]
+    def encode_exchange(self, prompt: str, answer: str, tokenizer: Tokenizer) -> list[int]:
+        # Encoded separately: a piece such as ':"' would span both, and the ids of the prompt, after
+        # which the answer was generated, would change.
+        after = _encode_without_space(answer, tokenizer)
+        return [*self.encode_prompt(prompt, tokenizer), *after, tokenizer.eos_id]
 
 
-def _continuing(text: str, tokenizer: Tokenizer) -> list[int]:
-    """The ids of a text without the space that SentencePiece puts before it, where possible."""
+def _encode_without_space(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Return the ids of a text without the space that SentencePiece adds, where possible."""
     texts = ("\n", "\n" + text, text)
     line, both, alone = (tokenizer.encode(part, bos=False, eos=False) for part in texts)
     return both[len(line) :] if both[: len(line)] == line else alone
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:
-    """The text that Alpaca's response follows directly; an empty input is none."""
-    given = ", paired with an input that provides further context" if input else ""
+    """Return the text that Alpaca's response follows directly; without an input if it is empty."""
+    paired = ", paired with an input that provides further context" if input else ""
     context = f"### Input:\n{input}\n\n" if input else ""
     return (
-        f"Below is an instruction that describes a task{given}. Write a response that"
+        f"Below is an instruction that describes a task{paired}. Write a response that"
         f" appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n{context}"
         "### Response:"
     )
 
 
-NO_TEMPLATE = "none"  # what a checkpoint tells that learnt none
+NO_TEMPLATE = "none"  # recorded in a checkpoint of a model without a chat format
 TEMPLATES: dict[str, Template] = {each.name: each for each in (Llama2Template(), AlpacaTemplate())}
 
 
 def find_template(name: str) -> Template:
-    """The template of a name; `UsageError` with the nearest name if there is none."""
+    """Return the template of a name; `UsageError` with the nearest name if there is none."""
+    expected = f"expected one of {', '.join(TEMPLATES)}"
     if not isinstance(name, str):
-        raise UsageError(f"template={name!r} is no text; expected one of {', '.join(TEMPLATES)}")
+        raise UsageError(f"template={name!r} is not text; {expected}")
     if name not in TEMPLATES:
-        expected = f"expected one of {', '.join(TEMPLATES)}{did_you_mean(name, TEMPLATES)}"
-        raise UsageError(f"template={name!r} is unknown; {expected}")
+        hint = did_you_mean(name, TEMPLATES)
+        raise UsageError(f"template={name!r} is unknown; {expected}{hint}")
     return TEMPLATES[name]
 
 
-def resolve_template(told: str) -> Template:
-    """The template that a user asked for or a checkpoint tells; of "", which is neither, Llama 2's.
+def resolve_template(name: str) -> Template:
+    """Return the template that a user or a checkpoint names, by default ("") Llama 2's.
 
     Raises:
-      UserError: for "none", of a model that learnt no chat format.
+      UserError: for "none", the template of a model that was trained on no chat format.
     """
-    if told == NO_TEMPLATE:
+    if name == NO_TEMPLATE:
         raise UserError(
-            f"the checkpoint tells that it learnt no chat format; choose one with template, one of"
-            f" {', '.join(TEMPLATES)}, or go on with texts instead"
+            "the checkpoint's model was trained on no chat format; choose a template, one of"
+            f" {', '.join(TEMPLATES)}, or complete texts instead"
         )
-    return find_template(told or Llama2Template.name)
+    return find_template(name or Llama2Template.name)
 
 
-# Dialogues that outgrow the context: refused, or told without their oldest exchanges.
+# ---- dialogues longer than the context ----
 
 
 class TruncationWarning(UserWarning):
-    """What a dialogue has lost; shown each time, not once for each line that asks."""
+    """Exchanges of a dialogue were left out; shown every time, not once per line of code."""
 
 
 warnings.simplefilter("always", TruncationWarning, append=True)
@@ -260,50 +264,47 @@ warnings.simplefilter("always", TruncationWarning, append=True)
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """A dialogue that has room, and what that took."""
+    """A dialogue that fits into the context."""
 
     ids: list[int]
-    dropped: int  # exchanges, each a message of the user and its answer
-    statement: str  # what the user must be told; "" when nothing was dropped
+    dropped: int  # exchanges left out, each a user message and its answer
+    statement: str  # the warning about them; "" if there are none
 
 
 def fit(
     messages: Sequence[Message], template: Template, tokenizer: Tokenizer, room: int, truncate: bool
 ) -> Fitted:
-    """The dialogue as it is; or, with `truncate`, without the oldest exchanges that leave no room.
+    """Encode a dialogue; with `truncate`, without the oldest exchanges that do not fit.
 
-    A system message and the last message always stay.
+    The system message and the last message always stay.
 
     Args:
-      room: the most ids that the prompt may have, which leaves some of the context to the answer.
+      room: maximal number of ids, which leaves a part of the context to the answer.
 
     Raises:
-      UserError: with both numbers when there is no room; also whatever `template.encode` refuses.
+      UserError: if the dialogue does not fit, or `template.encode` refuses it.
     """
-    whole = template.encode(messages, tokenizer)
-    if len(whole) <= room:
-        return Fitted(whole, 0, "")
-    size = f"the dialogue has {len(whole)} tokens, but the context has room for {room}"
+    ids = template.encode(messages, tokenizer)
+    if len(ids) <= room:
+        return Fitted(ids, 0, "")
+    size = f"the dialogue has {len(ids)} tokens, but the context has room for {room}"
     has_system = messages[0].role == "system"
     exchanges = (len(messages) - has_system) // 2
     if not truncate:
-        way = ", or have its oldest exchanges left out with truncate" if exchanges else ""
-        raise UserError(f"{size}; shorten it{way}")
+        advice = ", or set truncate to leave out its oldest exchanges" if exchanges else ""
+        raise UserError(f"{size}; shorten it{advice}")
 
-    def without(oldest: int) -> list[Message]:
-        return [*messages[:has_system], *messages[has_system + 2 * oldest :]]
+    def encode_without(oldest: int) -> list[int]:
+        kept = [*messages[:has_system], *messages[has_system + 2 * oldest :]]
+        return template.encode(kept, tokenizer)
 
-    def size_without(oldest: int) -> int:
-        return len(template.encode(without(oldest), tokenizer))
-
-    if (least := size_without(exchanges)) > room:
+    if (least := len(encode_without(exchanges))) > room:
         raise UserError(
-            f"what cannot be left out of the dialogue has {least} tokens, but the context has"
-            f" room for {room}; shorten the last message or the system message"
+            f"the part of the dialogue that cannot be left out has {least} tokens, but the context"
+            f" has room for {room}; shorten the last message or the system message"
         )
     dropped = bisect.bisect_left(
-        range(exchanges), True, lo=1, key=lambda oldest: size_without(oldest) <= room
+        range(exchanges), True, lo=1, key=lambda oldest: len(encode_without(oldest)) <= room
     )
     which = "exchange was" if dropped == 1 else f"{dropped} exchanges were"
-    ids = template.encode(without(dropped), tokenizer)
-    return Fitted(ids, dropped, f"{size}; its oldest {which} left out")
+    return Fitted(encode_without(dropped), dropped, f"{size}; its oldest {which} left out")

@@ -1,7 +1,4 @@
-"""Texts that end a completion, found as it grows, without ever showing a part of one.
-
-Knows neither tokens nor models: text in, text out.
-"""
+"""Stop strings: the texts that end a completion, found while it is generated."""
 
 import reprlib
 from collections.abc import Sequence
@@ -10,11 +7,11 @@ from llama_jax.errors import UsageError
 
 
 class StopStrings:
-    """Cuts one growing text at the first stop string in it.
+    """Cuts a text that arrives in pieces at the first stop string in it.
 
-    The text ends as soon as any stop string is complete, wherever the text was split; if several
-    are complete at the same character, the longest, which began first, is cut out. Text that may
-    still turn out to be a part of a stop string is held back. Upper and lower case differ.
+    The text ends as soon as any stop string is complete, however it was split into pieces; if
+    several are complete at the same character, the longest is cut out. Text that may still turn out
+    to be the start of a stop string is held back. Case matters.
     """
 
     def __init__(self, stops: str | Sequence[str]) -> None:
@@ -27,64 +24,47 @@ class StopStrings:
           UsageError: for stops that are not texts, or are empty.
         """
         self._stops = parse_stops(stops)
-        self._borders = [_borders(stop) for stop in self._stops]
-        self._matched = [0] * len(self._stops)  # characters of each that the text ends with
-        self._held = ""
+        self._held = ""  # the longest end of the text that is the start of a stop string
         self._finished = False
 
     def push(self, text: str) -> tuple[str, bool]:
-        """What may be shown now that the text has grown, and whether a stop string ended it.
+        """Append a piece; return the text that can be shown now, and whether the text has ended.
 
-        Once it has ended, nothing more comes out.
+        After the end nothing more is returned.
         """
         if self._finished:
             return "", True
-        for index, character in enumerate(text):
-            self._advance(character)
-            complete = [n for n, stop in zip(self._matched, self._stops) if n == len(stop)]
-            if complete:
-                shown = self._release(text[: index + 1], max(complete))
-                self._held, self._finished = "", True
-                return shown, True
-        return self._release(text, max(self._matched, default=0)), False
+        text = self._held + text
+        found = [(text.find(stop) + len(stop), -len(stop)) for stop in self._stops if stop in text]
+        if found:
+            end, length = min(found)  # the earliest end; of equal ones the longest stop string
+            self._held, self._finished = "", True
+            return text[: end + length], True
+        held = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held], False
 
     def flush(self) -> str:
-        """What was held back, once nothing more will come."""
+        """Return the text that was held back, when no more will come."""
         held, self._held = self._held, ""
-        self._matched = [0] * len(self._stops)
         return held
 
-    def _release(self, text: str, size: int) -> str:
-        """The text so far that is not out yet, but for its last `size` characters, now held."""
-        text = self._held + text
-        self._held = text[len(text) - size :]
-        return text[: len(text) - size]
 
-    def _advance(self, character: str) -> None:
-        """Let each stop string match one character more, or fall back to what still matches."""
-        for which, (stop, borders) in enumerate(zip(self._stops, self._borders)):
-            matched = self._matched[which]
-            while matched and stop[matched] != character:
-                matched = borders[matched - 1]
-            self._matched[which] = matched + (stop[matched] == character)
-
-
-def _borders(stop: str) -> list[int]:
-    """For each beginning of a text, how much of its end is also its start, itself excepted."""
-    borders = [0]
-    for character in stop[1:]:
-        size = borders[-1]
-        while size and stop[size] != character:
-            size = borders[size - 1]
-        borders.append(size + (stop[size] == character))
-    return borders
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of a text that is the start of a stop string."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def parse_stops(stops: object, most: int | None = None) -> tuple[str, ...]:
-    """The stop strings that a user gave, `most` at most.
+    """Return stop strings as a tuple, after checking them.
+
+    Args:
+      stops: a text, or a list of texts.
+      most: the number of texts that is allowed; None: any.
 
     Raises:
-      UsageError: naming the one that is not text, or is empty, or how many there are.
+      UsageError: for a stop that is not text or is empty, or too many of them.
     """
     if isinstance(stops, str):
         stops = [stops]

@@ -46,6 +46,25 @@ def test_text_becomes_a_token_folder(place):
     assert TokenFolder.open(place / "again").fingerprint == folder.fingerprint
 
 
+def test_several_inputs_and_a_key(place):
+    (place / "more.jsonl").write_text('{"body": "A boat with five sails.", "text": "Not read."}\n')
+    words = ["text.txt", "more.jsonl", "--text_key=body", "--output=out", "--vocab_size=300"]
+    done = prepare(place, *words, "--validation=0.5")
+    assert (done.returncode, done.stderr) == (0, "")
+    splits = TokenFolder.open(place / "out").splits.values()
+    assert [split.documents for split in splits] == [21, 21]
+    expected = sum(map(len, [*STORIES, "A boat with five sails."]))
+    assert sum(split.characters for split in splits) == expected
+
+
+def test_uneven_split_is_a_warning(place):
+    (place / "few.txt").write_text("\n<|endoftext|>\n".join(STORIES[:3]))
+    done = prepare(place, "few.txt", "--output=out", "--vocab_size=285")
+    assert done.returncode == 0
+    assert done.stderr.startswith("warning: 3") and done.stderr.count("\n") == 1
+    assert "% of the tokens are held out for validation and 5% were requested" in done.stderr
+
+
 def test_embedded_corpus_needs_no_flags(place):
     done = prepare(place, "stories", "--stories=2000")
     assert (done.returncode, done.stderr) == (0, "")
@@ -58,7 +77,7 @@ MISTAKES = {
     ("missing.txt", "--output=out"): (1, "missing.txt does not exist"),
     ("storys",): (1, "storys does not exist; did you mean 'stories'?"),
     ("empty", "--output=out"): (1, "empty holds no text files"),
-    ("blank.txt", "--output=out"): (1, "blank.txt holds only whitespace"),
+    ("blank.txt", "--output=out"): (1, "blank.txt has only whitespace"),
     ("latin.txt", "--output=out"): (1, "latin.txt is not UTF-8: byte 0xe9 at position 3"),
     ("bad.jsonl", "--output=out"): (1, "bad.jsonl:2 is not JSON"),
     ("image.png", "--output=out"): (1, "image.png has an unknown type"),
@@ -82,6 +101,9 @@ MISTAKES = {
     ("stories", "--stories=0"): (2, "--stories 0 is out of range"),
     ("stories", "--validation=0.1"): (2, "--validation does not apply to `stories`"),
     ("shakespeare", "--split_at=none"): (2, "--split_at applies to your own files"),
+    ("stories", "--text_key=body"): (2, "--text_key applies to your own files"),
+    ("text.txt", "stories", "--output=out"): (2, "stories is a corpus by itself"),
+    ("text.txt", "missing.txt", "--output=out"): (1, "missing.txt does not exist"),
 }
 
 

@@ -15,7 +15,7 @@ from llama_jax.data.prepare.corpora import (
     named_corpus,
     unpack,
 )
-from llama_jax.data.prepare.documents import ReadState
+from llama_jax.data.prepare.documents import ReadProgress
 from llama_jax.data.prepare.tokenize import TokenOptions, default_options, prepare_corpus
 from llama_jax.data.stories import stories
 from llama_jax.errors import UserError
@@ -128,8 +128,8 @@ def test_shakespeare_is_one_document(server, monkeypatch, tmp_path):
 def test_tinystories_is_unpacked_once(server, monkeypatch, cache):
     monkeypatch.setattr(corpora, "TINYSTORIES_URL", f"{server.url}/stories.tar.gz")
     for _ in range(2):
-        splits = [split for split, _ in named_corpus("tinystories").read(ReadState())]
-        assert splits == ["train"] * 38 + ["validation"] * 2
+        splits = [split for split, _ in named_corpus("tinystories").read(ReadProgress())]
+        assert splits == ["train"] * 38 + ["validation"] * 2  # one file: its last documents
     assert server.served == 1
     assert (cache / "tinystories" / "data00.json").is_file()
 
@@ -163,7 +163,7 @@ def test_stories_have_validation_stories(tmp_path):
 def test_some_training_stories_are_truncated_at_the_start():
     complete = {"train": list(stories("train", 64)), "validation": list(stories("validation", 3))}
     read = {"train": [], "validation": []}
-    for split, chunk in corpora.embedded_stories(64).read(ReadState()):
+    for split, chunk in corpora.embedded_stories(64).read(ReadProgress()):
         read[split].append(chunk.text)
     assert read["validation"] == complete["validation"]
     cut = [(text, story) for text, story in zip(read["train"], complete["train"]) if text != story]

@@ -11,7 +11,7 @@ from token_folders import counting, write_documents
 from llama_jax.data.datasets import PackedDataset, WindowDataset, make_example, open_dataset
 from llama_jax.data.prepare.corpora import corpus_from_files
 from llama_jax.data.prepare.tokenize import TokenOptions, prepare
-from llama_jax.data.token_folder import TokenFolder, TokenWriter, document_starts, starts_path
+from llama_jax.data.token_folder import TokenFolder, TokenWriter, starts_path
 from llama_jax.errors import UsageError, UserError
 
 
@@ -99,8 +99,8 @@ def test_next_bos_is_the_last_target_without_eos(tmp_path, bos, eos, lasts):
 
 def test_document_starts_are_counted_over_all_files(tmp_path):
     folder = write_documents(tmp_path, counting([9, 30, 2, 5]), counting([8]), shard_tokens=12)
-    assert document_starts(folder, "train").tolist() == [0, 9, 39, 41]
-    assert document_starts(folder, "validation").tolist() == [0]
+    assert folder.document_starts("train").tolist() == [0, 9, 39, 41]
+    assert folder.document_starts("validation").tolist() == [0]
 
 
 @pytest.mark.parametrize(
@@ -117,13 +117,16 @@ def test_document_starts_are_counted_over_all_files(tmp_path):
         lambda path: np.save(path, np.array([0, 9, None]), allow_pickle=True),
     ],
 )
-def test_damaged_document_starts_are_refused(tmp_path, damage):
-    folder = write_documents(tmp_path, counting([9, 5, 12, 7]))
+def test_damaged_document_starts_without_a_hash_are_refused(tmp_path, damage):
+    write_documents(tmp_path, counting([9, 5, 12, 7]))
+    meta = (tmp_path / "meta.json").read_text()
+    (tmp_path / "meta.json").write_text(re.sub(r',\s*"documents_sha256": "\w+"', "", meta))
+    folder = TokenFolder.open(tmp_path)
     path = starts_path(folder.splits["train"].shards[0].path)
     assert np.load(path).tolist() == [0, 9, 14]
     damage(path)
-    with pytest.raises(UserError, match=re.escape(f"{path} is damaged; remove the folder")):
-        document_starts(folder, "train")
+    with pytest.raises(UserError, match=re.escape(f"{path} has changed since it was")):
+        folder.document_starts("train")
 
 
 def test_packing_needs_document_starts(tmp_path):

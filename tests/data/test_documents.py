@@ -10,7 +10,9 @@ from hypothesis import given
 from llama_jax.data.prepare.documents import (
     END_OF_TEXT,
     Chunk,
-    ReadState,
+    ReadOptions,
+    ReadProgress,
+    find_text_files,
     read_documents,
     split_documents,
 )
@@ -19,15 +21,16 @@ from llama_jax.errors import UserError
 words = st.text(st.sampled_from("ab é\t\n."), max_size=20)
 
 
-def read(path, split_at="auto", **settings):
+def read(path, split_at="auto", **options):
     """Return the documents of a path as strings, and the number of characters replaced."""
-    state = ReadState(**settings)
+    progress = ReadProgress()
     documents = []
-    for chunk in read_documents(path, split_at, state):
-        if chunk.is_first:
-            documents.append("")
-        documents[-1] += chunk.text
-    return documents, state.replaced
+    for file in find_text_files([path])[0]:
+        for chunk in read_documents(file, ReadOptions(split_at=split_at, **options), progress):
+            if chunk.is_first:
+                documents.append("")
+            documents[-1] += chunk.text
+    return documents, progress.replaced
 
 
 @pytest.mark.parametrize(
@@ -62,7 +65,25 @@ def test_folder_of_all_file_types_is_read_in_order(tmp_path):
     (tmp_path / "c" / "d.json").write_text(json.dumps([{"story": "three"}, {"story": ""}]))
     (tmp_path / "notes.md").write_text("not read")
     (tmp_path / ".hidden.txt").write_text("not read")
+    (tmp_path / "linked").symlink_to(tmp_path / "c")
     assert read(tmp_path)[0] == ["zero", "one", "two\nlines", "three"]
+    assert find_text_files([tmp_path])[1] == [tmp_path / "linked", tmp_path / "notes.md"]
+
+
+def test_paths_are_read_in_order_and_each_file_once(tmp_path):
+    for name in ("b.txt", "a.txt", "c.txt"):
+        (tmp_path / name).write_text(name)
+    files, skipped = find_text_files([tmp_path / "b.txt", tmp_path, tmp_path / "a.txt"])
+    assert [file.name for file in files] == ["b.txt", "a.txt", "c.txt"]
+    assert skipped == []
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_key_of_the_text_in_json(tmp_path, name):
+    text = '{"body": "one", "text": "two", "story": "three", "n": %s}' % ("9" * 5000)
+    (tmp_path / name).write_text(f"[{text}]" if name == "a.json" else text)
+    assert read(tmp_path / name)[0] == ["two"]
+    assert read(tmp_path / name, text_keys=("body",))[0] == ["one"]
 
 
 @given(stories=st.lists(words | st.text(max_size=20), max_size=8), block=st.integers(1, 40))
@@ -118,6 +139,10 @@ def test_long_documents_are_split_between_words():
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a.jsonl:2 is not JSON"),
         ("a.jsonl", b'{"txt": "x"}\n', r'a.jsonl:1 has no text; .* "text" or "story"'),
         ("a.jsonl", b'{"text": 5}\n', r"a.jsonl:1 has no text"),
+        ("a.jsonl", b'{"a": "x", "n": 1, "b": ""}\n', r'"story", or --text_key with one of a, b$'),
+        ("a.jsonl", b'[\n{"text": "x"}\n]', r"a.jsonl:1 is not JSON .*; name the file .json"),
+        ("a.json", b'{"text": "x"}\n{"text": "y"}\n', r"with an object on each line .jsonl"),
+        ("a.txt", "one".encode("utf-16"), r"a.txt is UTF-16; expected UTF-8: convert it"),
         ("a.jsonl", b"5\n", r"a.jsonl:1 has no text"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"half a surrogate pair"),
         ("a.jsonl", b"[" * 100_000, r"nested too deeply"),
@@ -165,7 +190,8 @@ def test_huge_line_takes_little_memory(tmp_path, split_at):
     path = tmp_path / "line.txt"
     path.write_text("0123456 " * 1_250_000)  # 10 MB
     tracemalloc.start()
-    length = sum(len(chunk.text) for chunk in read_documents(path, split_at))
+    chunks = read_documents(path, ReadOptions(split_at=split_at), ReadProgress())
+    length = sum(len(chunk.text) for chunk in chunks)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert length == 10_000_000 - 1

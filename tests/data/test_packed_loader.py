@@ -13,7 +13,6 @@ from token_folders import counting, write_documents
 from llama_jax.config import MeshConfig
 from llama_jax.data.datasets import make_example
 from llama_jax.data.loader import Batch, abstract_batch, training_batches, validation_batches
-from llama_jax.data.token_folder import document_starts
 from llama_jax.distributed.mesh import make_mesh
 from llama_jax.training.step import evaluation_step, init_state, make_execution, train_step
 
@@ -182,7 +181,7 @@ def test_packed_validation_loss_equals_that_of_separate_documents(run, uninterru
     evaluate = jax.jit(
         partial(evaluation_step, config=config, execution=make_execution(config, training=False))
     )
-    starts = document_starts(folder, "validation")
+    starts = folder.document_starts("validation")
     documents = np.split(np.concatenate(folder.arrays("validation")), starts[1:])
     pieces = [
         make_example([document[start : start + T + 1]], T)

@@ -1,16 +1,24 @@
 """Tokenization: tokens, splits, and independence of workers and chunks."""
 
-import dataclasses
 import itertools
 import os
 from pathlib import Path
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
+from hypothesis import given
 
-from llama_jax.data.prepare.corpora import corpus_from_files, hold_out_end
-from llama_jax.data.prepare.documents import Chunk, ReadState, split_documents
-from llama_jax.data.prepare.tokenize import TokenOptions, encode, prepare, summary
+from llama_jax.data.prepare.corpora import choose_held_out, corpus_from_files, hold_out_end
+from llama_jax.data.prepare.documents import Chunk, ReadOptions, ReadProgress, split_documents
+from llama_jax.data.prepare.tokenize import (
+    TokenOptions,
+    encode,
+    prepare,
+    split_warning,
+    summary,
+)
+from llama_jax.errors import UserError
 from llama_jax.text.tokenizer import Tokenizer, train_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -30,6 +38,16 @@ def tokens_of(folder, split):
     return np.concatenate([*folder.arrays(split), np.zeros(0, np.uint16)]).tolist()
 
 
+def texts_of(corpus):
+    """Return the documents of each split."""
+    texts = {"train": [], "validation": []}
+    for split, chunk in corpus.read(ReadProgress()):
+        if chunk.is_first:
+            texts[split].append("")
+        texts[split][-1] += chunk.text
+    return texts
+
+
 def test_documents_are_concatenated_each_after_bos(text, tmp_path):
     corpus = corpus_from_files(text, validation=0.1)
     folder = prepare(corpus, tmp_path / "out", TokenOptions(vocab_size=300))
@@ -39,7 +57,7 @@ def test_documents_are_concatenated_each_after_bos(text, tmp_path):
         assert tokens_of(folder, split) == list(itertools.chain(*ids))
         assert folder.splits[split].documents == len(stories)
         assert folder.splits[split].characters == sum(map(len, stories))
-        starts = folder.document_starts(split)[0]
+        starts = folder.document_starts(split)
         assert (folder.arrays(split)[0][starts] == tokenizer.bos_id).all()
     assert any("train: 37 documents" in line for line in summary(folder))
 
@@ -75,9 +93,7 @@ def test_chunks_have_the_tokens_of_the_complete_document(tmp_path):
     path.write_text(text)
     corpus = corpus_from_files(path, validation=0.0)
     whole = prepare(corpus, tmp_path / "whole", TokenOptions(vocab_size=300))
-    chunked = dataclasses.replace(
-        corpus, read=lambda state: corpus.read(dataclasses.replace(state, chunk_characters=90))
-    )
+    chunked = corpus_from_files(path, validation=0.0, options=ReadOptions(chunk_characters=90))
     options = TokenOptions(tokenizer=os.fspath(whole.tokenizer_path), eos=True)
     parts = prepare(chunked, tmp_path / "parts", options)
     tokenizer = Tokenizer(whole.tokenizer_path)
@@ -109,33 +125,96 @@ def test_single_document_is_cut_at_a_line(tmp_path):
     path.write_text("\n".join(STORIES))
     corpus = corpus_from_files(path, validation=0.2)
     assert "its last 20% is validation" in corpus.notices[0]
-    texts = {split: chunk.text for split, chunk in corpus.read(ReadState())}
-    assert texts["train"] + "\n" + texts["validation"] == "\n".join(STORIES)
-    assert 0.15 < len(texts["validation"]) / len("\n".join(STORIES)) < 0.2
+    (train,), (validation,) = texts_of(corpus).values()
+    assert train + "\n" + validation == "\n".join(STORIES)
+    assert 0.15 < len(validation) / len("\n".join(STORIES)) < 0.2
 
 
 def test_notice_about_a_missing_separator(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("One.\n***\nTwo.\n")
-    assert "not split at '---'; its last" in corpus_from_files(path, split_at="---").notices[0]
-    assert corpus_from_files(path, split_at="***").notices == ()
+    corpus = corpus_from_files(path, options=ReadOptions(split_at="---"))
+    assert "not split at '---'; its last" in corpus.notices[0]
+    assert corpus_from_files(path, options=ReadOptions(split_at="***")).notices == ()
 
 
 @pytest.mark.parametrize(
     ("count", "validation", "held_out"), [(2, 0.05, 1), (2, 0.99, 1), (30, 0.0, 0), (40, 0.05, 2)]
 )
-def test_each_split_has_a_document(tmp_path, count, validation, held_out):
+def test_last_documents_of_one_file_are_held_out(tmp_path, count, validation, held_out):
     path = tmp_path / "a.txt"
     path.write_text("\n<|endoftext|>\n".join(STORIES[:count]))
-    corpus = corpus_from_files(path, validation=validation)
-    splits = [split for split, _ in corpus.read(ReadState())]
+    splits = [
+        split for split, _ in corpus_from_files(path, validation=validation).read(ReadProgress())
+    ]
     assert splits == ["train"] * (count - held_out) + ["validation"] * held_out
+
+
+PLAY = "\n".join(f"Speaker {n}:\nWhat of the {n} boats, my lord?" for n in range(500))
+TALES = [f"Tale {n} of a boat with a sail." for n in range(300)]
+
+
+def test_every_file_is_in_both_splits(tmp_path):
+    (tmp_path / "play.txt").write_text(PLAY)
+    (tmp_path / "stories.txt").write_text("\n<|endoftext|>\n".join(TALES))
+    (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG")
+    corpus = corpus_from_files(tmp_path)
+    texts = texts_of(corpus)
+    play, *stories = texts["validation"]
+    assert texts["train"][0] + "\n" + play == PLAY
+    assert 0.03 < len(play) / len(PLAY) <= 0.05
+    assert [TALES.index(story) // 20 for story in stories] == list(range(15))
+    assert sorted(stories + texts["train"][1:]) == sorted(TALES)
+    names = f"{tmp_path}/image.png, {tmp_path}/blank.txt"
+    assert corpus.notices == (
+        f"skipped {names}: no text, or not .txt, .jsonl or .json",
+        "documents with more than 10% of the text each: 1; their last 5% is validation",
+    )
+    assert texts_of(corpus_from_files(tmp_path)) == texts
+    folder = prepare(corpus, tmp_path / "out", TokenOptions(vocab_size=300))
+    assert split_warning(folder, 0.05) == ""
+    assert "5% of the tokens are held out for validation and 40%" in split_warning(folder, 0.4)
+
+
+def test_of_many_files_with_one_document_some_files_are_held_out(tmp_path):
+    for index, story in enumerate(TALES[:60]):
+        (tmp_path / f"{index:03}.txt").write_text(story)
+    held_out = texts_of(corpus_from_files(tmp_path))["validation"]
+    assert [TALES.index(story) // 20 for story in held_out] == [0, 1, 2]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9) | st.integers(1, 9999), min_size=1, max_size=60),
+    validation=st.sampled_from([0.0, 0.001, 0.05, 0.3, 0.9]),
+    is_one_file=st.booleans(),
+)
+def test_chosen_documents(lengths, validation, is_one_file):
+    held_out, kept = choose_held_out(np.array(lengths), validation, is_one_file)
+    for index, characters in kept.items():
+        assert not held_out[index]
+        assert 0 <= characters <= lengths[index]
+        assert len(lengths) == 1 or lengths[index] > 2 * validation * sum(lengths)
+    others = len(lengths) - len(kept)
+    if validation == 0:
+        assert not kept and not held_out.any()
+    else:
+        assert kept or 0 < held_out.sum() < len(lengths)
+        assert abs(held_out.sum() - others * validation) <= (0.5 if kept else 1)
+
+
+def test_text_added_while_it_is_read_is_an_error(text):
+    corpus = corpus_from_files(text)
+    with text.open("a") as stream:
+        stream.write("\n<|endoftext|>\nMore.")
+    with pytest.raises(UserError, match="text was added to the files while they were read"):
+        texts_of(corpus)
 
 
 def test_notice_about_replaced_characters(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"one \xff two \xfe")
-    corpus = corpus_from_files(path, errors="replace", validation=0.0)
+    corpus = corpus_from_files(path, options=ReadOptions(errors="replace"), validation=0.0)
     assert corpus.notices == ("2 invalid characters were replaced by U+FFFD",)
 
 
@@ -172,7 +251,7 @@ def test_tinystories_are_split_into_stories(tmp_path):
     assert [split.documents for split in folder.splits.values()] == [7442, 392]
     stories = (DATA / "tinystories.txt").read_text().split("<|endoftext|>")
     tokenizer = Tokenizer(DATA / "tok512.model")
-    tokens, starts = folder.arrays("train")[0], folder.document_starts("train")[0]
+    tokens, starts = folder.arrays("train")[0], folder.document_starts("train")
     for index in (0, 1, 5000):
         expected = tokenizer.encode(stories[index].strip(), bos=True, eos=False)
         assert tokens[starts[index] : starts[index + 1]].tolist() == expected

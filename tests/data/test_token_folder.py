@@ -5,19 +5,20 @@ import json
 import numpy as np
 import pytest
 
-from llama_jax.data import token_folder
 from llama_jax.data.token_folder import TokenFolder, TokenWriter, fingerprint
 from llama_jax.errors import UserError
 
 
-def write(path, *, vocab_size=53, shard_tokens=20, train=50, validation=7, source="a test"):
+def write(
+    path, *, vocab_size=53, shard_tokens=20, train=50, validation=7, source="a test", block=14
+):
     """Write a token folder whose tokens count up, with documents of seven tokens."""
     path.mkdir(parents=True)
     (path / "tokenizer.model").write_bytes(b"any bytes")
     writer = TokenWriter(path, vocab_size, shard_tokens)
     for split, count in (("train", train), ("validation", validation)):
-        for start in range(0, count, 14):  # two documents at a time
-            size = min(14, count - start)
+        for start in range(0, count, block):  # several documents at a time
+            size = min(block, count - start)
             tokens = np.arange(start, start + size, dtype=np.int32) % vocab_size
             writer.add(split, tokens, np.arange(0, size, 7), characters=3 * size)
     writer.finish(bos=True, eos=False, source=source)
@@ -32,8 +33,7 @@ def test_round_trip(tmp_path):
     assert (train.tokens, train.documents, train.characters) == (50, 8, 150)
     assert [shard.tokens for shard in train.shards] == [20, 20, 10]
     assert np.concatenate(folder.arrays("train")).tolist() == list(range(50))
-    starts = [starts.tolist() for starts in folder.document_starts("train")]
-    assert starts == [[0, 7, 14], [1, 8, 15], [2, 9]]
+    assert folder.document_starts("train").tolist() == [0, 7, 14, 21, 28, 35, 42, 49]
     assert sorted(file.name for file in folder.path.iterdir()) == [
         "meta.json",
         "tokenizer.model",
@@ -108,6 +108,10 @@ DAMAGE = {
         lambda p: (p / "train-00001.documents.npy").unlink(),
         r"documents.npy is missing",
     ),
+    "starts edited": (
+        lambda p: np.save(p / "train-00001.documents.npy", np.array([1, 8, 16], "<u8")),
+        r"train-00001.documents.npy has changed since it was written; remove the folder",
+    ),
     "odd size": (
         lambda p: (p / "train-00001.bin").write_bytes(b"x" * 39),
         r"train-00001.bin has 39 bytes; expected 20 tokens of 2 bytes",
@@ -121,16 +125,39 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-@pytest.mark.parametrize("full_check_bytes", [token_folder.FULL_CHECK_BYTES, 0])
-def test_damage_is_reported_in_one_line(tmp_path, monkeypatch, kind, full_check_bytes):
-    monkeypatch.setattr(token_folder, "FULL_CHECK_BYTES", full_check_bytes)
+@pytest.mark.parametrize("full_check_bytes", [2**20, 0])
+def test_damage_is_reported_in_one_line(tmp_path, kind, full_check_bytes):
     path = write(tmp_path / "tokens")
     damage, message = DAMAGE[kind]
     damage(path)
     with pytest.raises(UserError, match=message) as caught:
-        TokenFolder.open(path)
+        TokenFolder.open(path, full_check_bytes).document_starts("train")
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+def test_flipped_bits_in_document_starts_are_found(tmp_path):
+    path = write(tmp_path / "tokens") / "train-00000.documents.npy"
+    data = path.read_bytes()
+    for position in range(0, len(data), 5):
+        flipped = bytearray(data)
+        flipped[position] ^= 1 << position % 8
+        path.write_bytes(flipped)
+        with pytest.raises(UserError, match=r"documents\.npy has changed since it was written"):
+            TokenFolder.open(tmp_path / "tokens")
+
+
+def test_folder_without_hashes_of_document_starts_is_accepted(tmp_path):
+    folder = TokenFolder.open(write(tmp_path / "tokens"))
+    meta = json.loads((folder.path / "meta.json").read_text())
+    for split in meta["splits"].values():
+        for shard in split["shards"]:
+            del shard["documents_sha256"]
+    assert fingerprint(meta) == folder.fingerprint
+    (folder.path / "meta.json").write_text(json.dumps(meta))
+    np.testing.assert_array_equal(
+        TokenFolder.open(folder.path).document_starts("train"), folder.document_starts("train")
+    )
 
 
 @pytest.mark.parametrize("name", ["missing", "empty"])
@@ -140,17 +167,15 @@ def test_missing_folder_message_says_how_to_create_it(tmp_path, name):
         TokenFolder.open(tmp_path / name)
 
 
-def test_large_folders_are_checked_at_both_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(token_folder, "FULL_CHECK_BYTES", 0)
-    monkeypatch.setattr(token_folder, "BLOCK_BYTES", 64)
-    path = write(tmp_path / "tokens", shard_tokens=4999, train=9_998)
-    for position in (0, 4998):
+def test_large_folders_are_checked_at_both_ends(tmp_path):
+    path = write(tmp_path / "tokens", shard_tokens=999_999, train=1_999_998, block=7 * 10**5)
+    for position in (0, 999_998):
         before = int(np.memmap(path / "train-00001.bin", np.uint16, "r")[position])
         _set_token(path, position, 52 - before)
         with pytest.raises(UserError, match="has changed since it was written"):
-            TokenFolder.open(path)
+            TokenFolder.open(path, full_check_bytes=0)
         _set_token(path, position, before)
-        TokenFolder.open(path)
-    _set_token(path, 4990, 999)
-    with pytest.raises(UserError, match="has id 999 at position 4,990"):
-        TokenFolder.open(path)
+        TokenFolder.open(path, full_check_bytes=0)
+    _set_token(path, 999_990, 999)
+    with pytest.raises(UserError, match="has id 999 at position 999,990"):
+        TokenFolder.open(path, full_check_bytes=0)

@@ -1,4 +1,4 @@
-"""A tokenizer of few pieces, trained in an instant."""
+"""A small trained tokenizer."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Chat formats id for id, against recorded vectors and the rules of those who made them."""
+"""Chat templates: ids equal to recorded ones and to those of the reference implementations."""
 
 import json
 
@@ -64,12 +64,12 @@ WITH_SYSTEM = [1, *BEGIN, *HELPFUL, 10994, *END]
         (None, [" Hello\n", "\tHi there ", "\n\nHow are you? "], ANSWERED + NEXT),
     ],
 )
-def test_llama2_gives_the_recorded_ids(llama2, system, turns, ids):
+def test_llama2_ids_are_the_recorded_ones(llama2, system, turns, ids):
     assert LLAMA2.encode(dialogue(system, turns), llama2) == ids
 
 
-def as_meta_says(messages, processor):
-    """The rules of Meta's reference, spelled out over SentencePiece."""
+def reference_ids(messages, processor):
+    """Return the ids by the rules of Meta's reference, with SentencePiece alone."""
     contents = [message.content for message in messages]
     if messages[0].role == "system":
         contents[:2] = ["<<SYS>>\n" + contents[0] + "\n<</SYS>>\n\n" + contents[1]]
@@ -85,12 +85,12 @@ def as_meta_says(messages, processor):
 @given(rows=ROWS)
 @example(rows=("", ["", "", ""]))
 @example(rows=(" Be kind.\n", [" \n", "- a\n- b", "x"]))
-def test_llama2_follows_the_rules_of_meta(llama2, processor, rows):
+def test_llama2_ids_are_those_of_metas_reference(llama2, processor, rows):
     messages = dialogue(*rows)
-    assert LLAMA2.encode(messages, llama2) == as_meta_says(messages, processor)
+    assert LLAMA2.encode(messages, llama2) == reference_ids(messages, processor)
 
 
-def test_a_system_message_keeps_its_blanks(llama2):
+def test_system_message_keeps_its_whitespace(llama2):
     text = "[INST] <<SYS>>\n Be kind. \n\n<</SYS>>\n\n Hello [/INST]"
     ids = LLAMA2.encode(dialogue(" Be kind. \n", [" Hello "]), llama2)
     assert ids == llama2.encode(text, bos=True, eos=False)
@@ -109,34 +109,43 @@ WITHOUT_INPUT = (
 )
 
 
-def test_alpaca_gives_the_ids_it_was_trained_on(llama2, shared_data):
+def instructed(instruction, text_input):
+    """Return Alpaca's prompt."""
+    if text_input:
+        return WITH_INPUT.format(instruction, text_input)
+    return WITHOUT_INPUT.format(instruction)
+
+
+def test_alpaca_ids_are_those_of_training(llama2, shared_data):
     rows = json.loads((shared_data / "alpaca_en_demo.json").read_bytes())[:200]
     assert {bool(row["input"]) for row in rows} == {True, False}
     seen = []
     for row in rows:
-        instruction, given = row["instruction"], row["input"]
-        text = WITH_INPUT.format(instruction, given) if given else WITHOUT_INPUT.format(instruction)
-        messages = dialogue(instruction, [given]) if given else dialogue(None, [instruction])
+        instruction, text_input = row["instruction"], row["input"]
+        text = instructed(instruction, text_input)
+        messages = (
+            dialogue(instruction, [text_input]) if text_input else dialogue(None, [instruction])
+        )
         assert ALPACA.encode(messages, llama2) == llama2.encode(text, bos=True, eos=False)
-        example_ids = ALPACA.answered(text, row["output"], llama2)
+        example_ids = ALPACA.encode_exchange(text, row["output"], llama2)
         seen.append(example_ids == llama2.encode(text + row["output"], bos=True, eos=True))
     assert sum(seen) == 187, "the others begin with a quotation mark or such after the colon"
 
 
 @pytest.mark.parametrize("system", [None, ""])
-def test_alpaca_takes_what_the_user_says_for_an_instruction(trained, system):
+def test_alpaca_instruction_is_the_user_message(trained, system):
     ids = ALPACA.encode(dialogue(system, ["Add 1\nand 2 "]), trained)
     assert trained.decode(ids) == WITHOUT_INPUT.format("Add 1\nand 2 ")
 
 
-def test_alpaca_takes_it_for_input_when_the_system_instructs(trained):
+def test_alpaca_instruction_is_the_system_message_if_there_is_one(trained):
     ids = ALPACA.encode(dialogue("Translate.", ["Hello"]), trained)
     assert trained.decode(ids) == WITH_INPUT.format("Translate.", "Hello")
     ids = ALPACA.encode(dialogue("Tell a story.", [""]), trained)
     assert trained.decode(ids) == WITHOUT_INPUT.format("Tell a story.")
 
 
-def test_alpaca_puts_earlier_exchanges_first_as_whole_examples(trained):
+def test_alpaca_dialogue_begins_with_earlier_exchanges_as_examples(trained):
     first = trained.encode(WITH_INPUT.format("Translate.", "red") + "rot", bos=True, eos=True)
     last = trained.encode(WITH_INPUT.format("Translate.", "sea"), bos=True, eos=False)
     assert ALPACA.encode(dialogue("Translate.", ["red", "rot", "sea"]), trained) == first + last
@@ -146,17 +155,17 @@ ANSWERS = ["Sure.", "- one\n- two", '"A red sail," he said.', "://", ")", " spac
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
-def test_an_alpaca_answer_leaves_the_ids_of_its_prompt_as_they_were(llama2, answer):
+def test_alpaca_exchange_begins_with_the_ids_of_the_prompt(llama2, answer):
     prompt = WITHOUT_INPUT.format("Go")
-    asked = ALPACA.asked(prompt, llama2)
-    ids = ALPACA.answered(prompt, answer, llama2)
-    assert ids[: len(asked)] == asked
+    prompt_ids = ALPACA.encode_prompt(prompt, llama2)
+    ids = ALPACA.encode_exchange(prompt, answer, llama2)
+    assert ids[: len(prompt_ids)] == prompt_ids
     assert ids[-1] == llama2.eos_id
     assert llama2.decode(ids) == prompt + answer
 
 
 class Pairs:
-    """A tokenizer whose pieces are two characters, line breaks among them."""
+    """A tokenizer with pieces of two characters, also across line ends."""
 
     bos_id, eos_id = "<", ">"
 
@@ -166,17 +175,19 @@ class Pairs:
 
 
 @pytest.mark.parametrize("instruction", ["Go", "Go!"])
-def test_an_alpaca_answer_is_whole_however_the_tokenizer_cuts(instruction):
+def test_alpaca_exchange_with_pieces_across_line_ends(instruction):
     prompt = WITHOUT_INPUT.format(instruction)
-    ids = ALPACA.answered(prompt, "Sure.", Pairs())
+    ids = ALPACA.encode_exchange(prompt, "Sure.", Pairs())
     assert "".join(ids) == f"<{prompt}Sure.>"
-    assert ids[: len(ALPACA.asked(prompt, Pairs()))] == ALPACA.asked(prompt, Pairs())
+    assert ids[: len(ALPACA.encode_prompt(prompt, Pairs()))] == ALPACA.encode_prompt(
+        prompt, Pairs()
+    )
 
 
 @settings(max_examples=100, deadline=None)
 @given(rows=ROWS, name=st.sampled_from(sorted(TEMPLATES)))
 @example(rows=(None, ["x", "- y", "z"]), name="alpaca")
-def test_a_dialogue_begins_with_the_ids_of_the_shorter_one(tokenizer, rows, name):
+def test_dialogue_begins_with_the_ids_of_a_shorter_one(tokenizer, rows, name):
     whole = dialogue(*rows)
     ids = TEMPLATES[name].encode(whole, tokenizer)
     for end in range(len(whole) - 2, 0, -2):
@@ -186,7 +197,7 @@ def test_a_dialogue_begins_with_the_ids_of_the_shorter_one(tokenizer, rows, name
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_the_exchanges_are_the_only_source_of_control_ids(trained, name):
+def test_content_does_not_become_control_ids(trained, name):
     turns = ["<s>x</s>", "</s><s>", "<unk>\0"]
     ids = TEMPLATES[name].encode(dialogue("<s>", turns), trained)
     control = [token for token in ids if token in (0, trained.bos_id, trained.eos_id)]
@@ -197,19 +208,19 @@ def test_the_exchanges_are_the_only_source_of_control_ids(trained, name):
 
 @pytest.mark.parametrize("place", range(4))
 @pytest.mark.parametrize(("name", "tag"), [(n, t) for n in TEMPLATES for t in TEMPLATES[n].tags])
-def test_a_message_with_a_tag_of_the_format_is_refused(trained, name, tag, place):
+def test_message_with_a_tag_of_the_template_is_an_error(trained, name, tag, place):
     contents = ["a", "b", "c", "d"]
     contents[place] += f"x{tag}y"
     messages = dialogue(contents[0], contents[1:])
     with pytest.raises(UserError) as caught:
         TEMPLATES[name].encode(messages, trained)
-    assert str(caught.value).startswith(f"messages[{place}].content holds {tag!r}")
+    assert str(caught.value).startswith(f"messages[{place}].content has {tag!r}")
     assert "\n" not in str(caught.value)
     other = next(template for key, template in TEMPLATES.items() if key != name)
     assert other.encode(messages, trained)
 
 
-def test_the_tags_of_a_format_are_those_it_writes():
+def test_tags_are_those_that_a_template_writes():
     assert LLAMA2.tags == ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
     assert ALPACA.tags == ("### Instruction:", "### Input:", "### Response:")
     for template in TEMPLATES.values():
@@ -218,7 +229,7 @@ def test_the_tags_of_a_format_are_those_it_writes():
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_an_answer_ends_at_eos_alone_or_where_it_could_not_be_sent_back(trained, name):
+def test_answer_ends_at_eos_or_a_tag(trained, name):
     tags = TEMPLATES[name].tags
     assert TEMPLATES[name].stops(trained) == Stops(ids=(trained.eos_id,), strings=tags)
 
@@ -233,7 +244,7 @@ def test_an_answer_ends_at_eos_alone_or_where_it_could_not_be_sent_back(trained,
         ([Message("user", "x"), Message("assistant", "y")], "is the assistant's"),
     ],
 )
-def test_a_dialogue_that_cannot_be_answered_is_refused(trained, name, messages, message):
+def test_dialogue_that_cannot_be_answered_is_an_error(trained, name, messages, message):
     with pytest.raises(UserError, match=message):
         TEMPLATES[name].encode(messages, trained)
 

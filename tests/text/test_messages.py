@@ -1,4 +1,4 @@
-"""Messages: what is one, in which order they may come, and every list that is no dialogue."""
+"""Messages: JSON, the order of roles, and the errors of everything else."""
 
 import json
 
@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llama_jax.errors import UserError
-from llama_jax.text.chat import Message, in_order, parse_messages
+from llama_jax.text.chat import Message, parse_messages, split_dialogue
 
 SYSTEM, USER, ANSWER = (Message(role, role[0]) for role in ("system", "user", "assistant"))
 JSON = st.recursive(
@@ -32,8 +32,8 @@ GOOD = {"role": "user", "content": "Hello"}
         (None, r"messages=None is not a list; expected a list of messages"),
         ("Hello", r"messages='Hello' is not a list"),
         (GOOD, r"messages=\{.*\} is not a list"),
-        ([GOOD, "Hello"], r"messages\[1\]='Hello' is no message; expected role and content"),
-        ([GOOD, GOOD, None], r"messages\[2\]=None is no message"),
+        ([GOOD, "Hello"], r"messages\[1\]='Hello' is not a message; expected role and content"),
+        ([GOOD, GOOD, None], r"messages\[2\]=None is not a message"),
         ([{"role": "user"}], r"messages\[0\] has no content"),
         ([GOOD, {"content": "x"}], r"messages\[1\] has no role"),
         ([{}], r"messages\[0\] has no role"),
@@ -47,7 +47,7 @@ GOOD = {"role": "user", "content": "Hello"}
         ([GOOD | {"content": "ab\ud800"}], r"messages\[0\]\.content has a .*U\+D800, at char.* 2;"),
     ],
 )
-def test_what_is_no_list_of_messages_is_refused_by_item_and_key(listing, message):
+def test_error_has_the_item_and_the_key(listing, message):
     with pytest.raises(UserError, match=message) as caught:
         parse_messages(listing)
     assert "\n" not in str(caught.value)
@@ -56,7 +56,7 @@ def test_what_is_no_list_of_messages_is_refused_by_item_and_key(listing, message
 
 @given(listing=JSON)
 @example([{"role": "user", "content": "x"}])
-def test_any_json_is_messages_or_refused_in_a_line(listing):
+def test_any_json_gives_messages_or_an_error_of_one_line(listing):
     try:
         messages = parse_messages(listing)
     except UserError as error:
@@ -73,32 +73,35 @@ def test_any_json_is_messages_or_refused_in_a_line(listing):
         ("user", "\udfff", r"lone surrogate, U\+DFFF, at character 0; remove it"),
     ],
 )
-def test_a_message_checks_itself(role, content, message):
+def test_message_is_checked_when_it_is_made(role, content, message):
     with pytest.raises(UserError, match=message):
         Message(role, content)
 
 
-def test_turns_are_told_apart():
+def test_dialogue_is_split_by_role():
     first, second = Message("user", "1"), Message("user", "2")
-    assert in_order([first]) == (None, ["1"], [])
-    assert in_order([SYSTEM, first, ANSWER, second]) == ("s", ["1", "2"], ["a"])
+    assert split_dialogue([first]) == (None, ["1"], [])
+    assert split_dialogue([SYSTEM, first, ANSWER, second]) == ("s", ["1", "2"], ["a"])
 
 
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([], "the dialogue has no message; expected one of the user"),
-        ([SYSTEM], "the dialogue has only a system message; expected one of the user"),
+        ([], "the dialogue has no message; expected a user message"),
+        ([SYSTEM], "the dialogue has only a system message; expected a user message"),
         ([ANSWER], r"messages\[0\].role='assistant' is out of order"),
         ([SYSTEM, ANSWER], r"messages\[1\].role='assistant' is out of order"),
         ([SYSTEM, SYSTEM, USER], r"messages\[1\].role='system' is out of order"),
         ([USER, SYSTEM], r"messages\[1\].role='system' is out of order"),
-        ([USER, USER], r"messages\[1\].role='user' is out of order; expected user and assistant"),
+        (
+            [USER, USER],
+            r"messages\[1\].role='user' is out of order; expected user and assistant alternately",
+        ),
         ([USER, ANSWER, ANSWER], r"messages\[2\].role='assistant' is out of order"),
-        ([USER, ANSWER], r"messages\[1\], the last, is the assistant's; expected the user's"),
+        ([USER, ANSWER], r"messages\[1\], the last, is the assistant's; expected a user message"),
         ([SYSTEM, USER, ANSWER], r"messages\[2\], the last, is the assistant's"),
     ],
 )
-def test_any_other_order_is_refused(messages, message):
+def test_any_other_order_is_an_error(messages, message):
     with pytest.raises(UserError, match=message):
-        in_order(messages)
+        split_dialogue(messages)

@@ -1,4 +1,4 @@
-"""Stop strings against their definition, for every text, split and list of stops."""
+"""Stop strings against their definition, for any text, pieces and list of stops."""
 
 import itertools
 import time
@@ -15,7 +15,7 @@ STOPS = st.lists(st.text("ab", min_size=1, max_size=6) | st.text("ab\né🙂", m
 
 
 def cut(text, stops):
-    """The definition: the text before the stop string, the longest, that is complete first."""
+    """Return the text before the stop string that is complete first, the longest of several."""
     for end in range(len(text) + 1):
         sizes = [len(stop) for stop in stops if text[:end].endswith(stop)]
         if sizes:
@@ -23,8 +23,8 @@ def cut(text, stops):
     return text, False
 
 
-def unsure(text, stops):
-    """How many characters at the end of a text without a stop may be the start of one."""
+def held_back(text, stops):
+    """Return how many characters at the end of a text may be the start of a stop string."""
     sizes = [n for stop in stops for n in range(len(stop)) if text.endswith(stop[:n])]
     return max(sizes, default=0)
 
@@ -36,7 +36,7 @@ def unsure(text, stops):
 @example(text="aabaaabaaac", stops=["aabaaac"], cuts=[4])
 @example(text="xabcd", stops=["bc", "abcd"], cuts=[])
 @example(text="xabc", stops=["c", "abc", "bc"], cuts=[2])
-def test_any_split_gives_the_text_before_the_stop_that_is_complete_first(text, stops, cuts):
+def test_result_does_not_depend_on_the_pieces(text, stops, cuts):
     expected, ends = cut(text, stops)
     places = [0, *sorted(min(place, len(text)) for place in cuts), len(text)]
     found, shown, finished = StopStrings(stops), "", False
@@ -46,13 +46,13 @@ def test_any_split_gives_the_text_before_the_stop_that_is_complete_first(text, s
         assert expected.startswith(shown), "nothing of a stop string is ever shown"
         assert finished is cut(text[:end], stops)[1], "the end is seen as soon as it is there"
         if not finished:
-            held = unsure(text[:end], stops)
+            held = held_back(text[:end], stops)
             assert shown == text[: end - held], "and no more is held back than must be"
     assert finished is ends
     assert shown + found.flush() == expected
 
 
-def test_an_ended_text_stays_as_it_is():
+def test_nothing_follows_the_end():
     found = StopStrings(["END"])
     assert found.push("one EN") == ("one ", False)
     assert found.push("D two") == ("", True)
@@ -61,7 +61,7 @@ def test_an_ended_text_stays_as_it_is():
     assert found.push("four") == ("", True)
 
 
-def test_what_was_held_back_comes_out_once():
+def test_held_back_text_is_flushed_once():
     found = StopStrings(["\n\nUser:"])
     assert found.push("yes\n\nUs") == ("yes", False)
     assert found.flush() == "\n\nUs"
@@ -70,18 +70,18 @@ def test_what_was_held_back_comes_out_once():
 
 
 @pytest.mark.parametrize("stops", [[], ()])
-def test_without_stops_all_text_passes(stops):
+def test_without_stop_strings_all_text_is_returned(stops):
     found = StopStrings(stops)
     assert found.push("any \n text") == ("any \n text", False)
     assert found.flush() == ""
 
 
 @pytest.mark.parametrize("stops", ["ab", ["ab"], ("ab",), ["ab", "ab"]])
-def test_a_text_alone_is_one_stop_string(stops):
+def test_single_text_is_one_stop_string(stops):
     assert StopStrings(stops).push("b a ab") == ("b a ", True)
 
 
-def test_upper_case_is_another_text():
+def test_case_matters():
     assert StopStrings("end").push("the END.") == ("the END.", False)
 
 
@@ -99,13 +99,13 @@ def test_upper_case_is_another_text():
         (["a", ""], r"stop\[1\] is empty"),
     ],
 )
-def test_stops_that_are_not_texts_are_refused(stops, message):
+def test_error_names_the_stop_string_that_is_not_text(stops, message):
     with pytest.raises(UsageError, match=message) as caught:
         StopStrings(stops)
     assert "\n" not in str(caught.value)
 
 
-def test_as_many_as_allowed_are_taken():
+def test_maximal_number_of_stop_strings():
     many = [f"{n}." for n in range(33)]
     assert StopStrings(many).push("a 32.") == ("a ", True)
     assert parse_stops(many, most=33) == tuple(many)
@@ -113,11 +113,7 @@ def test_as_many_as_allowed_are_taken():
         parse_stops(many, most=32)
 
 
-def test_stops_that_almost_match_cost_no_more_than_others():
-    def seconds(stop):
-        begun = time.perf_counter()
-        StopStrings([stop]).push("a" * 40_000)
-        return time.perf_counter() - begun
-
-    almost, other = ("a" * 20_000 + "b"), ("c" * 20_001)
-    assert min(seconds(almost) for _ in range(3)) < 20 * min(seconds(other) for _ in range(3))
+def test_long_partial_matches_take_little_time():
+    start = time.perf_counter()
+    assert StopStrings("a" * 20_000 + "b").push("a" * 40_000) == ("a" * 20_000, False)
+    assert time.perf_counter() - start < 2

@@ -1,4 +1,4 @@
-"""Tokenizer against recorded vectors and SentencePiece itself, and every file that is not one."""
+"""Tokenizer: recorded ids, agreement with SentencePiece, damaged files, and training."""
 
 import os
 import re
@@ -6,12 +6,13 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
+import sentencepiece
 from hypothesis import given, settings
 
 from llama_jax.errors import UserError
 from llama_jax.text.tokenizer import Tokenizer, train_tokenizer
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("LLAMA_JAX_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
 TEXTS = [
     "Once upon a time there was a small boat. The boat had a red sail.\nIt was happy.",
@@ -41,7 +42,7 @@ def llama2():
     return Tokenizer(DATA / "tokenizer.model")
 
 
-def test_all_recorded_vectors_agree(llama2):
+def test_ids_are_the_recorded_ones(llama2):
     texts = (DATA / "llama-spm.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
     lines = (DATA / "llama-spm.out").read_text().split("\n")
     assert len(texts) == 47
@@ -50,7 +51,7 @@ def test_all_recorded_vectors_agree(llama2):
         assert llama2.encode(text, bos=False, eos=False) == ids, text
 
 
-def test_llama2_encodes_plain_text_as_documented(llama2):
+def test_llama2_ids_are_the_documented_ones(llama2):
     vectors = {
         "": [],
         "Hello world": [15043, 3186],
@@ -77,23 +78,28 @@ def test_text_never_becomes_a_control_id(tokenizer, text):
 
 
 @given(text=st.text(max_size=60))
-def test_encoding_and_decoding_is_the_identity(trained, text):
+def test_decoding_inverts_encoding(trained, text):
     text = text.replace("▁", "_")  # which means a space to SentencePiece
     ids = trained.encode(text, bos=True, eos=True)
     assert trained.decode(ids) == text
     assert all(0 <= token < trained.vocab_size for token in ids)
 
 
+@pytest.fixture(scope="module")
+def processor(trained):
+    return sentencepiece.SentencePieceProcessor(model_file=str(trained.path))
+
+
 @settings(max_examples=200)
 @given(data=st.data())
-def test_decoding_agrees_with_sentencepiece(trained, data):
+def test_decoding_agrees_with_sentencepiece(trained, processor, data):
     ids = data.draw(st.lists(st.integers(0, 329), max_size=12))
-    assert trained.decode(ids) == trained._processor.decode(ids)
+    assert trained.decode(ids) == processor.decode(ids)
 
 
 @settings(max_examples=200)
 @given(text=st.text(max_size=30), noise=st.lists(st.integers(0, 329), max_size=9), data=st.data())
-def test_pieces_of_any_chunking_make_the_decoded_text(trained, text, noise, data):
+def test_decoded_text_does_not_depend_on_the_pieces(trained, text, noise, data):
     ids = noise + trained.encode(text, bos=True, eos=False)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(ids)), max_size=5)))
     decoder, pieces = trained.decoder(), []
@@ -103,7 +109,7 @@ def test_pieces_of_any_chunking_make_the_decoded_text(trained, text, noise, data
     assert "".join(pieces) == trained.decode(ids)
 
 
-def test_half_a_character_is_held_back(tokenizer):
+def test_incomplete_character_is_held_back(tokenizer):
     first, *middle, last = tokenizer.encode("🙂", bos=False, eos=False)[-4:]
     decoder = tokenizer.decoder()
     assert decoder.push([first, *middle]) == ""
@@ -113,7 +119,7 @@ def test_half_a_character_is_held_back(tokenizer):
     assert decoder.flush() == "\ufffd"
 
 
-def test_a_completion_keeps_the_space_that_separates_it_from_the_prompt(tokenizer):
+def test_completion_keeps_the_space_after_the_prompt(tokenizer):
     ids = tokenizer.encode("the boat was red", bos=True, eos=False)
     for end in range(len(ids)):
         prompt, completion = ids[:end], ids[end:]
@@ -122,7 +128,7 @@ def test_a_completion_keeps_the_space_that_separates_it_from_the_prompt(tokenize
         assert text == "the boat was red"
 
 
-def test_a_continuing_text_has_the_ids_that_it_has_inside(tokenizer):
+def test_continuing_text_has_the_ids_of_the_complete_text(tokenizer):
     whole = tokenizer.encode_array("the boat, was\nred and small")
     first = tokenizer.encode_array("the boat, was\nred")
     rest = tokenizer.encode_array(" and small", continues=True)
@@ -130,18 +136,18 @@ def test_a_continuing_text_has_the_ids_that_it_has_inside(tokenizer):
 
 
 @pytest.mark.parametrize("token", [-1, 330, 10**9])
-def test_decoding_an_id_outside_the_vocabulary_is_refused(trained, token):
+def test_decoding_an_id_outside_the_vocabulary_is_an_error(trained, token):
     with pytest.raises(UserError, match=rf"token id {token} is outside the vocabulary of 330"):
         trained.decode([5, token])
 
 
-def test_a_lone_surrogate_is_refused_with_its_place(tokenizer):
+def test_error_of_a_lone_surrogate_has_the_position(tokenizer):
     with pytest.raises(UserError, match=r"lone surrogate, U\+D800, at character 3"):
         tokenizer.encode("abc\ud800", bos=True, eos=False)
 
 
 @pytest.mark.parametrize("text", ["word " * 200_000, "a" * 10**6, "日本🙂" * 300_000])
-def test_a_million_characters_are_encoded(trained, text):
+def test_million_characters_are_encoded(trained, text):
     ids = trained.encode(text, bos=False, eos=False)
     assert text.startswith(trained.decoder().push(ids[:1000]))
 
@@ -157,7 +163,7 @@ def _bad_files():
 
 
 @pytest.mark.parametrize("kind", _bad_files())
-def test_a_file_that_is_no_model_is_refused_in_one_line(tmp_path, kind):
+def test_error_of_a_file_that_is_not_a_model_is_one_line(tmp_path, kind):
     content, message = _bad_files()[kind]
     path = tmp_path / f"{kind}.model"
     path.write_bytes(content)
@@ -168,12 +174,12 @@ def test_a_file_that_is_no_model_is_refused_in_one_line(tmp_path, kind):
 
 
 @pytest.mark.parametrize("path", ["missing.model", "."])
-def test_a_missing_model_is_refused(tmp_path, path):
+def test_missing_model_is_an_error(tmp_path, path):
     with pytest.raises(UserError, match=r"does not exist|is a folder"):
         Tokenizer(tmp_path / path)
 
 
-def test_a_model_that_is_cut_anywhere_is_refused(trained, tmp_path):
+def test_truncated_model_is_an_error(trained, tmp_path):
     model = trained.path.read_bytes()
     path = tmp_path / "cut.model"
     for size in (*range(1, len(model), 37), *range(len(model) - 80, len(model))):
@@ -182,14 +188,14 @@ def test_a_model_that_is_cut_anywhere_is_refused(trained, tmp_path):
             Tokenizer(path)
 
 
-def test_training_is_reproducible_and_keeps_newlines_apart(trained, tmp_path):
+def test_training_is_reproducible_and_newlines_are_bytes(trained, tmp_path):
     again = train_tokenizer(iter(TEXTS), 330, tmp_path / "again.model")
     assert again.sha256 == trained.sha256
     assert again.vocab_size == 330
     assert not any("\n" in again.decode([token]) for token in range(259, 330))
 
 
-def test_training_is_silent_and_leaves_only_the_model(tmp_path, capfd):
+def test_training_prints_nothing_and_writes_only_the_model(tmp_path, capfd):
     train_tokenizer(TEXTS, 330, tmp_path / "silent.model")
     assert capfd.readouterr() == ("", "")
     assert [path.name for path in tmp_path.iterdir()] == ["silent.model"]
@@ -206,23 +212,21 @@ def test_training_is_silent_and_leaves_only_the_model(tmp_path, capfd):
         (["", "\n\n"], 300, "no text to train a tokenizer on"),
     ],
 )
-def test_training_on_too_little_is_refused_with_the_size_that_works(
-    tmp_path, texts, vocab_size, message
-):
+def test_training_error_has_the_vocabulary_size_that_works(tmp_path, texts, vocab_size, message):
     with pytest.raises(UserError, match=message):
         train_tokenizer(texts, vocab_size, tmp_path / "x.model")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("vocab_size", [100_000, 260])
-def test_the_size_that_a_refusal_names_works(tmp_path, vocab_size):
+def test_vocabulary_size_in_a_training_error_works(tmp_path, vocab_size):
     with pytest.raises(UserError) as caught:
         train_tokenizer(TEXTS, vocab_size, tmp_path / "x.model")
     named = int(re.findall(r"vocab_size of (\d+)", str(caught.value))[0])
     assert train_tokenizer(TEXTS, named, tmp_path / "x.model").vocab_size == named
 
 
-def test_an_error_of_the_texts_is_passed_on(tmp_path):
+def test_error_of_the_texts_is_raised(tmp_path):
     def texts():
         yield "some text"
         raise UserError("the source is damaged")
@@ -231,6 +235,6 @@ def test_an_error_of_the_texts_is_passed_on(tmp_path):
         train_tokenizer(texts(), 300, tmp_path / "x.model")
 
 
-def test_lines_longer_than_the_trainer_accepts_are_still_used(tmp_path):
+def test_training_uses_lines_longer_than_the_trainer_accepts(tmp_path):
     tokenizer = train_tokenizer(["abcdef " * 20_000], 268, tmp_path / "long.model")
     assert len(tokenizer.encode("abcdef", bos=False, eos=False)) < 6

@@ -4,22 +4,36 @@ Text files of the user, the embedded stories, and named downloads, which are kep
 `$LLAMA_JAX_CACHE` (by default `~/.cache/llama_jax`).
 """
 
+import array
 import dataclasses
 import hashlib
 import http.client
+import itertools
 import os
 import tarfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 
-from llama_jax.data.prepare.documents import Chunk, ReadState, read_documents, total_bytes
+import numpy as np
+
+from llama_jax.data.prepare.documents import (
+    TEXT_FILES,
+    Chunk,
+    ReadOptions,
+    ReadProgress,
+    find_text_files,
+    read_documents,
+)
 from llama_jax.errors import UserError, did_you_mean
 from llama_jax.files import new_folder, progress
 
-VALIDATION_FRACTION = 0.05  # of the documents, unless set otherwise
+VALIDATION_FRACTION = 0.05  # of the text, unless set otherwise
+HELD_OUT_SEED = 0  # of the choice of documents for validation; changing it changes everyone's data
+SHORTEST_END = 50  # characters of a long document that are worth holding out
+MOST_NAMES_SHOWN = 5  # of files, in a notice
 DOWNLOAD_BLOCK = 2**18  # bytes between two updates of the progress bar
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
 AssignedChunk = tuple[str, Chunk]  # "train" or "validation", and the text
@@ -30,17 +44,17 @@ class Corpus:
     """Text that can be read repeatedly, the training split first."""
 
     source: str  # description of where it comes from
-    read: Callable[[ReadState], Iterator[AssignedChunk]]
-    size: int  # value of `ReadState.done` at the end
+    read: Callable[[ReadProgress], Iterator[AssignedChunk]]
+    size: int  # value of `ReadProgress.done` at the end
     unit: str = "B"  # of that size
-    errors: str = "strict"  # see `ReadState`
     characters: int  # approximate total
-    notices: tuple[str, ...] = ()  # what the user should know about the split
+    validation: float = 0  # fraction of the text that should be held out; 0: as the corpus has it
+    notices: tuple[str, ...] = ()  # what the user should know about the files and the split
 
     def training_sample(self, characters: int) -> Iterator[str]:
         """Yield text spread evenly over the training split, about so many characters in total."""
         every = -(-self.characters // characters)
-        state = ReadState(errors=self.errors)
+        state = ReadProgress()
         training = (chunk for split, chunk in self.read(state) if split == "train")
         with progress("sampling text", self.size, self.unit) as show:
             for index, chunk in enumerate(training):
@@ -53,68 +67,129 @@ class Corpus:
 
 
 def corpus_from_files(
-    path: str | os.PathLike[str],
-    *,
-    split_at: str = "auto",
-    errors: str = "strict",
+    *paths: str | os.PathLike[str],
+    options: ReadOptions | None = None,
     validation: float = VALIDATION_FRACTION,
 ) -> Corpus:
-    """Return the documents of a text file or folder, the last of them held out for validation.
+    """Return the documents of text files and folders, some of them held out for validation.
 
-    Reads all files once to count documents. Of a single document, the last part is held out.
+    Reads all files once to measure the documents; see `choose_held_out` for the split.
 
     Args:
-      path: see `read_documents`, also for `split_at`.
-      errors: "strict" or "replace", for bytes that are not UTF-8.
-      validation: fraction of the documents that is held out, in [0, 1).
+      paths: see `find_text_files`.
+      options: how to read them.
+      validation: fraction of the text that is held out, in [0, 1).
 
     Raises:
       UserError: if there is no text, or a file cannot be read.
     """
-    size, counting = total_bytes(path), ReadState(errors=errors)
-    documents = characters = 0
+    options = options or ReadOptions()
+    files, skipped = find_text_files(paths)
+    size, counting = sum(file.stat().st_size for file in files), ReadProgress()
+    lengths = array.array("q")  # 8 bytes a document, however many there are
     with progress("counting documents", size) as show:
-        for chunk in read_documents(path, split_at, counting):
-            documents += chunk.is_first
-            characters += len(chunk.text)
-            show(counting.done)
-    if not documents:
-        raise UserError(f"{path} holds only whitespace; expected at least one document")
+        for file in files:
+            before = len(lengths)
+            for chunk in read_documents(file, options, counting):
+                if chunk.is_first:
+                    lengths.append(0)
+                lengths[-1] += len(chunk.text)
+                show(counting.done)
+            if len(lengths) == before:
+                skipped.append(file)
+    name = _name_some(paths)
+    if not lengths:
+        raise UserError(f"{name} has only whitespace; expected at least one document")
+    held_out, kept = choose_held_out(np.asarray(lengths), validation, is_one_file=len(files) == 1)
 
-    def read(state: ReadState) -> Iterator[AssignedChunk]:
-        chunks = read_documents(path, split_at, state)
-        if documents == 1 and validation > 0:
-            return hold_out_end(chunks, round(characters * (1 - validation)))
-        return hold_out_documents(chunks, documents, validation)
+    def read(state: ReadProgress) -> Iterator[AssignedChunk]:
+        documents = (read_documents(file, options, state) for file in files)
+        return assign_splits(itertools.chain.from_iterable(documents), held_out, kept)
 
+    ending = f"last {100 * validation:.3g}% is validation"
     notices = []
+    if skipped:
+        notices.append(f"skipped {_name_some(skipped)}: no text, or not {TEXT_FILES}")
     if counting.replaced:
         notices.append(f"{counting.replaced:,} invalid characters were replaced by U+FFFD")
-    if documents == 1 and validation > 0:
+    if len(lengths) == 1 and kept:
+        split_at = options.split_at
         unsplit = "" if split_at in ("auto", "none") else f", not split at {split_at!r}"
-        notices.append(f"there is one document{unsplit}; its last {validation:.0%} is validation")
+        notices.append(f"there is one document{unsplit}; its {ending}")
+    elif kept:
+        which = f"documents with more than {200 * validation:.3g}% of the text each: {len(kept)}"
+        notices.append(f"{which}; their {ending}")
     return Corpus(
-        source=f"text of {os.fspath(path)}",
+        source=f"text of {name}",
         read=read,
         size=size,
-        errors=errors,
-        characters=characters,
+        characters=sum(lengths),
+        validation=validation,
         notices=tuple(notices),
     )
 
 
-def hold_out_documents(
-    chunks: Iterable[Chunk], documents: int, validation: float
-) -> Iterator[AssignedChunk]:
-    """Yield the chunks of `documents` documents with their split; the last are for validation.
+def _name_some(paths: Sequence[str | os.PathLike[str]]) -> str:
+    """Return the first few paths, and how many more there are."""
+    more = len(paths) - MOST_NAMES_SHOWN
+    names = ", ".join(os.fspath(path) for path in paths[:MOST_NAMES_SHOWN])
+    return f"{names} and {more} more" if more > 0 else names
 
-    Unless `validation` is 0, each split has at least one document.
+
+def choose_held_out(
+    lengths: np.ndarray, validation: float, is_one_file: bool
+) -> tuple[np.ndarray, dict[int, int]]:
+    """Choose the documents that are held out for validation.
+
+    Of one file these are the last ones. Of several files, one of every 1 / validation consecutive
+    documents is chosen at random, always the same one, so that every file contributes. A document
+    with more than twice the text to hold out is never chosen; its end is held out instead. Unless
+    `validation` is 0, each split gets at least one document.
+
+    Args:
+      lengths: integers, the characters of each document.
+      validation: fraction of the text to hold out, in [0, 1).
+
+    Returns:
+      (held_out, kept): booleans, whether each document is held out, and for each document whose
+      end is held out, by its index, the characters kept for training.
     """
-    held_out = min(max(1, round(documents * validation)), documents - 1) if validation else 0
-    seen = 0
-    for chunk in chunks:
-        seen += chunk.is_first
-        yield "train" if seen <= documents - held_out else "validation", chunk
+    held_out = np.zeros(len(lengths), bool)
+    if not validation:
+        return held_out, {}
+    is_long = (lengths > 2 * validation * lengths.sum()) & (lengths * validation >= SHORTEST_END)
+    is_long |= len(lengths) == 1
+    kept = {int(i): round(int(lengths[i]) * (1 - validation)) for i in np.flatnonzero(is_long)}
+    candidates = np.flatnonzero(~is_long)
+    count = round(len(candidates) * validation)
+    if not kept:
+        count = min(max(1, count), len(candidates) - 1)
+    edges = [len(candidates) * index // count for index in range(count + 1)] if count else []
+    random = Random(HELD_OUT_SEED)
+    chosen = [a + int(random.random() * (b - a)) for a, b in itertools.pairwise(edges)]
+    held_out[candidates[-count:] if is_one_file and count else candidates[chosen]] = True
+    return held_out, kept
+
+
+def assign_splits(
+    chunks: Iterable[Chunk], held_out: np.ndarray, kept: dict[int, int]
+) -> Iterator[AssignedChunk]:
+    """Yield the chunks of documents with their split, as `choose_held_out` returns it."""
+    index = -1
+
+    def document_index(chunk: Chunk) -> int:
+        nonlocal index
+        index += chunk.is_first
+        return index
+
+    for document, parts in itertools.groupby(chunks, document_index):
+        if document == len(held_out):
+            raise UserError("text was added to the files while they were read; prepare them again")
+        if document in kept:
+            yield from hold_out_end(parts, kept[document])
+        else:
+            split = "validation" if held_out[document] else "train"
+            yield from ((split, part) for part in parts)
 
 
 def hold_out_end(chunks: Iterable[Chunk], kept: int) -> Iterator[AssignedChunk]:
@@ -176,7 +251,9 @@ def named_corpus(
         return embedded_stories(stories)
     if name == "shakespeare":
         path = download(SHAKESPEARE_URL, "shakespeare.txt", SHAKESPEARE_SHA256)
-        corpus = corpus_from_files(path, split_at="none", validation=validation)
+        corpus = corpus_from_files(
+            path, options=ReadOptions(split_at="none"), validation=validation
+        )
     elif name == "tinystories":
         archive = download(TINYSTORIES_URL, "TinyStories_all_data.tar.gz")
         folder = unpack(archive, cache_folder() / "tinystories")
@@ -195,7 +272,7 @@ def embedded_stories(count: int) -> Corpus:
     """
     held_out = max(1, count // TRAINING_PER_VALIDATION)
 
-    def read(state: ReadState) -> Iterator[AssignedChunk]:
+    def read(state: ReadProgress) -> Iterator[AssignedChunk]:
         from llama_jax.data.stories import stories
 
         for number, story in enumerate(stories("train", count)):

@@ -18,19 +18,34 @@ from typing import Any
 from llama_jax.errors import UserError
 
 SUFFIXES = (".txt", ".jsonl", ".json")
+TEXT_FILES = ".txt, .jsonl or .json"  # the suffixes in messages
+MOST_KEYS_SHOWN = 8  # of a JSON object, in a message
 REPLACEMENT = "\ufffd"  # replaces bytes that are not UTF-8
 LONE_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
-@dataclasses.dataclass
-class ReadState:
-    """Settings and progress of state a corpus."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """How text files are read.
 
+    With `split_at="none"` a `.txt` file is one document; with "blank" its documents are separated
+    by blank lines, with any other text by lines of that text, with "auto" by "<|endoftext|>" if
+    the start of the file has such a line.
+    """
+
+    split_at: str = "auto"
+    text_keys: tuple[str, ...] = ("text", "story")  # of the text in a JSON object, in this order
     errors: str = "strict"  # or "replace": replace bytes that are not UTF-8 by U+FFFD
     block_bytes: int = 2**20  # read at once
     chunk_characters: int = 2**20  # longest chunk of a document
-    replaced: int = 0  # characters replaced so far
-    done: int = 0  # bytes read so far, or the unit that the corpus counts its size in
+
+
+@dataclasses.dataclass
+class ReadProgress:
+    """Counters that are updated while a corpus is read."""
+
+    done: int = 0  # bytes, or the unit that the corpus counts its size in
+    replaced: int = 0  # characters replaced by U+FFFD
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,21 +69,13 @@ AUTO_BYTES = 2**16  # at the start of a file, where "auto" looks for it
 LONGEST_SEPARATOR = 2**16  # characters; longer lines are passed on before their end is read
 
 
-def read_documents(
-    path: str | os.PathLike[str], split_at: str = "auto", state: ReadState | None = None
-) -> Iterator[Chunk]:
-    """Yield the documents of a file or of all files in a folder, in chunks.
-
-    Each object of a `.jsonl` or `.json` file is a document. A `.txt` file is one document with
-    `split_at="none"`; with "blank" its documents are separated by blank lines, with any other text
-    by lines of that text, with "auto" by "<|endoftext|>" if the start of the file has such a line.
+def read_documents(file: Path, options: ReadOptions, progress: ReadProgress) -> Iterator[Chunk]:
+    """Yield the documents of a file in chunks; each object of a JSON file is one.
 
     Raises:
-      UserError: if there is nothing to read or a file is damaged.
+      UserError: with the position in the file, if it is damaged or not of the expected form.
     """
-    state = state or ReadState()
-    for file in text_files(path):
-        yield from split_documents(_fragments(file, split_at, state), state.chunk_characters)
+    yield from split_documents(_fragments(file, options, progress), options.chunk_characters)
 
 
 def split_documents(fragments: Iterable[str | None], longest: int) -> Iterator[Chunk]:
@@ -98,18 +105,18 @@ def _cut_position(text: str, start: int, end: int) -> int:
     return cut if cut > 0 else end
 
 
-def _fragments(file: Path, split_at: str, state: ReadState) -> Iterator[str | None]:
+def _fragments(file: Path, options: ReadOptions, progress: ReadProgress) -> Iterator[str | None]:
     """Yield the text of a file, and None where a document ends."""
-    text = read_blocks(file, state)
-    if file.suffix.lower() != ".txt":
-        texts = jsonl_texts if file.suffix.lower() == ".jsonl" else json_texts
-        for document in texts(text, file, state):
-            yield document
-            yield None
+    text = read_blocks(file, options, progress)
+    if file.suffix.lower() == ".txt":
+        separator = _separator(file, options.split_at)
+        yield from text if separator is None else _split(text, separator)
+        yield None
         return
-    separator = _separator(file, split_at)
-    yield from text if separator is None else _split(text, separator)
-    yield None
+    objects = _jsonl_objects if file.suffix.lower() == ".jsonl" else _json_objects
+    for where, value in objects(text, file):
+        yield _text(value, where, options, progress)
+        yield None
 
 
 def _separator(file: Path, split_at: str) -> re.Pattern[str] | None:
@@ -149,37 +156,48 @@ def _split(text: Iterable[str], separator: re.Pattern[str]) -> Iterator[str | No
 # ---- files and blocks of text ----
 
 
-def text_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
-    """Return the text file at a path, or those in a folder and below, sorted by name.
+def find_text_files(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Path], list[Path]]:
+    """Return the text files among some paths, and the files that were skipped.
+
+    Folders are searched with all folders in them, in the order of names, except for hidden ones;
+    what is not a text file there is skipped. A file that occurs twice is returned once.
 
     Raises:
-      UserError: if there is none, or for a file of an unknown type.
+      UserError: if a path does not exist, is a file of another type, or is a folder without text.
     """
-    path = Path(path)
-    kinds = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
-    if not path.exists():
-        raise UserError(f"{path} does not exist; expected a {kinds} file, or a folder of them")
-    if path.is_file():
-        if path.suffix.lower() not in SUFFIXES:
-            raise UserError(f"{path} has an unknown type; expected a {kinds} file")
-        return (path,)
-    files = [file for file in path.rglob("*") if file.is_file() and not _is_hidden(file, path)]
-    found = tuple(sorted(file for file in files if file.suffix.lower() in SUFFIXES))
-    if not found:
-        raise UserError(f"{path} holds no text files; expected {kinds} files")
-    return found
+    files: dict[Path, Path] = {}
+    skipped: list[Path] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(
+                f"{path} does not exist; expected a {TEXT_FILES} file or a folder of them"
+            )
+        if path.is_file():
+            found = [path]
+            if not _is_text(path):
+                raise UserError(f"{path} has an unknown type; expected a {TEXT_FILES} file")
+        else:
+            inside = sorted(file for file in path.rglob("*") if not _is_hidden(file, path))
+            found = [file for file in inside if file.is_file() and _is_text(file)]
+            # The search does not follow links to folders.
+            leaves = {file for file in inside if file.is_file() or file.is_symlink()}
+            skipped += sorted(leaves.difference(found))
+            if not found:
+                raise UserError(f"{path} holds no text files; expected {TEXT_FILES} files")
+        for file in found:
+            files.setdefault(file.resolve(), file)
+    return list(files.values()), skipped
+
+
+def _is_text(file: Path) -> bool:
+    return file.suffix.lower() in SUFFIXES
 
 
 def _is_hidden(file: Path, root: Path) -> bool:
     return any(part.startswith(".") for part in file.relative_to(root).parts)
 
 
-def total_bytes(path: str | os.PathLike[str]) -> int:
-    """Return the size of the text files at a path."""
-    return sum(file.stat().st_size for file in text_files(path))
-
-
-def read_blocks(file: Path, state: ReadState) -> Iterator[str]:
+def read_blocks(file: Path, options: ReadOptions, progress: ReadProgress) -> Iterator[str]:
     """Yield the text of a file in blocks, without the byte order mark.
 
     Raises:
@@ -187,92 +205,78 @@ def read_blocks(file: Path, state: ReadState) -> Iterator[str]:
     """
     with file.open("rb") as stream:
         start, rest = 0, b""  # `rest` begins `start` bytes into the file
-        while block := stream.read(state.block_bytes):
-            state.done += len(block)
+        while block := stream.read(options.block_bytes):
+            progress.done += len(block)
             if start == 0 and not rest and block.startswith(codecs.BOM_UTF8):
                 start, block = len(codecs.BOM_UTF8), block[len(codecs.BOM_UTF8) :]
-            text, used = _decode(rest + block, file, start, state, final=False)
-            start, rest = start + used, (rest + block)[used:]
+            data = rest + block
+            text, used = _decode(data, file, start, options.errors, final=False)
+            progress.replaced += _count_replaced(text, data[:used])
+            start, rest = start + used, data[used:]
             yield text
-        yield _decode(rest, file, start, state, final=True)[0]
+        text, _ = _decode(rest, file, start, options.errors, final=True)
+        progress.replaced += _count_replaced(text, rest)
+        yield text
 
 
-def _decode(data: bytes, file: Path, start: int, state: ReadState, final: bool) -> tuple[str, int]:
+def _decode(data: bytes, file: Path, start: int, errors: str, final: bool) -> tuple[str, int]:
     """Return the text of the complete characters in `data`, and the bytes they take."""
     try:
-        return codecs.utf_8_decode(data, "strict", final)
+        return codecs.utf_8_decode(data, errors, final)
     except UnicodeDecodeError as error:
-        if state.errors == "strict":
-            position = start + error.start
-            raise UserError(
-                f"{file} is not UTF-8: byte 0x{data[error.start]:02x} at position {position:,};"
-                " convert it, or pass --errors replace"
-            ) from error
-        text, used = codecs.utf_8_decode(data, "replace", final)
-        state.replaced += text.count(REPLACEMENT) - data[:used].count(REPLACEMENT.encode())
-        return text, used
+        where = f"byte 0x{data[error.start]:02x} at position {start + error.start:,}"
+        if start == 0 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise UserError(f"{file} is UTF-16; expected UTF-8: convert it") from error
+        advice = "convert it, or pass --errors replace"
+        raise UserError(f"{file} is not UTF-8: {where}; {advice}") from error
 
 
-def without_surrogates(text: str, where: str, state: ReadState) -> str:
-    """Return a text without lone surrogates, which JSON escapes such as "\\ud800" can produce.
-
-    Raises:
-      UserError: for a lone surrogate, unless errors are replaced.
-    """
-    if text.isascii():
-        return text
-    clean, count = LONE_SURROGATES.subn(REPLACEMENT, text)
-    if count and state.errors == "strict":
-        message = f"{where} has half a surrogate pair, which is not text; fix it"
-        raise UserError(f"{message}, or pass --errors replace")
-    state.replaced += count
-    return clean
+def _count_replaced(text: str, data: bytes) -> int:
+    """Return how many U+FFFD a text has that are not in its bytes."""
+    return text.count(REPLACEMENT) - data.count(REPLACEMENT.encode())
 
 
 # ---- JSON Lines, and JSON files that are one list of objects ----
 
-KEYS = ("text", "story")  # of the text in an object; the first one present
-DECODER = json.JSONDecoder(strict=False)  # plain newlines and tabs in strings are accepted
+# Plain newlines and tabs in strings are accepted, and integers too long for Python's int.
+DECODER = json.JSONDecoder(strict=False, parse_int=float)
 BLANKS_AND_COMMAS = re.compile(r"[\s,]*")
-LONGEST_ESCAPE = (
-    12  # characters of "\ud83d\ude42"; an error this close to the end may be due to a cut
-)
+# Characters of "\ud83d\ude42"; an error this close to the end may be due to a cut.
+LONGEST_ESCAPE = 12
 
 
-def jsonl_texts(blocks: Iterable[str], file: Path, state: ReadState) -> Iterator[str]:
-    """Yield the text of the object on each line; blank lines are skipped.
-
-    Raises:
-      UserError: with the line number, for a line that is not a JSON object with a text.
-    """
+def _jsonl_objects(blocks: Iterable[str], file: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the place and the value of each line; blank lines are skipped."""
     for number, line in enumerate(_lines(blocks), start=1):
         if not line or line.isspace():
             continue
-        where = f"{file}:{number}"
         try:
-            value = DECODER.decode(line)
+            yield f"{file}:{number}", DECODER.decode(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{where} is not JSON ({_reason(error)}); fix the line") from error
-        yield _text(value, where, state)
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+            advice = "name the file .json" if line.lstrip().startswith("[") else "fix the line"
+            raise UserError(f"{file}:{number} is not JSON ({reason}); {advice}") from error
 
 
-def json_texts(blocks: Iterable[str], file: Path, state: ReadState) -> Iterator[str]:
-    """Yield the text of each object in the list.
-
-    Raises:
-      UserError: with the object's number, if it is invalid, has no text, or is truncated.
-    """
-    for number, value in enumerate(_items(iter(blocks), file), start=1):
-        yield _text(value, f"{file}: object {number}", state)
-
-
-def _text(value: Any, where: str, state: ReadState) -> str:
-    """Return the text of an object; `UserError` if it has none."""
-    texts = [value[key] for key in KEYS if key in value] if isinstance(value, dict) else []
-    if not texts or not isinstance(texts[0], str):
-        expected = " or ".join(f'"{key}"' for key in KEYS)
-        raise UserError(f"{where} has no text; expected an object with a string named {expected}")
-    return without_surrogates(texts[0], where, state)
+def _text(value: Any, where: str, options: ReadOptions, progress: ReadProgress) -> str:
+    """Return the text of an object, without lone surrogates, which JSON escapes can produce."""
+    content = value if isinstance(value, dict) else {}
+    text = next((content[key] for key in options.text_keys if key in content), None)
+    if not isinstance(text, str):
+        expected = " or ".join(f'"{key}"' for key in options.text_keys)
+        message = f"{where} has no text; expected an object with a string named {expected}"
+        others = [key for key in content if isinstance(content[key], str)][:MOST_KEYS_SHOWN]
+        if others:
+            message += f", or --text_key with one of {', '.join(others)}"
+        raise UserError(message)
+    if text.isascii():
+        return text
+    clean, count = LONE_SURROGATES.subn(REPLACEMENT, text)
+    if count and options.errors == "strict":
+        message = f"{where} has half a surrogate pair, which is not text; fix it"
+        raise UserError(f"{message}, or pass --errors replace")
+    progress.replaced += count
+    return clean
 
 
 def _lines(blocks: Iterable[str]) -> Iterator[str]:
@@ -287,8 +291,9 @@ def _lines(blocks: Iterable[str]) -> Iterator[str]:
     yield "".join(parts)
 
 
-def _items(blocks: Iterator[str], file: Path) -> Iterator[Any]:
-    """Yield the items of a JSON list, with one block and one item in memory."""
+def _json_objects(text: Iterable[str], file: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the place and the value of each object in a list, with one block in memory."""
+    blocks = iter(text)
     held, at, count, is_open = "", 0, 0, False
     while True:
         at = BLANKS_AND_COMMAS.match(held, at).end()  # type: ignore[union-attr]
@@ -301,11 +306,13 @@ def _items(blocks: Iterator[str], file: Path) -> Iterator[Any]:
         elif is_open and held[at] == "]":
             return
         elif not is_open or held[at] != "{":
-            raise UserError(f"{file} is not a JSON list of objects; see --help for what is read")
+            advice = "; name a file with an object on each line .jsonl"
+            raise UserError(f"{file} is not a JSON list of objects{advice * (held[at] == '{')}")
         else:
-            item, held, at = _item(held[at:], blocks, f"{file}: object {count + 1}")
             count += 1
-            yield item
+            where = f"{file}: object {count}"
+            item, held, at = _item(held[at:], blocks, where)
+            yield where, item
 
 
 def _item(held: str, blocks: Iterator[str], where: str) -> tuple[Any, str, int]:
@@ -337,7 +344,3 @@ def _more(blocks: Iterator[str], at_least: int = 1) -> str:
         if length >= at_least:
             break
     return "".join(parts)
-
-
-def _reason(error: Exception) -> str:
-    return error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"

@@ -21,8 +21,8 @@ from llama_jax.data.prepare.corpora import (
     Corpus,
     named_corpus,
 )
-from llama_jax.data.prepare.documents import Chunk, ReadState
-from llama_jax.data.token_folder import TOKENIZER, TokenFolder, TokenWriter
+from llama_jax.data.prepare.documents import Chunk, ReadProgress
+from llama_jax.data.token_folder import SPLITS, TOKENIZER, TokenFolder, TokenWriter
 from llama_jax.files import check_new_path, new_folder, progress
 from llama_jax.text.tokenizer import Tokenizer, train_tokenizer
 
@@ -75,7 +75,7 @@ def prepare(
     with new_folder(output) as folder:
         tokenizer = _tokenizer(corpus, folder / TOKENIZER, options)
         writer = TokenWriter(folder, tokenizer.vocab_size, options.shard_tokens)
-        state = ReadState(errors=corpus.errors)
+        state = ReadProgress()
         try:
             with progress("tokenizing", corpus.size, corpus.unit) as show:
                 for encoded in encode(corpus.read(state), tokenizer, options, batch_characters):
@@ -97,6 +97,19 @@ def summary(folder: TokenFolder) -> list[str]:
             line += f", {split.characters / split.tokens:.2f} characters per token"
         lines.append(line)
     return [*lines, f"vocabulary: {folder.vocab_size:,} tokens", f"written to {folder.path}"]
+
+
+def split_warning(folder: TokenFolder, validation: float) -> str:
+    """Return a warning if the validation split is far from a fraction of the tokens, or ""."""
+    held_out, training = folder.splits["validation"].tokens, folder.splits["train"].tokens
+    fraction = held_out / max(1, held_out + training)
+    if validation / 2 <= fraction <= validation * 2:
+        return ""
+    return (
+        f"{100 * fraction:.3g}% of the tokens are held out for validation and"
+        f" {100 * validation:.3g}% were requested, because there are few documents or some are very"
+        " long; split them (--split_at) or change --validation"
+    )
 
 
 def _tokenizer(corpus: Corpus, path: Path, options: TokenOptions) -> Tokenizer:
@@ -154,15 +167,15 @@ def encode(
 def _batches(
     chunks: Iterable[AssignedChunk], batch_characters: int
 ) -> Iterator[tuple[str, list[Chunk]]]:
-    """Group consecutive chunks of the same split, up to `batch_characters` each."""
-    batch: list[Chunk] = []
-    current, characters = "train", 0
+    """Group the chunks of each split, up to `batch_characters` together."""
+    batches: dict[str, list[Chunk]] = {split: [] for split in SPLITS}
+    characters = dict.fromkeys(SPLITS, 0)
     for split, chunk in chunks:
-        if batch and (split != current or characters + len(chunk.text) > batch_characters):
-            yield current, batch
-            batch, characters = [], 0
-        current = split
-        batch.append(chunk)
-        characters += len(chunk.text)
-    if batch:
-        yield current, batch
+        if batches[split] and characters[split] + len(chunk.text) > batch_characters:
+            yield split, batches[split]
+            batches[split], characters[split] = [], 0
+        batches[split].append(chunk)
+        characters[split] += len(chunk.text)
+    for split, batch in batches.items():
+        if batch:
+            yield split, batch

@@ -1,4 +1,4 @@
-"""What is left out of a dialogue that outgrows the context: as little as can be, and said."""
+"""Truncation: as few of the oldest exchanges as possible are left out, with a warning."""
 
 import pytest
 from tiny_dialogues import dialogue
@@ -12,7 +12,7 @@ LONG = ["one", "uno " * 5, "two", "dos " * 9, "three", "tres", "four"]
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("system", [None, "Be kind."])
-def test_the_fewest_oldest_exchanges_are_left_out(trained, name, system):
+def test_as_few_oldest_exchanges_as_possible_are_left_out(trained, name, system):
     template, messages = TEMPLATES[name], dialogue(system, LONG)
     kept = [dialogue(system, LONG[2 * dropped :]) for dropped in range(4)]
     sizes = [len(template.encode(part, trained)) for part in kept]
@@ -22,19 +22,19 @@ def test_the_fewest_oldest_exchanges_are_left_out(trained, name, system):
         dropped = next(index for index, size in enumerate(sizes) if size <= room)
         assert fitted.dropped == dropped
         assert fitted.ids == template.encode(kept[dropped], trained)
-        told = f"the dialogue has {sizes[0]} tokens, but the context has room for {room}; its"
-        assert fitted.statement.startswith(told) is (dropped > 0)
+        sizes_line = f"the dialogue has {sizes[0]} tokens, but the context has room for {room}; its"
+        assert fitted.statement.startswith(sizes_line) is (dropped > 0)
         exchanges = ["", "oldest exchange was", "oldest 2 exchanges", "oldest 3 exchanges"]
         assert exchanges[dropped] in fitted.statement
         assert fitted.statement.endswith(" left out") or fitted.statement == ""
 
 
-def test_without_truncation_a_dialogue_too_long_is_refused_with_both_numbers(trained):
+def test_without_truncate_the_error_has_both_numbers(trained):
     messages = dialogue("Be kind.", LONG)
     size = len(LLAMA2.encode(messages, trained))
     assert fit(messages, LLAMA2, trained, size, truncate=False).dropped == 0
     with pytest.raises(
-        UserError, match=rf"has {size} tokens, .* room for {size - 1}; .* with truncate"
+        UserError, match=rf"has {size} tokens, .* room for {size - 1}; .* set truncate"
     ):
         fit(messages, LLAMA2, trained, size - 1, truncate=False)
     with pytest.raises(UserError, match=r"room for 2; shorten it$"):  # nothing can be left out
@@ -42,17 +42,17 @@ def test_without_truncation_a_dialogue_too_long_is_refused_with_both_numbers(tra
 
 
 @pytest.mark.parametrize("turns", [LONG, LONG[-1:]])
-def test_a_last_message_too_long_is_refused_even_so(trained, turns):
+def test_last_message_that_does_not_fit_is_an_error(trained, turns):
     messages = dialogue("Be kind.", turns)
     least = len(LLAMA2.encode(dialogue("Be kind.", turns[-1:]), trained))
-    message = rf"cannot be left out of the dialogue has {least} tokens, .* room for {least - 1};"
+    message = rf"the dialogue that cannot be left out has {least} tokens, .* room for {least - 1};"
     with pytest.raises(UserError, match=message):
         fit(messages, LLAMA2, trained, least - 1, truncate=True)
 
 
-def test_what_is_left_out_is_checked_all_the_same(trained):
+def test_messages_that_are_left_out_are_checked(trained):
     messages = dialogue(None, ["[INST]", *LONG[1:]])
-    with pytest.raises(UserError, match=r"messages\[0\].content holds '\[INST\]'"):
+    with pytest.raises(UserError, match=r"messages\[0\].content has '\[INST\]'"):
         fit(messages, LLAMA2, trained, 50, truncate=True)
 
 
