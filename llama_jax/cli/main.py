@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from llama_jax.cli.config_flags import CONFIG_FLAG
-from llama_jax.cli.startup import use_huge_pages
+from llama_jax.cli.startup import skip_absent_tpu, use_huge_pages
 from llama_jax.errors import (
     UsageError,
     UserError,
@@ -62,6 +62,7 @@ def run_command(name: str) -> NoReturn:
     """Run a command with the words of `sys.argv` and exit with its code."""
     if name in ON_HUGE_PAGES:
         use_huge_pages()
+    skip_absent_tpu()
     if name == "chat":
         name, sys.argv = "sample", [sys.argv[0], "--chat", *sys.argv[1:]]
     run(importlib.import_module(f"llama_jax.cli.{name.replace('-', '_')}").main)

@@ -1,5 +1,7 @@
-"""Process settings made before a command runs: huge pages, and a cache of compiled programs."""
+"""Process settings made before a command runs: platform, huge pages, cache of compiled programs."""
 
+import importlib.metadata
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -14,6 +16,21 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def skip_absent_tpu(devices: Path = Path("/dev")) -> None:
+    """Choose the CPU on a machine without accelerators where libtpu is installed.
+
+    plan.py needs libtpu on any machine. JAX would start it to look for TPUs, and libtpu then prints
+    several lines of errors. With plugins for other accelerators the choice is left to JAX.
+    """
+    has_tpu = any(devices.glob("accel*")) or any(devices.glob("vfio/*"))
+    plugins = "jax_plugins"  # where JAX looks for them: a namespace package and entry points
+    has_plugins = importlib.util.find_spec(plugins) or importlib.metadata.entry_points(
+        group=plugins
+    )
+    if not has_tpu and not has_plugins and importlib.util.find_spec("libtpu"):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 # Huge pages for large arrays, on Linux.

@@ -5,6 +5,7 @@ Weights only: norms, activations and the KV cache keep their dtypes.
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -152,8 +153,7 @@ def _quantized(model: Llama, sizes: GroupSizes) -> Llama:
             block = jax.tree.map(lambda array, i=index: array[i], blocks)
         else:
             block = _shallow_copy(blocks[index])
-        is_last = index == count - 1
-        replace_linears(block, lambda name, layer: _quantize_linear(layer, sizes.of(name, is_last)))
+        replace_linears(block, partial(_quantize_linear, sizes, index == count - 1))
         # Without waiting, the float copies of many layers would be alive at once.
         layers.append(jax.block_until_ready(block))
     new = _shallow_copy(model)
@@ -166,10 +166,13 @@ def _quantized(model: Llama, sizes: GroupSizes) -> Llama:
     return new
 
 
-def _quantize_linear(layer: Linear | OutputsFirstLinear, group_size: int) -> QuantizedLinear:
+def _quantize_linear(
+    sizes: GroupSizes, is_last: bool, name: str, layer: Linear | OutputsFirstLinear
+) -> QuantizedLinear:
     if isinstance(layer, Linear):
         layer = OutputsFirstLinear(layer)
-    return QuantizedLinear(layer.kernel[...], layer.outputs, layer.kernel.axes, group_size)
+    size = sizes.of(name, is_last)
+    return QuantizedLinear(layer.kernel[...], layer.outputs, layer.kernel.axes, size)
 
 
 def _shallow_copy(tree: Any) -> Any:

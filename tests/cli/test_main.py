@@ -1,5 +1,7 @@
 """Flags in, one-line errors and exit codes out."""
 
+import importlib.util
+import os
 import subprocess
 import sys
 import textwrap
@@ -8,6 +10,7 @@ import pytest
 
 from llama_jax.cli import main as cli
 from llama_jax.cli.main import Parser
+from llama_jax.cli.startup import skip_absent_tpu
 from llama_jax.errors import UsageError
 
 
@@ -109,3 +112,25 @@ def test_a_value_may_begin_like_a_negative_number(value):
     parser = Parser()
     parser.add_argument("--profile")
     assert parser.parse_args(["--profile", value]).profile == value
+
+
+@pytest.mark.parametrize(
+    ("installed", "device", "platforms"),
+    [
+        ({"libtpu"}, None, "cpu"),
+        ({"libtpu"}, "accel0", None),
+        ({"libtpu"}, "vfio/0", None),
+        ({"libtpu", "jax_plugins"}, None, None),
+        (set(), None, None),
+    ],
+)
+def test_jax_does_not_start_libtpu_where_there_is_no_tpu(
+    installed, device, platforms, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in installed or None)
+    if device:
+        (tmp_path / device).parent.mkdir(exist_ok=True)
+        (tmp_path / device).touch()
+    skip_absent_tpu(tmp_path)
+    assert os.environ.get("JAX_PLATFORMS") == platforms
