@@ -5,7 +5,8 @@ line on stderr; with `--debug`, which every command takes, its traceback is prin
 """
 
 import argparse
-import importlib
+import importlib.metadata
+import importlib.util
 import os
 import re
 import sys
@@ -63,6 +64,7 @@ def run_command(name: str) -> NoReturn:
     """Run a command with the arguments in `sys.argv` and exit with its code."""
     if name in ON_HUGE_PAGES:
         use_huge_pages()
+    skip_absent_tpu()
     if name == "chat":
         name, sys.argv = "sample", [sys.argv[0], "--chat", *sys.argv[1:]]
     run(importlib.import_module(f"llama_jax.cli.{name.replace('-', '_')}").main)
@@ -112,6 +114,24 @@ def use_huge_pages() -> None:
         return
     os.environ[HUGE_PAGES_VARIABLE] = ":".join(filter(None, [tunables, HUGE_PAGES]))
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def skip_absent_tpu(devices: Path = Path("/dev")) -> None:
+    """Choose the CPU on a machine without accelerators where libtpu is installed.
+
+    plan.py needs libtpu on any machine. JAX would start it to look for TPUs, and libtpu then prints
+    several lines of errors. With plugins for other accelerators the choice is left to JAX.
+    """
+    if "JAX_PLATFORMS" in os.environ or not importlib.util.find_spec("libtpu"):
+        return
+    has_tpu = any(devices.glob("accel*")) or any(devices.glob("vfio/*"))
+    plugins = "jax_plugins"  # where JAX looks for them: a namespace package and entry points
+    if not (
+        has_tpu
+        or importlib.util.find_spec(plugins)
+        or importlib.metadata.entry_points(group=plugins)
+    ):
+        os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 def use_compilation_cache() -> None:

@@ -1,8 +1,9 @@
 """Predict whether a run fits: python plan.py --config configs/7b.py --target v5e-8
 
 For TPUs the real train step is compiled, on any machine, which takes a minute or two and needs
-`pip install '.[plan]'`; --fast estimates only, at once. GPUs are always estimated. --mode decode
-plans decoding. Settings of the config are overridden as --config.section.name=value.
+`pip install '.[plan]'`; without it, for GPUs and with --fast the plan is an estimate, made in
+seconds. --mode decode plans decoding. Settings of the config are overridden as
+--config.section.name=value.
 """
 
 import os
@@ -10,7 +11,7 @@ from typing import Any
 
 from llama_jax.cli import main as cli
 from llama_jax.cli.config_flags import read_config
-from llama_jax.errors import UsageError
+from llama_jax.errors import UsageError, warn
 
 DECODING_FLAGS = ("batch", "context", "quantize", "cache_dtype", "dtype")
 
@@ -68,20 +69,28 @@ def main(argv: list[str]) -> int:
 
 def report(config: Any, target: Any, flags: Any) -> str:
     """Return the report that the flags request."""
-    from llama_jax.planning import decoding, report, search, training
+    from llama_jax.planning import compile, decoding, report, search, training
 
+    compiles = target.chip.is_tpu and not flags.fast
+    if compiles and not compile.is_installed():
+        warn(
+            "the TPU compiler is not installed, so this is an estimate; for the compiler's figures"
+            " install it with `pip install '.[plan]'`"
+        )
+        compiles = False
     if flags.mode == "decode":
         values = {name: getattr(flags, name) for name in DECODING_FLAGS}
-        options = decoding.DecodingOptions(**values)
-        compiler = None if flags.fast else decoding.compile_decoding
-        return report.decoding_report(
-            decoding.plan_decoding(config.model, options, target, compiler)
+        plan = decoding.plan_decoding(
+            config.model,
+            decoding.DecodingOptions(**values),
+            target,
+            decoding.compile_decoding if compiles else None,
         )
-    compile_training = None if flags.fast else training.compile_training
+        return report.decoding_report(plan)
+    compiler = training.compile_training if compiles else None
     if flags.search:
-        found = search.search(config, target, compile_training)
-        return report.search_report(config, target, found)
-    return report.training_report(training.plan_training(config, target, compile_training))
+        return report.search_report(config, target, search.search(config, target, compiler))
+    return report.training_report(training.plan_training(config, target, compiler))
 
 
 def table_of_configs() -> str:

@@ -42,26 +42,17 @@ class Compiled:
     seconds: float  # of lowering and compiling
 
 
+def is_installed() -> bool:
+    """Return whether the TPU compiler is there."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
 def target_mesh(config: MeshConfig, target: Target) -> Mesh:
-    """Return a mesh of a target's devices, to compile for.
+    """Return a mesh of the devices of a TPU slice, to compile for.
 
     Raises:
-      UserError: when libtpu is not installed or refuses the slice.
+      UserError: when libtpu is in use or refuses the slice.
     """
-    return make_mesh(config, tpu_devices(target))
-
-
-def tpu_devices(target: Target) -> list[jax.Device]:
-    """Return the devices of a TPU slice, to compile for.
-
-    Raises:
-      UserError: when libtpu is not installed, is in use, or refuses the slice.
-    """
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            f"the TPU compiler is not installed and {target.name} needs it; install it with"
-            " `pip install '.[plan]'`, or add --fast for the estimate alone"
-        )
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
@@ -73,9 +64,9 @@ def tpu_devices(target: Target) -> list[jax.Device]:
     if chip == "v4":
         options["chip_config_name"] = "megacore"  # both cores of a chip as one device
     try:
-        slice_ = topologies.get_topology_desc(
+        devices = topologies.get_topology_desc(
             platform="tpu", topology_name=target.topology, **options
-        )
+        ).devices
     except Exception as error:
         if "lockfile" in str(error):
             raise UserError(
@@ -83,7 +74,7 @@ def tpu_devices(target: Target) -> list[jax.Device]:
                 " it to end, or add --fast for the estimate alone"
             ) from error
         raise UserError(f"libtpu refuses the slice {target.topology}: {error}") from error
-    return list(slice_.devices)
+    return make_mesh(config, list(devices))
 
 
 def compile_program(lower: Callable[[], Any], estimate: float) -> Compiled:

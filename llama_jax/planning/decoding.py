@@ -5,6 +5,7 @@ a chunk at a time and needs little more, is not planned.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from llama_jax.config import COMPUTE_DTYPES, MeshConfig, ModelConfig, require
+from llama_jax.config import COMPUTE_DTYPES, Choice, MeshConfig, ModelConfig, Range, require
 from llama_jax.distributed.mesh import partition_spec, placed, shardings
 from llama_jax.inference.decode import NO_TOKEN, ON_MESH, GenerationState, cache_slots, decode
 from llama_jax.inference.request import SamplingParams
@@ -27,7 +28,7 @@ from llama_jax.planning.compile import Compiled, compile_program, target_mesh
 from llama_jax.planning.memory import FLOAT32, abstract_mesh, device_bytes, model_shard
 from llama_jax.planning.speed import Speed
 from llama_jax.planning.targets import Target
-from llama_jax.quantization import abstract_quantized, require_kind
+from llama_jax.quantization import KINDS, abstract_quantized
 
 LOGITS_COPIES = 4  # arrays of the size of the float32 logits that sampling a token needs at once
 MESH = MeshConfig(data=1, tensor=-1)
@@ -111,27 +112,26 @@ def plan_decoding(
     """Return the plan of decoding with a model on a target.
 
     Args:
-      compiler: such as `compile_decoding`, for TPUs; None: estimate only, as always for GPUs.
+      compiler: such as `compile_decoding`, for TPUs; None: estimate only.
 
     Raises:
       UsageError: for an option that is out of range or unknown.
-      UserError: when the TPU compiler is needed and missing.
     """
-    config = _with_options(config, options)
-    model, state = abstract_engine(config, options, abstract_mesh(MESH, target.devices))
-    cache, logits = _placed_bytes(state.cache), options.batch * config.vocab_size * FLOAT32
-    padded = _padded_copy(cache, config) if target.chip.is_tpu else 0
+    config, mesh = _with_options(config, options), abstract_mesh(MESH, target.devices)
+    cache = _placed_bytes(abstract_state(config, options, mesh).cache)
+    temporary: float = LOGITS_COPIES * options.batch * config.vocab_size * FLOAT32
+    if target.chip.is_tpu and (padding := -config.head_size % LANES):
+        temporary += cache * (config.head_size + padding) / config.head_size  # a padded copy
+    any_context = dataclasses.replace(config, context_length=1)  # it does not affect the weights
     plan = DecodingPlan(
         model=config,
         options=options,
         target=target,
-        weights=_placed_bytes(model),
+        weights=_weight_bytes(any_context, options.quantize, mesh),
         cache=cache,
-        temporary=LOGITS_COPIES * logits + padded,
+        temporary=temporary,
     )
-    if compiler is None or not target.chip.is_tpu:
-        return plan
-    return dataclasses.replace(plan, compiled=compiler(plan))
+    return dataclasses.replace(plan, compiled=compiler(plan)) if compiler else plan
 
 
 def compile_decoding(plan: DecodingPlan) -> Compiled:
@@ -146,77 +146,75 @@ def trace_decoding(
     config: ModelConfig, options: DecodingOptions, mesh: Mesh | AbstractMesh
 ) -> jax.stages.Traced:
     """Return the traced decode loop for the devices of a mesh, which is to be set."""
-    model, state = abstract_engine(config, options, mesh)
-    sampler = Sampler.of([SamplingParams()] * options.batch)
-    stops_S = np.asarray([NO_TOKEN], np.int32)
-    return decode.trace(model, state, sampler, stops_S, execution=ON_MESH)
-
-
-def _padded_copy(cache: float, config: ModelConfig) -> float:
-    """Return what a TPU takes to copy heads narrower than its lanes, padded to them."""
-    padding = -config.head_size % LANES
-    return cache * (config.head_size + padding) / config.head_size if padding else 0.0
+    # As shapes: the mesh that is set may have devices to compile for that cannot run anything.
+    sampler = jax.eval_shape(lambda: Sampler.of([SamplingParams()] * options.batch))
+    return decode.trace(
+        abstract_model(config, options.quantize, mesh),
+        abstract_state(config, options, mesh),
+        sampler,
+        np.asarray([NO_TOKEN], np.int32),
+        execution=ON_MESH,
+    )
 
 
 def _with_options(config: ModelConfig, options: DecodingOptions) -> ModelConfig:
     """Return the model with the context and the dtype of the options, all of which are checked."""
-    context, dtype = options.context or config.context_length, options.dtype
-    require(options.batch >= 1, f"batch={options.batch} is out of range; expected 1 or more")
+    Range(1).check("batch", options.batch)
+    Choice(("", *KINDS)).check("quantize", options.quantize)
+    Choice(("", "int8")).check("cache_dtype", options.cache_dtype)
+    Choice(("", *COMPUTE_DTYPES)).check("dtype", options.dtype)
+    context = options.context or config.context_length
     require(
         2 <= context <= config.context_length,
         f"context={context} is out of range; expected 2 to {config.context_length}, the model's"
         " context",
     )
-    require(
-        dtype in ("", *COMPUTE_DTYPES),
-        f"dtype={dtype!r} is unknown; expected one of {', '.join(map(repr, COMPUTE_DTYPES))}",
-    )
-    message = f"cache_dtype={options.cache_dtype!r} is unknown; expected 'int8' or ''"
-    require(options.cache_dtype in ("", "int8"), message)
-    if options.quantize:
-        require_kind(options.quantize)
-    dtype = dtype or config.compute_dtype
+    dtype = options.dtype or config.compute_dtype
     return dataclasses.replace(config, context_length=context, compute_dtype=dtype)
 
 
-def abstract_engine(
-    config: ModelConfig, options: DecodingOptions, mesh: Mesh | AbstractMesh
-) -> tuple[Llama, GenerationState]:
-    """Return the model and the state of a batch in decoding, as shapes with shardings."""
+def abstract_model(config: ModelConfig, quantize: str, mesh: Mesh | AbstractMesh) -> Llama:
+    """Return the model in its layout for decoding, as shapes with the engine's shardings."""
     dtype = jnp.dtype(config.compute_dtype)
-
-    def cast(leaf: Any) -> Any:
-        is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return jax.ShapeDtypeStruct(leaf.shape, dtype if is_float else leaf.dtype)
-
-    if options.quantize:
-        model = abstract_quantized(config, options.quantize)
+    if quantize:
+        model = abstract_quantized(config, quantize)
     else:
-        model = jax.tree.map(cast, jax.eval_shape(unstack, abstract(config)))
-    state = jax.eval_shape(lambda: _initial_state(config, options))
-    return placed(model, shardings(model, mesh)), placed(state, _state_shardings(state, mesh))
+        model = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype),
+            jax.eval_shape(unstack, abstract(config)),
+        )
+    return placed(model, shardings(model, mesh))
 
 
-def _initial_state(config: ModelConfig, options: DecodingOptions) -> GenerationState:
-    """Return the state of a batch before its first token."""
-    slots = cache_slots(config.context_length)
-    cache = KVCache.empty(config, options.batch, slots, options.cache_dtype)
-    count_B = jnp.zeros(options.batch, jnp.int32)
-    keys_B = jax.vmap(jax.random.key)(count_B)
-    return GenerationState(cache, count_B, count_B > 0, count_B, keys_B, None)
+def abstract_state(
+    config: ModelConfig, options: DecodingOptions, mesh: Mesh | AbstractMesh
+) -> GenerationState:
+    """Return the state of a batch in decoding, as shapes with the engine's shardings.
 
+    The cache is sharded by kv heads, everything else replicated.
+    """
 
-def _state_shardings(state: GenerationState, mesh: Mesh | AbstractMesh) -> GenerationState:
-    """Return the engine's shardings: the cache by kv heads, everything else replicated."""
+    def initial() -> GenerationState:
+        slots = cache_slots(config.context_length)
+        cache = KVCache.empty(config, options.batch, slots, options.cache_dtype)
+        count_B = jnp.zeros(options.batch, jnp.int32)
+        keys_B = jax.vmap(jax.random.key)(count_B)
+        return GenerationState(cache, count_B, count_B > 0, count_B, keys_B, None)
 
     def by_kv_heads(leaf: Any) -> NamedSharding:
         axes = ("kv_heads", "length", "head_dim")
         return NamedSharding(mesh, partition_spec(axes, leaf.shape, mesh))
 
-    replicated = NamedSharding(mesh, PartitionSpec())
-    places = jax.tree.map(lambda _: replicated, state)
+    state = jax.eval_shape(initial)
+    places = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), state)
     layers = jax.tree.map(by_kv_heads, state.cache.layers)
-    return dataclasses.replace(places, cache=dataclasses.replace(places.cache, layers=layers))
+    cache = dataclasses.replace(places.cache, layers=layers)
+    return placed(state, dataclasses.replace(places, cache=cache))
+
+
+@functools.cache
+def _weight_bytes(config: ModelConfig, quantize: str, mesh: AbstractMesh) -> int:
+    return _placed_bytes(abstract_model(config, quantize, mesh))
 
 
 def _placed_bytes(tree: Any) -> int:

@@ -32,18 +32,14 @@ def search(config: Config, target: Target, compiler: Compiler | None = None) -> 
     """Return the best alternatives that fit, the fastest predicted first.
 
     Args:
-      compiler: checks the first `COMPILED` for TPUs, leaving out what it refuses; None: estimates.
-
-    Raises:
-      UserError: when the TPU compiler is needed and missing.
+      compiler: for TPUs, checks the first `COMPILED`, leaving out what it refuses; None: estimates.
     """
     found: list[TrainingPlan] = []
     for alternative in ranked(config, target):
         if len(found) == SHOWN:
             break
-        compiled = None
-        if compiler and target.chip.is_tpu and len(found) < COMPILED:
-            compiled = compiler(alternative, target)
+        checks = compiler if len(found) < COMPILED else None
+        compiled = checks(alternative, target) if checks else None
         if compiled is None or compiled.fits:
             found.append(TrainingPlan(alternative, target, compiled))
     return sorted(found, key=lambda plan: _rounded(plan.speed.seconds))  # ties: as ranked

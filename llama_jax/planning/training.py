@@ -97,15 +97,13 @@ def plan_training(config: Config, target: Target, compiler: Compiler | None = No
     """Return the plan of a config on a target.
 
     Args:
-      compiler: such as `compile_training`, for TPUs; None: estimate only, as always for GPUs.
+      compiler: such as `compile_training`, for TPUs; None: estimate only.
 
     Raises:
       UsageError: when the config does not divide over the devices.
-      UserError: when the TPU compiler is needed and missing.
     """
     estimated = estimate(config, target)
-    compiled = compiler(estimated, target) if compiler and target.chip.is_tpu else None
-    return TrainingPlan(estimated, target, compiled)
+    return TrainingPlan(estimated, target, compiler(estimated, target) if compiler else None)
 
 
 def compile_training(estimated: Estimate, target: Target) -> Compiled:

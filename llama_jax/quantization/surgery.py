@@ -5,12 +5,13 @@ Weights only: norms, activations and the KV cache keep their dtypes.
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import jax
 from flax import nnx
 
-from llama_jax.config import ModelConfig, require
+from llama_jax.config import Choice, ModelConfig, require
 from llama_jax.kernels.int4 import BLOCK
 from llama_jax.model.layers import Linear
 from llama_jax.model.parameters import count_parameters, matrices
@@ -23,9 +24,9 @@ GROUP_SIZES = (32, 64)
 FLOAT32 = 4  # bytes
 
 
-def require_kind(kind: object) -> None:
+def require_kind(kind: str) -> None:
     """Raise `UsageError` unless `kind` is one of `KINDS`."""
-    require(kind in KINDS, f"quantize={kind!r} is unknown; expected 'int8' or 'int4'")
+    Choice(KINDS).check("quantize", kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,12 +125,37 @@ def quantize(model: Llama, kind: str, group_size: int = 32) -> Llama:
         isinstance(model.embedding, nnx.Param),
         "the model is quantized already; quantize the float model it was made from",
     )
+    return _quantized(model, sizes)
+
+
+def abstract_quantized(config: ModelConfig, kind: str, group_size: int = 32) -> Llama:
+    """Return a quantized model with `jax.ShapeDtypeStruct`s in place of arrays."""
+    sizes = allocate(config, QuantizationConfig(kind, group_size))
+    # All blocks but the last are alike, so that tracing two is enough.
+    shallow = dataclasses.replace(config, num_layers=min(2, config.num_layers))
+    model = jax.eval_shape(lambda: _quantized(Llama(shallow, rngs=nnx.Rngs(0)), sizes))
+    copies = [model.blocks[0]] * (config.num_layers - 1)
+    model.blocks = nnx.List([*map(_shallow_copy, copies), model.blocks[-1]])
+    model.config = config
+    return model
+
+
+def model_nbytes(model: Llama) -> int:
+    """Return the bytes of a model's arrays, over all devices."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+
+
+def _quantized(model: Llama, sizes: GroupSizes) -> Llama:
     blocks: Any = model.blocks
     layers, count = [], model.config.num_layers
     for index in range(count):
-        block = _layer(blocks, index) if isinstance(blocks, Block) else blocks[index]
+        if isinstance(blocks, Block):
+            block = jax.tree.map(lambda array, i=index: array[i], blocks)
+        else:
+            block = _shallow_copy(blocks[index])
+        replace_linears(block, partial(_quantize_linear, sizes, index == count - 1))
         # Without waiting, the float copies of many layers would be alive at once.
-        layers.append(jax.block_until_ready(_quantize_block(block, sizes, index == count - 1)))
+        layers.append(jax.block_until_ready(block))
     new = _shallow_copy(model)
     new.blocks = nnx.List(layers)
     for name in ("embedding", "output"):
@@ -140,34 +166,15 @@ def quantize(model: Llama, kind: str, group_size: int = 32) -> Llama:
     return new
 
 
-def abstract_quantized(config: ModelConfig, kind: str, group_size: int = 32) -> Llama:
-    """Return a quantized model with `jax.ShapeDtypeStruct`s in place of arrays."""
-    return jax.eval_shape(lambda: quantize(Llama(config, rngs=nnx.Rngs(0)), kind, group_size))
-
-
-def model_nbytes(model: Llama) -> int:
-    """Return the bytes of a model's arrays, over all devices."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+def _quantize_linear(
+    sizes: GroupSizes, is_last: bool, name: str, layer: Linear | OutputsFirstLinear
+) -> QuantizedLinear:
+    if isinstance(layer, Linear):
+        layer = OutputsFirstLinear(layer)
+    size = sizes.of(name, is_last)
+    return QuantizedLinear(layer.kernel[...], layer.outputs, layer.kernel.axes, size)
 
 
 def _shallow_copy(tree: Any) -> Any:
     """Return a copy whose modules may be changed; arrays are shared."""
     return jax.tree.map(lambda leaf: leaf, tree)
-
-
-def _layer(blocks: Block, index: int) -> Block:
-    """Return a copy of one of the stacked blocks."""
-    return jax.tree.map(lambda array: array[index], blocks)
-
-
-def _quantize_block(block: Block, sizes: GroupSizes, is_last: bool) -> Block:
-    new = _shallow_copy(block)
-    replace_linears(new, lambda name, layer: _quantize_linear(layer, sizes.of(name, is_last)))
-    return new
-
-
-def _quantize_linear(layer: Linear | OutputsFirstLinear, group_size: int) -> QuantizedLinear:
-    if isinstance(layer, Linear):
-        layer = OutputsFirstLinear(layer)
-    kernel = layer.kernel
-    return QuantizedLinear(kernel[...], layer.outputs, kernel.axes, group_size)

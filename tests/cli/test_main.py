@@ -1,5 +1,7 @@
 """Errors as one line, exit codes, and suggestions for misspelt flags."""
 
+import importlib.util
+import os
 import subprocess
 import sys
 import textwrap
@@ -7,7 +9,7 @@ import textwrap
 import pytest
 
 from llama_jax.cli import main as cli
-from llama_jax.cli.main import Parser
+from llama_jax.cli.main import Parser, skip_absent_tpu
 from llama_jax.errors import UsageError
 
 
@@ -125,3 +127,25 @@ def test_help_shows_defaults_that_say_something():
         "--config CONFIG a file (demo.py)",
     ):
         assert line in lines
+
+
+@pytest.mark.parametrize(
+    ("installed", "device", "platforms"),
+    [
+        ({"libtpu"}, None, "cpu"),
+        ({"libtpu"}, "accel0", None),
+        ({"libtpu"}, "vfio/0", None),
+        ({"libtpu", "jax_plugins"}, None, None),
+        (set(), None, None),
+    ],
+)
+def test_jax_does_not_start_libtpu_where_there_is_no_tpu(
+    installed, device, platforms, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in installed or None)
+    if device:
+        (tmp_path / device).parent.mkdir(exist_ok=True)
+        (tmp_path / device).touch()
+    skip_absent_tpu(tmp_path)
+    assert os.environ.get("JAX_PLATFORMS") == platforms

@@ -77,7 +77,7 @@ def test_memory_bandwidth_bounds_one_sequence():
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"context": 65}, "context=65 is out of range; expected 2 to 64"),
+        ({"context": 65}, "context=65 is out of range; expected 2 to 64, the model"),
         ({"context": 1}, "context=1 is out of range"),
         ({"batch": 0}, "batch=0 is out of range"),
         ({"quantize": "int3"}, "quantize='int3' is unknown"),
