@@ -15,8 +15,7 @@ from llama_jax.distributed.preemption import StopSignal
 from llama_jax.inference.completions import add_text, stop_ids
 from llama_jax.inference.engine import Engine
 from llama_jax.inference.request import Request, SamplingParams
-from llama_jax.model.transformer import Llama
-from llama_jax.model.unstacked import unstack
+from llama_jax.model.transformer import Llama, unstack
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.training.metrics import Console, MetricsFile
 
