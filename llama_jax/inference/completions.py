@@ -1,14 +1,16 @@
 """From deltas to text: decoding, stop strings, and the completions that a library call returns."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 
 from llama_jax.inference.request import Delta, Request, TokenLogprob
 from llama_jax.text.stop_strings import StopStrings
 from llama_jax.text.tokenizer import Tokenizer
 
 
-def add_text(deltas: Iterable[Delta], request: Request, tokenizer: Tokenizer) -> Iterator[Delta]:
+def add_text(
+    deltas: Iterable[Delta], request: Request, tokenizer: Tokenizer
+) -> Generator[Delta, None, None]:
     """Yield the deltas of a request with their text, up to each sequence's first stop string.
 
     A character is held back until it is complete, and text that may become a stop string until it

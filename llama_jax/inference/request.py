@@ -7,7 +7,7 @@ imports JAX, so that a command line can check its flags before anything is loade
 import dataclasses
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from llama_jax.errors import UsageError, did_you_mean, finite_number, whole_number
 from llama_jax.text.stop_strings import parse_stops
@@ -18,6 +18,25 @@ MAX_STOPS = 32  # stop strings per completion; a chat format adds its own
 MAX_COMPLETIONS = 10_000  # per prompt; they are generated in one batch
 MAX_TOKEN_ID = 2**31 - 1  # int32
 MIN_TEMPERATURE = 2.0**-126  # the smallest normal float32; a lower temperature is 0
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Keyword arguments that become `SamplingParams`, for type checkers and editors."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float] | None
+    seed: int
+    rng: str
+    max_tokens: int
+    stop: str | Sequence[str] | None
+    logprobs: int | None
+    speculate: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,18 +108,17 @@ class SamplingParams:
             )
 
     @classmethod
-    def of(cls, **named: Any) -> "SamplingParams":
+    def of(cls, **named: Unpack[SamplingOptions]) -> "SamplingParams":
         """Return parameters from keyword arguments of a call; None stands for the default.
 
         Raises:
-          TypeError: for an unknown name.
-          UsageError: as the class does.
+          UsageError: for an unknown name, and as the class does.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        for name in named:
-            if name not in known:
-                raise TypeError(f"{name!r} is an unknown argument{did_you_mean(name, known)}")
-        return cls(**{name: value for name, value in named.items() if value is not None})
+        for name in named.keys() - SamplingOptions.__annotations__.keys():
+            hint = did_you_mean(name, SamplingOptions.__annotations__)
+            raise UsageError(f"{name!r} is an unknown argument{hint}")
+        given: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
+        return cls(**given)
 
     @property
     def is_greedy(self) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from llama_jax.distributed.mesh import shard_heads
 from llama_jax.errors import UserError
 from llama_jax.inference.decode import ON_MESH, pad_sequences, prefill_chunks
-from llama_jax.kernels.attention import KERNELS, choose_kernel
+from llama_jax.kernels.attention import KERNELS, AttentionKernel, choose_kernel
 from llama_jax.model.execution import Execution
 from llama_jax.model.transformer import Llama
 from llama_jax.text.tokenizer import Tokenizer
@@ -22,14 +22,19 @@ MAX_BATCH = 16  # texts per forward pass
 LOGITS_CHUNK = 64  # positions per sequence whose logits exist at once
 
 
+def attention_on_mesh(name: str) -> AttentionKernel:
+    """Return the attention kernel of a name, for whole sequences on a mesh or one device.
+
+    XLA partitions its own; of the others each device runs its shard of sequences and heads.
+    """
+    return KERNELS[name] if name == "xla" else shard_heads(KERNELS[name])
+
+
 def full_sequence_execution(model: Llama) -> Execution:
     """Return how a pass without a cache runs here, with the device's fastest attention kernel."""
-    config = model.config
-    kernel = choose_kernel(
-        "auto", jax.local_devices()[0], head_dim=config.head_size, dtype=config.compute_dtype
-    )
-    attention = KERNELS[kernel] if kernel == "xla" else shard_heads(KERNELS[kernel])
-    return dataclasses.replace(ON_MESH, attention=attention)
+    head_dim, dtype = model.config.head_size, model.config.compute_dtype
+    kernel = choose_kernel("auto", jax.local_devices()[0], head_dim=head_dim, dtype=dtype)
+    return dataclasses.replace(ON_MESH, attention=attention_on_mesh(kernel))
 
 
 @partial(jax.jit, static_argnames="chunk")
