@@ -10,24 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.distributed.mesh import shard_heads
 from llama_jax.errors import UserError
-from llama_jax.inference.decode import ON_MESH, pad_sequences, prefill_chunks
-from llama_jax.kernels.attention import KERNELS, AttentionKernel, choose_kernel
+from llama_jax.inference.decode import ON_MESH, attention_on_mesh, pad_sequences, prefill_chunks
+from llama_jax.kernels.attention import choose_kernel
 from llama_jax.model.execution import Execution
 from llama_jax.model.transformer import Llama
 from llama_jax.text.tokenizer import Tokenizer
 
 MAX_BATCH = 16  # texts per forward pass
 LOGITS_CHUNK = 64  # positions per sequence whose logits exist at once
-
-
-def attention_on_mesh(name: str) -> AttentionKernel:
-    """Return the attention kernel of a name, for whole sequences on a mesh or one device.
-
-    XLA partitions its own; of the others each device runs its shard of sequences and heads.
-    """
-    return KERNELS[name] if name == "xla" else shard_heads(KERNELS[name])
 
 
 def full_sequence_execution(model: Llama) -> Execution:

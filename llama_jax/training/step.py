@@ -32,7 +32,7 @@ from llama_jax.distributed.mesh import (
     shardings,
 )
 from llama_jax.errors import UsageError
-from llama_jax.inference.scoring import attention_on_mesh
+from llama_jax.inference.decode import attention_on_mesh
 from llama_jax.kernels.attention import choose_kernel
 from llama_jax.model.execution import HOST_MEMORY, Execution
 from llama_jax.model.transformer import Llama
