@@ -30,8 +30,6 @@ from llama_jax.text.chat import (
 )
 from llama_jax.text.tokenizer import Tokenizer
 
-CACHE_DTYPES = ("", "int8")
-
 Method = TypeVar("Method", bound=Callable[..., Any])
 Texts = list[str] | tuple[str, ...]
 Stream = Generator[Delta, None, None]
@@ -75,8 +73,8 @@ class LLM:
           UsageError: naming an argument out of range.
           UserError: when the checkpoint cannot be used.
         """
-        message = f"cache_dtype={cache_dtype!r} is unknown; expected 'int8' or ''"
-        require(cache_dtype in CACHE_DTYPES, message)
+        is_known = cache_dtype in ("", "int8")
+        require(is_known, f"cache_dtype={cache_dtype!r} is unknown; expected 'int8' or ''")
         if template:
             find_template(template)
         mesh = tensor_mesh(tensor)
@@ -99,35 +97,17 @@ class LLM:
 
     @overload
     def complete(
-        self,
-        prompt: str,
-        *,
-        n: Literal[1] = 1,
-        echo: bool = False,
-        stream: Literal[False] = False,
-        **params: Unpack[SamplingOptions],
+        self, prompt: str, *, echo: bool = ..., **params: Unpack[SamplingOptions]
     ) -> Completion: ...
 
     @overload
     def complete(
-        self,
-        prompt: Texts,
-        *,
-        n: int = 1,
-        echo: bool = False,
-        stream: Literal[False] = False,
-        **params: Unpack[SamplingOptions],
+        self, prompt: Texts, *, n: int = ..., echo: bool = ..., **params: Unpack[SamplingOptions]
     ) -> list[Completion]: ...
 
     @overload
     def complete(
-        self,
-        prompt: str,
-        *,
-        n: int,
-        echo: bool = False,
-        stream: Literal[False] = False,
-        **params: Unpack[SamplingOptions],
+        self, prompt: str, *, n: int, echo: bool = ..., **params: Unpack[SamplingOptions]
     ) -> Completion | list[Completion]: ...
 
     @overload
@@ -135,8 +115,8 @@ class LLM:
         self,
         prompt: str | Texts,
         *,
-        n: int = 1,
-        echo: bool = False,
+        n: int = ...,
+        echo: bool = ...,
         stream: Literal[True],
         **params: Unpack[SamplingOptions],
     ) -> Stream: ...
@@ -180,9 +160,8 @@ class LLM:
         self,
         messages: Sequence[Any],
         *,
-        template: str = "",
-        truncate: bool = False,
-        stream: Literal[False] = False,
+        template: str = ...,
+        truncate: bool = ...,
         **params: Unpack[SamplingOptions],
     ) -> Completion: ...
 
@@ -191,8 +170,8 @@ class LLM:
         self,
         messages: Sequence[Any],
         *,
-        template: str = "",
-        truncate: bool = False,
+        template: str = ...,
+        truncate: bool = ...,
         stream: Literal[True],
         **params: Unpack[SamplingOptions],
     ) -> Stream: ...
