@@ -101,7 +101,8 @@ class SamplingParams:
             self._check_xorshift()
         else:
             integer("seed", lambda s: 0 <= s < 2**32, f"0 to {2**32 - 1}")
-        if self.speculate and not self._is_plain_greedy():
+        is_plain = not (self.has_penalties or self.logit_bias) and self.logprobs is None
+        if self.speculate and not (self.is_greedy and is_plain):
             raise UsageError(
                 "speculate=True guesses the most likely token; use it with temperature=0 and"
                 " without penalties, logit_bias and logprobs"
@@ -130,10 +131,6 @@ class SamplingParams:
         """Whether tokens that occurred already are treated differently."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
-    def with_seed(self, seed: int) -> "SamplingParams":
-        """Return the same parameters with another seed."""
-        return self if seed == self.seed else dataclasses.replace(self, seed=seed)
-
     def _check_number(self, name: str, accepts: Any, expected: str) -> None:
         finite_number(name, getattr(self, name), accepts, expected)
 
@@ -151,10 +148,6 @@ class SamplingParams:
                     f"{field.name}={value!r} does not go with rng='xorshift', which supports only"
                     " temperature, top_p, seed, max_tokens and stop; leave one of them out"
                 )
-
-    def _is_plain_greedy(self) -> bool:
-        plain = not (self.has_penalties or self.logit_bias)
-        return self.is_greedy and plain and self.logprobs is None
 
 
 def _check_bias(logit_bias: Any) -> None:
@@ -203,7 +196,7 @@ class Request:
             if len(values) > 1:
                 found = ", ".join(sorted(map(repr, values)))
                 raise UsageError(f"{name} differs within a request: {found}; use one value")
-        if self.rng == "xorshift" and len(self.params) > 1:
+        if self.shared.rng == "xorshift" and len(self.params) > 1:
             raise UsageError(
                 f"rng='xorshift' generates one sequence at a time, not {len(self.params)}"
             )
@@ -230,27 +223,18 @@ class Request:
         if params.rng == "jax":
             expected = f"0 to {2**32 - n}"
             whole_number("seed", params.seed, lambda seed: seed <= 2**32 - n, expected)
+        with_next_seeds = [dataclasses.replace(params, seed=params.seed + j) for j in range(1, n)]
         return cls(
             prompts=[ids for ids in prompts for _ in range(n)],
-            params=[params.with_seed(params.seed + j) for j in range(n)] * len(prompts),
+            params=[params, *with_next_seeds] * len(prompts),
             echo=[text for text in echo for _ in range(n)],
             **others,
         )
 
     @property
-    def rng(self) -> str:
-        """The random number generator of all sequences."""
-        return self.params[0].rng
-
-    @property
-    def logprobs(self) -> int | None:
-        """How many top tokens are reported beside each token; None: no log-probabilities."""
-        return self.params[0].logprobs
-
-    @property
-    def speculate(self) -> bool:
-        """Whether to guess ahead."""
-        return self.params[0].speculate
+    def shared(self) -> SamplingParams:
+        """The parameters of any sequence, for those in which all agree."""
+        return self.params[0]
 
 
 @dataclasses.dataclass(frozen=True)
