@@ -72,8 +72,7 @@ def random_weights(config: Any, dtype: str) -> Any:
     import jax.numpy as jnp
     from flax import nnx
 
-    from llama_jax.model.transformer import Llama
-    from llama_jax.model.unstacked import unstack
+    from llama_jax.model.transformer import Llama, unstack
 
     shapes = jax.eval_shape(lambda: unstack(Llama(config, rngs=nnx.Rngs(0))))
     leaves, tree = jax.tree.flatten(shapes)

@@ -18,7 +18,7 @@ _HOMES = {
     "UserError": "errors",
     "fit": "training.run",
     "load": "checkpoints.load",
-    "unstack": "model.unstacked",
+    "unstack": "model.transformer",
 }
 __all__ = sorted(_HOMES)
 

@@ -5,10 +5,11 @@ llm.complete("Once upon a time", max_tokens=64, temperature=0).text
 """
 
 import dataclasses
+import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar, Unpack, overload
 
 import numpy as np
 
@@ -16,10 +17,10 @@ from llama_jax.checkpoints.load import deploy, tensor_mesh
 from llama_jax.config import require
 from llama_jax.distributed.mesh import on_mesh
 from llama_jax.errors import UsageError
-from llama_jax.inference.completions import add_text, collect, stop_ids
+from llama_jax.inference.completions import Completion, add_text, collect, stop_ids
 from llama_jax.inference.engine import Engine
-from llama_jax.inference.request import Delta, Request, SamplingParams
-from llama_jax.inference.scoring import embed_texts, score_texts
+from llama_jax.inference.request import Delta, Request, SamplingOptions, SamplingParams
+from llama_jax.inference.scoring import Score, embed_texts, score_texts
 from llama_jax.text.chat import (
     TruncationWarning,
     find_template,
@@ -29,7 +30,18 @@ from llama_jax.text.chat import (
 )
 from llama_jax.text.tokenizer import Tokenizer
 
-CACHE_DTYPES = ("", "int8")
+Method = TypeVar("Method", bound=Callable[..., Any])
+Texts = list[str] | tuple[str, ...]
+Stream = Generator[Delta, None, None]
+
+
+def _with_sampling_params(method: Method) -> Method:
+    """Show the fields of `SamplingParams` in the method's signature, as `help` and IPython do."""
+    signature = inspect.signature(method)
+    *named, _ = signature.parameters.values()
+    named += inspect.signature(SamplingParams).parameters.values()
+    method.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+    return method
 
 
 class LLM:
@@ -61,8 +73,8 @@ class LLM:
           UsageError: naming an argument out of range.
           UserError: when the checkpoint cannot be used.
         """
-        message = f"cache_dtype={cache_dtype!r} is unknown; expected 'int8' or ''"
-        require(cache_dtype in CACHE_DTYPES, message)
+        is_known = cache_dtype in ("", "int8")
+        require(is_known, f"cache_dtype={cache_dtype!r} is unknown; expected 'int8' or ''")
         if template:
             find_template(template)
         mesh = tensor_mesh(tensor)
@@ -71,21 +83,54 @@ class LLM:
         self.engine = Engine(loaded.model, cache_dtype, mesh)
         self._stop_ids = stop_ids(loaded.tokenizer, loaded.bos)
         self._template = template or loaded.chat_template
+        self._name = f"{str(checkpoint)!r}" + (f", quantize={quantize!r}" if quantize else "")
+
+    def __repr__(self) -> str:
+        config = self.engine.model.config
+        shape = f"{config.num_layers} layers of dim {config.dim}, {config.compute_dtype}"
+        return f"LLM({self._name}: {shape}, context {config.context_length})"
 
     @property
     def context_length(self) -> int:
         """Tokens that prompt and completion may have together."""
         return self.engine.model.config.context_length
 
+    @overload
+    def complete(
+        self, prompt: str, *, echo: bool = ..., **params: Unpack[SamplingOptions]
+    ) -> Completion: ...
+
+    @overload
+    def complete(
+        self, prompt: Texts, *, n: int = ..., echo: bool = ..., **params: Unpack[SamplingOptions]
+    ) -> list[Completion]: ...
+
+    @overload
+    def complete(
+        self, prompt: str, *, n: int, echo: bool = ..., **params: Unpack[SamplingOptions]
+    ) -> Completion | list[Completion]: ...
+
+    @overload
     def complete(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Texts,
+        *,
+        n: int = ...,
+        echo: bool = ...,
+        stream: Literal[True],
+        **params: Unpack[SamplingOptions],
+    ) -> Stream: ...
+
+    @_with_sampling_params
+    def complete(
+        self,
+        prompt: str | Texts,
         *,
         n: int = 1,
         echo: bool = False,
         stream: bool = False,
-        **params: Any,
-    ) -> Any:
+        **params: Unpack[SamplingOptions],
+    ) -> Completion | list[Completion] | Stream:
         """Generate what follows a prompt.
 
         Args:
@@ -93,9 +138,7 @@ class LLM:
           n: completions of each prompt; completion j has `seed` + j.
           echo: begin each text with its prompt.
           stream: yield deltas as they are made.
-          params: those of `SamplingParams`, such as `max_tokens`, `temperature`, `top_k`, `top_p`,
-            `min_p`, `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `logit_bias`,
-            `stop`, `seed`, `logprobs`, `speculate` and `rng`. None stands for the default.
+          params: such as `max_tokens` and `temperature`; `SamplingParams` describes them all.
 
         Returns:
           A `Completion`; for a list of prompts, or `n` > 1, a list of them, prompt by prompt. With
@@ -112,6 +155,28 @@ class LLM:
         completions = collect(deltas, request)
         return completions[0] if isinstance(prompt, str) and n == 1 else completions
 
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Any],
+        *,
+        template: str = ...,
+        truncate: bool = ...,
+        **params: Unpack[SamplingOptions],
+    ) -> Completion: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Any],
+        *,
+        template: str = ...,
+        truncate: bool = ...,
+        stream: Literal[True],
+        **params: Unpack[SamplingOptions],
+    ) -> Stream: ...
+
+    @_with_sampling_params
     def chat(
         self,
         messages: Sequence[Any],
@@ -119,8 +184,8 @@ class LLM:
         template: str = "",
         truncate: bool = False,
         stream: bool = False,
-        **params: Any,
-    ) -> Any:
+        **params: Unpack[SamplingOptions],
+    ) -> Completion | Stream:
         """Generate the assistant's answer to a dialogue.
 
         The next call with a longer dialogue reads only what is new.
@@ -131,7 +196,7 @@ class LLM:
           truncate: leave out the oldest exchanges of a dialogue that outgrows the context, with a
             warning and their number in `Completion.dropped`; otherwise that is an error.
           stream: yield deltas as they are made.
-          params: those of `SamplingParams`.
+          params: as in `complete`.
 
         Returns:
           A `Completion`, or with `stream` an iterator of `Delta`.
@@ -142,6 +207,7 @@ class LLM:
             message, a checkpoint that was trained on no chat format, or a dialogue that leaves
             less than `max_tokens`, or a quarter of the context if that is less, for the answer.
         """
+        require("n" not in params, "a chat has one answer; leave n out, or use complete")
         chosen = resolve_template(template or self._template)
         sampling = SamplingParams.of(**params)
         room = self.context_length - min(sampling.max_tokens, self.context_length // 4)
@@ -163,7 +229,7 @@ class LLM:
 
     def request(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Texts,
         params: SamplingParams,
         *,
         n: int = 1,
@@ -179,11 +245,17 @@ class LLM:
             stop_ids=self._stop_ids,
         )
 
-    def generate(self, request: Request) -> Iterator[Delta]:
+    def generate(self, request: Request) -> Stream:
         """Return an iterator over the deltas of a request, with text; see `Engine.generate`."""
         return add_text(self.engine.generate(request), request, self.tokenizer)
 
-    def score(self, texts: str | Sequence[str]) -> Any:
+    @overload
+    def score(self, texts: str) -> Score: ...
+
+    @overload
+    def score(self, texts: Texts) -> list[Score]: ...
+
+    def score(self, texts: str | Texts) -> Score | list[Score]:
         """Return the log-probability of each token of a text: a `Score`, or a list for a list.
 
         Raises:
@@ -193,7 +265,7 @@ class LLM:
             scores = score_texts(self.engine.model, self.tokenizer, _texts("texts", texts))
         return scores[0] if isinstance(texts, str) else scores
 
-    def embed(self, texts: str | Sequence[str], normalize: bool = True) -> np.ndarray:
+    def embed(self, texts: str | Texts, normalize: bool = True) -> np.ndarray:
         """Return the mean hidden state of a text, float32 [D]; of a list of texts, [texts, D].
 
         `normalize` scales each to length 1, so that the dot product of two is their cosine.
@@ -207,7 +279,7 @@ class LLM:
         return vectors[0] if isinstance(texts, str) else vectors
 
 
-def _texts(name: str, texts: str | Sequence[str]) -> list[str]:
+def _texts(name: str, texts: str | Texts) -> list[str]:
     """Return the texts of an argument as a list."""
     listed = [texts] if isinstance(texts, str) else texts
     is_list = isinstance(listed, list | tuple) and all(isinstance(text, str) for text in listed)

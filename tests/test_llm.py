@@ -1,6 +1,7 @@
 """The library object: completions, chat, scores and embeddings of a small checkpoint."""
 
 import dataclasses
+import inspect
 import json
 import math
 import re
@@ -16,7 +17,7 @@ from tiny_weights import tiny_weights
 from llama_jax.errors import UsageError, UserError
 from llama_jax.formats import checkpoint as checkpoint_folder
 from llama_jax.inference.completions import Completion
-from llama_jax.inference.request import Delta
+from llama_jax.inference.request import Delta, SamplingParams
 from llama_jax.llm import LLM
 from llama_jax.text.chat import TruncationWarning
 from llama_jax.text.tokenizer import train_tokenizer
@@ -284,12 +285,24 @@ def test_a_stream_refuses_at_the_call(llm):
 def test_arguments_by_name(llm):
     nothing = dict.fromkeys(["stop", "logit_bias", "logprobs"])
     assert llm.complete("Tim", **GREEDY, **nothing) == llm.complete("Tim", **GREEDY)
-    with pytest.raises(TypeError, match=r"'temprature' is an .*; did you mean 'temperature'"):
+    with pytest.raises(UsageError, match=r"'temprature' is an .*; did you mean 'temperature'"):
         llm.complete("Tim", temprature=1)
-    with pytest.raises(TypeError, match=r"'top_q' is an unknown argument; did you mean 'top_[pk]'"):
+    with pytest.raises(UsageError, match=r"'top_q' is an unknown argument; did you mean 'top_[pk]"):
         llm.chat(DIALOGUE, top_q=1)
-    with pytest.raises(TypeError, match="'n' is an unknown argument"):
+    with pytest.raises(UsageError, match="a chat has one answer; leave n out, or use complete"):
         llm.chat(DIALOGUE, n=2)
+
+
+@pytest.mark.parametrize("method", [LLM.complete, LLM.chat])
+def test_signatures_show_the_sampling_parameters_with_their_defaults(method):
+    shown = inspect.signature(method).parameters
+    for name, parameter in inspect.signature(SamplingParams).parameters.items():
+        assert (shown[name].default, shown[name].kind) == (parameter.default, parameter.kind)
+    assert "params" not in shown
+
+
+def test_the_repr_says_what_is_loaded(folder, llm):
+    assert repr(llm) == f"LLM('{folder}': 2 layers of dim 24, float32, context 160)"
 
 
 def test_a_chat_takes_as_many_stops_as_a_completion(llm):

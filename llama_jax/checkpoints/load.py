@@ -21,8 +21,7 @@ from llama_jax.config import MeshConfig, ModelConfig, require
 from llama_jax.distributed.mesh import make_mesh, placed, shardings
 from llama_jax.errors import UsageError, UserError, warn, whole_number
 from llama_jax.model.parameters import abstract, count_parameters, named_leaves
-from llama_jax.model.transformer import Llama
-from llama_jax.model.unstacked import unstack
+from llama_jax.model.transformer import Llama, unstack
 from llama_jax.quantization import QuantizedMatrix, abstract_quantized, quantize, require_kind
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -63,7 +62,7 @@ DTYPES = ("", "float32", "bfloat16")
 class Loaded:
     """What a checkpoint folder holds."""
 
-    model: Llama  # blocks stacked, or a list if quantised; `model.unstacked.unstack` makes the list
+    model: Llama  # blocks stacked, or a list if quantised; `unstack` makes the list
     config: ModelConfig
     tokenizer: Tokenizer
     step: int

@@ -1,14 +1,16 @@
 """From deltas to text: decoding, stop strings, and the completions that a library call returns."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 
 from llama_jax.inference.request import Delta, Request, TokenLogprob
 from llama_jax.text.stop_strings import StopStrings
 from llama_jax.text.tokenizer import Tokenizer
 
 
-def add_text(deltas: Iterable[Delta], request: Request, tokenizer: Tokenizer) -> Iterator[Delta]:
+def add_text(
+    deltas: Iterable[Delta], request: Request, tokenizer: Tokenizer
+) -> Generator[Delta, None, None]:
     """Yield the deltas of a request with their text, up to each sequence's first stop string.
 
     A character is held back until it is complete, and text that may become a stop string until it
@@ -108,19 +110,17 @@ def collect(deltas: Iterable[Delta], request: Request) -> list[Completion]:
     gained: list[list[Delta]] = [[] for _ in request.prompts]
     for delta in deltas:
         gained[delta.index].append(delta)
-    return [
-        _completion(parts, len(prompt), request.logprobs is not None)
-        for parts, prompt in zip(gained, request.prompts)
-    ]
-
-
-def _completion(deltas: list[Delta], prompt_tokens: int, has_logprobs: bool) -> Completion:
-    ids = tuple(token for delta in deltas for token in delta.ids)
-    logprobs = tuple(each for delta in deltas for each in delta.logprobs)
-    return Completion(
-        text="".join(delta.text for delta in deltas),
-        token_ids=ids,
-        finish_reason=deltas[-1].finish_reason,
-        usage=Usage(prompt_tokens, len(ids)),
-        logprobs=logprobs if has_logprobs else None,
-    )
+    completions = []
+    for prompt, params, parts in zip(request.prompts, request.params, gained):
+        ids = tuple(token for part in parts for token in part.ids)
+        logprobs = tuple(each for part in parts for each in part.logprobs)
+        completions.append(
+            Completion(
+                text="".join(part.text for part in parts),
+                token_ids=ids,
+                finish_reason=parts[-1].finish_reason,
+                usage=Usage(len(prompt), len(ids)),
+                logprobs=None if params.logprobs is None else logprobs,
+            )
+        )
+    return completions

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.distributed.fsdp import lookup
-from llama_jax.distributed.mesh import constrain
+from llama_jax.distributed.mesh import constrain, shard_heads
 from llama_jax.inference.sampler import Sampler, TokenCounts, TopLogprobs, top_logprobs
+from llama_jax.kernels.attention import KERNELS, AttentionKernel
 from llama_jax.model.cache import KVCache
 from llama_jax.model.execution import Execution
 from llama_jax.model.transformer import ONE_DEVICE, Llama
@@ -24,8 +25,16 @@ NO_TOKEN = -1  # in place of a token, after the end of a sequence
 MAX_PREFILL_CHUNK = 512  # tokens of each prompt read at once; bounds the memory of a long prompt
 MIN_PREFILL_CHUNK = 16
 
-# How the programs of this file run on a mesh; a cache brings its own attention.
+# How programs run on a mesh, without gradients; a cache brings its own attention.
 ON_MESH = Execution(constrain=constrain, lookup=lookup)
+
+
+def attention_on_mesh(name: str) -> AttentionKernel:
+    """Return the attention kernel of a name, for whole sequences on a mesh or one device.
+
+    XLA partitions its own; of the others each device runs its shard of sequences and heads.
+    """
+    return KERNELS[name] if name == "xla" else shard_heads(KERNELS[name])
 
 
 # --- prefill ---

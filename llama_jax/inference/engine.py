@@ -76,7 +76,7 @@ class Engine:
             vocabulary.
         """
         self._check(request)
-        on_host = request.rng == "xorshift"
+        on_host = request.shared.rng == "xorshift"
         deltas = self._generate_on_host(request) if on_host else self._generate(request)
         return iterate_on_mesh(self.mesh, deltas) if self.mesh else deltas
 
@@ -94,21 +94,21 @@ class Engine:
                     raise UsageError(
                         f"logit_bias has the token id {token}; expected 0 to {vocab_size - 1}"
                     )
-        if (request.logprobs or 0) > vocab_size:
-            raise UsageError(
-                f"logprobs={request.logprobs} is out of range; expected 0 to {vocab_size}"
-            )
+        logprobs = request.shared.logprobs
+        if (logprobs or 0) > vocab_size:
+            raise UsageError(f"logprobs={logprobs} is out of range; expected 0 to {vocab_size}")
 
     def _generate(self, request: Request) -> Iterator[Delta]:
         """Prefill, then decode on the device until every sequence has ended."""
-        prompts, state, logits_BV = request.prompts, *self._prefill(request)
+        prompts, shared = request.prompts, request.shared
+        state, logits_BV = self._prefill(request)
         sampler = Sampler.of(request.params)
         stops_S = np.asarray([*request.stop_ids, NO_TOKEN], np.int32)
         if sampler.needs_counts:
             counts = TokenCounts.of(prompts, self.model.config.vocab_size)
             state = dataclasses.replace(state, counts=counts)
-        state, tokens = sample_first_token(state, logits_BV, sampler, stops_S, request.logprobs)
-        history_BS = _history(prompts, tokens, state.cache.slots) if request.speculate else None
+        state, tokens = sample_first_token(state, logits_BV, sampler, stops_S, shared.logprobs)
+        history_BS = _history(prompts, tokens, state.cache.slots) if shared.speculate else None
         generated: list[list[int]] = [[] for _ in prompts]
         running = set(range(len(prompts)))
         try:
@@ -123,7 +123,7 @@ class Engine:
                     return
                 if history_BS is None:
                     state, tokens = decode(
-                        self.model, state, sampler, stops_S, request.logprobs, self._execution
+                        self.model, state, sampler, stops_S, shared.logprobs, self._execution
                     )
                 else:
                     state, history_BS, new_BW = decode_speculating(
@@ -161,7 +161,7 @@ class Engine:
         limits = [min(n + each.max_tokens, context) for n, each in zip(lengths, request.params)]
         start, cache = self._take_kept_cache(prompts)
         # A pass of speculation writes its guesses before it is known how many of them stay.
-        tokens = max(limits) + (NUM_GUESSES + 1) * request.speculate
+        tokens = max(limits) + (NUM_GUESSES + 1) * request.shared.speculate
         slots = cache_slots(max(tokens, start + sum(prefill_chunks(max(lengths) - start))))
         if cache is None:
             cache = KVCache.empty(self.model.config, len(prompts), slots, self.cache_dtype)
@@ -189,8 +189,9 @@ class Engine:
             kept, self._kept = self._kept, None
         if kept is None or len(prompts) > 1:
             return 0, None
-        ids, cache = kept
-        start = _common_prefix(ids, prompts[0])
+        (ids, cache), [prompt] = kept, prompts
+        most = min(len(ids), len(prompt) - 1)  # the last token is read again, for its logits
+        start = next((i for i in range(most) if ids[i] != prompt[i]), most)
         return (start, cache) if start else (0, None)
 
 
@@ -205,12 +206,6 @@ def _shard(cache: KVCache, mesh: Mesh) -> KVCache:
         return jax.device_put(array, NamedSharding(mesh, spec))
 
     return dataclasses.replace(cache, layers=jax.tree.map(shard, cache.layers))
-
-
-def _common_prefix(kept: Sequence[int], prompt: Sequence[int]) -> int:
-    """Return the length of the common prefix, at most all but the last token of the prompt."""
-    most = min(len(kept), len(prompt) - 1)
-    return next((i for i in range(most) if kept[i] != prompt[i]), most)
 
 
 def _history(prompts: Sequence[Sequence[int]], tokens: Tokens, slots: int) -> jax.Array:

@@ -7,7 +7,7 @@ imports JAX, so that a command line can check its flags before anything is loade
 import dataclasses
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from llama_jax.errors import UsageError, did_you_mean, finite_number, whole_number
 from llama_jax.text.stop_strings import parse_stops
@@ -18,6 +18,25 @@ MAX_STOPS = 32  # stop strings per completion; a chat format adds its own
 MAX_COMPLETIONS = 10_000  # per prompt; they are generated in one batch
 MAX_TOKEN_ID = 2**31 - 1  # int32
 MIN_TEMPERATURE = 2.0**-126  # the smallest normal float32; a lower temperature is 0
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Keyword arguments that become `SamplingParams`, for type checkers and editors."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float] | None
+    seed: int
+    rng: str
+    max_tokens: int
+    stop: str | Sequence[str] | None
+    logprobs: int | None
+    speculate: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,25 +101,25 @@ class SamplingParams:
             self._check_xorshift()
         else:
             integer("seed", lambda s: 0 <= s < 2**32, f"0 to {2**32 - 1}")
-        if self.speculate and not self._is_plain_greedy():
+        is_plain = not (self.has_penalties or self.logit_bias) and self.logprobs is None
+        if self.speculate and not (self.is_greedy and is_plain):
             raise UsageError(
                 "speculate=True guesses the most likely token; use it with temperature=0 and"
                 " without penalties, logit_bias and logprobs"
             )
 
     @classmethod
-    def of(cls, **named: Any) -> "SamplingParams":
+    def of(cls, **named: Unpack[SamplingOptions]) -> "SamplingParams":
         """Return parameters from keyword arguments of a call; None stands for the default.
 
         Raises:
-          TypeError: for an unknown name.
-          UsageError: as the class does.
+          UsageError: for an unknown name, and as the class does.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        for name in named:
-            if name not in known:
-                raise TypeError(f"{name!r} is an unknown argument{did_you_mean(name, known)}")
-        return cls(**{name: value for name, value in named.items() if value is not None})
+        for name in named.keys() - SamplingOptions.__annotations__.keys():
+            hint = did_you_mean(name, SamplingOptions.__annotations__)
+            raise UsageError(f"{name!r} is an unknown argument{hint}")
+        given: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
+        return cls(**given)
 
     @property
     def is_greedy(self) -> bool:
@@ -111,10 +130,6 @@ class SamplingParams:
     def has_penalties(self) -> bool:
         """Whether tokens that occurred already are treated differently."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
-
-    def with_seed(self, seed: int) -> "SamplingParams":
-        """Return the same parameters with another seed."""
-        return self if seed == self.seed else dataclasses.replace(self, seed=seed)
 
     def _check_number(self, name: str, accepts: Any, expected: str) -> None:
         finite_number(name, getattr(self, name), accepts, expected)
@@ -133,10 +148,6 @@ class SamplingParams:
                     f"{field.name}={value!r} does not go with rng='xorshift', which supports only"
                     " temperature, top_p, seed, max_tokens and stop; leave one of them out"
                 )
-
-    def _is_plain_greedy(self) -> bool:
-        plain = not (self.has_penalties or self.logit_bias)
-        return self.is_greedy and plain and self.logprobs is None
 
 
 def _check_bias(logit_bias: Any) -> None:
@@ -185,7 +196,7 @@ class Request:
             if len(values) > 1:
                 found = ", ".join(sorted(map(repr, values)))
                 raise UsageError(f"{name} differs within a request: {found}; use one value")
-        if self.rng == "xorshift" and len(self.params) > 1:
+        if self.shared.rng == "xorshift" and len(self.params) > 1:
             raise UsageError(
                 f"rng='xorshift' generates one sequence at a time, not {len(self.params)}"
             )
@@ -212,27 +223,18 @@ class Request:
         if params.rng == "jax":
             expected = f"0 to {2**32 - n}"
             whole_number("seed", params.seed, lambda seed: seed <= 2**32 - n, expected)
+        with_next_seeds = [dataclasses.replace(params, seed=params.seed + j) for j in range(1, n)]
         return cls(
             prompts=[ids for ids in prompts for _ in range(n)],
-            params=[params.with_seed(params.seed + j) for j in range(n)] * len(prompts),
+            params=[params, *with_next_seeds] * len(prompts),
             echo=[text for text in echo for _ in range(n)],
             **others,
         )
 
     @property
-    def rng(self) -> str:
-        """The random number generator of all sequences."""
-        return self.params[0].rng
-
-    @property
-    def logprobs(self) -> int | None:
-        """How many top tokens are reported beside each token; None: no log-probabilities."""
-        return self.params[0].logprobs
-
-    @property
-    def speculate(self) -> bool:
-        """Whether to guess ahead."""
-        return self.params[0].speculate
+    def shared(self) -> SamplingParams:
+        """The parameters of any sequence, for those in which all agree."""
+        return self.params[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.distributed.mesh import shard_heads
 from llama_jax.errors import UserError
-from llama_jax.inference.decode import ON_MESH, pad_sequences, prefill_chunks
-from llama_jax.kernels.attention import KERNELS, choose_kernel
+from llama_jax.inference.decode import ON_MESH, attention_on_mesh, pad_sequences, prefill_chunks
+from llama_jax.kernels.attention import choose_kernel
 from llama_jax.model.execution import Execution
 from llama_jax.model.transformer import Llama
 from llama_jax.text.tokenizer import Tokenizer
@@ -24,12 +23,9 @@ LOGITS_CHUNK = 64  # positions per sequence whose logits exist at once
 
 def full_sequence_execution(model: Llama) -> Execution:
     """Return how a pass without a cache runs here, with the device's fastest attention kernel."""
-    config = model.config
-    kernel = choose_kernel(
-        "auto", jax.local_devices()[0], head_dim=config.head_size, dtype=config.compute_dtype
-    )
-    attention = KERNELS[kernel] if kernel == "xla" else shard_heads(KERNELS[kernel])
-    return dataclasses.replace(ON_MESH, attention=attention)
+    head_dim, dtype = model.config.head_size, model.config.compute_dtype
+    kernel = choose_kernel("auto", jax.local_devices()[0], head_dim=head_dim, dtype=dtype)
+    return dataclasses.replace(ON_MESH, attention=attention_on_mesh(kernel))
 
 
 @partial(jax.jit, static_argnames="chunk")
@@ -93,15 +89,14 @@ def score_texts(model: Llama, tokenizer: Tokenizer, texts: Sequence[str]) -> lis
     scores: dict[int, Score] = {}
     for batch in batches(model, tokenizer, texts):
         logprobs_BT = np.asarray(token_logprobs(model, batch.tokens_BT), np.float64)
-        for row, (place, length) in enumerate(zip(batch.places, batch.lengths)):
-            ids = batch.tokens_BT[row, :length].tolist()
-            scores[place] = _score(ids, logprobs_BT[row, : length - 1])
+        for place, ids_T, length, row_T in zip(
+            batch.places, batch.tokens_BT, batch.length_B, logprobs_BT
+        ):
+            logprobs_T = row_T[: length - 1]
+            total, mean = float(logprobs_T.sum()), logprobs_T.mean() if length > 1 else 0.0
+            ids, logprobs = tuple(ids_T[:length].tolist()), tuple(logprobs_T.tolist())
+            scores[place] = Score(ids, logprobs, total, math.exp(-mean))
     return [scores[place] for place in range(len(texts))]
-
-
-def _score(ids: list[int], logprobs: np.ndarray) -> Score:
-    mean = float(logprobs.mean()) if logprobs.size else 0.0
-    return Score(tuple(ids), tuple(logprobs.tolist()), float(logprobs.sum()), math.exp(-mean))
 
 
 def embed_texts(
@@ -114,24 +109,18 @@ def embed_texts(
     """
     vectors_ND = np.zeros((len(texts), model.config.dim), np.float32)
     for batch in batches(model, tokenizer, texts):
-        vectors_BD = np.asarray(embeddings(model, batch.tokens_BT, batch.length_B, normalize))
-        vectors_ND[batch.places] = vectors_BD[: len(batch.places)]
+        vectors_BD = embeddings(model, batch.tokens_BT, batch.length_B, normalize)
+        vectors_ND[batch.places] = np.asarray(vectors_BD)[: len(batch.places)]
     return vectors_ND
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Texts that are read together."""
+    """Texts that are read together, padded, with filler sequences after them."""
 
     places: list[int]  # in the list of texts
-    lengths: list[int]  # ids of each
-    tokens_BT: np.ndarray  # padded, with filler sequences after those of the texts
-
-    @property
-    def length_B(self) -> np.ndarray:
-        """Ids of each sequence; 1 for filler, since a mean over none would be NaN."""
-        filler = len(self.tokens_BT) - len(self.lengths)
-        return np.asarray(self.lengths + [1] * filler, np.int32)
+    tokens_BT: np.ndarray
+    length_B: np.ndarray  # ids; 1 for filler, since a mean over none would be NaN
 
 
 def batches(model: Llama, tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[Batch]:
@@ -154,6 +143,6 @@ def batches(model: Llama, tokenizer: Tokenizer, texts: Sequence[str]) -> Iterato
         for start in range(0, len(similar), MAX_BATCH):
             places = similar[start : start + MAX_BATCH]
             batch = [rows[place] for place in places]
-            filler = 2 ** (len(batch) - 1).bit_length() - len(batch)
-            tokens_BT = pad_sequences(batch + [[]] * filler, width)
-            yield Batch(places, [len(ids) for ids in batch], tokens_BT)
+            batch += [[]] * (2 ** (len(batch) - 1).bit_length() - len(batch))
+            length_B = np.asarray([max(len(ids), 1) for ids in batch], np.int32)
+            yield Batch(places, pad_sequences(batch, width), length_B)

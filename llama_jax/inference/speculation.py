@@ -90,46 +90,27 @@ def _guess_and_check(
     logits_BTV, cache = model(read_BT, state.cache, execution=execution)
     assert cache is not None
     chosen_BT = most_likely(logits_BTV)
+    T = chosen_BT.shape[1]
+    # Kept: the correct guesses and one token more, which the model chose by itself, but nothing
+    # after a stop token or beyond the limit.
     room_B = jnp.where(state.done_B, 0, state.limit_B - length_B - 1)
-    correct_B = _correct_guesses(guess_BG, chosen_BT)
-    to_stop_B = _through_first_stop(chosen_BT, stops_S)
-    # After the correct guesses comes one token more, which the model chose by itself.
-    kept_B = jnp.minimum(jnp.minimum(1 + correct_B, to_stop_B), room_B)
-    cache = dataclasses.replace(cache, length_B=length_B + kept_B)
-    state = dataclasses.replace(state, cache=cache)
-    return _with_tokens(progress._replace(state=state), chosen_BT, kept_B, to_stop_B <= kept_B)
-
-
-def _correct_guesses(guess_BG: jax.Array, chosen_BT: jax.Array) -> jax.Array:
-    """Return how many guesses the model would have chosen, up to the first that it would not."""
-    return jnp.cumprod(guess_BG == chosen_BT[:, :-1], axis=1, dtype=jnp.int32).sum(axis=1)
-
-
-def _through_first_stop(chosen_BT: jax.Array, stops_S: jax.Array) -> jax.Array:
-    """Return the tokens up to and with the first stop token; more than there are without one."""
+    correct_BG = jnp.cumprod(guess_BG == chosen_BT[:, :-1], axis=1, dtype=jnp.int32)
     is_stop_BT = (chosen_BT[:, :, None] == stops_S[None, None]).any(axis=-1)
-    most = chosen_BT.shape[1] + 1
-    return jnp.where(is_stop_BT.any(axis=1), 1 + is_stop_BT.argmax(axis=1), most)
+    to_stop_B = jnp.where(is_stop_BT.any(axis=1), 1 + is_stop_BT.argmax(axis=1), T + 1)
+    kept_B = jnp.minimum(jnp.minimum(1 + correct_BG.sum(axis=1), to_stop_B), room_B)
+    stops_B = to_stop_B <= kept_B
 
-
-def _with_tokens(
-    progress: Progress, chosen_BT: jax.Array, kept_B: jax.Array, stops_B: jax.Array
-) -> Progress:
-    """Return the progress with the first `kept_B` tokens of each sequence added.
-
-    The cache's length includes them already.
-
-    Args:
-      stops_B: sequences of which the last kept token is a stop token.
-    """
-    state = progress.state
-    is_new_BT = jnp.arange(chosen_BT.shape[1])[None] < (kept_B - stops_B)[:, None]
+    is_new_BT = jnp.arange(T)[None] < (kept_B - stops_B)[:, None]
     new_BW = _write(progress.new_BW, jnp.where(is_new_BT, chosen_BT, NO_TOKEN), progress.count_B)
     # What lies beyond the kept tokens is not known yet, and overwritten by the next pass.
-    history_BS = _write(progress.history_BS, chosen_BT, state.cache.length_B - kept_B + 1)
+    history_BS = _write(progress.history_BS, chosen_BT, length_B + 1)
     last_B1 = jnp.take_along_axis(chosen_BT, jnp.maximum(kept_B - 1, 0)[:, None], axis=1)
-    token_B = jnp.where(kept_B > 0, last_B1[:, 0], state.token_B)
-    state = dataclasses.replace(state, token_B=token_B, stopped_B=state.stopped_B | stops_B)
+    state = dataclasses.replace(
+        state,
+        cache=dataclasses.replace(cache, length_B=length_B + kept_B),
+        token_B=jnp.where(kept_B > 0, last_B1[:, 0], state.token_B),
+        stopped_B=state.stopped_B | stops_B,
+    )
     return Progress(state, history_BS, new_BW, progress.count_B + kept_B)
 
 

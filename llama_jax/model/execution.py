@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from llama_jax.kernels.attention import AttentionKernel, xla_attention
 
-QKV = ("queries", "keys", "values")  # names that `model.attention` gives by `checkpoint_name`
+QKV = ("queries", "keys", "values")  # names that `model.transformer` gives by `checkpoint_name`
 HOST_MEMORY = "pinned_host"  # the kind of host memory that a device reads and writes by itself
 
 

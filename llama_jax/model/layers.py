@@ -51,6 +51,26 @@ class Linear(nnx.Module):
         return (x.reshape(-1, kernel.shape[0]) @ kernel).reshape(rows + self.outputs)
 
 
+class OutputsFirstLinear(nnx.Module):
+    """A `Linear` whose kernel is stored outputs first, which decoding on CPU reads faster.
+
+    A row times such a matrix is one dot product per output, each over adjacent numbers.
+    """
+
+    def __init__(self, linear: Linear):
+        self.inputs, self.outputs = linear.inputs, linear.outputs
+        split, axes = len(self.inputs), linear.kernel.axes
+        kernel_OI = linear.kernel[...].reshape(math.prod(self.inputs), -1).T
+        shape = self.outputs + self.inputs
+        self.kernel = nnx.Param(kernel_OI.reshape(shape), axes=axes[split:] + axes[:split])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel_OI = self.kernel[...].astype(x.dtype).reshape(-1, math.prod(self.inputs))
+        rows = x.shape[: x.ndim - len(self.inputs)]
+        x_RI = x.reshape(-1, kernel_OI.shape[1])
+        return times_transposed(x_RI, kernel_OI, x.dtype).reshape(rows + self.outputs)
+
+
 class Table(Protocol):
     """An embedding table [V, D] that is no plain parameter, such as a quantised one."""
 

@@ -2,30 +2,98 @@
 
 One model, two layouts of its blocks. For training and on disk they are one `Block` whose arrays
 have a leading layer dim, run by `lax.scan`: constant compile time. For decoding they are a list of
-blocks, made once by `model.unstacked.unstack`, each layer with its own cache: the cache never goes
-through a scan.
+blocks, made once by `unstack`, each layer with its own cache: the cache never goes through a scan.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax.config import ModelConfig
-from llama_jax.model.attention import (
-    Attention,
-    AttentionFunction,
-    Cache,
-    update_cache_and_attend,
-)
-from llama_jax.model.cache import KVCache
+from llama_jax.kernels.attention import attend, causal_mask
+from llama_jax.kernels.matmul import prefers_outputs_first
+from llama_jax.model.cache import Int8LayerCache, KVCache, LayerCache
 from llama_jax.model.execution import Execution
-from llama_jax.model.layers import Linear, RMSNorm, dropout, embed, parameter, unembed
-from llama_jax.model.positions import positions_within, rotary_embedding
+from llama_jax.model.layers import (
+    Linear,
+    OutputsFirstLinear,
+    RMSNorm,
+    dropout,
+    embed,
+    parameter,
+    unembed,
+)
+from llama_jax.model.positions import positions_within, rotary_embedding, rotate
 
 ONE_DEVICE = Execution()
+
+Cache = LayerCache | Int8LayerCache | None
+# (q_BTNH, k_BTKH, v_BTKH, the layer's cache or None, dropout key or None) -> (the mixed values
+# [B, T, N, H], the updated cache). `Llama.hidden` makes one that all blocks share.
+AttentionFunction = Callable[
+    [jax.Array, jax.Array, jax.Array, Cache, jax.Array | None], tuple[jax.Array, Cache]
+]
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention (Ainslie et al. 2023): N query heads share K of keys and values."""
+
+    def __init__(self, config: ModelConfig, *, std: float, residual_std: float, rngs: nnx.Rngs):
+        D, N, K, H = config.dim, config.num_heads, config.num_kv_heads, config.head_size
+        queries, keys = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
+        self.wq = Linear((D,), (N, H), queries, std=std, rngs=rngs)
+        self.wk = Linear((D,), (K, H), keys, std=std, rngs=rngs)
+        self.wv = Linear((D,), (K, H), keys, std=std, rngs=rngs)
+        self.wo = Linear((N, H), (D,), ("heads", "head_dim", "embed"), std=residual_std, rngs=rngs)
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        rotary: tuple[jax.Array, jax.Array],
+        attention: AttentionFunction,
+        cache: Cache = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache]:
+        """The output [B, T, D], and the cache with T more slots filled if one came in."""
+        # The names are what rematerialisation policies keep; see `model.execution`.
+        q_BTNH = checkpoint_name(rotate(self.wq(x_BTD), *rotary), "queries")
+        k_BTKH = checkpoint_name(rotate(self.wk(x_BTD), *rotary), "keys")
+        v_BTKH = checkpoint_name(self.wv(x_BTD), "values")
+        mixed_BTNH, cache = attention(q_BTNH, k_BTKH, v_BTKH, cache, dropout_key)
+        return self.wo(mixed_BTNH), cache
+
+
+def update_cache_and_attend(cache: KVCache, positions_BT: jax.Array) -> AttentionFunction:
+    """Attention over a cache, after writing the new keys and values behind those it holds."""
+    mask_BTS, start_B = causal_mask(positions_BT, cache.slots), cache.length_B
+
+    def attention(q_BTNH, k_BTKH, v_BTKH, layer, _key):  # type: ignore[no-untyped-def]
+        layer = layer.write(k_BTKH, v_BTKH, start_B)
+        return attend(q_BTNH, layer.keys_RSH, layer.values_RSH, mask_BTS), layer
+
+    return attention
+
+
+def attend_within(
+    segments_BT: jax.Array | None, rate: float, execution: Execution
+) -> AttentionFunction:
+    """Attention among the tokens themselves, with a fraction `rate` of the weights dropped."""
+
+    def attention(q_BTNH, k_BTKH, v_BTKH, _cache, key):  # type: ignore[no-untyped-def]
+        arrays = (q_BTNH, k_BTKH, v_BTKH, segments_BT)
+        if key is None or not rate:
+            return execution.attention(*arrays), None
+        ids = execution.example_ids
+        drop = partial(dropout, rate=rate, key=key, example_ids=ids, batch_dim=1)
+        return execution.attention(*arrays, drop), None
+
+    return attention
 
 
 class FeedForward(nnx.Module):
@@ -124,18 +192,21 @@ class Llama(nnx.Module):
         else:
             if segments_BT is not None:
                 positions_BT = positions_within(segments_BT)
-            attention = self._attention_within(segments_BT, execution)
+            attention = attend_within(segments_BT, config.dropout, execution)
         rotary = rotary_embedding(
             positions_BT, config.head_size, config.rope_theta, config.rope_scaling
         )
-        embedding_key, layer_keys = _split_keys(dropout_key, config.num_layers)
+        embedding_key = layer_keys = None
+        if dropout_key is not None:
+            embedding_key, blocks_key = jax.random.split(dropout_key)
+            layer_keys = jax.random.split(blocks_key, config.num_layers)
 
         dtype = jnp.dtype(config.compute_dtype)
         x_BTD = embed(self.embedding, tokens_BT, dtype, execution.lookup)
         x_BTD = dropout(x_BTD, config.dropout, embedding_key, execution.example_ids)
         x_BTD = execution.constrain(x_BTD, "batch", "length", "residual")
         if isinstance(self.blocks, Block):
-            assert cache is None, "a cache needs an unstacked model; see `model.unstacked.unstack`"
+            assert cache is None, "a cache needs an unstacked model; see `unstack`"
             x_BTD = _scan(self.blocks, x_BTD, rotary, attention, layer_keys, execution)
         else:
             layers = []
@@ -147,23 +218,6 @@ class Llama(nnx.Module):
             if cache is not None:
                 cache = KVCache(tuple(layers), cache.length_B + T)
         return execution.gathered(self.norm, x_BTD.dtype)(x_BTD), cache
-
-    def _attention_within(
-        self, segments_BT: jax.Array | None, execution: Execution
-    ) -> AttentionFunction:
-        """Attention among the tokens themselves, without a cache."""
-        rate = self.config.dropout
-
-        def attention(q_BTNH, k_BTKH, v_BTKH, _cache, key):  # type: ignore[no-untyped-def]
-            arrays = (q_BTNH, k_BTKH, v_BTKH, segments_BT)
-            if key is None or not rate:
-                return execution.attention(*arrays), None
-            drop = partial(
-                dropout, rate=rate, key=key, example_ids=execution.example_ids, batch_dim=1
-            )
-            return execution.attention(*arrays, drop), None
-
-        return attention
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits [B, T, V] of hidden states."""
@@ -183,16 +237,6 @@ class Llama(nnx.Module):
         return self.logits(x_BTD), cache
 
 
-def _split_keys(
-    key: jax.Array | None, num_layers: int
-) -> tuple[jax.Array | None, jax.Array | None]:
-    """A key for the embedding and one for each layer, or None for both."""
-    if key is None:
-        return None, None
-    embedding_key, blocks_key = jax.random.split(key)
-    return embedding_key, jax.random.split(blocks_key, num_layers)
-
-
 def _scan(
     blocks: Block,
     x_BTD: jax.Array,
@@ -210,3 +254,29 @@ def _scan(
 
     step = execution.rematerialized(step)
     return jax.lax.scan(step, x_BTD, (blocks, keys_L), unroll=execution.unroll)[0]
+
+
+# --- the layout for decoding ---
+
+
+def unstack(model: Llama) -> Llama:
+    """The model with its blocks as a list, the layout that decodes fast; arrays are shared."""
+    if not isinstance(model.blocks, Block):
+        return model
+    layers = []
+    for index in range(model.config.num_layers):
+        block = jax.tree.map(lambda array, i=index: array[i], model.blocks)
+        if prefers_outputs_first():
+            replace_linears(block, lambda _, layer: OutputsFirstLinear(layer))
+        layers.append(block)
+    unstacked = jax.tree.map(lambda leaf: leaf, model)  # a shallow copy
+    unstacked.blocks = nnx.List(layers)
+    return unstacked
+
+
+def replace_linears(block: Block, make: Callable[[str, Any], nnx.Module]) -> None:
+    """Replace each linear layer of a block by `make(its name, itself)`."""
+    for part in (block.attention, block.ffn):
+        for name, layer in vars(part).items():
+            if isinstance(layer, Linear | OutputsFirstLinear):
+                setattr(part, name, make(name, layer))

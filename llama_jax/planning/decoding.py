@@ -22,8 +22,7 @@ from llama_jax.inference.sampler import Sampler
 from llama_jax.kernels.splash import LANES
 from llama_jax.model.cache import KVCache
 from llama_jax.model.parameters import abstract, matmul_parameters
-from llama_jax.model.transformer import Llama
-from llama_jax.model.unstacked import unstack
+from llama_jax.model.transformer import Llama, unstack
 from llama_jax.planning.compile import Compiled, compile_program, target_mesh
 from llama_jax.planning.memory import FLOAT32, abstract_mesh, device_bytes, model_shard
 from llama_jax.planning.speed import Speed

@@ -13,10 +13,9 @@ from flax import nnx
 
 from llama_jax.config import Choice, ModelConfig, require
 from llama_jax.kernels.int4 import BLOCK
-from llama_jax.model.layers import Linear
+from llama_jax.model.layers import Linear, OutputsFirstLinear
 from llama_jax.model.parameters import count_parameters, matrices
-from llama_jax.model.transformer import Block, Llama
-from llama_jax.model.unstacked import OutputsFirstLinear, replace_linears
+from llama_jax.model.transformer import Block, Llama, replace_linears
 from llama_jax.quantization.modules import QuantizedLinear, QuantizedTable
 
 KINDS = ("int8", "int4")

@@ -33,11 +33,11 @@ from llama_jax.distributed.mesh import (
     batch_sharding,
     constrain,
     constrain_sequence,
-    shard_heads,
     shardings,
 )
 from llama_jax.errors import UsageError
-from llama_jax.kernels.attention import KERNELS, choose_kernel
+from llama_jax.inference.decode import attention_on_mesh
+from llama_jax.kernels.attention import choose_kernel
 from llama_jax.model.execution import HOST_MEMORY, Execution
 from llama_jax.model.transformer import Llama
 from llama_jax.training.loss import summed_loss
@@ -148,7 +148,7 @@ def make_execution(config: Config, mesh: Mesh | None = None, *, training: bool =
         _require_host_memory()
     kernel = attention_kernel(config, device, training=training)
     return Execution(
-        attention=KERNELS[kernel] if kernel == "xla" else shard_heads(KERNELS[kernel]),
+        attention=attention_on_mesh(kernel),
         remat=remat,
         # Recomputed blocks stay rolled up: unrolled, all of them would be in memory together.
         unroll=UNROLLED_ON_CPU if device.platform == "cpu" and remat == "none" else 1,

@@ -10,7 +10,7 @@ from llama_jax.data.loader import load_validation_batches
 from llama_jax.inference.completions import add_text, stop_ids
 from llama_jax.inference.engine import Engine
 from llama_jax.inference.request import Request, SamplingParams
-from llama_jax.model.unstacked import unstack
+from llama_jax.model.transformer import unstack
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.training.session import Session
 from llama_jax.training.step import TrainState

@@ -27,8 +27,7 @@ from llama_jax.inference.request import Request, SamplingParams
 from llama_jax.inference.sampler import Sampler
 from llama_jax.inference.speculation import NUM_GUESSES, guess_tokens
 from llama_jax.model.cache import KVCache
-from llama_jax.model.transformer import Llama
-from llama_jax.model.unstacked import unstack
+from llama_jax.model.transformer import Llama, unstack
 
 CONTEXT = TINY["context_length"]
 GREEDY = {"temperature": 0}

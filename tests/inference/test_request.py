@@ -1,10 +1,12 @@
 """SamplingParams and Request: values in range, and none that exclude each other."""
 
+from typing import get_type_hints
+
 import numpy as np
 import pytest
 
 from llama_jax.errors import UsageError
-from llama_jax.inference.request import Request, SamplingParams
+from llama_jax.inference.request import Request, SamplingOptions, SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -103,8 +105,15 @@ def test_keyword_arguments_of_a_call():
     nothing = dict.fromkeys(["stop", "logit_bias", "seed", "temperature"])
     assert SamplingParams.of(**nothing, top_k=3) == SamplingParams(top_k=3)
     assert SamplingParams.of(stop="a").stop == ("a",)
-    with pytest.raises(TypeError, match=r"'top_q' is an unknown argument; did you mean 'top_[pk]'"):
+    with pytest.raises(UsageError, match="'top_q' is an unknown argument; did you mean 'top_"):
         SamplingParams.of(top_q=1)
+
+
+def test_keyword_arguments_have_the_types_of_the_fields():
+    options, fields = get_type_hints(SamplingOptions), get_type_hints(SamplingParams)
+    assert options.keys() == fields.keys()
+    for name, field in fields.items():
+        assert options[name] in (field, field | None)
 
 
 def test_completions_of_a_prompt_have_consecutive_seeds():

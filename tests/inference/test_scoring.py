@@ -13,7 +13,7 @@ from llama_jax.inference.scoring import (
     score_texts,
     token_logprobs,
 )
-from llama_jax.model.unstacked import unstack
+from llama_jax.model.transformer import unstack
 from llama_jax.text.tokenizer import train_tokenizer
 
 B, T = 5, 23

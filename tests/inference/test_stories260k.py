@@ -8,7 +8,7 @@ from tiny_weights import built
 from llama_jax.formats.llama2c import model as llama2c
 from llama_jax.inference.engine import Engine
 from llama_jax.inference.request import Request, SamplingParams
-from llama_jax.model.unstacked import unstack
+from llama_jax.model.transformer import unstack
 from llama_jax.text.tokenizer import Tokenizer
 
 LILY = (

@@ -19,7 +19,7 @@ from llama_jax.inference.xorshift import (
 )
 from llama_jax.model.cache import KVCache
 from llama_jax.model.parameters import abstract, named_leaves
-from llama_jax.model.unstacked import unstack
+from llama_jax.model.transformer import unstack
 from llama_jax.text.tokenizer import Tokenizer
 
 # What `run` of llama2.c prints, compiled by gcc with -O3 or -Ofast, for (-t, -p, -s) and steps.

@@ -11,10 +11,10 @@ from tiny_model import plain
 
 from llama_jax.config import RopeScaling
 from llama_jax.kernels.attention import KERNELS, attend, causal_mask, merge_heads_and_batch
-from llama_jax.model.attention import update_cache_and_attend
 from llama_jax.model.cache import KVCache, LayerCache
 from llama_jax.model.layers import dropout
 from llama_jax.model.positions import rotary_embedding
+from llama_jax.model.transformer import update_cache_and_attend
 
 B, T, D, N, H = 5, 7, 24, 6, 4
 

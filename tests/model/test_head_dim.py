@@ -16,7 +16,7 @@ from llama_jax.formats.huggingface import model as huggingface
 from llama_jax.formats.llama2c import model as llama2c
 from llama_jax.formats.meta import model as meta
 from llama_jax.model.cache import KVCache
-from llama_jax.model.unstacked import unstack
+from llama_jax.model.transformer import unstack
 
 TOKENS_BT = np.random.default_rng(0).integers(0, 53, (2, 7))
 

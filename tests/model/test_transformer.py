@@ -18,8 +18,7 @@ from llama_jax.model import transformer as model
 from llama_jax.model.cache import KVCache
 from llama_jax.model.execution import Execution
 from llama_jax.model.parameters import abstract, count_parameters
-from llama_jax.model.transformer import Llama
-from llama_jax.model.unstacked import unstack
+from llama_jax.model.transformer import Llama, unstack
 from llama_jax.training.loss import summed_nll
 
 B, T, S, V, L = 5, 7, 12, 53, 3
@@ -237,10 +236,16 @@ def test_without_a_key_nothing_is_random():
         assert ("random_bits" in traced) == is_random
 
 
-def test_layers_do_not_share_dropout():
-    embedding_key, keys_L = model._split_keys(jax.random.key(0), L)
-    data = [jax.random.key_data(key).tolist() for key in (embedding_key, *keys_L)]
-    assert len(set(map(tuple, data))) == L + 1
+def test_layers_draw_different_dropout():
+    masks = []
+
+    def attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, drop):
+        masks.append(np.asarray(drop(jnp.ones((1, B, 16, 8)))).tobytes())
+        return q_BTNH
+
+    model = unstack(make_model(dropout=0.5))
+    model.hidden(TOKENS_BT, dropout_key=jax.random.key(0), execution=Execution(attention=attention))
+    assert len(masks) == len(set(masks)) == L
 
 
 # Shapes and beginnings.

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from llama_jax.model.layers import Linear
-from llama_jax.model.unstacked import OutputsFirstLinear, unstack
+from llama_jax.model.layers import Linear, OutputsFirstLinear
+from llama_jax.model.transformer import unstack
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 

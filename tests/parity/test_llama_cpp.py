@@ -18,7 +18,7 @@ from llama_jax.formats.weights import of_layer
 from llama_jax.inference.engine import Engine
 from llama_jax.inference.request import Request, SamplingParams
 from llama_jax.model.parameters import abstract, named_leaves
-from llama_jax.model.unstacked import unstack
+from llama_jax.model.transformer import unstack
 from llama_jax.text.tokenizer import Tokenizer
 
 llama_cpp = pytest.importorskip("llama_cpp")

@@ -20,9 +20,9 @@ from llama_jax.inference.engine import Engine
 from llama_jax.inference.request import Request, SamplingParams
 from llama_jax.inference.scoring import token_logprobs
 from llama_jax.kernels.int4 import floats
-from llama_jax.model.layers import Linear
+from llama_jax.model.layers import Linear, OutputsFirstLinear
 from llama_jax.model.parameters import named_leaves
-from llama_jax.model.unstacked import OutputsFirstLinear, unstack
+from llama_jax.model.transformer import unstack
 from llama_jax.quantization import QuantizationConfig, abstract_quantized, model_nbytes, quantize
 from llama_jax.quantization.modules import QuantizedLinear, QuantizedMatrix
 from llama_jax.quantization.rounding import to_int4, to_int8
