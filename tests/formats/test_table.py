@@ -52,7 +52,7 @@ def test_the_dtype_that_is_written_is_known(tmp_path):
         "meta": "bfloat16",
         "hf": "bfloat16",
         "llama2c": "float32",
-        "gguf": "float16",
+        "gguf": "bfloat16",
     }
     assert FORMATS["gguf"].read(write(half, "gguf", tmp_path), None).dtype == "float16"
     assert written_dtype("llama2c", half, Options(llama2c_version=2)) == "int8"
