@@ -14,12 +14,11 @@ from llama_jax.checkpoints.run_folder import require_space
 from llama_jax.config import require
 from llama_jax.errors import UserError, warn
 from llama_jax.files import check_new_path, new_path, progress
-from llama_jax.formats.finite import is_finite
 from llama_jax.formats.llama2c import tokenizer as tokenizer_bin
 from llama_jax.formats.llama2c.tokenizer import tokenizer_model
 from llama_jax.formats.registry import FORMATS, Options, Report, bytes_written
 from llama_jax.formats.vocabulary import Vocabulary
-from llama_jax.formats.weights import DTYPES, Tensor, Weights
+from llama_jax.formats.weights import DTYPES, Tensor, Weights, is_finite
 
 TOKENIZER_BIN = "tokenizer.bin"  # as llama2.c's programs look for it, beside the model
 

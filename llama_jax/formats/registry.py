@@ -99,10 +99,7 @@ def written_dtype(target: str, weights: Weights, options: Options) -> str:
         return "int8" if options.llama2c_version == 2 else "float32"
     if options.quantization:
         return options.quantization.kind
-    own = weights.dtype.name
-    if target == "gguf" and own == "bfloat16":
-        own = "float16"
-    return options.dtype or own
+    return options.dtype or weights.dtype.name
 
 
 def bytes_written(target: str, weights: Weights, options: Options) -> int:

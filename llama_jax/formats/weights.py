@@ -97,6 +97,13 @@ def of_layer(stacked: str, layer: int) -> str:
     return f"{BLOCKS}{layer}.{stacked.removeprefix(BLOCKS)}"
 
 
+def is_finite(array: np.ndarray) -> bool:
+    """Return whether no number is NaN or infinite; temporaries stay small."""
+    flat = array.ravel(order="K")  # a view, also of a transposed array
+    chunk = 2**20
+    return all(np.isfinite(flat[i : i + chunk]).all() for i in range(0, flat.size, chunk))
+
+
 # Arrays in the middle of files, mapped when read and unmapped when dropped.
 #
 # A mapping counts as the process's memory only while it lives, so that reading a model tensor by

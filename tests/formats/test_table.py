@@ -52,8 +52,8 @@ def test_the_dtype_that_is_written_is_known(tmp_path):
         "meta": "bfloat16",
         "hf": "bfloat16",
         "llama2c": "float32",
-        "gguf": "float16",
+        "gguf": "bfloat16",
     }
-    assert FORMATS["gguf"].read(write(half, "gguf", tmp_path), None).dtype == "float16"
+    assert FORMATS["gguf"].read(write(half, "gguf", tmp_path), None).dtype == "bfloat16"
     assert written_dtype("llama2c", half, Options(llama2c_version=2)) == "int8"
     assert written_dtype("gguf", half, Options(dtype="q8_0")) == "q8_0"

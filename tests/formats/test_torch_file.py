@@ -37,13 +37,13 @@ def saved(tmp_path):
 )
 def test_any_view_of_a_storage(saved, shape, strides, offset):
     path = saved(parts(a_dict(a=tensor(shape, strides, offset))))
-    (promise,) = torch_file.read(path).values()
+    (lazy,) = torch_file.read(path).values()
     expected = np.zeros(shape, np.float32)
     for place in np.ndindex(shape):
         expected[place] = NUMBERS[offset + sum(i * s for i, s in zip(place, strides))]
-    array = promise.read()
-    assert promise.shape == array.shape == shape
-    assert promise.dtype == array.dtype == np.float32
+    array = lazy.read()
+    assert lazy.shape == array.shape == shape
+    assert lazy.dtype == array.dtype == np.float32
     assert array.flags.c_contiguous
     np.testing.assert_array_equal(array, expected)
 
@@ -67,18 +67,15 @@ def test_one_storage_under_two_names_and_a_parameter(saved):
     parameter = b"ctorch._utils\n_rebuild_parameter\n(" + tensor() + b"\x88}tR"
     hooks = b"ccollections\nOrderedDict\n)R"
     path = saved(parts(a_dict(a=tensor(hooks=hooks), b=parameter)))
-    for promise in torch_file.read(path).values():
-        np.testing.assert_array_equal(promise.read(), NUMBERS.reshape(4, 6))
+    for lazy in torch_file.read(path).values():
+        np.testing.assert_array_equal(lazy.read(), NUMBERS.reshape(4, 6))
 
 
-def test_a_structure_of_everything(saved):
+def test_other_data_is_parsed_and_refused(saved):
     plain = {"i": [1, -1, 300, 70000, -(2**40), 2**70], "f": 2.5, "n": None, "t": (True, False)}
     plain |= {"one": (1,), "two": (1, "é"), "three": (1, 2, 3), "none": (), "steps": {0: 1}}
     whole = pickle.dumps(plain, 2)
     path = saved(parts(whole[:-1] + text("model") + a_dict(a=tensor())[2:-1] + b"s."))
-    loaded = torch_file.load(path)
-    np.testing.assert_array_equal(loaded.pop("model")["a"].read(), NUMBERS.reshape(4, 6))
-    assert loaded == plain
     refused(path, "'i'", "list", "nothing else")
 
 

@@ -13,7 +13,6 @@ from torch_bytes import NUMBERS, STORED, a_dict, edited, edits, parts, refused, 
 
 from llama_jax.errors import UserError
 from llama_jax.formats.torch import reader as torch_file
-from llama_jax.formats.torch import zip as torch_zip
 
 
 @pytest.fixture
@@ -38,23 +37,17 @@ def test_absurd_entries_of_64_bits(saved, field, value):
 @pytest.mark.parametrize(
     "end",
     [
-        {"count": 2**64 - 1},
-        {"count": 10_001},
-        {"count": 5},
-        {"count": 3},
         {"size": 2**64 - 1},
         {"size": 0},
         {"start": 2**64 - 1},
         {"start": 3},
-        {"place": 2**64 - 1},
-        {"place": 0},
     ],
 )
 def test_absurd_ends_of_64_bits(saved, end):
     refused(saved(zipped(parts(), wide=True, **end)))
 
 
-@pytest.mark.parametrize("end", [{"count": 65535}, {"size": 2**31}, {"start": 2**31}, {"start": 7}])
+@pytest.mark.parametrize("end", [{"size": 2**31}, {"start": 2**31}, {"start": 7}])
 def test_absurd_ends(saved, end):
     refused(saved(zipped(parts(), **end)))
 
@@ -132,8 +125,8 @@ def test_too_many_entries_are_refused(saved):
 
 
 def test_a_giant_list_of_entries_is_refused_unread(saved, monkeypatch):
-    monkeypatch.setattr(torch_zip, "LARGEST_DIRECTORY", 99)
-    refused(saved(parts()), "4 entries")
+    monkeypatch.setattr(torch_file, "MAX_DIRECTORY", 99)
+    refused(saved(parts()), "a list of entries of")
 
 
 @pytest.mark.parametrize("signature", [b"PK\1\2", b"PK\3\4", b"PK\5\6", b"PK\6\6"])

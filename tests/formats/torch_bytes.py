@@ -82,10 +82,10 @@ def save(path, data):
     return path
 
 
-def refused(path, *words, read=torch_file.read):
+def refused(path, *words):
     """Assert that a file is refused in one line that names it and holds these words."""
     with pytest.raises(UserError) as caught:
-        read(path)
+        torch_file.read(path)
     message = str(caught.value)
     assert "\n" not in message and path.name in message and len(message) < 1200
     for word in words:

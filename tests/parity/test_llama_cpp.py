@@ -12,7 +12,7 @@ from tiny_weights import tiny_vocabulary, tiny_weights
 
 from llama_jax.config import RopeScaling
 from llama_jax.formats.gguf import model as gguf
-from llama_jax.formats.gguf.header import scan
+from llama_jax.formats.gguf.header import read_header
 from llama_jax.formats.llama2c import model as llama2c
 from llama_jax.formats.weights import of_layer
 from llama_jax.inference.engine import Engine
@@ -113,7 +113,7 @@ def test_q8_0_is_what_llama_cpp_makes(stories, tmp_path):
     quantized(whole, theirs, "Q8_0")
     contents = []
     for path in (ours, theirs):
-        raw, tensors = path.read_bytes(), scan(path).tensors
+        raw, tensors = path.read_bytes(), read_header(path).tensors
         contents.append(
             {name: (t.number, raw[t.offset : t.offset + t.nbytes]) for name, t in tensors.items()}
         )
@@ -126,7 +126,9 @@ def test_q4_0_of_llama_cpp_is_read(tmp_path):
     weights = tiny_weights(**sizes)
     gguf.write(weights, whole)
     found = gguf.read(quantized(whole, small, "Q4_0"))
-    assert {t.number for t in scan(small).tensors.values()} == {0, 2, 14}, "its output is Q6_K"
+    assert {t.type_number for t in read_header(small).tensors.values()} == {0, 2, 14}, (
+        "its output is Q6_K"
+    )
     assert (found.config, found.tokenizer) == (weights.config, weights.tokenizer)
     for name, tensor in weights.tensors.items():
         error = np.abs(tensor.read() - found.tensors[name].read()).max()

@@ -1,25 +1,39 @@
-"""A model's tensors in one GGUF file, or in several that its name counts."""
+"""The tensors of a model in one GGUF file or several, read and written one at a time.
+
+The `gguf` package dequantises every block type that it knows, writes headers, and quantises Q8_0.
+"""
 
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
+from gguf import GGMLQuantizationType as BlockType
 
 from llama_jax.errors import UserError
-from llama_jax.formats.gguf.blocks import F16, F32, TYPES, StoredType, stored, type_name, unpacked
-from llama_jax.formats.gguf.header import Header, Stored, Value, scan
-from llama_jax.formats.weights import Tensor, mapped
+from llama_jax.formats.gguf.header import Header, StoredTensor, Value, read_header
+from llama_jax.formats.weights import DTYPES, Tensor, is_finite, mapped
 
 COUNT, TOTAL = "split.count", "split.tensors.count"
 NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+PLAIN = {  # types without blocks
+    BlockType.F32: DTYPES["float32"],
+    BlockType.F16: DTYPES["float16"],
+    BlockType.BF16: DTYPES["bfloat16"],
+}
+CHUNK = 2**20  # numbers converted at a time, so that temporaries stay small
 
 
-def scan_all(path: Path) -> Header:
-    """The keys of the first file with the tensors of all; `UserError` if they are not one model."""
-    first = scan(path)
-    count = first.keys.integer(COUNT, 1)
+def read_headers(path: Path) -> Header:
+    """Return the keys of the first file of a model, with the tensors of all its files.
+
+    Raises:
+      UserError: if `path` is not the first, or the files are broken or not one model.
+    """
+    first = read_header(path)
+    count = first.keys.get(COUNT, int, 1)
     if count <= 1:
         return first
     match = NUMBERED.fullmatch(path.name)
@@ -29,109 +43,143 @@ def scan_all(path: Path) -> Header:
     tensors = dict(first.tensors)
     for number in range(2, count + 1):
         part = path.with_name(f"{match[1]}-{number:05}-of-{count:05}.gguf")
-        for name, place in scan(part).tensors.items():
+        for name, tensor in read_header(part).tensors.items():
             if name in tensors:
                 raise UserError(f"{part} holds {name}, which {tensors[name].path} holds as well")
-            tensors[name] = place
-    total = first.keys.integer(TOTAL, len(tensors))
+            tensors[name] = tensor
+    total = first.keys.get(TOTAL, int, len(tensors))
     if total != len(tensors):
         raise UserError(f"{path} and its parts hold {len(tensors)} tensors; {TOTAL} says {total}")
     return Header(first.keys, tensors)
 
 
-def promised(path: Path, tensors: dict[str, Stored]) -> dict[str, Tensor]:
-    """The tensors as floats, unpacked when read.
+def lazy_tensors(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    """Return the tensors; those in blocks are dequantised to float32 when they are read.
 
     Raises:
-      UserError: if some are of types that we do not read.
+      UserError: if some have a type that the `gguf` package cannot dequantise.
     """
-    unread = [name for name, stored in tensors.items() if stored.number not in TYPES]
-    if unread:
-        kinds = ", ".join(sorted({type_name(tensors[name].number) for name in unread}))
-        known = ", ".join(kind.name for kind in TYPES.values())
-        which = unread[0] if len(unread) == 1 else f"{unread[0]} and {len(unread) - 1} more"
-        raise UserError(f"{path} stores {which} as {kinds}; expected {known}")
-    return {name: _promise(stored) for name, stored in tensors.items()}
+    unreadable = [name for name, tensor in stored.items() if not _is_readable(tensor)]
+    if unreadable:
+        kinds = sorted({_type_name(stored[name].type_number) for name in unreadable})
+        more = f" and {len(unreadable) - 1} more" if unreadable[1:] else ""
+        raise UserError(
+            f"{path} stores {unreadable[0]}{more} as {', '.join(kinds)}, which cannot be read;"
+            " expected floats or blocks that the gguf package dequantises, such as Q4_K"
+        )
+    return {name: _lazy(tensor) for name, tensor in stored.items()}
 
 
-def _promise(stored: Stored) -> Tensor:
-    kind = TYPES[stored.number]
-    if kind.unpack is None:
-        return mapped(stored.path, stored.offset, stored.shape, kind.dtype)
-    blocks = (stored.nbytes // kind.nbytes, kind.nbytes)
-    packed = mapped(stored.path, stored.offset, blocks, np.dtype(np.uint8))
-    return unpacked(packed, stored.shape, kind)
+def _is_readable(tensor: StoredTensor) -> bool:
+    if tensor.block is None:
+        return False
+    try:  # the package has no list of what it dequantises; one block costs nothing
+        gguf.dequantize(np.zeros((1, tensor.block[1]), np.uint8), BlockType(tensor.type_number))
+    except NotImplementedError:
+        return False
+    return True
 
 
-# Writing a GGUF file with the `gguf` package, one tensor at a time. Does not know Llamas.
+def _type_name(number: int) -> str:
+    return BlockType(number).name if number in list(BlockType) else f"type {number}"
 
-NUMBERS = {kind.name: number for number, kind in TYPES.items()}
+
+def _lazy(tensor: StoredTensor) -> Tensor:
+    kind, shape = BlockType(tensor.type_number), tensor.shape
+    if kind in PLAIN:
+        return mapped(tensor.path, tensor.offset, shape, PLAIN[kind])
+    assert tensor.block is not None
+    count, size = tensor.block
+    rows = tensor.nbytes // (shape[-1] // count * size)
+    packed = mapped(tensor.path, tensor.offset, (rows, tensor.nbytes // rows), np.dtype(np.uint8))
+
+    @np.errstate(all="ignore")  # scales may be NaN or infinite, and then so are the numbers
+    def read() -> np.ndarray:
+        bytes_RB, numbers_RN = packed.read(), np.empty((rows, shape[-1]), np.float32)
+        step = max(1, CHUNK // shape[-1])
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            numbers_RN[part] = gguf.dequantize(bytes_RB[part], kind)
+        return numbers_RN.reshape(shape)
+
+    return Tensor(shape, DTYPES["float32"], read)
 
 
-def stream(
+def write_file(
     path: Path,
     architecture: str,
     keys: Mapping[str, Value],
     tensors: Mapping[str, Tensor],
-    kind: StoredType,
+    kind: BlockType,
     report: Callable[[int], None],
 ) -> None:
     """Write a file; each tensor is read once, in order, and dropped.
 
     Args:
-      kind: of tensors of two dims. Those of one are float32, and those whose rows are not whole
-        blocks float16.
-      report: is given the bytes of `tensors` written so far, after each.
+      kind: of tensors of two dims. Those of one are F32, and those whose rows are not whole blocks
+        BF16 if they are bfloat16, else F16.
+      report: called with the bytes of `tensors` written so far, after each.
 
     Raises:
-      UserError: if the package is missing, or a number does not fit.
+      UserError: if a number does not fit into its type.
     """
-    package = _package()
-    writer = package.GGUFWriter(path, architecture)
-    kinds = {name: _kind_of(tensor, kind) for name, tensor in tensors.items()}
+    writer = gguf.GGUFWriter(path, architecture)
+    kinds = {name: _type_of(tensor, kind) for name, tensor in tensors.items()}
     try:
         for key, value in keys.items():
             _add(writer, key, value)
         for name, tensor in tensors.items():
-            number = package.GGMLQuantizationType(NUMBERS[kinds[name].name])
-            nbytes = kinds[name].stored_bytes(tensor.shape)
-            writer.add_tensor_info(name, tensor.shape, tensor.dtype, nbytes, number)
+            shape = gguf.quant_shape_to_byte_shape(tensor.shape, kinds[name])
+            writer.add_tensor_info(
+                name, tensor.shape, tensor.dtype, int(np.prod(shape, dtype=np.int64)), kinds[name]
+            )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         done = 0
         for name, tensor in tensors.items():
-            writer.write_tensor_data(_bytes(name, tensor, kinds[name]))
+            writer.write_tensor_data(_encoded(name, tensor.read(), kinds[name]))
             report(done := done + tensor.nbytes)
     finally:
         writer.close()
 
 
-def _package() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        message = 'writing GGUF needs the gguf package; run: pip install "llama_jax[gguf]"'
-        raise UserError(message) from error
-    return gguf
-
-
-def _kind_of(tensor: Tensor, kind: StoredType) -> StoredType:
+def _type_of(tensor: Tensor, kind: BlockType) -> BlockType:
     if len(tensor.shape) == 1:
-        return F32
-    return F16 if tensor.shape[-1] % kind.count else kind
+        return BlockType.F32
+    if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+        return BlockType.BF16 if tensor.dtype == PLAIN[BlockType.BF16] else BlockType.F16
+    return kind
 
 
-def _bytes(name: str, tensor: Tensor, kind: StoredType) -> np.ndarray:
-    try:
-        return stored(tensor.read(), kind)
-    except OverflowError as error:
-        message = f"{name} has a number that {kind.name} cannot hold; use --dtype float32"
-        raise UserError(message) from error
+@np.errstate(all="ignore")  # what does not fit is checked afterwards
+def _encoded(name: str, array: np.ndarray, kind: BlockType) -> np.ndarray:
+    """Return an array as the bytes that are stored."""
+    if kind in PLAIN:
+        encoded = array.astype(PLAIN[kind], copy=False)
+        fits = kind != BlockType.F16 or array.dtype == encoded.dtype or is_finite(encoded)
+    else:
+        encoded = _q8_0(array)
+        scales = encoded.reshape(-1, gguf.GGML_QUANT_SIZES[kind][1])[:, :2]
+        fits = is_finite(np.ascontiguousarray(scales).view(np.float16))
+    if not fits:
+        raise UserError(f"{name} has a number that {kind.name} cannot hold; use --dtype float32")
+    return encoded.reshape(-1).view(np.uint8)
+
+
+def _q8_0(array: np.ndarray) -> np.ndarray:
+    """Return rows of whole blocks as Q8_0, uint8."""
+    shape = gguf.quant_shape_to_byte_shape(array.shape, BlockType.Q8_0)
+    encoded, step = np.empty(shape, np.uint8), max(1, CHUNK // array.shape[-1])
+    for start in range(0, len(array), step):
+        rows = array[start : start + step].astype(np.float32)
+        rows[np.abs(rows) < 1e-30] = 0  # stored as 0 anyway, but their inverse would overflow
+        encoded[start : start + step] = gguf.quantize(rows, BlockType.Q8_0)
+    return encoded
 
 
 def _add(writer: Any, key: str, value: Value) -> None:
-    """Give the package a key, with the type that llama.cpp expects for such a value."""
+    """Add a key with the type that llama.cpp expects for such a value."""
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):

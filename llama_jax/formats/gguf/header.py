@@ -1,188 +1,108 @@
-"""The keys of a GGUF file, looked up by the type that they should have."""
+"""The header of a GGUF file: its metadata keys, and where its tensors are.
+
+Nothing in a header is trusted: every count, length and offset is compared with the size of the file
+before it is used, so that a broken or hostile file costs no more than its own header. Versions 2
+and 3, little-endian; the layout is described in ggml's `docs/gguf.md`.
+"""
 
 import dataclasses
+import math
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
+import gguf
 import numpy as np
 
 from llama_jax.errors import UserError, describe_file
-from llama_jax.formats.gguf.blocks import TYPES
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+MAX_HEADER = 2**26  # bytes; the largest vocabularies need about 2**24
+MAX_NAME = 256  # bytes of a key or a tensor's name
+MAX_COUNT = 2**16  # keys, or tensors; the largest Llamas have about 1,000
+MAX_DIMS = 4
+MAX_ALIGNMENT = 2**16
+MIN_KEY, MIN_TENSOR = 14, 33  # bytes of the shortest of each
+CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
+FLOAT32, BOOL, STRING, ARRAY = 6, 7, 8, 9
+TYPES = {  # of values, in messages
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    list: "a list of strings",
+    np.ndarray: "a list of numbers",
+}
 
 Value = int | float | bool | str | np.ndarray | list[str]
+T = TypeVar("T", int, float, bool, str, list[str], np.ndarray)
+Item = TypeVar("Item")
 
 
 @dataclasses.dataclass(frozen=True)
 class Keys:
-    """Values by their names. A look-up without a default complains if the key is missing."""
+    """The metadata of a file: values by key."""
 
     path: Path  # of the file, for messages
     values: Mapping[str, Value]
 
-    def __contains__(self, key: str) -> bool:
-        return key in self.values
+    def get(self, key: str, kind: type[T], default: T | None = None) -> T:
+        """Return a value; an integer is accepted for a float.
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        """A whole number."""
-        value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self._wrong(key, "a whole number")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """A number, whole or not."""
-        value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self._wrong(key, "a number")
-        return value
-
-    def flag(self, key: str, default: bool | None = None) -> bool:
-        """True or false."""
-        value = self._get(key, default)
-        if not isinstance(value, bool):
-            raise self._wrong(key, "true or false")
-        return value
-
-    def text(self, key: str, default: str | None = None) -> str:
-        """A string."""
-        value = self._get(key, default)
-        if not isinstance(value, str):
-            raise self._wrong(key, "a string")
-        return value
-
-    def texts(self, key: str) -> list[str]:
-        """A list of strings."""
-        value = self._get(key, None)
-        if not isinstance(value, list):
-            raise self._wrong(key, "a list of strings")
-        return value
-
-    def numbers(self, key: str) -> np.ndarray:
-        """An array of numbers."""
-        value = self._get(key, None)
-        if not isinstance(value, np.ndarray):
-            raise self._wrong(key, "a list of numbers")
+        Raises:
+          UserError: if it has another type, or if it is missing and there is no default.
+        """
+        value: Any = self.values.get(key, default)
+        if value is None:
+            raise UserError(f"{self.path} has no key {key}; convert the model to GGUF again")
+        accepted = (int, float) if kind is float else kind
+        is_right = isinstance(value, accepted) and isinstance(value, bool) == (kind is bool)
+        if not is_right:
+            raise UserError(f"{self.path} has {key} = {self.shown(key)}; expected {TYPES[kind]}")
         return value
 
     def shown(self, key: str) -> str:
-        """A value as a message can show it."""
+        """Return a value as it appears in a message."""
         value = self.values[key]
         return "a list" if isinstance(value, list | np.ndarray) else repr(value)[:64]
 
-    def _get(self, key: str, default: Value | None) -> Value:
-        value = self.values.get(key, default)
-        if value is None:
-            raise UserError(f"{self.path} has no key {key}; convert the model to GGUF again")
-        return value
-
-    def _wrong(self, key: str, expected: str) -> UserError:
-        return UserError(f"{self.path} has {key} = {self.shown(key)}; expected {expected}")
-
-
-# A walk through the bytes of a GGUF header, no step of which leaves the file.
-
-LONGEST_HEADER = 2**26  # bytes; those of the largest vocabularies have some 2**24
-LONGEST_NAME = 256  # bytes of a key or a tensor's name
-
-
-class Cursor:
-    """A place in a file, and what can be read from there on."""
-
-    def __init__(self, path: Path, file: BinaryIO) -> None:
-        self.path, self.file, self.position = path, file, 0
-        self.size = path.stat().st_size
-
-    @property
-    def left(self) -> int:
-        """Bytes that the header may still have."""
-        return min(self.size, LONGEST_HEADER) - self.position
-
-    def broken(self, why: str) -> UserError:
-        """The complaint about this file."""
-        return UserError(f"{self.path} is a broken GGUF file: {why}; copy or convert it again")
-
-    def require(self, count: int, what: str) -> None:
-        """Complain unless `count` more bytes are there."""
-        if count > self.left:
-            raise self.broken(f"{what} would take {count:,} bytes where {self.left:,} are left")
-
-    def take(self, count: int, what: str) -> bytes:
-        """The next bytes."""
-        self.require(count, what)
-        data = self.file.read(count)
-        if len(data) < count:
-            raise self.broken("it became shorter while it was read")
-        self.position += count
-        return data
-
-    def number(self, code: str, what: str) -> int | float:
-        """The next number, of a `struct` code."""
-        return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}"), what))[0]
-
-    def integer(self, code: str, what: str) -> int:
-        """The next whole number."""
-        return int(self.number(code, what))
-
-    def text(self, what: str) -> str:
-        """The next string."""
-        data = self.take(self.integer("Q", what), what)
-        try:
-            return data.decode()
-        except UnicodeDecodeError as error:
-            raise self.broken(f"{what} is not UTF-8") from error
-
-    def name(self, what: str) -> str:
-        """The next string, if it can stand in a message."""
-        name = self.text(f"the name of a {what}")
-        if not (0 < len(name) <= LONGEST_NAME and name.isprintable()):
-            raise self.broken(f"the name of a {what} is {name[:64]!r}")
-        return name
-
-
-# The header of a GGUF file: its keys, and where its tensors lie. Nothing in it is believed.
-#
-# Every count, length and place is held against the file's size before it is used, so that a broken
-# or hostile file costs no more than its own header. Does not know what keys and tensors mean.
-
-MAGIC = b"GGUF"
-LOOK = 64  # bytes by which another file is recognised
-VERSIONS = (2, 3)
-MOST = 2**16  # keys, or tensors; the largest Llamas have some 1,000
-MOST_DIMS = 4
-MOST_ALIGNMENT = 2**16
-CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
-FLOAT32, BOOL, STRING, ARRAY = 6, 7, 8, 9
-LEAST_KEY, LEAST_TENSOR = 14, 33  # bytes that the shortest of them take
-Read = TypeVar("Read")
-
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
-    """Where a tensor lies and how."""
+class StoredTensor:
+    """Where a tensor is in a file, and its type."""
 
     path: Path
-    shape: tuple[int, ...]  # as NumPy has it, the contiguous dim last
-    number: int  # ggml's, of its type
+    shape: tuple[int, ...]  # in NumPy's order, the contiguous dim last
+    type_number: int  # ggml's
     offset: int  # bytes
 
     @property
+    def block(self) -> tuple[int, int] | None:
+        """The numbers and bytes of a block, or None if the type is unknown."""
+        try:
+            return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(self.type_number)]
+        except (ValueError, KeyError):
+            return None
+
+    @property
     def nbytes(self) -> int:
-        """Bytes that it takes, 0 if the type is not one that we read."""
-        return TYPES[self.number].stored_bytes(self.shape) if self.number in TYPES else 0
+        """Bytes that the tensor takes; 0 if the type is unknown."""
+        count, size = self.block or (1, 0)
+        return math.prod(self.shape) // count * size
 
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a file says before its numbers."""
+    """What a file contains before its tensors' data."""
 
     keys: Keys
-    tensors: dict[str, Stored]
+    tensors: dict[str, StoredTensor]
 
 
-def scan(path: Path) -> Header:
-    """The header of a file.
+def read_header(path: Path) -> Header:
+    """Return the header of a file.
 
     Raises:
       UserError: if it is not GGUF of a known version, or contradicts itself or the file's size.
@@ -190,39 +110,81 @@ def scan(path: Path) -> Header:
     if not path.is_file():
         raise UserError(f"{path} is not a file; expected a GGUF file")
     with path.open("rb") as file:
-        cursor = Cursor(path, file)
-        tensor_count, key_count = _counts(cursor)
-        keys = Keys(path, _unique(cursor, "key", key_count, _value))
-        places = _unique(cursor, "tensor", tensor_count, _place)
-        return Header(keys, _laid_out(cursor, keys.integer("general.alignment", 32), places))
+        cursor = _Cursor(path, file)
+        tensor_count, key_count = _read_counts(cursor)
+        keys = Keys(path, _read_named(cursor, "key", key_count, _read_value))
+        tensors = _read_named(cursor, "tensor", tensor_count, _read_tensor)
+        return Header(keys, _located(cursor, keys.get("general.alignment", int, 32), tensors))
 
 
-def _counts(cursor: Cursor) -> tuple[int, int]:
-    """How many tensors and keys follow."""
-    begin = cursor.file.read(LOOK)
-    if not begin.startswith(MAGIC):
-        what = describe_file(begin) or "not a GGUF file; name one that llama.cpp can open"
+class _Cursor:
+    """A position in a file, from which values are read; never beyond the end of the file."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.path, self.file, self.position = path, file, 0
+        self.size = path.stat().st_size
+
+    def broken(self, why: str) -> UserError:
+        return UserError(f"{self.path} is a broken GGUF file: {why}; copy or convert it again")
+
+    def require(self, count: int, what: str) -> None:
+        left = min(self.size, MAX_HEADER) - self.position
+        if count > left:
+            raise self.broken(f"{what} would take {count:,} bytes where {left:,} are left")
+
+    def take(self, count: int, what: str) -> bytes:
+        self.require(count, what)
+        data = self.file.read(count)
+        if len(data) < count:
+            raise self.broken("it became shorter while it was read")
+        self.position += count
+        return data
+
+    def number(self, code: str, what: str) -> Any:
+        """Read a number of a `struct` code."""
+        return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}"), what))[0]
+
+    def text(self, what: str) -> str:
+        data = self.take(self.number("Q", what), what)
+        try:
+            return data.decode()
+        except UnicodeDecodeError as error:
+            raise self.broken(f"{what} is not UTF-8") from error
+
+    def name(self, what: str) -> str:
+        """Read a string that can be part of a message."""
+        name = self.text(f"the name of a {what}")
+        if not (0 < len(name) <= MAX_NAME and name.isprintable()):
+            raise self.broken(f"the name of a {what} is {name[:64]!r}")
+        return name
+
+
+def _read_counts(cursor: _Cursor) -> tuple[int, int]:
+    """Read everything up to the numbers of tensors and keys, and return these."""
+    start = cursor.file.read(64)
+    if not start.startswith(MAGIC):
+        what = describe_file(start) or "not a GGUF file; name one that llama.cpp can open"
         raise UserError(f"{cursor.path} is {what}")
     cursor.file.seek(len(MAGIC))
     cursor.position = len(MAGIC)
-    version = cursor.integer("I", "the version")
+    version = cursor.number("I", "the version")
     if version % 2**16 == 0 and version:
         raise UserError(f"{cursor.path} is big-endian GGUF; convert it to little-endian")
     if version not in VERSIONS:
         raise UserError(f"{cursor.path} is GGUF version {version}; expected 2 or 3")
-    tensors, keys = cursor.integer("Q", "the counts"), cursor.integer("Q", "the counts")
+    tensors, keys = cursor.number("Q", "the counts"), cursor.number("Q", "the counts")
     what = f"{keys:,} keys and {tensors:,} tensors"
-    cursor.require(tensors * LEAST_TENSOR + keys * LEAST_KEY, what)
-    if max(tensors, keys) > MOST:
+    cursor.require(tensors * MIN_TENSOR + keys * MIN_KEY, what)
+    if max(tensors, keys) > MAX_COUNT:
         raise cursor.broken(f"{what} are too many for a model")
     return tensors, keys
 
 
-def _unique(
-    cursor: Cursor, what: str, count: int, read: Callable[[Cursor, str], Read]
-) -> dict[str, Read]:
-    """`count` things by their names, each of which `read` reads."""
-    found: dict[str, Read] = {}
+def _read_named(
+    cursor: _Cursor, what: str, count: int, read: Callable[[_Cursor, str], Item]
+) -> dict[str, Item]:
+    """Read `count` items, each after its name; names must differ."""
+    found: dict[str, Item] = {}
     for _ in range(count):
         name = cursor.name(what)
         if name in found:
@@ -231,13 +193,12 @@ def _unique(
     return found
 
 
-def _value(cursor: Cursor, key: str) -> Value:
-    """The value of a key: a number, a truth, a text, an array of numbers or a list of texts."""
-    kind = cursor.integer("I", key)
+def _read_value(cursor: _Cursor, key: str) -> Value:
+    kind = cursor.number("I", key)
     if kind == STRING:
         return cursor.text(key)
     if kind == ARRAY:
-        return _array(cursor, key)
+        return _read_array(cursor, key)
     if kind not in CODES:
         raise cursor.broken(f"key {key} has type {kind}, which is unknown")
     number = cursor.number(CODES[kind], key)
@@ -248,8 +209,8 @@ def _value(cursor: Cursor, key: str) -> Value:
     return bool(number) if kind == BOOL else number
 
 
-def _array(cursor: Cursor, key: str) -> np.ndarray | list[str]:
-    kind, count = cursor.integer("I", key), cursor.integer("Q", key)
+def _read_array(cursor: _Cursor, key: str) -> np.ndarray | list[str]:
+    kind, count = cursor.number("I", key), cursor.number("Q", key)
     if kind == STRING:
         return [cursor.text(key) for _ in range(count)]
     if kind not in CODES:
@@ -258,37 +219,44 @@ def _array(cursor: Cursor, key: str) -> np.ndarray | list[str]:
     return np.frombuffer(cursor.take(count * dtype.itemsize, key), dtype)
 
 
-def _place(cursor: Cursor, name: str) -> Stored:
-    """A tensor's place, its offset counted from where the numbers begin."""
-    dims = cursor.integer("I", name)
-    if not 1 <= dims <= MOST_DIMS:
-        raise cursor.broken(f"tensor {name} has {dims} dims; expected 1 to {MOST_DIMS}")
-    shape = tuple(cursor.integer("Q", name) for _ in range(dims))[::-1]
-    number, offset = cursor.integer("I", name), cursor.integer("Q", name)
-    count = TYPES[number].count if number in TYPES else 1
+def _read_tensor(cursor: _Cursor, name: str) -> StoredTensor:
+    """Read a tensor's description; its offset still counts from the start of the data."""
+    dims = cursor.number("I", name)
+    if not 1 <= dims <= MAX_DIMS:
+        raise cursor.broken(f"tensor {name} has {dims} dims; expected 1 to {MAX_DIMS}")
+    shape = tuple(cursor.number("Q", name) for _ in range(dims))[::-1]
+    number, offset = cursor.number("I", name), cursor.number("Q", name)
+    tensor = StoredTensor(cursor.path, shape, number, offset)
+    count = (tensor.block or (1, 0))[0]
     if 0 in shape or shape[-1] % count:
         raise cursor.broken(f"tensor {name} has the shape {list(shape)} in blocks of {count}")
-    return Stored(cursor.path, shape, number, offset)
+    return tensor
 
 
-def _laid_out(cursor: Cursor, alignment: int, places: dict[str, Stored]) -> dict[str, Stored]:
-    """Tensors with offsets from the file's start, if they lie in it one directly after another."""
-    if not 0 < alignment <= MOST_ALIGNMENT or alignment & (alignment - 1):
+def _located(
+    cursor: _Cursor, alignment: int, tensors: dict[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """Return the tensors with offsets from the start of the file.
+
+    Raises:
+      UserError: unless each follows directly after the one before it and all are in the file.
+    """
+    if not 0 < alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
         raise cursor.broken(f"general.alignment is {alignment}; expected a power of two to 65536")
 
     def aligned(position: int) -> int:
         return -(-position // alignment) * alignment
 
-    begin, end, is_known, laid_out = aligned(cursor.position), 0, True, {}
-    for name, place in sorted(places.items(), key=lambda item: item[1].offset):
-        # Where a tensor of a type that we cannot measure ends, any later place will do.
-        if place.offset != aligned(end if is_known else place.offset):
-            raise cursor.broken(f"tensor {name} has the offset {place.offset}, which cannot be")
-        end, is_known = place.offset + place.nbytes, place.number in TYPES
-        if begin + end > cursor.size:
-            ends = f"tensor {name} would end at byte {begin + end:,}"
+    start, end, is_known, located = aligned(cursor.position), 0, True, {}
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
+        # After a tensor of an unknown type, whose size is unknown, any later offset is accepted.
+        if tensor.offset != aligned(end if is_known else tensor.offset):
+            raise cursor.broken(f"tensor {name} has the offset {tensor.offset}, which cannot be")
+        end, is_known = tensor.offset + tensor.nbytes, tensor.block is not None
+        if start + end > cursor.size:
+            ends = f"tensor {name} would end at byte {start + end:,}"
             raise cursor.broken(f"{ends} and the file has {cursor.size:,}")
-        laid_out[name] = dataclasses.replace(place, offset=begin + place.offset)
-    if places and is_known and cursor.size > begin + aligned(end):
-        raise cursor.broken(f"it goes on for {cursor.size - begin - end:,} bytes after its tensors")
-    return laid_out
+        located[name] = dataclasses.replace(tensor, offset=start + tensor.offset)
+    if tensors and is_known and cursor.size > start + aligned(end):
+        raise cursor.broken(f"it goes on for {cursor.size - start - end:,} bytes after its tensors")
+    return located

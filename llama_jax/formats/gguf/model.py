@@ -1,21 +1,26 @@
-"""Models as GGUF files, which llama.cpp runs: in floats, Q8_0, or (read only) Q4_0 and Q6_K.
-
-Reading needs nothing but NumPy; writing needs the `gguf` package.
-"""
+"""Llama models as GGUF files, which llama.cpp runs: every block type is read, Q8_0 is written."""
 
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+from gguf import GGMLQuantizationType as BlockType
+from gguf import LlamaFileType
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import UserError
-from llama_jax.formats.gguf.blocks import BF16, F16, F32, Q8_0
-from llama_jax.formats.gguf.config import config_keys, read_config, stretches_of
-from llama_jax.formats.gguf.files import promised, scan_all, stream
-from llama_jax.formats.gguf.header import Keys, Value, scan
-from llama_jax.formats.gguf.tokenizer import ADDS_BOS, MODEL, read_pieces, tokenizer_keys
+from llama_jax.formats.gguf.files import lazy_tensors, read_headers, write_file
+from llama_jax.formats.gguf.header import Keys, Value
+from llama_jax.formats.gguf.metadata import (
+    ADDS_BOS,
+    MODEL,
+    config_keys,
+    read_config,
+    read_vocabulary,
+    rope_factors,
+    vocabulary_keys,
+)
 from llama_jax.formats.rules import (
     AS_IS,
     HEADS_IN,
@@ -30,10 +35,15 @@ from llama_jax.formats.vocabulary import Vocabulary
 from llama_jax.formats.weights import Tensor, Weights
 
 ARCHITECTURE = "llama"
-EMBEDDING, OUTPUT, STRETCHES = "token_embd.weight", "output.weight", "rope_freqs.weight"
-BLOCKS_VERSION = 2  # of ggml's quantisation
-FAR_BEYOND = 1000  # times what a file holds
-WRITTEN = {"float32": (F32, 0), "float16": (F16, 1), "bfloat16": (BF16, 32), "q8_0": (Q8_0, 7)}
+EMBEDDING, OUTPUT, ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
+QUANTIZATION_VERSION = 2  # of ggml's blocks
+MAX_RATIO = 1000  # of the numbers that a header describes to those that a file holds
+WRITTEN = {
+    "float32": (BlockType.F32, LlamaFileType.ALL_F32),
+    "float16": (BlockType.F16, LlamaFileType.MOSTLY_F16),
+    "bfloat16": (BlockType.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": (BlockType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+}
 
 
 def _of_block(ours: str, theirs: str, layout: Layout = AS_IS) -> Rule:
@@ -57,46 +67,41 @@ TABLE = (
 
 
 def read(path: Path) -> Weights:
-    """The model in a file, or in the files of which it is the first; quantised ones as float32.
+    """Return the model in a file, or in the files of which it is the first; blocks as float32.
 
-    An output that is stored is taken as such, even where it repeats the embedding.
+    A model is untied if the file has an output matrix, even one that repeats the embedding.
 
     Raises:
       UserError: if the file is broken, or holds something else than a Llama 2.
     """
-    header = scan_all(path)
-    keys, tensors = header.keys, header.tensors
-    _check_architecture(keys)
-    if not tensors:
-        raise UserError(f"{path} holds no tensors, only a vocabulary; expected a whole model")
-    foreign = promised(path, tensors)
+    header = read_headers(path)
+    keys = header.keys
+    if (found := keys.get("general.architecture", str)) != ARCHITECTURE:
+        raise UserError(f"{path} is a model of kind {found[:64]!r}; expected {ARCHITECTURE!r}")
+    if experts := keys.get("llama.expert_count", int, 0):
+        raise UserError(f"{path} mixes {experts} experts, as Mixtral does; Llama 2 has none")
+    foreign = lazy_tensors(path, header.tensors)
     if EMBEDDING not in foreign:
         raise UserError(f"{path} holds no {EMBEDDING}; expected a whole model")
-    stretches = _small(foreign.pop(STRETCHES)) if STRETCHES in foreign else np.zeros(0)
+    factors = np.zeros(0)
+    if ROPE_FACTORS in foreign:
+        tensor = foreign.pop(ROPE_FACTORS)
+        factors = np.array(tensor.read() if tensor.nbytes < 2**16 else np.nan, np.float32)
     embedding = foreign[EMBEDDING]
     config = read_config(
         keys,
         vocab_size=embedding.shape[0],
         tied=OUTPUT not in foreign,
-        compute_dtype="float32" if embedding.dtype == F32.dtype else "bfloat16",
-        stretches=stretches,
+        compute_dtype="float32" if embedding.dtype == np.float32 else "bfloat16",
+        rope_factors=factors,
     )
     _check_sizes(path, config, foreign)
     return Weights(
         config=config,
         tensors=import_tensors(TABLE, config, foreign, path),
         tokenizer=_read_tokenizer(keys, config.vocab_size),
-        bos=keys.flag(ADDS_BOS, True),
+        bos=keys.get(ADDS_BOS, bool, True),
     )
-
-
-def read_vocabulary(path: Path) -> Vocabulary:
-    """The vocabulary of a file, which need not hold tensors, or ones that `read` can read.
-
-    Raises:
-      UserError: if the file is broken, or has another kind of tokenizer than SentencePiece's BPE.
-    """
-    return read_pieces(scan(path).keys)
 
 
 def write(
@@ -107,77 +112,54 @@ def write(
 ) -> None:
     """Write a file, tensor by tensor.
 
-    Norm scales are float32 always; rows of a length that Q8_0's blocks do not divide are float16.
-    A tokenizer that joins spaces or replaces characters says so; llama.cpp does not listen.
+    Norm scales are always F32; rows that Q8_0's blocks do not divide are 16-bit floats. llama.cpp
+    ignores what a tokenizer says of joined spaces and replaced characters.
 
     Args:
       path: does not exist yet.
-      dtype: of the matrices, a key of `WRITTEN`; empty: that of the weights, but float16 for
-        bfloat16, which older hardware runs slowly.
-      report: is given the bytes of `weights` written so far, after each tensor.
+      dtype: of the matrices, a key of `WRITTEN`; empty: that of the weights.
+      report: called with the bytes of `weights` written so far, after each tensor.
 
     Raises:
-      UserError: if the `gguf` package or the tokenizer is missing, or a number does not fit.
+      UserError: if the model has no tokenizer, or a number does not fit.
     """
-    dtype = dtype or ("float32" if weights.dtype == F32.dtype else "float16")
+    dtype = dtype or weights.dtype.name
     if dtype not in WRITTEN:
         raise UserError(f"dtype {dtype!r} is unknown to GGUF; expected one of {', '.join(WRITTEN)}")
     kind, file_type = WRITTEN[dtype]
-    keys: dict[str, Value] = {"general.name": path.stem, "general.file_type": file_type}
-    keys |= {"general.quantization_version": BLOCKS_VERSION, **config_keys(weights.config)}
-    keys |= tokenizer_keys(_vocabulary(weights), weights.bos)
-    tensors = export_tensors(TABLE, weights.config, weights.tensors)
-    if weights.config.rope_scaling.kind == "llama3":
-        stretches = stretches_of(weights.config)
-        tensors[STRETCHES] = Tensor(stretches.shape, stretches.dtype, lambda: stretches)
-    stream(path, ARCHITECTURE, keys, tensors, kind, report)
-
-
-def _check_architecture(keys: Keys) -> None:
-    if (found := keys.text("general.architecture")) != ARCHITECTURE:
-        raise UserError(f"{keys.path} is a model of kind {found[:64]!r}; expected {ARCHITECTURE!r}")
-    if experts := keys.integer("llama.expert_count", 0):
-        raise UserError(f"{keys.path} mixes {experts} experts, as Mixtral does; Llama 2 has none")
-
-
-def _check_sizes(path: Path, config: ModelConfig, foreign: Mapping[str, Tensor]) -> None:
-    """Refuse a shape beyond all that the file holds, before anything is made of it."""
-    heads = config.num_heads + config.num_kv_heads
-    matrices = 2 * config.dim * heads * config.head_size + 3 * config.dim * config.ffn_dim
-    described, held = config.num_layers * matrices, sum(map(_numbers, foreign.values()))
-    if config.num_layers > len(foreign) or described > FAR_BEYOND * held:
-        blocks = f"{config.num_layers:,} blocks of {matrices:,} numbers"
-        message = f"describes {blocks} and holds {held:,} numbers in {len(foreign)} tensors"
-        raise UserError(f"{path} {message}; copy or convert it again")
-
-
-def _read_tokenizer(keys: Keys, vocab_size: int) -> bytes:
-    """A SentencePiece model of the pieces in keys; empty if there are none."""
-    if keys.text(MODEL, "no_vocab") == "no_vocab":
-        return b""
-    vocabulary = read_pieces(keys)
-    if len(vocabulary.pieces) != vocab_size:
-        pieces = f"{len(vocabulary.pieces)} pieces in its vocabulary"
-        raise UserError(f"{keys.path} has {pieces} and {vocab_size} rows in {EMBEDDING}")
-    return vocabulary.to_model()
-
-
-def _vocabulary(weights: Weights) -> Vocabulary:
-    """The pieces that go into a file."""
+    keys: dict[str, Value] = {"general.name": path.stem, "general.file_type": int(file_type)}
+    keys |= {"general.quantization_version": QUANTIZATION_VERSION, **config_keys(weights.config)}
     if not weights.tokenizer:
         raise UserError("GGUF holds the tokenizer and this model has none; name a --tokenizer")
     vocabulary = Vocabulary.from_model(weights.tokenizer)
     if len(vocabulary.pieces) != weights.config.vocab_size:
         sizes = f"{len(vocabulary.pieces)} pieces and the model {weights.config.vocab_size}"
         raise UserError(f"the tokenizer has {sizes}; use the one the model was trained with")
-    return vocabulary
+    keys |= vocabulary_keys(vocabulary, weights.bos)
+    tensors = export_tensors(TABLE, weights.config, weights.tensors)
+    if weights.config.rope_scaling.kind == "llama3":
+        factors = rope_factors(weights.config)
+        tensors[ROPE_FACTORS] = Tensor(factors.shape, factors.dtype, lambda: factors)
+    write_file(path, ARCHITECTURE, keys, tensors, kind, report)
 
 
-def _numbers(tensor: Tensor) -> int:
-    """How many there are in a tensor."""
-    return math.prod(tensor.shape)
+def _check_sizes(path: Path, config: ModelConfig, foreign: Mapping[str, Tensor]) -> None:
+    """Refuse a config far beyond what the file holds, before anything is allocated for it."""
+    heads = config.num_heads + config.num_kv_heads
+    matrices = 2 * config.dim * heads * config.head_size + 3 * config.dim * config.ffn_dim
+    held = sum(math.prod(tensor.shape) for tensor in foreign.values())
+    if config.num_layers > len(foreign) or config.num_layers * matrices > MAX_RATIO * held:
+        blocks = f"{config.num_layers:,} blocks of {matrices:,} numbers"
+        message = f"describes {blocks} and holds {held:,} numbers in {len(foreign)} tensors"
+        raise UserError(f"{path} {message}; copy or convert it again")
 
 
-def _small(tensor: Tensor) -> np.ndarray:
-    """A tensor of a few numbers, as float32."""
-    return np.array(tensor.read() if tensor.nbytes < 2**16 else np.nan, np.float32)
+def _read_tokenizer(keys: Keys, vocab_size: int) -> bytes:
+    """Return the vocabulary as a SentencePiece model; empty if there is none."""
+    if keys.get(MODEL, str, "no_vocab") == "no_vocab":
+        return b""
+    vocabulary = read_vocabulary(keys)
+    if len(vocabulary.pieces) != vocab_size:
+        pieces = f"{len(vocabulary.pieces)} pieces in its vocabulary"
+        raise UserError(f"{keys.path} has {pieces} and {vocab_size} rows in {EMBEDDING}")
+    return vocabulary.to_model()

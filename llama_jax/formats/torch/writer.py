@@ -1,7 +1,4 @@
-"""Files that torch.load reads, written without torch and tensor by tensor.
-
-Does not know what the tensors are for.
-"""
+"""Files that `torch.load` reads, written without torch and tensor by tensor."""
 
 import contextlib
 import io
@@ -9,42 +6,24 @@ import math
 import struct
 import types
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from llama_jax.formats.torch.reader import STORAGES, c_strides
-from llama_jax.formats.torch.zip import LOCAL
-from llama_jax.formats.weights import Tensor
+from llama_jax.formats.torch.reader import LOCAL_HEADER, STORAGES, c_strides
 
-ALIGNMENT = 64  # of the place of each storage in the file, bytes; torch's own choice
-LARGEST_PLAIN = 2**30  # bytes; larger entries get the 64-bit form of a zip
+ALIGNMENT = 64  # bytes; where torch puts each storage in a file
+MAX_PLAIN = 2**30  # bytes; larger entries get the 64-bit form of a zip
 WIDE = 20  # bytes that it adds to an entry's header
-PADDING = b"FB"  # the kind of the extra field that pads a header; also torch's
-Described = tuple[tuple[int, ...], np.dtype]
-
-
-def write(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    report: Callable[[int], None] = lambda bytes_done: None,
-) -> None:
-    """A file at `path`, for which `torch.load` gives these tensors by name.
-
-    Holds one tensor at a time. `report` is told the bytes of tensors written so far.
-    """
-    done = 0
-    with Writer(path, {name: (t.shape, t.dtype) for name, t in tensors.items()}) as writer:
-        for tensor in tensors.values():
-            writer.add(tensor.read())
-            report(done := done + tensor.nbytes)
+PADDING = b"FB"  # the kind of the extra field that pads a header, as torch's
+Description = tuple[tuple[int, ...], np.dtype]  # shape and dtype
 
 
 class Writer:
-    """A file in the making: its tensors are described at once, then added in the same order."""
+    """A new file: its tensors are described at the start, then added in the same order."""
 
-    def __init__(self, path: Path, described: Mapping[str, Described]) -> None:
+    def __init__(self, path: Path, described: Mapping[str, Description]) -> None:
         self.described = list(described.values())
         self.added = 0
         self.folder = path.stem or "archive"
@@ -64,8 +43,8 @@ class Writer:
                 self._entry("version", b"3\n")
 
     def add(self, array: np.ndarray) -> None:
-        """The next tensor's numbers."""
-        assert (array.shape, array.dtype) == self.described[self.added], "another tensor's turn"
+        """Write the next tensor."""
+        assert (array.shape, array.dtype) == self.described[self.added], "not the next tensor"
         numbers = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         self._entry(f"data/{self.added}", numbers.data)
         self.added += 1
@@ -73,8 +52,8 @@ class Writer:
     def _entry(self, name: str, data: bytes | memoryview) -> None:
         info = zipfile.ZipInfo(f"{self.folder}/{name}")
         info.file_size = len(data)
-        is_wide = len(data) > LARGEST_PLAIN
-        header = LOCAL.size + len(info.filename.encode()) + WIDE * is_wide
+        is_wide = len(data) > MAX_PLAIN
+        header = LOCAL_HEADER + len(info.filename.encode()) + WIDE * is_wide
         assert self.file.fp is not None
         padding = -(self.file.fp.tell() + header + 4) % ALIGNMENT
         info.extra = PADDING + struct.pack("<H", padding) + bytes(padding)
@@ -82,8 +61,8 @@ class Writer:
             entry.write(data)
 
 
-def pickled(described: Mapping[str, Described]) -> bytes:
-    """The pickle of a dict of tensors, each the whole of the storage of its number."""
+def pickled(described: Mapping[str, Description]) -> bytes:
+    """Return the pickle of a dict of tensors, each with a storage of its own."""
     storages = {dtype: name for name, dtype in STORAGES.items()}
     out = io.BytesIO()
     out.write(b"\x80\x02}(")
@@ -92,7 +71,7 @@ def pickled(described: Mapping[str, Described]) -> bytes:
         out.write(_text("storage") + f"ctorch\n{storages[dtype]}Storage\n".encode())
         out.write(_text(str(number)) + _text("cpu") + _number(math.prod(shape)))
         out.write(b"tQ" + _number(0) + _numbers(shape) + _numbers(c_strides(shape)))
-        out.write(b"\x89ccollections\nOrderedDict\n)RtR")  # needs no gradient, has no hooks
+        out.write(b"\x89ccollections\nOrderedDict\n)RtR")  # requires_grad=False, no hooks
     out.write(b"u.")
     return out.getvalue()
 

@@ -9,7 +9,6 @@ from llama_jax.errors import UserError
 from llama_jax.formats.meta import model as meta
 from llama_jax.formats.torch import reader as torch_file
 from llama_jax.formats.torch import writer as torch_writer
-from llama_jax.formats.weights import Tensor
 
 MANY_HEADS = {"dim": 96, "num_heads": 16, "num_kv_heads": 8, "vocab_size": 288}
 
@@ -18,16 +17,15 @@ def untied(dtype="float32", **changes):
     return tiny_weights(dtype, tied_embeddings=False, **changes)
 
 
-def promised(array):
-    return Tensor(array.shape, array.dtype, lambda: array)
-
-
 def rewrite(path, change):
     """Write a .pth anew, its arrays changed by a function of the dict of them."""
     arrays = {name: tensor.read().copy() for name, tensor in torch_file.read(path).items()}
     change(arrays)
     path.unlink()
-    torch_writer.write(path, {name: promised(array) for name, array in arrays.items()})
+    described = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+    with torch_writer.Writer(path, described) as writer:
+        for array in arrays.values():
+            writer.add(array)
 
 
 def set_params(folder, remove=(), **changes):

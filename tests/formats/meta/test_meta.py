@@ -118,13 +118,13 @@ def test_tables_that_everybody_computes_are_ignored(eight):
     same(meta.read(eight), untied(**MANY_HEADS))
 
 
-def test_nothing_is_read_before_it_is_asked_for(good, monkeypatch):
-    def read(self, view):
-        raise AssertionError("read too early")
-
-    monkeypatch.setattr(torch_file._Storage, "read", read)
-    weights = meta.read(good)
-    with pytest.raises(AssertionError, match="too early"):
+def test_tensors_are_read_when_they_are_used(folder):
+    path = folder / "consolidated.00.pth"
+    content = path.read_bytes()
+    scale = torch_file.read(path)["norm.weight"].read().tobytes()
+    path.write_bytes(content.replace(scale, bytes(len(scale))))
+    weights = meta.read(folder)
+    with pytest.raises(UserError, match="is damaged in data/"):
         weights.tensors["norm.scale"].read()
 
 
