@@ -32,27 +32,43 @@ from llama_jax.errors import UsageError, UserError
 TOKENIZER, METRICS, LOCK = "tokenizer.model", "metrics.jsonl", ".lock"
 MARK = LOCK + "-"  # begins the name of what is written for a moment to see who else sees it
 
-# What may differ between two sittings of the same run; everything else makes it another run.
+# Settings that may change when a run is resumed. Those of the schedule change what the run learns
+# from then on; the others change nothing but rounding.
+SCHEDULE_KEYS = tuple(
+    f"optimizer.{name}"
+    for name in (
+        "steps",
+        "learning_rate",
+        "min_learning_rate",
+        "warmup_steps",
+        "weight_decay",
+        "clip_norm",
+    )
+)
 FREE_SECTIONS = ("mesh", "run")
-FREE_KEYS = ("data.path", "data.allow_change", "optimizer.accumulation_steps", "optimizer.steps")
+FREE_KEYS = (*SCHEDULE_KEYS, "data.path", "data.allow_change", "optimizer.accumulation_steps")
 BOUND_KEYS = ("run.seed",)
 
 
-def require_same_run(folder: Path, run: Run, tokenizer: Path) -> None:
-    """Refuse to go on in a folder that holds another run, or one with another tokenizer.
+def require_same_run(folder: Path, run: Run, tokenizer: Path) -> dict[str, tuple[Any, Any]]:
+    """Refuse to resume another run, or one with another tokenizer.
+
+    Returns:
+      The settings of the optimizer and the mesh that have changed, as (old, new).
 
     Raises:
       UserError: naming what differs.
     """
     if not (folder / CONFIG).exists() or not _has_begun(folder):
-        return
-    _require_same(folder, read_run(folder).config, run.config)
+        return {}
+    changed = _require_same(folder, read_run(folder).config, run.config)
     ours = folder / TOKENIZER
     if ours.exists() and ours.read_bytes() != tokenizer.read_bytes():
         raise UserError(
             f"the data's tokenizer is not the one that {folder} was trained with; prepare the data"
             f" with --tokenizer {ours}, or choose another folder with --config.run.checkpoint_dir=…"
         )
+    return changed
 
 
 def describe(folder: Path, run: Run, tokenizer: Path) -> None:
@@ -82,8 +98,8 @@ def _has_begun(folder: Path) -> bool:
     return has_metrics or any(path.name[0].isdigit() for path in folder.iterdir())
 
 
-def _require_same(folder: Path, old: Config, new: Config) -> None:
-    """Refuse a config whose run would not continue the old one."""
+def _require_same(folder: Path, old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Refuse a config whose run would not continue the old one; return what has changed."""
     was, now = settings(old), settings(new)
     for key, value in now.items():
         is_free = key in FREE_KEYS or key.split(".")[0] in FREE_SECTIONS
@@ -92,6 +108,11 @@ def _require_same(folder: Path, old: Config, new: Config) -> None:
                 f"{folder} holds another run: {key} is {was[key]!r} there and {value!r} here;"
                 " choose another folder with --config.run.checkpoint_dir=…, or the same settings"
             )
+    return {
+        key: (was[key], value)
+        for key, value in now.items()
+        if was[key] != value and key.split(".")[0] in ("optimizer", "mesh")
+    }
 
 
 def settings(config: Config) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from llama_jax.hardware.accelerators import MemoryUse, memory_use, peak_flops
 from llama_jax.model.parameters import flops_per_token
 from llama_jax.training.step import StepMetrics
 
-Record = dict[str, Any]  # `step`, and numbers by name
+Record = dict[str, Any]  # `step`, and numbers by name; `changed`: settings, [old, new] by name
 
 
 def format_duration(seconds: float) -> str:
@@ -183,15 +183,15 @@ def read_records(path: Path) -> tuple[list[Record], int]:
 
 
 def _is_record(value: Any) -> bool:
-    """Whether a JSON value is an object with a step whose other values are numbers."""
+    """Return whether a JSON value is an object with a step whose other values are numbers."""
     if not isinstance(value, dict):
         return False
     step = value.get("step")
     if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 2**53:
         return False
     return all(
-        isinstance(number, int | float) or number in ("nan", "inf", "-inf")
-        for number in value.values()
+        isinstance(number, int | float) or number in ("nan", "inf", "-inf") or name == "changed"
+        for name, number in value.items()
     )
 
 

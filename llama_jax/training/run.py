@@ -101,6 +101,7 @@ class Trainer:
         session, total = self.session, self.config.optimizer.steps
         for line in run_summary(self.config, session.mesh, session.data, self.folder, self.step):
             self.console.line(line)
+        self._report_changes()
         if self.step >= total:
             self.console.line(f"finished: all {total:,} steps were made already")
             return 0
@@ -115,11 +116,22 @@ class Trainer:
             self.step += 1
             self._profile_if_due()
             self._follow_up(is_last=self.step == total)
+            self.writer.raise_if_failed()
         if session.stop.ask():
             return self._leave()
         self.writer.wait()
         self._finish(total)
         return 0
+
+    def _report_changes(self) -> None:
+        """Report the settings that differ from those of the session before."""
+        changes = self.session.changes
+        for key, (old, new) in changes.items():
+            self.console.line(
+                f"changed   {key} from {old!r} to {new!r}, from step {self.step:,} on"
+            )
+        if changes:
+            self.metrics.write({"step": self.step, "changed": changes})
 
     def _compile(self) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
         """Compile the train step for the shapes of this run."""

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +62,7 @@ class Session:
     programs: Programs
     start: Start
     batches: Callable[[int], Iterator[Batch]]  # the endless batches after a step
+    changes: dict[str, tuple[Any, Any]]  # settings that differ from the session before, (old, new)
     stop: StopSignal
     profile: Window | None  # steps to trace
     opened: float  # by `time.perf_counter`
@@ -91,7 +93,7 @@ def open_session(
         seen = {"data.fingerprint": data.fingerprint[:16], "checkpoints": finished_steps(folder)}
         require_same(seen)
         run = Run(config=config, bos=data.bos, eos=data.eos)
-        require_same_run(folder, run, data.tokenizer_path)
+        changes = require_same_run(folder, run, data.tokenizer_path)
         start = _restore(config, folder, data, mesh) or Start(state=programs.init())
         with together():
             if jax.process_index() == 0:
@@ -104,6 +106,7 @@ def open_session(
             programs=programs,
             start=start,
             batches=lambda step: load_training_batches(config, data, mesh, step),
+            changes=changes,
             stop=stop,
             profile=profile,
             opened=opened,

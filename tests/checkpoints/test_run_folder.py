@@ -54,7 +54,13 @@ def test_a_new_run_is_described_so_that_it_can_be_read_back(folder):
     assert contents(folder)["tokenizer.model"] == b"pieces"
 
 
-FREE = {"optimizer__steps": 30, "data__path": "moved", "run__log_every": 1, "mesh__fsdp": 2}
+FREE = {
+    "optimizer__steps": 30,
+    "optimizer__learning_rate": 1.0,
+    "data__path": "moved",
+    "run__log_every": 1,
+    "mesh__fsdp": 2,
+}
 
 
 @pytest.mark.parametrize("name", FREE)
@@ -64,7 +70,7 @@ def test_a_run_may_go_on_with_other_habits(folder, name):
     assert read_run(folder) == run
 
 
-OTHER = {"model__dropout": 0.2, "optimizer__learning_rate": 1.0, "data__seed": 1, "run__seed": 1}
+OTHER = {"model__dropout": 0.2, "optimizer__beta2": 0.9, "data__seed": 1, "run__seed": 1}
 
 
 @pytest.mark.parametrize("name", OTHER)

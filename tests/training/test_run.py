@@ -6,6 +6,8 @@ import json
 import math
 import shutil
 import signal
+import sys
+import time
 from pathlib import Path
 
 import jax
@@ -253,6 +255,41 @@ def test_first_error_is_reported_when_closing_fails_too(config, monkeypatch):
     monkeypatch.setattr(CheckpointWriter, "close", close_badly)
     with pytest.raises(UserError, match="the disk is full"):
         fit(config)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files there")
+def test_failed_background_save_stops_the_run(config, tmp_path, capfd):
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit_files(step, _):  # files of more than 10 kB fail, as on a full disk
+        if step == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        time.sleep(0.05)  # a step of a real run takes longer than it takes a save to fail
+
+    try:
+        with pytest.raises(UserError, match="checkpoint of step 5 could not be saved") as error:
+            train(config, limit_files)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
+    assert finished_steps(tmp_path / "ckpt") == []
+    assert "step 15" not in capfd.readouterr().out
+
+
+def test_learning_rate_may_change_on_resume_and_the_change_is_recorded(config, tmp_path, capfd):
+    assert train(config, stop_at(7)) == 143
+    slower = make_config(
+        config.data.path, tmp_path / "ckpt", optimizer__learning_rate=1e-3, optimizer__clip_norm=0.5
+    )
+    assert fit(slower) == 0
+    line = "changed   optimizer.learning_rate from 0.01 to 0.001 after step 7"
+    assert line in capfd.readouterr().out
+    records = read_metrics(tmp_path / "ckpt")
+    changed = {"optimizer.learning_rate": [0.01, 0.001], "optimizer.clip_norm": [1.0, 0.5]}
+    assert records[7]["changed"] == changed
+    assert records[8]["learning_rate"] < 1.1e-3
 
 
 # What only informs never costs training.
