@@ -127,9 +127,7 @@ class Trainer:
         """Report the settings that differ from those of the session before."""
         changes = self.session.changes
         for key, (old, new) in changes.items():
-            self.console.line(
-                f"changed   {key} from {old!r} to {new!r}, from step {self.step:,} on"
-            )
+            self.console.line(f"changed   {key} from {old!r} to {new!r} after step {self.step:,}")
         if changes:
             self.metrics.write({"step": self.step, "changed": changes})
 
