@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from llama_jax.cli.main import HUGE_PAGES, HUGE_PAGES_VARIABLE
+from llama_jax.cli.startup import HUGE_PAGES, HUGE_PAGES_VARIABLE
 
 SHAPES = {
     "260k": {"vocab_size": 512, "dim": 64, "num_layers": 5, "num_heads": 8, "hidden_dim": 172},
