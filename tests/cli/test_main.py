@@ -104,13 +104,6 @@ def test_flags_of_the_config_are_left_and_misspelt_others_reported():
         parser.parse_known_args([*words, "--profil=1:2"])
 
 
-@pytest.mark.parametrize("value", ["-1:2", "-.5", "-1"])
-def test_a_value_may_begin_with_a_minus(value):
-    parser = Parser()
-    parser.add_argument("--profile")
-    assert parser.parse_args(["--profile", value]).profile == value
-
-
 def test_help_shows_defaults_that_say_something():
     parser = Parser()
     parser.add_argument("--seed", type=int, default=0, help="of the run")
@@ -125,3 +118,10 @@ def test_help_shows_defaults_that_say_something():
         "--config CONFIG a file (demo.py)",
     ):
         assert line in lines
+
+
+@pytest.mark.parametrize("value", ["-1:2", "-.5", "-1"])
+def test_a_value_may_begin_with_a_minus(value):
+    parser = Parser()
+    parser.add_argument("--profile")
+    assert parser.parse_args(["--profile", value]).profile == value
