@@ -20,7 +20,7 @@ def test_errors_and_warnings_are_listed(messages):
     for reported in (
         "--target is missing; expected devices",  # as `UsageError`
         "exclude each other; choose one",  # by `require`
-        "seed; 0 to {2 ** 32 - 1}",  # by `whole_number`
+        "--timeout; seconds above 0",  # by `finite_number`
     ):
         assert reported in texts
 
