@@ -1,8 +1,8 @@
-"""What the benchmarks share: model shapes, workers that take turns, and the table.
+"""What the benchmarks share: model shapes, worker processes that run in turn, and the table.
 
-Each peer lives in a process of its own, started once and kept warm. Rounds go around the peers in
-turn, so that noise of the machine hits all alike, and while one works the others sleep: their
-thread pools do not fight.
+Each program runs in its own process, started once and kept warm. In each round every process runs
+once, so that noise of the machine affects all alike; while one works the others sleep, so that
+their thread pools do not compete.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from llama_jax.cli.main import HUGE_PAGES, HUGE_PAGES_VARIABLE
+from llama_jax.cli.startup import HUGE_PAGES, HUGE_PAGES_VARIABLE
 
 SHAPES = {
     "260k": {"vocab_size": 512, "dim": 64, "num_layers": 5, "num_heads": 8, "hidden_dim": 172},
@@ -35,38 +35,38 @@ SHAPES["7b"] = {"vocab_size": 32000, "dim": 4096, "num_layers": 32, "num_heads":
 SHAPES["7b"] |= {"hidden_dim": 11008}
 KV_HEADS = {"260k": 4, "15m": 6, "110m": 12, "1.1b": 4, "7b": 32}
 
-PRIVATE_OUTPUT = 2048  # from this width on a model has an output matrix of its own
+UNTIED_DIM = 2048  # from this width on embeddings are not tied
 
-Work = Callable[[], float]  # does the thing measured once; returns seconds
+Work = Callable[[], float]  # runs once what is measured; returns seconds
 
 
 def parser(description: str, models: str) -> argparse.ArgumentParser:
-    """The flags that all benchmarks take."""
+    """Return a parser with the flags that several benchmarks take."""
     flags = argparse.ArgumentParser(description=description)
     flags.add_argument("--models", default=models, help=f"comma-separated, of {', '.join(SHAPES)}")
-    flags.add_argument("--rounds", type=int, default=5, help="turns of each peer")
+    flags.add_argument("--rounds", type=int, default=5, help="runs of each program")
     flags.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     flags.add_argument("--no_peers", action="store_true", help="measure llama_jax alone")
     return flags
 
 
 def model_config(name: str, context_length: int, dtype: str) -> Any:
-    """Our config of a shape."""
+    """Return the config of a shape."""
     from llama_jax.config import ModelConfig
 
     return ModelConfig(
         **SHAPES[name],
         num_kv_heads=KV_HEADS[name],
         context_length=context_length,
-        tied_embeddings=SHAPES[name]["dim"] < PRIVATE_OUTPUT,
+        tied_embeddings=SHAPES[name]["dim"] < UNTIED_DIM,
         compute_dtype=dtype,
     )
 
 
 def random_weights(config: Any, dtype: str) -> Any:
-    """A model arranged for decoding, drawn one matrix after the other in `dtype`.
+    """Return an unstacked model with random weights, created matrix by matrix in `dtype`.
 
-    A float32 model, stacked and then not, would take six times the memory of one in bfloat16.
+    Unstacking a float32 model would take six times the memory of the bfloat16 model.
     """
     import jax
     import jax.numpy as jnp
@@ -88,7 +88,7 @@ def random_weights(config: Any, dtype: str) -> Any:
 
 
 class Worker:
-    """A process that makes a `Work` once and does it whenever it is told to."""
+    """A process that creates a `Work` once and runs it at each `turn`."""
 
     def __init__(self, name: str, huge_pages: bool, make: Callable[..., Work], *arguments: Any):
         context = multiprocessing.get_context("spawn")
@@ -107,7 +107,7 @@ class Worker:
             return "its process died"
 
     def turn(self) -> None:
-        """Do the work once and note its seconds."""
+        """Run the work once and record its seconds."""
         self._pipe.send("go")
         answer = self._answer()
         if isinstance(answer, float):
@@ -116,8 +116,8 @@ class Worker:
             self.problem = answer
 
     def facts(self) -> dict[str, Any]:
-        """What its work tells of itself, and `peak`: the most memory its process held, bytes."""
-        self._pipe.send("tell")
+        """Return the facts of the work, and `peak`: the peak bytes of memory of its process."""
+        self._pipe.send("facts")
         answer = self._answer()
         return answer if isinstance(answer, dict) else {}
 
@@ -128,7 +128,7 @@ class Worker:
 
 
 def _serve(pipe: Any, make: Callable[..., Work], arguments: tuple[Any, ...]) -> None:
-    """What a worker's process does."""
+    """Run in the process of a worker: create the work, then answer requests."""
     try:
         work = make(*arguments)
         work()  # compiles and warms up
@@ -147,13 +147,13 @@ def _facts(work: Work) -> dict[str, Any]:
 
 
 def _peak_memory() -> int:
-    """Bytes of the device's memory that this process held at once; of its own, on CPU."""
+    """Return the peak bytes of device memory of this process; on CPU, of its own memory."""
     if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
         return int(sys.modules["torch"].cuda.max_memory_allocated())
     if "jax" in sys.modules:
-        told = sys.modules["jax"].local_devices()[0].memory_stats()
-        if told:
-            return int(told["peak_bytes_in_use"])
+        stats = sys.modules["jax"].local_devices()[0].memory_stats()
+        if stats:
+            return int(stats["peak_bytes_in_use"])
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes * (1 if sys.platform == "darwin" else 1024)
 
@@ -165,12 +165,12 @@ def compare(
     peers: dict[str, tuple[Any, ...]],
     huge_pages: tuple[str, ...] = (),
 ) -> None:
-    """Let peers take turns at the same work and print how fast each was; the first is ours.
+    """Run programs in turn and print their speeds; the first one is ours.
 
     Args:
-      tokens: that one turn of each makes or learns from.
-      peers: by name, a function that makes a `Work` and its arguments.
-      huge_pages: the peers started with them, as `train.py` starts itself.
+      tokens: processed in one run of each.
+      peers: by name, a function that creates a `Work`, and its arguments.
+      huge_pages: names of those that use huge pages, as `train.py` does.
     """
     print(f"\n{title}, {rounds} rounds in turn", flush=True)
     workers = [Worker(name, name in huge_pages, *made) for name, made in peers.items()]
@@ -195,21 +195,21 @@ def compare(
 
 
 def missing(*packages: str) -> str:
-    """The first of some packages that is not installed, or nothing; said in a line."""
+    """Return the first package that is not installed, or "", and print a line about it."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            print(f"{package} is not installed: its rows are left out")
+            print(f"{package} is not installed: its rows are skipped")
             return package
     return ""
 
 
 def heading(command: str) -> tuple[str, str]:
-    """Say what is measured on what; returns the devices' platform and kind.
+    """Print device, versions and commit; return the devices' platform and kind.
 
-    A process that ends asks JAX, so that none holds a device.
+    JAX is queried in a process that ends, so that no process holds a device.
     """
-    asked = "import jax; d = jax.devices(); print(d[0].platform, len(d), d[0].device_kind)"
-    device, _, rest = _output(sys.executable, "-c", asked).partition(" ")
+    query = "import jax; d = jax.devices(); print(d[0].platform, len(d), d[0].device_kind)"
+    device, _, rest = _output(sys.executable, "-c", query).partition(" ")
     count, _, kind = rest.partition(" ")
     names = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
     found = {name: _version(name) for name in names}
@@ -223,7 +223,7 @@ def heading(command: str) -> tuple[str, str]:
 
 
 def peak(kind: str) -> float:
-    """The dense bfloat16 peak of one device, FLOP/s, or 0 when it is not known."""
+    """Return the dense bfloat16 peak of one device, FLOP/s, or 0 if it is not known."""
     from llama_jax.hardware.accelerators import chip_of
 
     chip = chip_of(kind)
@@ -231,7 +231,7 @@ def peak(kind: str) -> float:
 
 
 def _processor() -> str:
-    """The name of the CPU, where the system tells it."""
+    """Return the name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -248,7 +248,7 @@ def _version(package: str) -> str:
 
 
 def _output(*command: str) -> str:
-    """What a command prints, or "unknown" where it cannot run."""
+    """Return what a command prints, or "unknown" if it cannot run."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -1,17 +1,17 @@
-"""Decoding speed: tokens a second of ours beside Hugging Face's `generate`, with random weights.
+"""Decoding speed in tokens per second, compared with Hugging Face's `generate`, random weights.
 
     python benchmarks/decode.py
     python benchmarks/decode.py --models 15m --first_token
     python benchmarks/decode.py --bits int8,int4 --llama2c llama2.c/run
     python benchmarks/decode.py --models "" --speculate ckpt/
 
-How near it comes to the hardware, `roofline.py` says.
+`roofline.py` compares with the hardware instead.
 
-Greedy, a prompt of 4 tokens, the whole call timed: reading the prompt, the loop, the tokens on the
-host. Each peer has its own process and they take turns; see `common`. Ours runs as sample.py does,
-with huge pages. `--first_token` also starts `sample.py` on a 15M checkpoint, with the compilation
-cache empty and then filled. `--speculate` has a checkpoint go on with a story, with and without
-guessing ahead: what that gains hangs on the text.
+Greedy, a prompt of 4 tokens; the whole call is timed: prefill, the loop, the tokens on the host.
+Programs run in turn, each in its own process; see `common`. Ours uses huge pages, as sample.py
+does. `--first_token` also starts `sample.py` on a 15M checkpoint, with the compilation cache empty
+and then filled. `--speculate` lets a checkpoint continue a story, with and without speculation,
+whose gain depends on the text.
 """
 
 import os
@@ -30,14 +30,14 @@ import peers
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = [1, 17, 42, 3]
 CONTEXT = 256
-MANY = 16  # rows of the batched run
+MANY = 16  # sequences of the batched run
 STORY = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
 )
 
 
 def ours(model: str, rows: int, new_tokens: int, dtype: str, bits: str = "") -> common.Work:
-    """The loop of `Engine.generate`, with matrices in `bits` ("int8", "int4") if asked."""
+    """Return `Engine.generate` as work, with matrices in `bits` ("int8", "int4", "": floats)."""
     from llama_jax.inference.engine import Engine
     from llama_jax.inference.request import Request, SamplingParams
 
@@ -60,8 +60,8 @@ def ours(model: str, rows: int, new_tokens: int, dtype: str, bits: str = "") -> 
     return work
 
 
-def going_on(checkpoint: str, new_tokens: int, speculate: bool) -> common.Work:
-    """`LLM.complete` of a story, greedy."""
+def continuing(checkpoint: str, new_tokens: int, speculate: bool) -> common.Work:
+    """Return `LLM.complete` of a story as work, greedy."""
     from llama_jax import LLM
 
     llm = LLM(checkpoint)
@@ -78,7 +78,7 @@ def going_on(checkpoint: str, new_tokens: int, speculate: bool) -> common.Work:
 
 
 def theirs(model: str, rows: int, new_tokens: int, dtype: str) -> common.Work:
-    """Hugging Face's `generate` with the same shape."""
+    """Return Hugging Face's `generate` with the same shape as work."""
     shape = common.SHAPES[model] | {"num_kv_heads": common.KV_HEADS[model]}
     prompt = np.asarray([PROMPT] * rows)
     generate = peers.hugging_face_generate(shape, CONTEXT, prompt, new_tokens, dtype)
@@ -94,7 +94,7 @@ def theirs(model: str, rows: int, new_tokens: int, dtype: str) -> common.Work:
 
 
 def llama2c(binary: str, model: str, new_tokens: int) -> common.Work:
-    """llama2.c's `run` with the same weights, at the best of one and all threads."""
+    """Return llama2.c's `run` as work: the faster of one and all threads."""
     from flax import nnx
 
     from llama_jax.formats.llama2c import model as files
@@ -127,7 +127,7 @@ def llama2c(binary: str, model: str, new_tokens: int) -> common.Work:
         done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, check=True)
         speed = re.search(rb"achieved tok/s: ([0-9.]+)", done.stderr)
         if speed is None:
-            raise SystemExit(f"{binary} says no speed: {done.stderr!r}")
+            raise SystemExit(f"{binary} reports no speed: {done.stderr!r}")
         return new_tokens / float(speed[1])
 
     def work() -> float:
@@ -137,7 +137,7 @@ def llama2c(binary: str, model: str, new_tokens: int) -> common.Work:
 
 
 def first_token(rounds: int) -> None:
-    """Time `python sample.py` from its start to its first text."""
+    """Print the seconds of `python sample.py` from its start to its first text."""
     tokenizer = ROOT.parent / "shared" / "data" / "tokenizer.model"
     tokenizer = Path(os.environ.get("LLAMA_JAX_TOKENIZER", tokenizer))
     if not tokenizer.is_file():
@@ -157,7 +157,7 @@ def first_token(rounds: int) -> None:
 
 
 def write_checkpoint(folder: str, tokenizer: str) -> None:
-    """A 15M checkpoint of random weights, as training leaves it."""
+    """Write a 15M checkpoint with random weights, as training does."""
     import jax.numpy as jnp
     from flax import nnx
 
@@ -181,9 +181,9 @@ def write_checkpoint(folder: str, tokenizer: str) -> None:
 
 
 def _first_text(checkpoint: Path, environment: dict[str, str]) -> float:
-    """Seconds from the start of a process to what it says was its first token, seen from outside.
+    """Return the seconds from the start of a process to its first token, measured from outside.
 
-    The prompt itself is printed with the first token, so the first byte is that moment.
+    The prompt is printed with the first token, so that is when the first byte arrives.
     """
     words = [sys.executable, str(ROOT / "sample.py"), "--ckpt", str(checkpoint)]
     words += ["--prompt=Once upon a time", "--max_tokens=32"]
@@ -193,19 +193,21 @@ def _first_text(checkpoint: Path, environment: dict[str, str]) -> float:
         process.stdout.read(1)
         seconds = time.perf_counter() - begun
         process.stdout.read()
-        said = process.stderr.read().decode()
-    if process.returncode or not re.search(r"first token after", said):
-        raise SystemExit(f"sample.py failed: {said}")
+        messages = process.stderr.read().decode()
+    if process.returncode or not re.search(r"first token after", messages):
+        raise SystemExit(f"sample.py failed: {messages}")
     return seconds
 
 
 def main() -> None:
-    """Measure each model that was asked for."""
+    """Measure the models that the flags name."""
     parser = common.parser(__doc__.splitlines()[0], models="15m,110m")
-    parser.add_argument("--new_tokens", type=int, default=128, help="to a turn, of each row")
+    parser.add_argument("--new_tokens", type=int, default=128, help="per sequence and run")
     parser.add_argument("--first_token", action="store_true", help="also time a cold start")
-    parser.add_argument("--bits", default="", help="also ours with int8 or int4 matrices, or both")
-    parser.add_argument("--speculate", default="", help="also go on with a story from a checkpoint")
+    parser.add_argument("--bits", default="", help="also measure int8 or int4 matrices, or both")
+    parser.add_argument(
+        "--speculate", default="", help="also continue a story with this checkpoint"
+    )
     parser.add_argument("--llama2c", default="", help="path of llama2.c's run")
     flags = parser.parse_args()
     common.heading(Path(__file__).name)
@@ -225,9 +227,9 @@ def main() -> None:
         many: dict[str, tuple[Any, ...]] = {"llama_jax": (ours, model, MANY, new, flags.dtype)}
         common.compare(f"{title}, batch {MANY}", MANY * new, flags.rounds, many, own)
     if flags.speculate:
-        ways = {"guessing ahead": True, "llama_jax": False}
-        each = {name: (going_on, flags.speculate, new, way) for name, way in ways.items()}
-        title = f"going on with a story, {flags.speculate}, {new} new tokens"
+        ways = {"speculation": True, "llama_jax": False}
+        each = {name: (continuing, flags.speculate, new, way) for name, way in ways.items()}
+        title = f"continuing a story, {flags.speculate}, {new} new tokens"
         common.compare(title, new, flags.rounds, each, tuple(each))
     if flags.first_token:
         first_token(flags.rounds)

@@ -1,11 +1,11 @@
-"""How fast each form of a product is: kernels of each kind, for few rows and for many.
+"""Speed of each matmul implementation, for float and quantized matrices and several row counts.
 
     python benchmarks/matvec.py
     python benchmarks/matvec.py --shapes 4096x4096,11008x4096 --rows 1,16 --dtype bfloat16
 
-A kernel is outputs × inputs. Enough of them are multiplied in one program that no cache holds
-them all; times are of one product, GB/s counts the kernel's bytes as they are held. `chosen` marks
-the form that `kernels.matmul.times_quantized` takes on this backend. Forms take turns.
+A matrix is outputs × inputs. One program multiplies more of them than any cache holds; times are of
+one matmul, GB/s counts the bytes of the matrix as stored. `chosen` marks the implementation that
+`kernels.matmul.times_quantized` uses on this backend. Implementations run in turn.
 """
 
 import argparse
@@ -24,14 +24,14 @@ from llama_jax.kernels import matmul as products
 from llama_jax.kernels.int4 import Quantized
 from llama_jax.quantization.rounding import to_int4, to_int8
 
-FORMS = ("sum_lanes", "by_blocks", "multiply_and_reduce", "convert")
-BYTES = {"cpu": 2**27}  # of the float kernels together; elsewhere 16 times as many
+IMPLEMENTATIONS = ("sum_lanes", "by_blocks", "multiply_and_reduce", "convert")
+BYTES = {"cpu": 2**27}  # of the float matrices together; elsewhere 16 times as many
 Kernel = jax.Array | Quantized
-Form = Callable[[jax.Array, Kernel], jax.Array]
+Implementation = Callable[[jax.Array, Kernel], jax.Array]
 
 
 def kernels(outputs: int, inputs: int, dtype: jnp.dtype) -> dict[str, list[Kernel]]:
-    """Kernels of each kind."""
+    """Return matrices of each kind."""
     size = outputs * inputs * dtype.itemsize
     copies = max(2, math.ceil(BYTES.get(jax.default_backend(), 2**31) / size))
     random = np.random.default_rng(0)
@@ -43,11 +43,11 @@ def kernels(outputs: int, inputs: int, dtype: jnp.dtype) -> dict[str, list[Kerne
     return {dtype.name: [kernel.astype(dtype) for kernel in floats]} | made
 
 
-def forms(kind: str, dtype: jnp.dtype) -> dict[str, Form]:
-    """The forms that multiply a kind of kernel."""
+def implementations(kind: str, dtype: jnp.dtype) -> dict[str, Implementation]:
+    """Return the implementations for a kind of matrix."""
     if kind == dtype.name:
         return {"library": lambda x, kernel: products.times_transposed(x, kernel, dtype)}
-    return {name: getattr(products, name) for name in FORMS}
+    return {name: getattr(products, name) for name in IMPLEMENTATIONS}
 
 
 def compare(shape: str, rows: int, dtype: jnp.dtype, rounds: int) -> None:
@@ -56,10 +56,10 @@ def compare(shape: str, rows: int, dtype: jnp.dtype, rounds: int) -> None:
     x_RI = jnp.asarray(np.random.default_rng(1).standard_normal((rows, inputs)), dtype)
     runs: dict[tuple[str, str], tuple[Any, list[Kernel]]] = {}
     for kind, all_kernels in kernels(outputs, inputs, dtype).items():
-        for name, form in forms(kind, dtype).items():
+        for name, multiply in implementations(kind, dtype).items():
             if name in ("sum_lanes", "multiply_and_reduce") and rows > 4 * products.FEW:
-                continue  # they would take for ever
-            run = jax.jit(lambda x, many, form=form: [form(x, one) for one in many])
+                continue  # they would take too long
+            run = jax.jit(lambda x, many, multiply=multiply: [multiply(x, one) for one in many])
             jax.block_until_ready(run(x_RI, all_kernels))
             runs[kind, name] = run, all_kernels
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
@@ -80,12 +80,14 @@ def compare(shape: str, rows: int, dtype: jnp.dtype, rounds: int) -> None:
 
 
 def chosen(rows: int, kernel: Kernel) -> str:
-    """The name of the form that is taken here."""
-    return products.form_for(rows, kernel).__name__ if isinstance(kernel, Quantized) else ""
+    """Return the name of the implementation that this backend uses."""
+    if not isinstance(kernel, Quantized):
+        return ""
+    return products.implementation_for(rows, kernel).__name__
 
 
 def main() -> None:
-    """Measure what was asked for."""
+    """Measure what the flags name."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default="768x768,2048x768,768x2048,32000x768")
     parser.add_argument("--rows", default="1,4,16,256")

@@ -1,4 +1,4 @@
-"""The others: a training step in PyTorch as llama2.c writes it, and Hugging Face's `generate`.
+"""Programs to compare with: llama2.c's training step in PyTorch, Hugging Face's `generate`.
 
 PyTorch and transformers are imported here only, and only when a function is called.
 """
@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-STD, EPS = 0.02, 1e-5  # of initial weights; inside RMSNorm
+STD, EPS = 0.02, 1e-5  # of the initial weights; of RMSNorm
 
 
 def torch_train_step(
     shape: Mapping[str, int], tokens: np.ndarray, dtype: str, compiled: bool
 ) -> Callable[[], Any]:
-    """A function that makes one AdamW step on the tokens and returns the loss, on the device.
+    """Return a function that takes one AdamW step on the tokens and returns the loss.
 
-    As in llama2.c's train.py: autocast to bfloat16 if asked, clipping at 1, fused AdamW.
+    As in llama2.c's train.py: autocast for bfloat16, clipping at 1, fused AdamW.
     """
     import torch
 
@@ -46,7 +46,7 @@ def torch_train_step(
 
 
 def _torch_llama(shape: Mapping[str, int], context: int) -> Any:
-    """llama2.c's model.py in short: tokens and targets in, mean loss out; the output is tied."""
+    """Return llama2.c's model, shortened: (tokens, targets) → mean loss, embeddings tied."""
     import torch
     import torch.nn.functional as F
     from torch import nn
@@ -58,8 +58,8 @@ def _torch_llama(shape: Mapping[str, int], context: int) -> Any:
 
     def rotate(x: Any, cosine: Any, sine: Any) -> Any:
         real, imaginary = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
-        turned = [real * cosine - imaginary * sine, real * sine + imaginary * cosine]
-        return torch.stack(turned, dim=-1).flatten(3).type_as(x)
+        rotated = [real * cosine - imaginary * sine, real * sine + imaginary * cosine]
+        return torch.stack(rotated, dim=-1).flatten(3).type_as(x)
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -110,7 +110,7 @@ def _torch_llama(shape: Mapping[str, int], context: int) -> Any:
 def hugging_face_generate(
     shape: Mapping[str, int], context: int, prompt: np.ndarray, new_tokens: int, dtype: str
 ) -> Callable[[], int]:
-    """A function that generates greedily with a key/value cache; returns how many tokens."""
+    """Return a function that generates greedily with a cache and returns the number of tokens."""
     import torch
     import transformers
 

@@ -1,13 +1,13 @@
-"""How near the hardware comes: decoding beside the memory's bandwidth, prompts beside the peak.
+"""Decoding relative to the memory's bandwidth, and prefill relative to the chip's peak FLOP/s.
 
     python benchmarks/roofline.py
     python benchmarks/roofline.py --model 15m --prompt 128 --context 256
 
-On a GPU or TPU Llama 2 7B's shape in bfloat16, int8 and int4, with random weights; on CPU the 110M
-in float32. A token reads every weight once, but of an input table of its own only a row, and every
-slot of the cache: these bytes over the time of a token, beside what a copy within the device's
-memory moves. A prompt's arithmetic is a third of what `flops_per_token` counts for training, beside
-the chip's dense peak. Each measures in a process of its own, in turn; see `common`.
+On a GPU or TPU Llama 2 7B's shape in bfloat16, int8 and int4, with random weights; on CPU 110M in
+float32. A token reads every weight once (of an untied embedding only one row) and every slot of
+the cache: these bytes over the time of a token are compared with the bandwidth of a copy within the
+device's memory. Prefill takes a third of the FLOPs that `flops_per_token` counts for training,
+compared with the chip's dense peak. Each runs in its own process, in turn; see `common`.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from typing import Any
 import common
 
 COPIED = {"cpu": 2**28}  # bytes of the array that is copied; elsewhere 2 GiB
-DEFAULTS = {"cpu": ("110m", "float32", 128, 512)}  # elsewhere as follows
+DEFAULTS = {"cpu": ("110m", "float32", 128, 512)}  # elsewhere `ACCELERATOR`
 ACCELERATOR = ("7b", "bfloat16", 2048, 4096)
 
 
 class Measured:
-    """A piece of work whose seconds are counted, and what it moves or computes meanwhile."""
+    """Work that is timed, and the bytes it moves or the FLOPs it computes."""
 
     def __init__(self, work: common.Work, **facts: float):
         self.work, self.facts = work, facts
@@ -35,7 +35,7 @@ class Measured:
 
 
 def copying() -> Measured:
-    """A copy within the device's memory: an array is read and written once."""
+    """Return a copy within the device's memory as work: an array is read and written once."""
     import jax
     import jax.numpy as jnp
 
@@ -52,7 +52,7 @@ def copying() -> Measured:
 
 
 def decoding(model: str, dtype: str, prompt: int, context: int, new: int, bits: str) -> Measured:
-    """One text gone on with; the seconds of a token in the loop, without prompt and first token."""
+    """Return decoding as work: seconds per token, without prefill and the first token."""
     import jax
 
     from llama_jax.inference.decode import cache_slots
@@ -85,8 +85,8 @@ def decoding(model: str, dtype: str, prompt: int, context: int, new: int, bits: 
     return Measured(work, bytes=read)
 
 
-def reading(model: str, dtype: str, prompt: int, context: int) -> Measured:
-    """One prompt read into a cache, up to the logits after it."""
+def prefilling(model: str, dtype: str, prompt: int, context: int) -> Measured:
+    """Return prefill of one prompt as work, up to the logits after it."""
     import jax
 
     from llama_jax.inference.decode import cache_slots, prefill
@@ -110,13 +110,13 @@ def _ids(count: int) -> list[int]:
 
 
 def measure(made: dict[str, tuple[Any, ...]], rounds: int, peak: float) -> None:
-    """Let all take turns, and print a row of each."""
+    """Run all in turn, and print a row for each."""
     workers = [common.Worker(name, True, *arguments) for name, arguments in made.items()]
     for _ in range(rounds):
         for worker in workers:
             if not worker.problem:
                 worker.turn()
-    copied = plain = 0.0  # bytes a second, and seconds of a token in floats
+    copied = plain = 0.0  # bytes per second; seconds per token of the float model
     print(f"  {'':26}{'min':>10}{'median':>10}{'max':>10}  ms{'GB':>10}{'GB/s':>8}", flush=True)
     for worker in workers:
         if worker.problem or not worker.seconds:
@@ -142,16 +142,16 @@ def measure(made: dict[str, tuple[Any, ...]], rounds: int, peak: float) -> None:
 
 
 def main() -> None:
-    """Measure on what is here."""
+    """Measure on this machine."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="", help=f"of {', '.join(common.SHAPES)}")
     parser.add_argument("--dtype", default="", choices=("float32", "bfloat16"))
-    parser.add_argument("--prompt", type=int, default=0, help="tokens before the new ones")
-    parser.add_argument("--context", type=int, default=0, help="tokens the model may hold")
+    parser.add_argument("--prompt", type=int, default=0, help="tokens of the prompt")
+    parser.add_argument("--context", type=int, default=0, help="tokens of the context")
     parser.add_argument("--new_tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each")
     flags = parser.parse_args()
-    # They share a device: none may take all of its memory at once.
+    # Processes share a device: none may preallocate its memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     platform, kind = common.heading(Path(__file__).name)
     model, dtype, prompt, context = DEFAULTS.get(platform, ACCELERATOR)
@@ -160,8 +160,8 @@ def main() -> None:
     shape = (model, dtype, prompt, context)
     made: dict[str, tuple[Any, ...]] = {"copy": (copying,)}
     for name, bits in {dtype: "", "int8": "int8", "int4": "int4"}.items():
-        made[f"a token, {name}"] = (decoding, *shape, flags.new_tokens, bits)
-    made[f"a prompt of {prompt:,}"] = (reading, *shape)
+        made[f"token, {name}"] = (decoding, *shape, flags.new_tokens, bits)
+    made[f"prefill of {prompt:,}"] = (prefilling, *shape)
     print(f"\n{model}, {dtype}, batch 1, after {prompt:,} tokens, {flags.rounds} rounds in turn")
     measure(made, flags.rounds, common.peak(kind))
 

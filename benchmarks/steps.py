@@ -1,7 +1,7 @@
-"""What `train.py` measures: whole optimizer steps, of ours and of the same model in PyTorch.
+"""What `train.py` measures: whole optimizer steps, ours and those of the same model in PyTorch.
 
-Both learn from the same random tokens: forward, loss, backward, clipping, AdamW, one number back
-to the host. Does not know which steps are worth measuring, nor how results are shown.
+Both train on the same random tokens: forward, loss, backward, clipping, AdamW, one number back to
+the host.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ import common
 import numpy as np
 import peers
 
-STEPS = 3  # to a turn, so that a step may run on while the host prepares the next
-ROOM = 0.92  # of the device's memory that a stack of layers may take
+STEPS = 3  # per run, so that the device may compute while the host prepares the next step
+ROOM = 0.92  # fraction of the device's memory that may be used
 AS_MANY_AS_FIT = 0
 
 
@@ -22,25 +22,25 @@ AS_MANY_AS_FIT = 0
 class Job:
     """A step to measure."""
 
-    shape: dict[str, int]  # of the model, in the words of `ModelConfig`
-    rows: int  # sequences a step, over all microbatches
-    length: int  # tokens of each
-    dtype: str  # of activations and products
-    accumulation: int = 1  # microbatches a step
+    shape: dict[str, int]  # fields of `ModelConfig`
+    sequences: int  # per step, over all microbatches
+    length: int  # tokens per sequence
+    dtype: str  # of activations and matmuls
+    accumulation: int = 1  # microbatches per step
 
     @property
     def tokens(self) -> int:
-        """Tokens that a step learns from."""
-        return self.rows * self.length
+        """Tokens per step."""
+        return self.sequences * self.length
 
     def ids(self) -> np.ndarray:
-        """Random tokens, one more in each row than its inputs."""
-        shape = (self.rows, self.length + 1)
+        """Return random tokens, one more per sequence than its inputs."""
+        shape = (self.sequences, self.length + 1)
         return np.random.default_rng(0).integers(0, self.shape["vocab_size"], shape, np.int32)
 
 
 def config_of(job: Job, layers: int) -> Any:
-    """Our config of a job; models of a billion parameters and more have an output matrix."""
+    """Return our config of a job."""
     from llama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
 
     shape = job.shape | {"num_layers": layers}
@@ -48,10 +48,10 @@ def config_of(job: Job, layers: int) -> Any:
         model=ModelConfig(
             **shape,
             context_length=job.length,
-            tied_embeddings=shape["dim"] < common.PRIVATE_OUTPUT,
+            tied_embeddings=shape["dim"] < common.UNTIED_DIM,
             compute_dtype=job.dtype,
         ),
-        data=DataConfig(path="none", batch_size=job.rows, sequence_length=job.length),
+        data=DataConfig(path="none", batch_size=job.sequences, sequence_length=job.length),
         optimizer=OptimizerConfig(
             steps=10_000,
             learning_rate=1e-4,
@@ -62,7 +62,7 @@ def config_of(job: Job, layers: int) -> Any:
 
 
 def compiled_step(config: Any, mesh: Any) -> Any:
-    """Our step, compiled without a state."""
+    """Return our step, compiled for abstract arguments."""
     import jax
 
     from llama_jax.data.loader import abstract_batch
@@ -74,24 +74,24 @@ def compiled_step(config: Any, mesh: Any) -> Any:
 
 
 def bytes_needed(compiled: Any) -> int:
-    """What a compiled step holds in memory at once, its arguments included."""
+    """Return the peak bytes of a compiled step, arguments included."""
     found = compiled.memory_analysis()
     made = found.output_size_in_bytes - found.alias_size_in_bytes
     return int(found.argument_size_in_bytes + made + found.temp_size_in_bytes)
 
 
 def layers_that_fit(job: Job, mesh: Any, limit: float, least: int = 2) -> int:
-    """As many layers, up to the shape's own, as a device of `limit` bytes holds.
+    """Return the number of layers, at most the shape's own, that fit in `limit` bytes.
 
-    Memory grows by the same amount with each layer; the compiler tells how much.
+    Memory grows by the same amount with each layer, which two compilations determine.
     """
     few, more = (bytes_needed(compiled_step(config_of(job, n), mesh)) for n in (least, 2 * least))
     each = (more - few) / least
     return max(0, min(job.shape["num_layers"], int(least + (ROOM * limit - few) / each)))
 
 
-def seconds_a_step(step: Callable[[], Any]) -> float:
-    """Of a few in a row. One before them is not counted: its memory lay idle for others' turns."""
+def seconds_per_step(step: Callable[[], Any]) -> float:
+    """Return the mean of a few steps, after one that is not counted: its memory had been idle."""
     assert float(step()) > 0
     begun = time.perf_counter()
     for _ in range(STEPS):
@@ -104,7 +104,7 @@ class Ours:
     """The step of `training.step.jit_train_step`, on one device."""
 
     def __init__(self, job: Job, layers: int = -1):
-        """With `layers` = `AS_MANY_AS_FIT` the stack is as high as the device's memory allows."""
+        """Compile a job; `layers` = `AS_MANY_AS_FIT` uses as many as the device's memory allows."""
         import jax
 
         from llama_jax.config import MeshConfig
@@ -125,7 +125,7 @@ class Ours:
             "auto", device, head_dim=config.model.head_size, dtype=config.model.compute_dtype
         )
         self._step = compiled_step(config, self._mesh)
-        self._batch = self._placed(job)
+        self._batch = self._put(job)
         with jax.set_mesh(self._mesh):
             self._state: Any = jit_init(config, self._mesh)()
         self.facts = {
@@ -134,28 +134,28 @@ class Ours:
             "layers": config.model.num_layers,
         }
 
-    def _placed(self, job: Job) -> Any:
+    def _put(self, job: Job) -> Any:
         import jax
 
         from llama_jax.data.loader import Batch
         from llama_jax.distributed.mesh import batch_sharding
 
-        ids, weights_BT = job.ids(), np.ones((job.rows, job.length), np.float32)
-        rows = Batch(inputs_BT=ids[:, :-1], targets_BT=ids[:, 1:], weights_BT=weights_BT)
-        return jax.device_put(rows, batch_sharding(self._mesh))
+        ids, weights_BT = job.ids(), np.ones((job.sequences, job.length), np.float32)
+        batch = Batch(inputs_BT=ids[:, :-1], targets_BT=ids[:, 1:], weights_BT=weights_BT)
+        return jax.device_put(batch, batch_sharding(self._mesh))
 
     def __call__(self) -> float:
-        """Seconds a step."""
+        """Return seconds per step."""
 
         def step() -> Any:
             self._state, metrics = self._step(self._state, self._batch)
             return metrics.loss
 
-        return seconds_a_step(step)
+        return seconds_per_step(step)
 
 
 def _custom_calls(program: str, backend: str) -> str:
-    """How often a compiled program calls cuDNN's attention: proof that it is what runs."""
+    """Return how often a compiled program calls cuDNN's attention, as proof that it runs."""
     if backend != "cudnn":
         return ""
     calls = program.count('custom_call_target="__cudnn$fmha')
@@ -170,5 +170,5 @@ class Theirs:
         self.facts: dict[str, Any] = {}
 
     def __call__(self) -> float:
-        """Seconds a step."""
-        return seconds_a_step(self._step)
+        """Return seconds per step."""
+        return seconds_per_step(self._step)

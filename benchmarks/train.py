@@ -1,12 +1,11 @@
-"""Training speed: a whole optimizer step of ours beside the same step written in PyTorch.
+"""Training speed: a whole optimizer step, compared with the same step in PyTorch.
 
     python benchmarks/train.py
     python benchmarks/train.py --only 15m,260k --rounds 9
 
-One table of what this machine can do: on CPU the small models and what accumulation costs; on a
-GPU or TPU the larger ones, with their MFU. Peers take turns, each in a process of its own; see
-`common`. Ours runs as train.py runs it, with huge pages; PyTorch runs as it comes, and with huge
-pages too.
+On CPU the small models and the cost of accumulation, on a GPU or TPU the larger ones with their
+MFU. Programs run in turn, each in its own process; see `common`. Ours uses huge pages, as train.py
+does; PyTorch is measured without and with them.
 """
 
 import argparse
@@ -30,65 +29,67 @@ COLUMNS += f"{'MFU':>7}{'peak':>9}{'ours is':>9}"
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Some rows of the table."""
+    """A section of the table."""
 
     title: str
     workers: dict[
         str, tuple[Any, ...]
-    ]  # by name, what makes the work and its arguments; ours first
-    tokens: dict[str, int]  # of a step of each
+    ]  # by name, what creates the work, and its arguments; ours first
+    tokens: dict[str, int]  # per step of each
     is_accumulation: bool = False
 
 
-def beside_torch(name: str, rows: int, length: int, dtype: str, with_torch: bool) -> Part:
-    """Ours and, if wanted, PyTorch's."""
-    job = Job(shape=SHAPES[name], rows=rows, length=length, dtype=dtype)
+def compared_with_torch(
+    name: str, sequences: int, length: int, dtype: str, with_torch: bool
+) -> Part:
+    """Return a part with our step and, with `with_torch`, PyTorch's."""
+    job = Job(shape=SHAPES[name], sequences=sequences, length=length, dtype=dtype)
     workers: dict[str, tuple[Any, ...]] = {"llama_jax": (Ours, job)}
     if with_torch:
         workers["PyTorch, eager"] = (Theirs, job, False)
         workers["PyTorch, torch.compile"] = (Theirs, job, True)
         workers[TUNED] = (Theirs, job, True)
-    title = f"{name}, {rows} × {length} tokens, {dtype}"
+    title = f"{name}, {sequences} × {length} tokens, {dtype}"
     return Part(title, workers, dict.fromkeys(workers, job.tokens))
 
 
-def accumulating(name: str, rows: int, length: int, dtype: str) -> Part:
-    """Ours with few and with many microbatches of one size."""
+def accumulating(name: str, sequences: int, length: int, dtype: str) -> Part:
+    """Return a part with our step at few and at many microbatches of one size."""
     workers, tokens = {}, {}
     for count in MICROBATCHES:
         job = Job(
             shape=SHAPES[name],
-            rows=rows * count,
+            sequences=sequences * count,
             length=length,
             dtype=dtype,
             accumulation=count,
         )
         workers[f"llama_jax, {count} microbatches"] = (Ours, job)
         tokens[f"llama_jax, {count} microbatches"] = job.tokens
-    return Part(f"{name}, {rows} × {length} a microbatch, {dtype}", workers, tokens, True)
+    return Part(f"{name}, {sequences} × {length} per microbatch, {dtype}", workers, tokens, True)
 
 
-def stack(name: str, rows: int, length: int) -> Part:
-    """Ours alone, of as many layers as fit."""
-    job = Job(shape=SHAPES[name], rows=rows, length=length, dtype="bfloat16")
-    title = f"{name}-shaped, as many layers as fit, {rows} × {length} tokens, bfloat16"
+def stack(name: str, sequences: int, length: int) -> Part:
+    """Return a part with our step alone, for as many layers as fit."""
+    job = Job(shape=SHAPES[name], sequences=sequences, length=length, dtype="bfloat16")
+    title = f"{name}-shaped, as many layers as fit, {sequences} × {length} tokens, bfloat16"
     workers: dict[str, tuple[Any, ...]] = {"llama_jax": (Ours, job, AS_MANY_AS_FIT)}
     return Part(title, workers, {"llama_jax": job.tokens})
 
 
 def parts(with_torch: bool) -> dict[str, dict[str, Any]]:
-    """What each kind of device can measure, by name; made when it is that name's turn."""
+    """Return by kind of device and name the functions that create the parts."""
     wide = "110m, heads of 128"
     return {
         "cpu": {
-            "15m": partial(beside_torch, "15m", 8, 256, "float32", with_torch),
-            "260k": partial(beside_torch, "260k", 32, 256, "float32", with_torch),
+            "15m": partial(compared_with_torch, "15m", 8, 256, "float32", with_torch),
+            "260k": partial(compared_with_torch, "260k", 32, 256, "float32", with_torch),
             "accumulation": partial(accumulating, "15m", 2, 256, "float32"),
         },
         "accelerator": {
-            "110m": partial(beside_torch, "110m", 32, 1024, "bfloat16", with_torch),
-            "110m-tpu": partial(beside_torch, wide, 32, 1024, "bfloat16", False),
-            "1.1b": partial(beside_torch, "1.1b", 4, 4096, "bfloat16", False),
+            "110m": partial(compared_with_torch, "110m", 32, 1024, "bfloat16", with_torch),
+            "110m-tpu": partial(compared_with_torch, wide, 32, 1024, "bfloat16", False),
+            "1.1b": partial(compared_with_torch, "1.1b", 4, 4096, "bfloat16", False),
             "7b": partial(stack, "7b", 4, 4096),
             "accumulation-110m": partial(accumulating, "110m", 16, 1024, "bfloat16"),
         },
@@ -96,7 +97,7 @@ def parts(with_torch: bool) -> dict[str, dict[str, Any]]:
 
 
 def measure(part: Part, rounds: int, peak: float) -> None:
-    """Let the workers of a part take turns, and print its rows."""
+    """Run the workers of a part in turn, and print its rows."""
     print(f"{part.title}", flush=True)
     workers = [
         common.Worker(name, made[0] is Ours or name == TUNED, *made)
@@ -133,28 +134,28 @@ def _row(
 
 
 def _ratio(part: Part, ours: common.Worker, worker: common.Worker) -> str:
-    """How many times as long another takes; for accumulation, for one token."""
+    """Return the other's time relative to ours; for accumulation, per token."""
     ratio = statistics.median(worker.seconds) / statistics.median(ours.seconds)
     if part.is_accumulation:
         ratio *= part.tokens[ours.name] / part.tokens[worker.name]
-        return f"{ratio:8.2f}x a token's time"
+        return f"{ratio:8.2f}x per token"
     return f"{ratio:8.2f}x"
 
 
 def main() -> None:
-    """Measure what this machine can."""
+    """Measure the parts for this machine."""
     flags = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    flags.add_argument("--only", default="", help="comma-separated names of parts; all otherwise")
-    flags.add_argument("--rounds", type=int, default=5, help="turns of each peer")
+    flags.add_argument("--only", default="", help="comma-separated names of parts; empty: all")
+    flags.add_argument("--rounds", type=int, default=5, help="runs of each program")
     flags.add_argument("--no_peers", action="store_true", help="measure llama_jax alone")
     chosen = flags.parse_args()
-    # Peers share a GPU: none may take all of its memory at once, and each may take nearly all.
+    # Processes share a GPU: none may preallocate its memory, and each may use nearly all.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     platform, kind = common.heading(Path(__file__).name)
     with_torch = not chosen.no_peers and not common.missing("torch")
     only = set(filter(None, chosen.only.split(",")))
-    print("MFU is (6·N + 12·L·H·Q·T) FLOP a token over the chip's peak; peak is its memory at most")
+    print("MFU is (6·N + 12·L·H·Q·T) FLOP per token over the chip's peak; peak is memory")
     print(f"\n{COLUMNS}")
     here = "cpu" if platform == "cpu" else "accelerator"
     for place, named in parts(with_torch).items():
@@ -162,7 +163,7 @@ def main() -> None:
             if only and name not in only:
                 continue
             if place != here:
-                print(f"{name}: skipped; its device is of the kind {place}, here is {kind}")
+                print(f"{name}: skipped; it needs a device of kind {place}, not {kind}")
                 continue
             measure(make(), chosen.rounds, common.peak(kind))
 

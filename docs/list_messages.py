@@ -93,15 +93,15 @@ def messages(tree: ast.Module, reporters: set[str]) -> Iterator[tuple[int, str]]
                 yield call.lineno, "; ".join(filter(None, texts))
 
 
-def main() -> None:
-    """Print the list."""
-    folder = ROOT / "llama_jax"
+def list_messages(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield place and text of each message of a package."""
     trees = {path: ast.parse(path.read_text()) for path in sorted(folder.rglob("*.py"))}
     reporters = find_reporters(list(trees.values()))
     for path, tree in trees.items():
         for line, text in sorted(set(messages(tree, reporters))):
-            print(f"{path.relative_to(folder)}:{line}: {text}")
+            yield f"{path.relative_to(folder)}:{line}", text
 
 
 if __name__ == "__main__":
-    main()
+    for place, text in list_messages(ROOT / "llama_jax"):
+        print(f"{place}: {text}")

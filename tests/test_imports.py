@@ -135,8 +135,8 @@ def test_libraries_are_imported_in_one_room(name):
         assert allowed, f"{name} imports {imported}"
 
 
-def test_config_imports_no_jax():
-    for name in ("config", "cli.config_flags"):
+def test_config_and_command_line_import_no_jax():
+    for name in ("config", "cli.config_flags", "cli.main"):
         libraries = {imported.split(".")[0] for imported in imports_of(f"llama_jax.{name}")}
         assert not libraries & {"jax", "flax", "numpy"}
 

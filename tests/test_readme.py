@@ -1,6 +1,8 @@
 """What the README says of the tree, the size, the configs, the commands and the flags is true."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,26 @@ def test_overrides_in_the_text_are_keys(words):
     config = load_config(str(ROOT / "configs" / "demo.py"))
     for name in words.removeprefix("--config.").split("."):
         config = config[name]
+
+
+def commands(text):
+    """Return the set of flags of each script that a page runs; `--config.…` is tested above."""
+    flags = {}
+    for line in re.sub(r"\\\n", " ", text).splitlines():
+        line = line.partition("#")[0]
+        if found := re.search(r"\b(\w+)\.py\b(.*)", line):
+            names = re.findall(r"(?<=\s)--[a-z_]+(?![\w.])", found[2])
+            flags.setdefault(found[1], set()).update(names)
+    return {name: found for name, found in flags.items() if (ROOT / f"{name}.py").is_file()}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md", "docs/pods.md"])
+def test_flags_in_commands_exist(page):
+    for script, flags in commands((ROOT / page).read_text()).items():
+        words = [sys.executable, str(ROOT / f"{script}.py"), "--help"]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+        known = set(re.findall(r"--[a-z_]+", done.stdout))
+        assert flags <= known, f"{script}.py has no {flags - known}"
 
 
 def test_pictures_and_pages_exist():

@@ -61,9 +61,9 @@ def _load(path: str) -> Any:
     """Return the ConfigDict that the `get_config()` of a Python file returns."""
     if not Path(path).is_file():
         known = {file.stem: str(file) for file in sorted(Path("configs").glob("*.py"))}
-        choices = f"; expected one of {', '.join(known.values()) or 'your config files'}"
-        hint = did_you_mean(known.get(Path(path).stem, path), known.values()) or choices
-        raise UsageError(f"config file {path!r} does not exist{hint}")
+        there = f"one of {', '.join(known.values())}" if known else "one like configs/demo.py"
+        hint = did_you_mean(known.get(Path(path).stem, path), known.values())
+        raise UsageError(f"config file {path!r} does not exist{hint or f'; expected {there}'}")
     try:
         scope = runpy.run_path(path)
         if "get_config" not in scope:
@@ -116,8 +116,8 @@ def _unknown_word(word: str, leaves: dict[str, Any]) -> str:
 
 
 def _unknown_key(path: str, key: str, leaves: dict[str, Any]) -> str:
-    """Return the message about a key that a config does not have, with the closest that it has."""
-    by_last_name = {leaf.split(".")[-1]: leaf for leaf in leaves}
-    close = difflib.get_close_matches(key.split(".")[-1], by_last_name, n=1)
-    hint = f"; did you mean {by_last_name[close[0]]!r}?" if close else did_you_mean(key, leaves)
-    return f"{path} has no key {key!r}{hint or '; see configs/demo.py'}"
+    """Return the message about a key that a config does not have, with one of a similar name."""
+    by_name = {leaf.split(".")[-1]: leaf for leaf in leaves}
+    close = difflib.get_close_matches(key.split(".")[-1], by_name, n=1)
+    hint = f"did you mean {by_name[close[0]]!r}?" if close else "see configs/demo.py"
+    return f"{path} has no key {key!r}; {hint}"

@@ -5,8 +5,7 @@ line on stderr; with `--debug`, which every command takes, its traceback is prin
 """
 
 import argparse
-import importlib.metadata
-import importlib.util
+import importlib
 import os
 import re
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from llama_jax.cli.config_flags import CONFIG_FLAG
+from llama_jax.cli.startup import skip_absent_tpu, use_huge_pages
 from llama_jax.errors import (
     UsageError,
     UserError,
@@ -34,7 +34,6 @@ COMMANDS = {
     "plot": "draw the loss curve of a run",
 }
 ON_HUGE_PAGES = ("train", "sample", "chat")
-HUGE_PAGES_VARIABLE, HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"  # exists in a clone of the repository
 DEMO = str(CONFIGS / "demo.py")
 SIMILAR = 0.75  # similarity from which an unknown flag is taken for a misspelt one
@@ -99,50 +98,6 @@ def one_line(error: Exception) -> str | None:
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror or error}{where}"
     return out_of_memory_message(error, MEMORY_ADVICE) if is_out_of_memory(error) else None
-
-
-def use_huge_pages() -> None:
-    """Restart this process once, on Linux, with huge pages enabled in the C library.
-
-    A training step on CPU allocates and frees hundreds of megabytes. With pages of 4 KiB that is
-    140,000 page faults a step for the 15M model, a tenth of its time (a quarter for the 260K
-    model). Decoding is 15 % faster. glibc 2.35 and later read the setting when a process starts.
-    """
-    tunables = os.environ.get(HUGE_PAGES_VARIABLE, "")
-    is_set = HUGE_PAGES.partition("=")[0] in tunables
-    if sys.platform != "linux" or not sys.executable or is_set:
-        return
-    os.environ[HUGE_PAGES_VARIABLE] = ":".join(filter(None, [tunables, HUGE_PAGES]))
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def skip_absent_tpu(devices: Path = Path("/dev")) -> None:
-    """Choose the CPU on a machine without accelerators where libtpu is installed.
-
-    plan.py needs libtpu on any machine. JAX would start it to look for TPUs, and libtpu then prints
-    several lines of errors. With plugins for other accelerators the choice is left to JAX.
-    """
-    if "JAX_PLATFORMS" in os.environ or not importlib.util.find_spec("libtpu"):
-        return
-    has_tpu = any(devices.glob("accel*")) or any(devices.glob("vfio/*"))
-    plugins = "jax_plugins"  # where JAX looks for them: a namespace package and entry points
-    if not (
-        has_tpu
-        or importlib.util.find_spec(plugins)
-        or importlib.metadata.entry_points(group=plugins)
-    ):
-        os.environ["JAX_PLATFORMS"] = "cpu"
-
-
-def use_compilation_cache() -> None:
-    """Keep compiled programs in `$LLAMA_JAX_CACHE`, by default ~/.cache/llama_jax."""
-    import jax
-
-    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "llama_jax"
-    folder = Path(os.environ.get("LLAMA_JAX_CACHE", default)).expanduser() / "compiled"
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

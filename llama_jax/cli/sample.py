@@ -135,9 +135,10 @@ def main(argv: list[str]) -> None:
 
 def _load(flags: Any) -> "LLM":
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every file
+    from llama_jax.cli.startup import use_compilation_cache
     from llama_jax.llm import LLM
 
-    cli.use_compilation_cache()
+    use_compilation_cache()
     return LLM(
         flags.ckpt,
         quantize=flags.quantize,

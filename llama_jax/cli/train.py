@@ -58,6 +58,7 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every file
 
+    from llama_jax.cli.startup import use_compilation_cache
     from llama_jax.distributed.processes import joined
     from llama_jax.training.profiling import parse_window
     from llama_jax.training.run import fit
@@ -65,6 +66,6 @@ def main(argv: list[str]) -> int:
     window = None
     if flags.profile is not None:
         window = parse_window(flags.profile, config.optimizer.steps)
-    cli.use_compilation_cache()
+    use_compilation_cache()
     with joined(**processes) if flags.distributed else contextlib.nullcontext():
         return fit(config, window)

@@ -81,6 +81,7 @@ def test_a_flag_sets_its_key(words, section, key, value):
         (["dim"], "'dim' is not understood; see --help"),
         (["--config.model.dm=3"], "configs/tiny.py has no key 'model.dm'; did you mean 'model.dim'?"),
         (["--config.dim=3"], "has no key 'dim'; did you mean 'model.dim'?"),
+        (["--config.model.lr=3"], "has no key 'model.lr'; see configs/demo.py"),
         (["--config.xyzzy=3"], "has no key 'xyzzy'; see configs/demo.py"),
         (["--config.model=3"], "has no key 'model'"),
         (["--config.model.dim=3.5"], "config.model.dim='3.5' has the wrong type; expected an integer"),

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from llama_jax.cli.main import HUGE_PAGES, HUGE_PAGES_VARIABLE
+from llama_jax.cli.startup import HUGE_PAGES, HUGE_PAGES_VARIABLE
 
 SCRIPT = f"""
 import os, sys
-from llama_jax.cli.main import use_huge_pages
+from llama_jax.cli.startup import use_huge_pages
 print("start", flush=True)
 use_huge_pages()
 print(os.environ.get({HUGE_PAGES_VARIABLE!r}), sys.argv[1:])

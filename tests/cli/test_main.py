@@ -9,7 +9,8 @@ import textwrap
 import pytest
 
 from llama_jax.cli import main as cli
-from llama_jax.cli.main import Parser, skip_absent_tpu
+from llama_jax.cli.main import Parser
+from llama_jax.cli.startup import skip_absent_tpu
 from llama_jax.errors import UsageError
 
 
@@ -106,13 +107,6 @@ def test_flags_of_the_config_are_left_and_misspelt_others_reported():
         parser.parse_known_args([*words, "--profil=1:2"])
 
 
-@pytest.mark.parametrize("value", ["-1:2", "-.5", "-1"])
-def test_a_value_may_begin_with_a_minus(value):
-    parser = Parser()
-    parser.add_argument("--profile")
-    assert parser.parse_args(["--profile", value]).profile == value
-
-
 def test_help_shows_defaults_that_say_something():
     parser = Parser()
     parser.add_argument("--seed", type=int, default=0, help="of the run")
@@ -149,3 +143,10 @@ def test_jax_does_not_start_libtpu_where_there_is_no_tpu(
         (tmp_path / device).touch()
     skip_absent_tpu(tmp_path)
     assert os.environ.get("JAX_PLATFORMS") == platforms
+
+
+@pytest.mark.parametrize("value", ["-1:2", "-.5", "-1"])
+def test_a_value_may_begin_with_a_minus(value):
+    parser = Parser()
+    parser.add_argument("--profile")
+    assert parser.parse_args(["--profile", value]).profile == value

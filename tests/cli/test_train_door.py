@@ -15,6 +15,7 @@ from tiny_run import DOOR, REPOSITORY, make_config, make_tokens, write_config
 
 from llama_jax.checkpoints.restore import finished_steps
 from llama_jax.cli import main as cli
+from llama_jax.cli import startup as compilation_cache
 from llama_jax.cli import train
 from llama_jax.training.metrics import read_metrics
 
@@ -222,7 +223,7 @@ def refused(place, monkeypatch, capfd, *words):
     """The code and the one line that these words are refused with, in this process."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "2")
-    monkeypatch.setattr(cli, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr(compilation_cache, "use_compilation_cache", lambda: None)
     monkeypatch.setattr(sys, "argv", ["train.py", *words])
     with pytest.raises(SystemExit) as end:
         cli.run(train.main)
