@@ -9,7 +9,12 @@ import jax
 
 from llama_jax.checkpoints.metadata import Run
 from llama_jax.checkpoints.restore import finished_steps
-from llama_jax.checkpoints.run_folder import claimed_by_all, describe, require_same_run, settings
+from llama_jax.checkpoints.run_folder import (
+    claimed_by_all,
+    require_same_run,
+    settings,
+    write_metadata,
+)
 from llama_jax.config import Config
 from llama_jax.data.token_folder import TokenFolder
 from llama_jax.distributed.consistency import require_same, together
@@ -56,7 +61,7 @@ def fit(config: Config, profile: Window | None = None) -> int:
         beginning = restore_or_begin(config, folder, data, mesh)
         with together():
             if jax.process_index() == 0:  # only now does nothing stand against it
-                describe(folder, run, data.tokenizer_path)
+                write_metadata(folder, run, data.tokenizer_path)
         with (
             MetricsFile(folder, config.run.tensorboard) as metrics,
             Trainer(

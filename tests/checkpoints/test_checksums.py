@@ -4,7 +4,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.checkpoints import save as module
 from llama_jax.checkpoints.save import checksums, partial_checksum
 
 
@@ -15,14 +14,13 @@ def by_hand(array):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int32", "bool"])
-def test_device_host_and_definition_agree(monkeypatch, dtype):
-    monkeypatch.setattr(module, "PORTION", 17)
+def test_device_host_and_definition_agree(dtype):
     random = np.random.default_rng(0).standard_normal((3, 7, 5), np.float32)
     array = np.asarray(jnp.asarray(100 * random).astype(dtype))
     expected = by_hand(array)
     assert checksums({"a": array}) == {"a": expected}
-    assert partial_checksum(array) == expected
-    by_layer = [partial_checksum(layer, index * 35) for index, layer in enumerate(array)]
+    assert partial_checksum(array, part=17) == expected
+    by_layer = [partial_checksum(layer, index * 35, part=17) for index, layer in enumerate(array)]
     assert sum(reversed(by_layer)) % 2**32 == expected
 
 

@@ -42,7 +42,9 @@ def test_a_step_without_its_arrays_is_not_published(tmp_path, monkeypatch):
     folder = tmp_path / "ckpt"
     save(folder, {5: 1.0})
     monkeypatch.setattr(Path, "glob", lambda *_: iter(()))  # a file system that lists nothing
-    with pytest.raises(UserError, match="is missing from the written files; step 5") as error:
+    with pytest.raises(
+        UserError, match="is missing from the written files; the same command goes on from step 5"
+    ) as error:
         save(folder, {9: 2.0}, keep_last=1)
     assert "\n" not in str(error.value)
     monkeypatch.undo()

@@ -8,7 +8,12 @@ import pytest
 from tiny_run import make_config
 
 from llama_jax.checkpoints.metadata import Description, Run, read_run, write_description
-from llama_jax.checkpoints.run_folder import claimed, describe, require_same_run, require_space
+from llama_jax.checkpoints.run_folder import (
+    claimed,
+    require_same_run,
+    require_space,
+    write_metadata,
+)
 from llama_jax.errors import UsageError, UserError
 
 WAIT = """
@@ -32,7 +37,7 @@ def start(folder, tokenizer="t.model", **changes):
     run = Run(config=make_config("tokens", folder, **changes), bos=True, eos=False)
     with claimed(folder):
         require_same_run(folder, run, folder.parents[1] / tokenizer)
-        describe(folder, run, folder.parents[1] / tokenizer)
+        write_metadata(folder, run, folder.parents[1] / tokenizer)
     return run
 
 

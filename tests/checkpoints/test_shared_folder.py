@@ -1,22 +1,22 @@
 """A folder that all processes see, or one line. Real processes: test_distributed."""
 
+import jax
+import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
-from llama_jax.checkpoints import run_folder as shared_folder
 from llama_jax.checkpoints.run_folder import claimed_by_all
 from llama_jax.errors import UserError
 
 
 @pytest.fixture
 def as_process(monkeypatch):
-    """Makes this process number so-and-so of two, with nobody to talk to."""
+    """A function that makes this process one of two, of which the other never answers."""
 
     def become(number):
-        monkeypatch.setattr(shared_folder.jax, "process_index", lambda: number)
-        monkeypatch.setattr(shared_folder, "gathered", lambda text: [text])
-        monkeypatch.setattr(shared_folder.jax, "process_count", lambda: 2)
-        monkeypatch.setattr(shared_folder, "PATIENCE", 0.3)
-        monkeypatch.setattr("llama_jax.distributed.consistency.gathered", lambda text: [""])
+        monkeypatch.setattr(jax, "process_index", lambda: number)
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr(multihost_utils, "process_allgather", lambda x: np.asarray(x)[None])
 
     return become
 
@@ -31,7 +31,7 @@ def test_a_folder_of_its_own_is_refused(as_process, tmp_path):
     as_process(1)
     with (
         pytest.raises(UserError, match=r"ckpt is not the folder that process 0 writes to; put"),
-        claimed_by_all(tmp_path / "ckpt"),
+        claimed_by_all(tmp_path / "ckpt", patience=0.3),
     ):
         raise AssertionError("claimed")
     assert not (tmp_path / "ckpt").exists()
