@@ -94,7 +94,7 @@ def test_a_failed_background_save_is_one_line_and_leaves_nothing(folder, capfd):
                 writer.raise_if_failed()
                 time.sleep(0.01)
     writer.close()  # reports it once
-    says = f"checkpoint of step 10 could not be saved in {folder}: File too large; the same command goes on from step 9"
+    says = f"step 10 could not be saved in {folder}: File too large; the same command goes on"
     assert says in str(error.value) and "\n" not in str(error.value)
     assert sorted(path.name for path in folder.iterdir()) == ["5", "9"]
     gc.collect()
