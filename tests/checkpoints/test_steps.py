@@ -4,9 +4,9 @@ import json
 import shutil
 
 import pytest
-from tiny_checkpoints import META, assert_is, data_files, newest, save
+from tiny_checkpoints import META, WANTED, assert_is, data_files, newest, save
 
-from llama_jax.checkpoints.restore import finished_steps, folder_and_step
+from llama_jax.checkpoints.restore import finished_steps, folder_and_step, newest_intact, restore
 from llama_jax.errors import UserError
 
 
@@ -78,6 +78,19 @@ def test_the_only_one_is_told_to_be_damaged_in_one_line(folder):
         newest(folder, set_aside=True)
     assert "falling back" not in str(error.value)
     assert finished_steps(folder) == [9]
+
+
+def test_a_step_that_a_run_replaces_meanwhile_is_not_called_damaged(folder):
+    shutil.rmtree(folder / "5")
+
+    def read(path):
+        if path.name == "9":
+            path.rename(folder / "12")  # as if 9 were deleted after 12 was saved
+        return restore(path, WANTED)
+
+    lines = []
+    assert newest_intact(folder, read, lines.append).step == 12
+    assert lines == []
 
 
 def test_what_is_no_checkpoint_is_ignored_and_left_alone(folder):
