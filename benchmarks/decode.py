@@ -161,7 +161,7 @@ def write_checkpoint(folder: str, tokenizer: str) -> None:
     import jax.numpy as jnp
     from flax import nnx
 
-    from llama_jax.checkpoints.run_folder import Run, describe
+    from llama_jax.checkpoints.run_folder import Run, write_metadata
     from llama_jax.checkpoints.save import CheckpointWriter
     from llama_jax.config import Config, DataConfig, OptimizerConfig
     from llama_jax.model.transformer import Llama
@@ -173,7 +173,7 @@ def write_checkpoint(folder: str, tokenizer: str) -> None:
     )
     path = Path(folder)
     path.mkdir()
-    describe(path, Run(config=config, bos=True, eos=False), Path(tokenizer))
+    write_metadata(path, Run(config=config, bos=True, eos=False), Path(tokenizer))
     writer = CheckpointWriter(path, keep_last=1)
     model = Llama(config.model, rngs=nnx.Rngs(0))
     writer.save(1, model, {"count": jnp.int32(1)}, {}, 1.0)

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, Unpack, overload
 
 import numpy as np
 
-from llama_jax.checkpoints.load import deploy, tensor_mesh
+from llama_jax.checkpoints.load import load_for_inference, tensor_mesh
 from llama_jax.config import require
 from llama_jax.distributed.mesh import on_mesh
 from llama_jax.errors import UsageError
@@ -78,7 +78,9 @@ class LLM:
         if template:
             find_template(template)
         mesh = tensor_mesh(tensor)
-        loaded = deploy(checkpoint, dtype, quantize=quantize, max_context=max_context, mesh=mesh)
+        loaded = load_for_inference(
+            checkpoint, dtype, quantize=quantize, max_context=max_context, mesh=mesh
+        )
         self.tokenizer: Tokenizer = loaded.tokenizer
         self.engine = Engine(loaded.model, cache_dtype, mesh)
         self._stop_ids = stop_ids(loaded.tokenizer, loaded.bos)

@@ -1,4 +1,4 @@
-"""Checkpoints that are small, and what holds of them; shared by some tests."""
+"""Small checkpoints, shared by several tests."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ META = {"data": "fingerprint"}
 
 
 def make_trees(step, size=64):
-    """A model and an optimizer state with every kind of array, other ones at each step."""
+    """A model and an optimizer state with arrays of every kind, different at each step."""
     random = np.random.default_rng(step)
     model = {
         "a": {"w": random.standard_normal((size, 24), np.float32), "b": np.float32([np.nan, -0.0])},
@@ -31,7 +31,7 @@ WANTED = abstract(make_trees(0))
 
 
 def save(folder, losses, keep_last=3):
-    """Checkpoints at the steps that are the keys, with the values as validation losses."""
+    """Save checkpoints: `losses` has their validation losses by step."""
     folder.mkdir(exist_ok=True)
     writer = CheckpointWriter(folder, keep_last)
     for step, loss in losses.items():
@@ -41,7 +41,7 @@ def save(folder, losses, keep_last=3):
 
 
 def assert_is(restored, step):
-    """Bit by bit what was saved at a step."""
+    """Compare with what was saved at a step, to the bit."""
     assert restored.step == step
     expected, found = (jax.tree.leaves(tree) for tree in (make_trees(step), restored.trees))
     assert len(expected) == len(found) == 6
@@ -51,7 +51,7 @@ def assert_is(restored, step):
 
 
 def newest(folder, **options):
-    """The step that is restored, and the lines said."""
+    """Return the newest intact checkpoint and the lines reported."""
     lines = []
     restored = restore_newest(folder, WANTED, lines.append, **options)
     assert all("\n" not in line for line in lines)
@@ -59,7 +59,7 @@ def newest(folder, **options):
 
 
 def data_files(folder, item):
-    """The files that hold an item's numbers."""
+    """The files that hold the elements of an item's arrays."""
     return sorted(
         path for path in (folder / item).rglob("*") if path.is_file() and "/d/" in str(path)
     )

@@ -1,9 +1,9 @@
-"""How checkpoints lie on disk, for those who read or write them array by array without Orbax.
+"""The files of a checkpoint, read and written array by array.
 
-Orbax reads and writes whole trees, which is more than a conversion may hold. Here the same files
-are made, so that either opens what the other wrote: an item with arrays is an OCDBT store of one
-Zarr array a name, beside a `_METADATA` that lists the names; one with JSON is a file `metadata`.
-Does not know models, steps or checksums.
+Orbax reads and writes whole trees, more than a conversion may hold in memory. The same files are
+made here, so that either opens what the other wrote. A checkpoint is a folder named by its step,
+with a folder for each item: arrays in an OCDBT store, one Zarr array per name, beside a `_METADATA`
+that lists the names; JSON in a file `metadata`.
 """
 
 import errno
@@ -24,23 +24,25 @@ import numpy as np
 
 from llama_jax.errors import UsageError, UserError
 
-# Whose words are looked for in the middle of longer messages of Orbax and TensorStore.
-SYSTEM_ERRORS = [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM]
-SYSTEM_ERRORS += [errno.EMFILE, errno.EIO]
 FLOATS = {
     np.dtype(np.float32): "<f4",
     np.dtype(np.float16): "<f2",
     np.dtype(ml_dtypes.bfloat16): "bfloat16",
 }
 ZARR_NAMES = FLOATS | {np.dtype(np.int8): "|i1", np.dtype(np.uint8): "|u1"}
-LARGEST_RATIO = 1000  # of an item's numbers to its files: nobody's weights shrink like that
+LARGEST_RATIO = 1000  # of an item's elements to its bytes: no weights compress like that
 CHECKSUM = "checksum"  # key of an item's JSON
 STEP = re.compile(r"0|[1-9][0-9]{0,8}")  # the name of a checkpoint's folder
 Shape = tuple[int, ...]
 
 
-class ConfigMismatch(UserError):
-    """A checkpoint's arrays are not those of the model that `config.json` describes."""
+def finished_steps(folder: Path) -> list[int]:
+    """Return the steps that a folder has checkpoints of, ascending."""
+    names = [path.name for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
+    return sorted(int(name) for name in names if STEP.fullmatch(name))
+
+
+# ---- items with JSON ----
 
 
 def with_checksum(tree: dict[str, Any]) -> dict[str, Any]:
@@ -80,8 +82,11 @@ def file_checksum(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+# ---- items with arrays ----
+
+
 def write_names(item: Path, shapes: Mapping[str, Shape]) -> None:
-    """Tell Orbax which arrays an item holds."""
+    """Write the list of an item's arrays that Orbax reads."""
 
     def entry(name: str, shape: Shape) -> dict[str, Any]:
         value = {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": list(shape)}
@@ -98,9 +103,9 @@ def write_names(item: Path, shapes: Mapping[str, Shape]) -> None:
 
 
 def create_array(item: Path, name: str, shape: Shape, chunk: Shape, dtype: np.dtype) -> Any:
-    """A new array that is written by `array[...].write(part).result()`, best chunk by chunk.
+    """Create an array to write to with `array[...].write(part).result()`, best chunk by chunk.
 
-    Not compressed: weights hardly shrink, and slowly.
+    It is not compressed: weights hardly shrink, and slowly.
     """
     metadata = {
         "zarr_format": 2,
@@ -117,33 +122,27 @@ def create_array(item: Path, name: str, shape: Shape, chunk: Shape, dtype: np.dt
 
 
 def open_array(item: Path, name: str, shape: Shape, dtype: np.dtype) -> Any:
-    """An array to read from by `array[...].read().result()`.
+    """Open an array to read from with `array[...].read().result()`.
 
     Raises:
       ConfigMismatch: when it has another shape.
-      ValueError: when it is missing or has another kind of numbers.
+      ValueError: when it is missing or has a dtype that `dtype_mismatch` names.
     """
     array = _open(item, name, open=True, fill_missing_data_reads=False)
     chunk = array.chunk_layout.read_chunk.shape
     require_shapes(item, {name: array.shape}, {name: shape})
-    if why := other_numbers(name, np.dtype(array.dtype.numpy_dtype), dtype):
+    if why := dtype_mismatch(name, np.dtype(array.dtype.numpy_dtype), dtype):
         raise ValueError(why)
-    if any(part > max(whole, 1) for part, whole in zip(chunk, shape)):
-        raise ValueError(f"{name} is stored in parts of {list(chunk)}, which is more than all")
+    if any(part > max(size, 1) for part, size in zip(chunk, shape)):
+        raise ValueError(f"{name} is stored in chunks of {list(chunk)}, larger than the array")
     return array
 
 
-def other_numbers(name: str, found: np.dtype, expected: np.dtype) -> str:
-    """What is wrong with an array of other integers than expected, or of none of our floats."""
-    known = [expected] if expected.kind in "iu" else list(FLOATS)
-    return "" if found in known else f"{name} is {found}, expected {' or '.join(map(str, known))}"
-
-
 def names(item: Path) -> list[str]:
-    """The names of the arrays that an item holds.
+    """Return the names of the arrays that an item holds.
 
     Raises:
-      ValueError: when it is no item.
+      ValueError: when it is not an item with arrays.
     """
     import tensorstore as ts
 
@@ -151,6 +150,25 @@ def names(item: Path) -> list[str]:
     return sorted(
         key.decode().removesuffix("/.zarray") for key in keys if key.endswith(b"/.zarray")
     )
+
+
+def _open(item: Path, name: str, **spec: Any) -> Any:
+    import tensorstore as ts
+
+    store = _store(item) | {"path": f"{name}/"}
+    return ts.open({"driver": "zarr", "kvstore": store, **spec}).result()
+
+
+def _store(item: Path) -> dict[str, Any]:
+    base = {"driver": "file", "path": f"{resolved(item)}/"}
+    return {"driver": "ocdbt", "base": base}
+
+
+# ---- checks ----
+
+
+class ConfigMismatch(UserError):
+    """A checkpoint's arrays are not those of the model that `config.json` describes."""
 
 
 def require_shapes(item: Path, stored: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
@@ -168,30 +186,31 @@ def require_shapes(item: Path, stored: Mapping[str, Shape], expected: Mapping[st
             )
 
 
-def require_plausible(item: Path, numbers: int) -> None:
-    """Raise `UserError` if a folder is far too small to hold so many numbers.
+def dtype_mismatch(name: str, found: np.dtype, expected: np.dtype) -> str:
+    """Return what is wrong with an array's dtype; floats of any width stand for each other."""
+    known = [expected] if expected.kind in "iu" else list(FLOATS)
+    return "" if found in known else f"{name} is {found}, expected {' or '.join(map(str, known))}"
+
+
+def require_plausible(item: Path, elements: int) -> None:
+    """Raise `UserError` if a folder is far too small to hold so many elements.
 
     Raises:
       OSError: when it cannot be listed.
     """
-    size = 0
-    for folder, _, files in os.walk(item, onerror=_raise):
-        size += sum((Path(folder) / file).stat().st_size for file in files)
-    if size * LARGEST_RATIO < numbers:
+    os.scandir(item).close()  # `rglob` passes over what may not be listed
+    size = sum(path.stat().st_size for path in item.rglob("*") if path.is_file())
+    if size * LARGEST_RATIO < elements:
         raise UserError(
-            f"{item} has {size:,} bytes, which cannot hold the {numbers:,} numbers of its config;"
+            f"{item} has {size:,} bytes, which cannot hold the {elements:,} numbers of its config;"
             " copy it again"
         )
 
 
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def finished_steps(folder: Path) -> list[int]:
-    """Return the steps that a folder has checkpoints of, ascending."""
-    names = [path.name for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
-    return sorted(int(name) for name in names if STEP.fullmatch(name))
+def refuse_links(checkpoint: Path) -> None:
+    """Raise `UserError` if a checkpoint contains links, which may lead anywhere."""
+    if any(entry.is_symlink() for entry in checkpoint.rglob("*")):
+        raise UserError(f"checkpoint {checkpoint} contains links, which are not followed")
 
 
 def resolved(folder: Path) -> Path:
@@ -211,6 +230,9 @@ def resolved(folder: Path) -> Path:
     return folder
 
 
+# ---- Orbax ----
+
+
 def orbax_path(folder: Path) -> Any:
     """Return a folder's absolute path for Orbax, in which no character is special.
 
@@ -227,44 +249,6 @@ def orbax_path(folder: Path) -> Any:
             return map(type(self), Path(self).glob(pattern))
 
     return LiteralPath(folder)
-
-
-def _store(item: Path) -> dict[str, Any]:
-    base = {"driver": "file", "path": f"{resolved(item)}/"}
-    return {"driver": "ocdbt", "base": base}
-
-
-def _open(item: Path, name: str, **spec: Any) -> Any:
-    import tensorstore as ts
-
-    store = _store(item) | {"path": f"{name}/"}
-    return ts.open({"driver": "zarr", "kvstore": store, **spec}).result()
-
-
-def refuse_links(checkpoint: Path) -> None:
-    """`UserError` if a checkpoint contains links, which may lead anywhere."""
-    if any(entry.is_symlink() for entry in checkpoint.rglob("*")):
-        raise UserError(f"checkpoint {checkpoint} contains links, which are not followed")
-
-
-def damaged(checkpoint: Path, why: Exception | str) -> UserError:
-    """Return the error for a checkpoint that cannot be read."""
-    why = reason(why) if isinstance(why, Exception) else why
-    if why == os.strerror(errno.EACCES):
-        return UserError(f"checkpoint {checkpoint} cannot be read: {why}; ask for access to it")
-    return UserError(f"checkpoint {checkpoint} is damaged: {why}")
-
-
-def reason(error: Exception) -> str:
-    """Return why an operation failed, in one line: the system's words if it was the system."""
-    known = (os.strerror(code) for code in SYSTEM_ERRORS)
-    return next((words for words in known if words in str(error)), "") or first_line(error)
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message that is not empty, cut at 160 characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:160]
 
 
 @functools.cache
@@ -289,3 +273,30 @@ def quiet_orbax() -> None:
             report(unraisable)
 
     sys.unraisablehook = hook
+
+
+# ---- errors in one line ----
+
+# Whose words are looked for in the middle of longer messages of Orbax and TensorStore.
+SYSTEM_ERRORS = [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM]
+SYSTEM_ERRORS += [errno.EMFILE, errno.EIO]
+
+
+def damaged(checkpoint: Path, why: Exception | str) -> UserError:
+    """Return the error for a checkpoint that cannot be read."""
+    why = reason(why) if isinstance(why, Exception) else why
+    if why == os.strerror(errno.EACCES):
+        return UserError(f"checkpoint {checkpoint} cannot be read: {why}; ask for access to it")
+    return UserError(f"checkpoint {checkpoint} is damaged: {why}")
+
+
+def reason(error: Exception) -> str:
+    """Return why an operation failed, in one line: the system's words if it was the system."""
+    known = (os.strerror(code) for code in SYSTEM_ERRORS)
+    return next((words for words in known if words in str(error)), "") or first_line(error)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message that is not empty, cut at 160 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:160]

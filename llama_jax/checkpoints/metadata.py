@@ -1,7 +1,4 @@
-"""What a checkpoint folder holds, told in its `config.json`: a run, or a converted model.
-
-Knows neither arrays nor whether the folder is in use.
-"""
+"""The `config.json` of a checkpoint folder: of a run, or of a converted model."""
 
 import dataclasses
 import json
@@ -19,29 +16,29 @@ RUN_KIND, MODEL_KIND, VERSION = "llama_jax run", "llama_jax model", 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Description:
-    """What any checkpoint folder says of its model."""
+    """What is needed to load the model of a checkpoint folder, a run's or a converted one."""
 
     model: ModelConfig
-    bos: bool  # documents it learnt from begin with BOS
-    eos: bool  # they end with EOS
-    quantization: QuantizationConfig | None = None  # how its matrices are stored; None: as floats
-    chat_template: str = ""  # a key of `text.chat.TEMPLATES`, or "none"; "": nobody said
+    bos: bool  # documents in training began with BOS
+    eos: bool  # they ended with EOS
+    quantization: QuantizationConfig | None = None  # how matrices are stored; None: as floats
+    chat_template: str = ""  # a key of `text.chat.TEMPLATES`, or "none"; "": unknown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run's folder says of it."""
+    """The config of a run, and how its data separate documents."""
 
     config: Config
-    bos: bool  # documents it learnt from begin with BOS
-    eos: bool  # they end with EOS
+    bos: bool
+    eos: bool
 
 
 def read_run(folder: Path) -> Run:
-    """The run that a folder holds.
+    """Return the run that a folder holds.
 
     Raises:
-      UserError: when the folder is missing, holds no run, or its description is damaged.
+      UserError: when the folder is missing, holds no run, or its `config.json` is damaged.
     """
     found = _read(folder)
     if isinstance(found, Run):
@@ -53,31 +50,27 @@ def read_run(folder: Path) -> Run:
 
 
 def read_description(folder: Path) -> Description:
-    """The model that a folder holds, a run's or a converted one.
-
-    Raises:
-      UserError: when the folder is missing, holds neither, or its description is damaged.
-    """
+    """Return the description of the model that a folder holds; errors as for `read_run`."""
     found = _read(folder)
     if found is None:
-        raise UserError(f"{folder} is of Hugging Face's format; convert it with convert.py")
+        raise UserError(f"{folder} has Hugging Face's format; convert it with convert.py")
     if isinstance(found, Run):
         return Description(model=found.config.model, bos=found.bos, eos=found.eos)
     return found
 
 
 def write_run(folder: Path, run: Run) -> None:
-    """Describe the run that a folder is to hold."""
+    """Write the `config.json` of a run."""
     _write(folder / CONFIG, RUN_KIND, run)
 
 
 def write_description(folder: Path, description: Description) -> None:
-    """Describe the converted model that a new folder is to hold."""
+    """Write the `config.json` of a converted model."""
     _write(folder / CONFIG, MODEL_KIND, description)
 
 
 def _read(folder: Path) -> Run | Description | None:
-    """What a folder's `config.json` describes; None: a model of Hugging Face's."""
+    """Return what a folder's `config.json` describes; None for a model of Hugging Face."""
     path = folder / CONFIG
     if folder.is_file():
         raise UserError(f"{folder} is a file; make a checkpoint folder of it with convert.py")
@@ -91,21 +84,17 @@ def _read(folder: Path) -> Run | Description | None:
     try:
         tree = json.loads(path.read_bytes())
         is_foreign = "model_type" in tree and "kind" not in tree
-        return None if is_foreign else _parsed(tree)
+        return None if is_foreign else _parse(tree)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}; restore it from a copy") from error
 
 
-def _parsed(tree: dict[str, Any]) -> Run | Description:
+def _parse(tree: dict[str, Any]) -> Run | Description:
     if tree["version"] != VERSION or tree["kind"] not in (RUN_KIND, MODEL_KIND):
         raise ValueError(f"it describes neither a run nor a model of version {VERSION}")
     separators = {name: bool(tree[name]) for name in ("bos", "eos")}
-    if tree["kind"] == MODEL_KIND:
-        return _model_parsed(tree, separators)
-    return Run(config=parse(Config, tree["config"]), **separators)
-
-
-def _model_parsed(tree: dict[str, Any], separators: dict[str, bool]) -> Description:
+    if tree["kind"] == RUN_KIND:
+        return Run(config=parse(Config, tree["config"]), **separators)
     quantization, template = tree.get("quantization"), tree.get("chat_template", "")
     if not isinstance(template, str):
         raise ValueError(f"chat_template={template!r} is not text")
@@ -123,7 +112,7 @@ def _write(path: Path, kind: str, content: Run | Description) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file in one step: a reader sees the old or the new, never half."""
+    """Replace a file in one step, so that a reader finds the old content or the new."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
         file.write(content)

@@ -1,8 +1,8 @@
-"""Checksums of arrays: does what is read have the bits that were written?
+"""Save checkpoints in the background, with a checksum of every array.
 
-A checksum is the sum of an array's bits modulo 2³², each element's times 2·place + 1, so that two
-that swap places are noticed. It depends on values alone: not on sharding, and not on the portions
-in which an array is read. Does not know where arrays come from.
+The checksum is the sum of the bits of all elements, each times 2·index + 1 so that swapped elements
+are noticed, modulo 2³². It depends on values alone: not on sharding, nor on the parts in which an
+array is read.
 """
 
 import contextlib
@@ -30,11 +30,12 @@ from llama_jax.errors import UserError
 from llama_jax.model.parameters import named_leaves
 from llama_jax.model.transformer import Llama
 
-PORTION = 2**18  # elements summed at once on the host; what is held beside the array is small
+PART = 2**18  # elements summed at once on the host, to hold little beside the array
+ITEMS = ("model", "optimizer")  # flat mappings from a dotted name to an array
 
 
 def checksums(leaves: dict[str, Any]) -> dict[str, int]:
-    """The checksums of a mapping of arrays, computed where each of them lies."""
+    """Return the checksums of arrays by name, computed on the devices that hold them."""
     return {name: int(value) for name, value in jax.device_get(_checksums(leaves)).items()}
 
 
@@ -45,39 +46,31 @@ def _checksums(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
             array = array.astype(jnp.uint8)
         width = jnp.dtype(array.dtype).itemsize * 8
         bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{width}")).astype(jnp.uint32)
-        place = jnp.zeros(bits.shape, jnp.uint32)
+        index = jnp.zeros(bits.shape, jnp.uint32)
         for axis, size in enumerate(bits.shape):
-            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(
-                jnp.uint32, bits.shape, axis
-            )
-        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+            index = index * jnp.uint32(size)
+            index += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
 
     return jax.tree.map(checksum, leaves)
 
 
-def partial_checksum(part: np.ndarray, start: int = 0) -> int:
-    """What a part of an array on the host adds to its checksum.
-
-    The checksum is the sum of those of all parts, modulo 2³².
+def partial_checksum(array: np.ndarray, start: int = 0, part: int = PART) -> int:
+    """Return what a part of an array adds to its checksum: those of all parts, modulo 2³².
 
     Args:
-      part: elements that follow each other in the array, in C order and of at most 4 bytes each.
-      start: the place of the first of them.
+      array: consecutive elements in C order, of at most 4 bytes each.
+      start: the index of the first of them.
+      part: elements to sum at once.
     """
-    bits = np.ascontiguousarray(part).reshape(-1).view(f"uint{part.dtype.itemsize * 8}")
-    weights = np.arange(1, 2 * min(PORTION, bits.size), 2, dtype=np.uint32)
+    bits = np.ascontiguousarray(array).reshape(-1).view(f"uint{array.dtype.itemsize * 8}")
+    weights = np.arange(1, 2 * min(part, bits.size), 2, dtype=np.uint32)
     total = 0
-    for begin in range(0, bits.size, PORTION):
-        portion = bits[begin : begin + PORTION].astype(np.uint32, copy=False)
-        moved = 2 * (start + begin) * int(portion.sum(dtype=np.uint32))
-        total += moved + int(np.dot(portion, weights[: portion.size]))
+    for begin in range(0, bits.size, part):
+        chunk = bits[begin : begin + part].astype(np.uint32, copy=False)
+        offset = 2 * (start + begin) * int(chunk.sum(dtype=np.uint32))
+        total += offset + int(np.dot(chunk, weights[: chunk.size]))
     return total % 2**32
-
-
-# ---- saving ----
-
-ITEMS = ("model", "optimizer")  # flat mappings from a dotted name to an array
-META = "meta"  # JSON with a checksum of every array
 
 
 class CheckpointWriter:
@@ -107,7 +100,7 @@ class CheckpointWriter:
         self._names: dict[str, set[str]] = {}  # of its arrays, by item
         try:
             self._manager = ocp.CheckpointManager(
-                orbax_path(folder), options=options, item_names=(*ITEMS, META)
+                orbax_path(folder), options=options, item_names=(*ITEMS, "meta")
             )
         except Exception as error:
             raise UserError(f"{folder} cannot take checkpoints: {reason(error)}") from error
@@ -129,25 +122,19 @@ class CheckpointWriter:
         sums = {item: checksums(leaves) for item, leaves in items.items()}
         meta = with_checksum(meta | {"checksums": sums} | self._tokenizer)
         loss = validation_loss if validation_loss < float("inf") else float("inf")  # NaN is no best
-        args = {
-            item: self._ocp.args.StandardSave(leaves, save_args=self._in_layers(leaves))
-            for item, leaves in items.items()
-        }
+        ocp, args = self._ocp, {}
+        for item, leaves in items.items():  # stacked arrays so that one layer can be read alone
+            axes = {name: (0,) if name.startswith("blocks.") else () for name in leaves}
+            save_args = {name: ocp.SaveArgs(shard_axes=axes[name]) for name in leaves}
+            args[item] = ocp.args.StandardSave(leaves, save_args=save_args)
         self._step, self._names = step, {item: set(leaves) for item, leaves in items.items()}
         with self._errors_of_saving():
             self._manager.save(
                 step,
-                args=self._ocp.args.Composite(**args, meta=self._ocp.args.JsonSave(meta)),
+                args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)),
                 metrics={"validation_loss": loss},
                 force=True,
             )
-
-    def _in_layers(self, leaves: dict[str, Any]) -> dict[str, Any]:
-        """Return how each array is chunked: stacked ones so that one layer can be read alone."""
-        return {
-            name: self._ocp.SaveArgs(shard_axes=(0,) if name.startswith("blocks.") else ())
-            for name in leaves
-        }
 
     def _require_arrays(self) -> None:
         """Raise unless every item of the step being saved lists its arrays.
@@ -189,10 +176,10 @@ class CheckpointWriter:
             if jax.process_index() == 0:
                 shutil.rmtree(self._partial, ignore_errors=True)
             steps = finished_steps(self._folder) if self._folder.is_dir() else []
-            left = f"step {steps[-1]} before it is intact" if steps else "there is none before it"
+            after = f"goes on from step {steps[-1]}" if steps else "begins again: there is none yet"
             raise UserError(
                 f"the checkpoint of step {self._step} could not be saved in {self._folder}:"
-                f" {reason(error)}; {left}, and the same command goes on from there"
+                f" {reason(error)}; the same command {after}"
             ) from error
 
 

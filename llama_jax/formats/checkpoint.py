@@ -15,12 +15,12 @@ import numpy as np
 
 from llama_jax.checkpoints import layout
 from llama_jax.checkpoints.layout import damaged
-from llama_jax.checkpoints.load import MODEL, stored_model
+from llama_jax.checkpoints.load import MODEL, abstract_model
 from llama_jax.checkpoints.metadata import Description, read_description, write_description
-from llama_jax.checkpoints.restore import folder_and_step, newest_whole
+from llama_jax.checkpoints.restore import folder_and_step, read_checkpoint
 from llama_jax.checkpoints.run_folder import TOKENIZER, require_tokenizer
 from llama_jax.checkpoints.save import partial_checksum
-from llama_jax.errors import UserError, warn
+from llama_jax.errors import UserError
 from llama_jax.formats.weights import BLOCKS, DTYPES, Tensor, Weights, of_layer, tensor_shapes
 from llama_jax.model.parameters import abstract, named_leaves
 from llama_jax.model.transformer import Llama
@@ -182,13 +182,8 @@ def read(path: Path) -> Weights:
     """
     folder, step = folder_and_step(path)
     description = read_description(folder)
-    if step is not None:
-        found: StepContent | None = _read_step(step, description)
-    else:
-        found = newest_whole(folder, lambda step: _read_step(step, description), report=warn)
-    if found is None:
-        raise UserError(f"{folder} has no finished checkpoint; train for longer, or look elsewhere")
-    tensors, meta = found
+    read = partial(_read_step, description=description)
+    tensors, meta = read_checkpoint(folder, step, read)
     require_tokenizer(folder, meta)
     return Weights(
         config=description.model,
@@ -206,7 +201,7 @@ StepContent = tuple[dict[str, Tensor], dict[str, Any]]
 def _read_step(step: Path, description: Description) -> StepContent:
     """Return the tensors of a step and its metadata."""
     layout.refuse_links(step)
-    model = stored_model(step, description)
+    model = abstract_model(step, description)
     try:
         meta = layout.read_json(step / META)
         arrays = _stored_arrays(step, model, meta["checksums"][MODEL])

@@ -19,7 +19,12 @@ from jax.sharding import Mesh
 
 from llama_jax.checkpoints.metadata import Run
 from llama_jax.checkpoints.restore import finished_steps, restore_newest
-from llama_jax.checkpoints.run_folder import claimed_by_all, describe, require_same_run, settings
+from llama_jax.checkpoints.run_folder import (
+    claimed_by_all,
+    require_same_run,
+    settings,
+    write_metadata,
+)
 from llama_jax.config import Config
 from llama_jax.data.loader import Batch, load_training_batches
 from llama_jax.data.token_folder import TokenFolder
@@ -97,7 +102,7 @@ def open_session(
         start = _restore(config, folder, data, mesh) or Start(state=programs.init())
         with together():
             if jax.process_index() == 0:
-                describe(folder, run, data.tokenizer_path)
+                write_metadata(folder, run, data.tokenizer_path)
         yield Session(
             config=config,
             folder=folder,

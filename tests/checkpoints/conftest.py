@@ -1,4 +1,4 @@
-"""A folder of checkpoints to read, and one to spoil."""
+"""A folder of checkpoints to read, and a copy of it to damage."""
 
 import shutil
 
@@ -16,5 +16,5 @@ def good(tmp_path_factory):
 
 @pytest.fixture
 def folder(good, tmp_path):
-    """A copy of it."""
+    """A copy of `good`."""
     return shutil.copytree(good, tmp_path / "ckpt")

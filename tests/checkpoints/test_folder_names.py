@@ -15,14 +15,14 @@ NAMES += ["{a,b}", "a\nb", "$HOME:x"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_any_printable_name_works(tmp_path, name):
+def test_checkpoints_are_saved_and_restored(tmp_path, name):
     folder = tmp_path / name / "runs"
     with claimed(folder):
         save(folder, {5: 1.0, 9: 2.0})
     assert_is(newest(folder)[0], 9)
 
 
-def test_a_pattern_does_not_match_the_folder_beside_it(tmp_path):
+def test_name_with_a_wildcard_does_not_match_its_neighbour(tmp_path):
     for name in ("run1", "run?"):
         (tmp_path / name).mkdir()
         save(tmp_path / name, {5: 1.0})
@@ -38,11 +38,13 @@ def test_names_that_tensorstore_cannot_open_are_refused_before_anything_is_writt
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_step_without_its_arrays_is_not_published(tmp_path, monkeypatch):
+def test_step_without_its_arrays_is_not_published(tmp_path, monkeypatch):
     folder = tmp_path / "ckpt"
     save(folder, {5: 1.0})
     monkeypatch.setattr(Path, "glob", lambda *_: iter(()))  # a file system that lists nothing
-    with pytest.raises(UserError, match="is missing from the written files; step 5") as error:
+    with pytest.raises(
+        UserError, match="is missing from the written files; the same command goes on from step 5"
+    ) as error:
         save(folder, {9: 2.0}, keep_last=1)
     assert "\n" not in str(error.value)
     monkeypatch.undo()

@@ -1,14 +1,23 @@
-"""A run's folder: it is one run's, one process's, and nothing in it is overwritten."""
+"""The folder of a run: one run, one process, and nothing in it is overwritten."""
 
 import os
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from tiny_run import make_config
 
 from llama_jax.checkpoints.metadata import Description, Run, read_run, write_description
-from llama_jax.checkpoints.run_folder import claimed, describe, require_same_run, require_space
+from llama_jax.checkpoints.run_folder import (
+    claimed,
+    claimed_by_all,
+    require_same_run,
+    require_space,
+    write_metadata,
+)
 from llama_jax.errors import UsageError, UserError
 
 WAIT = """
@@ -28,15 +37,15 @@ def folder(tmp_path):
 
 
 def start(folder, tokenizer="t.model", **changes):
-    """Claim the folder for a run, as a sitting does."""
+    """Claim the folder for a run, as a session does."""
     run = Run(config=make_config("tokens", folder, **changes), bos=True, eos=False)
     with claimed(folder):
         require_same_run(folder, run, folder.parents[1] / tokenizer)
-        describe(folder, run, folder.parents[1] / tokenizer)
+        write_metadata(folder, run, folder.parents[1] / tokenizer)
     return run
 
 
-def begin(folder, **changes):
+def start_and_step(folder, **changes):
     """Start a run and take its first step."""
     run = start(folder, **changes)
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
@@ -47,7 +56,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
-def test_a_new_run_is_described_so_that_it_can_be_read_back(folder):
+def test_new_run_writes_its_config_and_tokenizer(folder):
     run = start(folder)
     assert read_run(folder) == run
     assert set(contents(folder)) == {"config.json", "tokenizer.model"}
@@ -64,7 +73,7 @@ FREE = {
 
 
 @pytest.mark.parametrize("name", FREE)
-def test_a_run_may_go_on_with_other_habits(folder, name):
+def test_run_resumes_with_other_free_settings(folder, name):
     start(folder)
     run = start(folder, **{name: FREE[name]})
     assert read_run(folder) == run
@@ -74,8 +83,8 @@ OTHER = {"model__dropout": 0.2, "optimizer__beta2": 0.9, "data__seed": 1, "run__
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_another_run_is_refused_and_nothing_changes(folder, name):
-    begin(folder)
+def test_other_run_is_refused_and_nothing_changes(folder, name):
+    start_and_step(folder)
     before = contents(folder)
     key = name.replace("__", ".")
     with pytest.raises(UserError, match=rf"holds another run: {key} is .* there and {OTHER[name]}"):
@@ -84,21 +93,21 @@ def test_another_run_is_refused_and_nothing_changes(folder, name):
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_a_start_without_a_step_binds_nobody(folder, name):
+def test_run_that_made_no_step_may_be_replaced(folder, name):
     start(folder)
     run = start(folder, **{name: OTHER[name]})
     assert read_run(folder) == run
 
 
-def test_a_checkpoint_alone_makes_a_run(folder):
+def test_checkpoint_alone_makes_a_run(folder):
     start(folder)
     (folder / "20").mkdir()
     with pytest.raises(UserError, match="holds another run"):
         start(folder, run__seed=1)
 
 
-def test_another_tokenizer_is_refused_and_nothing_changes(folder):
-    begin(folder)
+def test_other_tokenizer_is_refused_and_nothing_changes(folder):
+    start_and_step(folder)
     before = contents(folder)
     (folder.parents[1] / "other.model").write_bytes(b"other pieces")
     with pytest.raises(UserError, match=r"tokenizer is not the one that .* was trained with"):
@@ -106,7 +115,7 @@ def test_another_tokenizer_is_refused_and_nothing_changes(folder):
     assert contents(folder) == before
 
 
-def test_a_start_that_was_killed_can_be_repeated(folder):
+def test_killed_start_can_be_repeated(folder):
     folder.mkdir(parents=True)
     (folder / ".lock").touch()
     (folder / "config.json.partial").write_text("{")
@@ -118,7 +127,7 @@ def test_a_start_that_was_killed_can_be_repeated(folder):
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "tokenizer.model", ".hidden"])
-def test_a_folder_with_anything_else_is_refused_untouched(folder, name):
+def test_folder_with_other_files_is_refused_untouched(folder, name):
     folder.mkdir(parents=True)
     (folder / name).write_text("mine")
     (folder / ".lock").write_text("another program's")
@@ -128,7 +137,7 @@ def test_a_folder_with_anything_else_is_refused_untouched(folder, name):
     assert (folder / ".lock").read_text() == "another program's"
 
 
-def test_a_converted_model_is_refused_untouched(folder):
+def test_converted_model_is_refused_untouched(folder):
     folder.mkdir(parents=True)
     model = make_config("tokens", folder).model
     write_description(folder, Description(model=model, bos=True, eos=False))
@@ -140,7 +149,7 @@ def test_a_converted_model_is_refused_untouched(folder):
     assert (sorted(folder.rglob("*")), (folder / "config.json").read_bytes()) == before
 
 
-def test_a_place_that_cannot_be_written_is_named(folder, tmp_path):
+def test_unwritable_place_is_named(folder, tmp_path):
     for place, says in (
         (tmp_path / "t.model", "is a file"),
         (tmp_path / "t.model" / "below", "cannot be written .Not a directory"),
@@ -150,7 +159,7 @@ def test_a_place_that_cannot_be_written_is_named(folder, tmp_path):
     assert (tmp_path / "t.model").read_bytes() == b"pieces"
 
 
-def test_one_process_at_a_time_and_a_dead_one_does_not_count(folder):
+def test_one_process_at_a_time_unless_the_other_is_dead(folder):
     command = [sys.executable, "-c", WAIT, str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "claimed\n"
@@ -161,7 +170,38 @@ def test_one_process_at_a_time_and_a_dead_one_does_not_count(folder):
         assert (folder / ".lock").read_text() == f"process {os.getpid()}\n"
 
 
-def test_room_on_the_disk_is_asked_for(tmp_path):
+def test_free_space_is_checked(tmp_path):
     require_space(tmp_path, 1000)
     with pytest.raises(UserError, match=r"a checkpoint takes 1,000,000\.0 TB; make room"):
         require_space(tmp_path, 10**18)
+
+
+# ---- several processes (with real ones: test_distributed) ----
+
+
+@pytest.fixture
+def as_process(monkeypatch):
+    """A function that makes this process one of two, of which the other never answers."""
+
+    def become(number):
+        monkeypatch.setattr(jax, "process_index", lambda: number)
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr(multihost_utils, "process_allgather", lambda x: np.asarray(x)[None])
+
+    return become
+
+
+def test_process_0_holds_the_folder_and_removes_its_test_file(as_process, tmp_path):
+    as_process(0)
+    with claimed_by_all(tmp_path / "ckpt"):
+        assert [path.name for path in (tmp_path / "ckpt").iterdir()] == [".lock"]
+
+
+def test_process_that_sees_another_folder_is_refused(as_process, tmp_path):
+    as_process(1)
+    with (
+        pytest.raises(UserError, match=r"ckpt is not the folder that process 0 writes to; put"),
+        claimed_by_all(tmp_path / "ckpt", patience=0.3),
+    ):
+        raise AssertionError("claimed")
+    assert not (tmp_path / "ckpt").exists()

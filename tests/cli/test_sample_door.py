@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from llama_jax.checkpoints.run_folder import Run, describe
+from llama_jax.checkpoints.run_folder import Run, write_metadata
 from llama_jax.checkpoints.save import CheckpointWriter
 from llama_jax.cli import main as cli
 from llama_jax.cli import sample as sample_command
@@ -49,7 +49,7 @@ def place(tmp_path_factory):
         optimizer=OptimizerConfig(steps=1, learning_rate=1e-3, warmup_steps=0),
     )
     (folder / "ckpt").mkdir()
-    describe(folder / "ckpt", Run(config=config, bos=True, eos=False), tokenizer.path)
+    write_metadata(folder / "ckpt", Run(config=config, bos=True, eos=False), tokenizer.path)
     nothing = {"count": jnp.int32(0)}
     writer = CheckpointWriter(folder / "ckpt", keep_last=2)
     for step in (5, 10):

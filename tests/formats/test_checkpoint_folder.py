@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint
 import pytest
 import tensorstore
 from hypothesis import given, settings
@@ -130,8 +131,9 @@ def test_a_runs_checkpoint_is_read_layer_by_layer(tmp_path, monkeypatch):
 def test_arrays_in_one_piece_are_read_once_for_all_their_layers(tmp_path, monkeypatch):
     """As they were stored by earlier versions."""
     weights = tiny_weights()
+    one_piece = orbax.checkpoint.SaveArgs()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CheckpointWriter, "_in_layers", lambda self, leaves: None)
+        patch.setattr(orbax.checkpoint, "SaveArgs", lambda **_: one_piece)
         train(weights, tmp_path / "run")
     read = checkpoint_folder.read(tmp_path / "run")
     reads = count_reads(monkeypatch)

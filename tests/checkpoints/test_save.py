@@ -1,4 +1,4 @@
-"""Checkpoints written: all that was given, in time, without a word; or one line."""
+"""Checkpoints saved in the background, errors of the disk in one line, and checksums."""
 
 import contextlib
 import gc
@@ -14,18 +14,18 @@ import pytest
 from tiny_checkpoints import META, abstract, make_trees, save
 
 from llama_jax.checkpoints.restore import finished_steps, restore
-from llama_jax.checkpoints.save import CheckpointWriter
+from llama_jax.checkpoints.save import CheckpointWriter, checksums, partial_checksum
 from llama_jax.errors import UserError
 
 
-def test_saving_says_nothing_and_warns_of_nothing(tmp_path, capfd):
+def test_saving_prints_nothing(tmp_path, capfd):
     save(tmp_path / "ckpt", {1: 1.0})
     assert capfd.readouterr() == ("", "")
 
 
 def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
-    """What lands on disk is the state at the call, not what its memory holds later."""
-    spoil = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
+    """The state at the call is saved, not what its memory holds later."""
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
     (tmp_path / "ckpt").mkdir()
     writer = CheckpointWriter(tmp_path / "ckpt", 3)
     random = np.random.default_rng(0)
@@ -34,7 +34,7 @@ def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
         expected = {name: np.array(leaf) for name, leaf in model.items()}
         writer.save(step, model, {"count": jnp.int32(step)}, META, 1.0)
         for _ in range(4):
-            model = jax.block_until_ready(spoil(model))
+            model = jax.block_until_ready(overwrite(model))
         assert float(model["0"][0]) == -1
         writer.wait()
         restored = restore(tmp_path / "ckpt" / str(step), {"model": abstract(model)})
@@ -47,11 +47,11 @@ def test_the_last_few_and_the_best_are_kept(tmp_path):
     losses = {1: 5.0, 2: 1.0, 3: float("inf"), 4: 4.0, 5: float("nan"), 6: 3.0, 7: 2.0}
     save(tmp_path / "ckpt", losses)
     assert finished_steps(tmp_path / "ckpt") == [2, 5, 6, 7]
-    save(tmp_path / "ckpt", {8: 1.5, 9: 3.0, 10: float("inf"), 11: 3.0})  # another sitting
+    save(tmp_path / "ckpt", {8: 1.5, 9: 3.0, 10: float("inf"), 11: 3.0})  # another session
     assert finished_steps(tmp_path / "ckpt") == [2, 9, 10, 11]
 
 
-def test_a_spoilt_note_on_the_best_is_told_in_one_line(folder):
+def test_damaged_record_of_the_best_is_one_line(folder):
     (folder / "5" / "metrics" / "metrics").write_text("{garbage")
     with pytest.raises(UserError) as error:
         save(folder, {10: 1.0})
@@ -59,7 +59,7 @@ def test_a_spoilt_note_on_the_best_is_told_in_one_line(folder):
     assert finished_steps(folder) == [5, 9]
 
 
-def test_a_full_disk_is_found_before_anything_is_written(folder, monkeypatch):
+def test_full_disk_is_found_before_anything_is_written(folder, monkeypatch):
     writer = CheckpointWriter(folder, 3)
     usage = shutil.disk_usage(folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=3_000))
@@ -82,7 +82,7 @@ def largest_file(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_failed_background_save_is_one_line_and_leaves_nothing(folder, capfd):
+def test_failed_background_save_is_one_line_and_leaves_nothing(folder, capfd):
     writer = CheckpointWriter(folder, 1)
     trees = make_trees(10, size=10_000)
     writer.raise_if_failed()
@@ -94,7 +94,7 @@ def test_a_failed_background_save_is_one_line_and_leaves_nothing(folder, capfd):
                 writer.raise_if_failed()
                 time.sleep(0.01)
     writer.close()  # reports it once
-    says = f"checkpoint of step 10 could not be saved in {folder}: File too large; step 9 before"
+    says = f"step 10 could not be saved in {folder}: File too large; the same command goes on"
     assert says in str(error.value) and "\n" not in str(error.value)
     assert sorted(path.name for path in folder.iterdir()) == ["5", "9"]
     gc.collect()
@@ -103,7 +103,7 @@ def test_a_failed_background_save_is_one_line_and_leaves_nothing(folder, capfd):
     assert finished_steps(folder) == [5, 9, 10]
 
 
-def test_a_folder_removed_during_the_run_is_named(folder):
+def test_folder_removed_during_the_run_is_named(folder):
     writer = CheckpointWriter(folder, 3)
     shutil.rmtree(folder)
     trees = make_trees(10)
@@ -131,3 +131,38 @@ def test_the_hook_for_abandoned_reads_never_raises():
     done = subprocess.run([sys.executable, "-c", BROKEN], capture_output=True, text=True)
     assert done.stderr.count("Exception ignored in: <function Broken.__del__") == 2
     assert "unraisablehook" not in done.stderr
+
+
+# ---- checksums ----
+
+
+def reference_checksum(array):
+    """The definition, in Python's integers."""
+    bits = np.asarray(array).reshape(-1).view(f"uint{array.dtype.itemsize * 8}").tolist()
+    return sum(value * (2 * place + 1) for place, value in enumerate(bits)) % 2**32
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int32", "bool"])
+def test_checksums_on_device_and_host_equal_the_definition(dtype):
+    random = np.random.default_rng(0).standard_normal((3, 7, 5), np.float32)
+    array = np.asarray(jnp.asarray(100 * random).astype(dtype))
+    expected = reference_checksum(array)
+    assert checksums({"a": array}) == {"a": expected}
+    assert partial_checksum(array, part=17) == expected
+    by_layer = [partial_checksum(layer, index * 35, part=17) for index, layer in enumerate(array)]
+    assert sum(reversed(by_layer)) % 2**32 == expected
+
+
+def test_checksums_of_views_and_scalars():
+    array = np.arange(15, dtype=np.float32).reshape(3, 5)
+    assert partial_checksum(array.T) == reference_checksum(array.T.copy())
+    assert partial_checksum(np.float32(3).reshape(())) == checksums({"a": jnp.float32(3)})["a"]
+    assert partial_checksum(np.zeros((0, 4), np.float32)) == 0
+
+
+def test_changed_or_moved_elements_change_the_checksum():
+    array = np.arange(1, 9, dtype=np.float16)
+    swapped, negated = array.copy(), array.copy()
+    swapped[[2, 3]] = swapped[[3, 2]]
+    negated[5] *= -1
+    assert len({partial_checksum(x) for x in (array, swapped, negated)}) == 3

@@ -1,4 +1,4 @@
-"""What a folder says it holds: a run or a converted model, and nothing that was not meant."""
+"""The config.json of runs and converted models: written, read back, and refused when damaged."""
 
 import dataclasses
 import json
@@ -21,14 +21,14 @@ RUN = Run(config=make_config("tokens", "ckpt"), bos=True, eos=False)
 MODEL = Description(model=RUN.config.model, bos=False, eos=True)
 
 
-def told(act, folder):
+def error_of(act, folder):
     with pytest.raises(UserError) as error:
         act(folder)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-def test_a_run_is_described(tmp_path):
+def test_run_is_written_and_read(tmp_path):
     write_run(tmp_path, RUN)
     assert read_run(tmp_path) == RUN
     expected = Description(model=RUN.config.model, bos=True, eos=False)
@@ -36,17 +36,17 @@ def test_a_run_is_described(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_a_model_is_described_and_is_no_run(tmp_path):
+def test_model_is_written_and_read_and_is_no_run(tmp_path):
     write_description(tmp_path, MODEL)
     assert read_description(tmp_path) == MODEL
-    assert "holds a converted model, not a run; choose" in told(read_run, tmp_path)
+    assert "holds a converted model, not a run; choose" in error_of(read_run, tmp_path)
 
 
-def test_a_model_tells_its_quantisation_and_template(tmp_path):
+def test_quantisation_and_template_are_stored(tmp_path):
     int4 = QuantizationConfig("int4", 64)
-    told = dataclasses.replace(MODEL, quantization=int4, chat_template="alpaca")
-    write_description(tmp_path, told)
-    assert read_description(tmp_path) == told
+    expected = dataclasses.replace(MODEL, quantization=int4, chat_template="alpaca")
+    write_description(tmp_path, expected)
+    assert read_description(tmp_path) == expected
     tree = json.loads((tmp_path / "config.json").read_text())
     assert tree["quantization"] == {"kind": "int4", "group_size": 64}
     del tree["quantization"], tree["chat_template"]  # as earlier versions wrote
@@ -54,19 +54,19 @@ def test_a_model_tells_its_quantisation_and_template(tmp_path):
     assert read_description(tmp_path) == MODEL
 
 
-def test_descriptions_are_plain_json(tmp_path):
+def test_files_are_plain_json(tmp_path):
     write_run(tmp_path, RUN)
     tree = json.loads((tmp_path / "config.json").read_text())
     assert (tree["kind"], tree["version"], tree["bos"]) == ("llama_jax run", 1, True)
     assert tree["config"]["model"]["dim"] == 24
     write_description(tmp_path, MODEL)
     tree = json.loads((tmp_path / "config.json").read_text())
-    told = {"kind", "version", "model", "bos", "eos", "quantization", "chat_template"}
-    assert tree.keys() == told
+    keys = {"kind", "version", "model", "bos", "eos", "quantization", "chat_template"}
+    assert tree.keys() == keys
     assert (tree["kind"], tree["model"]["rope_scaling"]["kind"]) == ("llama_jax model", "none")
 
 
-def test_a_run_from_before_some_field_existed_is_read(tmp_path):
+def test_run_without_a_newer_field_is_read(tmp_path):
     write_run(tmp_path, RUN)
     tree = json.loads((tmp_path / "config.json").read_text())
     del tree["config"]["model"]["rope_scaling"]
@@ -96,23 +96,23 @@ DAMAGED = {
 }
 
 
-def test_the_damaged_ones_are_damaged_by_one_change(tmp_path):
+def test_the_cases_below_differ_from_a_valid_file_by_one_change(tmp_path):
     (tmp_path / "config.json").write_text(changed())
     assert read_description(tmp_path).model.vocab_size == 53
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
-def test_a_damaged_description_is_told_in_one_line(tmp_path, damage):
+def test_damaged_file_is_one_line(tmp_path, damage):
     (tmp_path / "config.json").write_text(DAMAGED[damage], encoding="latin-1")
     for act in (read_run, read_description):
-        assert "config.json is damaged" in told(act, tmp_path)
+        assert "config.json is damaged" in error_of(act, tmp_path)
 
 
-def test_what_holds_nothing_of_ours_is_named(tmp_path):
-    assert "missing does not exist" in told(read_run, tmp_path / "missing")
-    assert "holds no run (it has no config.json)" in told(read_run, tmp_path)
+def test_other_files_and_folders_are_named(tmp_path):
+    assert "missing does not exist" in error_of(read_run, tmp_path / "missing")
+    assert "holds no run (it has no config.json)" in error_of(read_run, tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    assert "convert it with convert.py" in told(read_description, tmp_path)
-    assert "describes no llama_jax run; choose another" in told(read_run, tmp_path)
+    assert "convert it with convert.py" in error_of(read_description, tmp_path)
+    assert "describes no llama_jax run; choose another" in error_of(read_run, tmp_path)
     (tmp_path / "model.gguf").write_text("GGUF")
-    assert "model.gguf is a file; make a" in told(read_description, tmp_path / "model.gguf")
+    assert "model.gguf is a file; make a" in error_of(read_description, tmp_path / "model.gguf")

@@ -1,4 +1,4 @@
-"""A trained model from its folder, however that is named and whatever is broken in it."""
+"""Models loaded from trained and converted folders, and damage there in one line."""
 
 import errno
 import json
@@ -12,9 +12,8 @@ import pytest
 from tiny_run import fit, make_config, make_tokens, quick_runs
 from tiny_weights import tiny_weights
 
-from llama_jax.checkpoints import load as loading
+from llama_jax.checkpoints.layout import finished_steps
 from llama_jax.checkpoints.load import load
-from llama_jax.checkpoints.restore import finished_steps
 from llama_jax.errors import UsageError, UserError
 from llama_jax.formats import checkpoint as checkpoint_folder
 from llama_jax.model.parameters import named_leaves
@@ -36,13 +35,13 @@ def folder(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "ckpt")
 
 
-def cut(step):
+def truncate(step):
     files = sorted(path for path in (step / "model").rglob("*") if path.parent.name == "d")
     for path in files:
         path.write_bytes(path.read_bytes()[:100])
 
 
-def test_the_newest_step_comes_with_all_that_it_needs(trained):
+def test_load_returns_the_newest_step_with_config_and_tokenizer(trained):
     loaded = load(trained)
     assert (loaded.step, loaded.bos, loaded.config.dim) == (8, True, 24)
     assert loaded.tokenizer.vocab_size == loaded.config.vocab_size == 320
@@ -51,7 +50,7 @@ def test_the_newest_step_comes_with_all_that_it_needs(trained):
     assert all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(loaded.model))
 
 
-def test_one_step_can_be_named(trained, monkeypatch):
+def test_path_of_a_step_loads_that_step(trained, monkeypatch):
     assert load(trained / "4").step == 4
     monkeypatch.chdir(trained.parent)
     assert load("ckpt/").step == 8
@@ -62,14 +61,14 @@ def test_one_step_can_be_named(trained, monkeypatch):
     assert (np.asarray(first) != np.asarray(last)).any()
 
 
-def test_nothing_is_written(folder):
+def test_loading_writes_nothing(folder):
     before = {path: path.stat().st_mtime_ns for path in (folder, *folder.rglob("*"))}
     load(folder)
     assert {path: path.stat().st_mtime_ns for path in (folder, *folder.rglob("*"))} == before
 
 
-def test_a_damaged_step_is_passed_over_with_a_warning(folder, capsys):
-    cut(folder / "8")
+def test_damaged_step_is_skipped_with_a_warning(folder, capsys):
+    truncate(folder / "8")
     assert load(folder).step == 4
     stderr = capsys.readouterr().err
     assert stderr.startswith("warning: ") and stderr.count("\n") == 1
@@ -91,7 +90,7 @@ def converted(tmp_path_factory):
 
 
 COMPUTE = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
-LOADED = {  # stored, backend, asked: parameters, arithmetic
+LOADED = {  # stored, backend, requested dtype: dtype of parameters, of arithmetic
     ("bfloat16", "cpu", ""): ("float32", "float32"),  # bfloat16 is slow on CPU
     ("float16", "cpu", ""): ("float32", "float32"),
     ("bfloat16", "gpu", ""): ("bfloat16", "bfloat16"),
@@ -104,10 +103,10 @@ LOADED = {  # stored, backend, asked: parameters, arithmetic
 
 
 @pytest.mark.parametrize("case", LOADED, ids=str)
-def test_parameters_are_as_stored_unless_that_is_slow(converted, monkeypatch, case):
-    stored, backend, asked = case
+def test_dtypes_of_parameters_and_arithmetic(converted, monkeypatch, case):
+    stored, backend, dtype = case
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    loaded = load(converted[stored], dtype=asked)
+    loaded = load(converted[stored], dtype=dtype)
     leaves = named_leaves(loaded.model)
     assert ({leaf.dtype.name for leaf in leaves.values()}, loaded.config.compute_dtype) == (
         {LOADED[case][0]},
@@ -119,7 +118,7 @@ def test_parameters_are_as_stored_unless_that_is_slow(converted, monkeypatch, ca
     assert loaded.model(np.array([[1, 5]]))[0].dtype == np.float32
 
 
-def test_a_trained_model_keeps_its_parameters_and_computes_as_asked(trained, monkeypatch):
+def test_trained_model_computes_in_its_compute_dtype_but_on_cpu(trained, monkeypatch):
     assert load(trained).model.embedding.dtype == np.float32
     path = trained / "config.json"
     before = path.read_text()
@@ -136,7 +135,7 @@ def test_a_trained_model_keeps_its_parameters_and_computes_as_asked(trained, mon
         path.write_text(before)
 
 
-def test_an_unknown_dtype_is_refused(converted):
+def test_unknown_dtype_is_refused(converted):
     with pytest.raises(UsageError, match="dtype='float16' is unknown"):
         load(converted["float32"], dtype="float16")
 
@@ -148,7 +147,7 @@ def remove_steps(folder):
 
 def damage_all(folder):
     for step in finished_steps(folder):
-        cut(folder / str(step))
+        truncate(folder / str(step))
 
 
 def other_tokenizer(folder):
@@ -167,7 +166,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("says", MISTAKES)
-def test_what_is_missing_is_named_in_one_line(folder, says):
+def test_missing_and_damaged_files_are_named_in_one_line(folder, says):
     MISTAKES[says](folder)
     with pytest.raises(UserError, match=says) as error:
         load(folder)
@@ -191,7 +190,7 @@ def test_folders_of_earlier_versions_are_loaded(folder):
         load(folder)
 
 
-def test_a_flipped_bit_in_the_tokenizer_is_noticed(folder, converted, tmp_path):
+def test_flipped_bit_in_the_tokenizer_is_detected(folder, converted, tmp_path):
     copy = shutil.copytree(converted["float32"], tmp_path / "model")
     for place, read in ((folder, load), (copy, load), (copy, checkpoint_folder.read)):
         path = place / "tokenizer.model"
@@ -204,7 +203,7 @@ def test_a_flipped_bit_in_the_tokenizer_is_noticed(folder, converted, tmp_path):
 
 
 @pytest.mark.parametrize("read", [load, checkpoint_folder.read])
-def test_a_config_of_another_model_is_one_line(folder, read, capsys):
+def test_config_of_another_model_is_one_line(folder, read, capsys):
     path = folder / "config.json"
     tree = json.loads(path.read_text())
     tree["config"]["model"]["hidden_dim"] += 8
@@ -218,7 +217,7 @@ def test_a_config_of_another_model_is_one_line(folder, read, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_step_that_may_not_be_read_is_not_called_damaged(folder, monkeypatch):
+def test_unreadable_step_is_reported_as_permission_denied(folder, monkeypatch):
     def refuse(path):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
@@ -231,8 +230,8 @@ def test_a_step_that_may_not_be_read_is_not_called_damaged(folder, monkeypatch):
     "changes", [{"vocab_size": 10**10}, {"num_layers": 10**12}, {"dim": 24 * 10**6}], ids=str
 )
 @pytest.mark.parametrize("kind", ["run", "model"])
-def test_sizes_that_the_files_cannot_hold_are_refused_before_room_is_made(
-    folder, converted, tmp_path, monkeypatch, kind, changes
+def test_sizes_that_the_files_cannot_hold_are_refused_before_allocating(
+    folder, converted, tmp_path, kind, changes
 ):
     if kind == "model":
         folder = shutil.copytree(converted["float32"], tmp_path / "model")
@@ -240,7 +239,6 @@ def test_sizes_that_the_files_cannot_hold_are_refused_before_room_is_made(
     model = tree["config"]["model"] if kind == "run" else tree["model"]
     model.update(changes)
     (folder / "config.json").write_text(json.dumps(tree))
-    monkeypatch.setattr(loading, "restore", None)
     step = folder / str(finished_steps(folder)[-1])
     with pytest.raises(UserError, match=r"cannot hold the .* numbers of its config") as error:
         load(step)
