@@ -21,7 +21,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.number = 0  # of the signal; 0: none yet
 
-    def ask(self) -> bool:
+    def requested(self) -> bool:
         """Return whether to stop now."""
         return self.number != 0
 
@@ -44,7 +44,7 @@ class SharedStop(StopSignal):
         super().__init__()
         self._calls, self._is_agreed = 0, False
 
-    def ask(self) -> bool:
+    def requested(self) -> bool:
         """Return whether all stop now; all processes have to call this equally often."""
         if not self._is_agreed:
             from jax.experimental.multihost_utils import reached_preemption_sync_point

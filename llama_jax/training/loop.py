@@ -146,7 +146,7 @@ class Trainer:
         step_function = self._compile()
         self.profiler.skip_to(self.step)
         self.clock.start()
-        while self.step < total and not self.stop.ask():
+        while self.step < total and not self.stop.requested():
             self._profile_if_due()
             with self.profiler.step(self.step + 1):
                 self.state, metrics = step_function(self.state, next(self.batches))
@@ -154,7 +154,7 @@ class Trainer:
             self.step += 1
             self._profile_if_due()
             self._follow_up(is_last=self.step == total)
-        if self.stop.ask():
+        if self.stop.requested():
             return self._leave()
         self.writer.wait()
         if jax.process_index() == 0:

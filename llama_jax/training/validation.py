@@ -51,7 +51,7 @@ class Validation:
         for batch in self._batches():
             sums.append(self._evaluate(model, batch))
             jax.block_until_ready(sums[-2:][0])
-            if self._stop.ask():
+            if self._stop.requested():
                 return math.inf
         nll, tokens = (sum(float(value) for value in values) for values in zip(*sums))
         loss = nll / tokens

@@ -17,7 +17,7 @@ import os, signal, time
 from llama_jax.distributed.preemption import stop_signal
 with stop_signal() as stop:
     os.kill(os.getpid(), {first})
-    while not stop.ask(): time.sleep(0.01)
+    while not stop.requested(): time.sleep(0.01)
     print(stop.exit_code, flush=True)
     os.kill(os.getpid(), {second})
     time.sleep(20)
@@ -29,9 +29,9 @@ with stop_signal() as stop:
 def test_first_signal_is_recorded(number, code):
     before = signal.getsignal(number)
     with stop_signal() as stop:
-        assert not stop.ask()
+        assert not stop.requested()
         signal.raise_signal(number)
-        assert stop.ask()
+        assert stop.requested()
     assert stop.exit_code == code
     assert signal.getsignal(number) is before
 
@@ -49,7 +49,7 @@ def test_other_threads_do_not_catch_signals():
 
     def work():
         with stop_signal() as stop:
-            found.append(stop.ask())
+            found.append(stop.requested())
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -77,7 +77,7 @@ def two_processes(monkeypatch):
 
 def test_all_processes_stop_once_they_have_agreed(two_processes):
     with stop_of_all() as stop:
-        assert [stop.ask() for _ in range(5)] == [False, False, True, True, True]
+        assert [stop.requested() for _ in range(5)] == [False, False, True, True, True]
     assert two_processes == [1, 2, 3]  # numbered, and none after the agreement
     assert stop.exit_code == 143
 
@@ -91,7 +91,7 @@ def test_ctrl_c_is_passed_on_as_sigterm_and_the_second_ends_the_process(two_proc
         signal.raise_signal(signal.SIGINT)
         assert sent == [(os.getpid(), signal.SIGTERM)]
         assert two_processes == []  # a call by this process only would separate the two
-        assert ended == [] and not stop.ask() and stop.exit_code == 130
+        assert ended == [] and not stop.requested() and stop.exit_code == 130
         signal.raise_signal(signal.SIGINT)
         assert ended == [130]
     assert signal.getsignal(signal.SIGINT) is before
@@ -102,7 +102,7 @@ def test_signal_after_the_agreement_ends_the_process(two_processes, monkeypatch)
     monkeypatch.setattr(os, "kill", lambda *_: None)
     monkeypatch.setattr(os, "_exit", ended.append)
     stop = SharedStop()
-    while not stop.ask():
+    while not stop.requested():
         pass
     signal.raise_signal(signal.SIGTERM)
     stop.handle(signal.SIGINT, None)

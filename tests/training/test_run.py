@@ -228,7 +228,7 @@ def test_the_best_of_an_earlier_sitting_is_kept(config, tmp_path, monkeypatch, s
 
 def test_a_stop_in_validation_is_heard_there(config, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(StopSignal, "ask", lambda self: bool(said))
+    monkeypatch.setattr(StopSignal, "requested", lambda self: bool(said))
     monkeypatch.setattr(StopSignal, "exit_code", 143)
     jitted = run.jit_programs
 
