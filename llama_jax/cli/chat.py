@@ -109,12 +109,12 @@ def _print_answer(conversation: Conversation, text: str) -> None:
         try:
             for part in conversation.ask(text):
                 print(part, end="", flush=True)
-                if stop.ask():
+                if stop.requested():
                     break
             print(flush=True)
         except UserError as error:
             print(f"[{error}]", file=sys.stderr)
-    if stop.ask():
+    if stop.requested():
         print("[stopped]", file=sys.stderr)
     if stop.number == signal.SIGTERM:
         raise SystemExit(stop.exit_code)

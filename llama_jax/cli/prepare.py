@@ -36,16 +36,17 @@ from llama_jax.files import check_new_path
 from llama_jax.text.tokenizer import Tokenizer
 
 OPTION_NAMES = tuple(field.name for field in dataclasses.fields(TokenOptions))
+LEAST = {"stories": 1, "vocab_size": 1, "shard_tokens": 1, "workers": 0}  # values of flags
 
 
 def main(argv: list[str]) -> None:
     """Run the command and print a summary of the token folder."""
-    flags = _parser().parse_args(argv)
-    given = vars(flags)
+    given = vars(_parser().parse_args(argv))
     _check(given)
+    source = given["inputs"][0]
     changes = {name: given[name] for name in OPTION_NAMES if name in given}
-    options = dataclasses.replace(default_options(flags.inputs[0]), **changes)
-    output = Path(flags.output or Path("data") / flags.inputs[0])
+    options = dataclasses.replace(default_options(source), **changes)
+    output = Path(given.get("output", Path("data") / source))
     check_new_path(output)
     if options.tokenizer:
         Tokenizer(options.tokenizer)  # checked before any text is read
@@ -58,40 +59,40 @@ def main(argv: list[str]) -> None:
 
 
 def _parser() -> cli.Parser:
-    """Return the parser of the command's flags."""
+    """Return the parser of the command's flags; it leaves out those that are not given."""
+    parser = cli.Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
     defaults = TokenOptions()
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    input_help = f"text files and folders of them, or one of {', '.join(NAMES)}"
-    add("inputs", nargs="+", metavar="input", help=input_help)
-    output_help = "folder to create; required for your own text (data/INPUT)"
-    add("--output", default="", help=output_help)
-    add("--tokenizer", default="", help="a SentencePiece model to use instead of training one")
-    vocab_help = (
-        f"tokens of the tokenizer to train ({defaults.vocab_size}; 2048 for stories, shakespeare)"
+    names = ", ".join(NAMES)
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    add("inputs", nargs="+", metavar="input", help=f"text files and folders, or one of {names}")
+    add("--output", help="folder to create; required for your own text (data/INPUT)")
+    add("--tokenizer", help="SentencePiece model to use instead of training one")
+    vocab_help = f"size of the tokenizer to train ({defaults.vocab_size}; 2048 for stories,"
+    add("--vocab_size", type=int, help=f"{vocab_help} shakespeare)")
+    add(
+        "--validation",
+        type=float,
+        help=f"fraction of the text for validation ({VALIDATION_FRACTION}): the last documents of"
+        " one file, or documents from all of several files; of a very long document, its end",
     )
-    add("--vocab_size", type=int, default=argparse.SUPPRESS, help=vocab_help)
-    held_out_help = (
-        f"fraction of the text for validation ({VALIDATION_FRACTION}): the last documents of one"
-        " file, documents from all over several files, and the end of a document too long for that"
+    add(
+        "--split_at",
+        metavar="TEXT",
+        help="document separator in .txt files: a line of this text, `blank` lines, or `none`"
+        " (auto: <|endoftext|> if the start of the file has such a line)",
     )
-    add("--validation", type=float, default=argparse.SUPPRESS, help=held_out_help)
-    split_help = "document separator in .txt files: a line of this text, `blank` lines, or `none`"
-    split_help += " (auto: <|endoftext|> if the start of the file has such a line)"
-    add("--split_at", default=argparse.SUPPRESS, metavar="TEXT", help=split_help)
-    key_help = "name of the text in the objects of .jsonl and .json files (text, or story)"
-    add("--text_key", default=argparse.SUPPRESS, metavar="KEY", help=key_help)
+    add("--text_key", metavar="KEY", help="key of the text in JSON objects (text, or story)")
     errors_help = "how to treat bytes that are not UTF-8 (strict)"
-    choices = ("strict", "replace")
-    add("--errors", choices=choices, default=argparse.SUPPRESS, help=errors_help)
-    stories_help = f"number of training stories of the corpus `stories` ({STORIES})"
-    add("--stories", type=int, default=argparse.SUPPRESS, help=stories_help)
-    switch = argparse.BooleanOptionalAction
-    add("--bos", action=switch, default=defaults.bos, help="BOS before each document (yes)")
-    add("--eos", action=switch, default=defaults.eos, help="EOS after each document (no)")
-    shard_help = f"tokens per file ({defaults.shard_tokens})"
-    add("--shard_tokens", type=int, default=defaults.shard_tokens, help=shard_help)
-    add("--workers", type=int, default=defaults.workers, help="threads (0: one per core)")
+    add("--errors", choices=("strict", "replace"), help=errors_help)
+    add("--stories", type=int, help=f"training stories of the corpus `stories` ({STORIES})")
+    add("--bos", action=switch, help="put BOS before each document (yes)")
+    add("--eos", action=switch, help="put EOS after each document (no)")
+    add("--shard_tokens", type=int, help=f"tokens per file ({defaults.shard_tokens})")
+    add("--workers", type=int, help=f"threads; 0: one per core ({defaults.workers})")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -106,9 +107,9 @@ def _check(given: dict[str, Any]) -> None:
         if path not in NAMES and not Path(path).exists():
             kinds = f"expected a text file, a folder of them, or one of {', '.join(NAMES)}"
             raise UserError(f"{path} does not exist{did_you_mean(path, NAMES)}; {kinds}")
-    if not is_named and not given["output"]:
+    if not is_named and not given.get("output"):
         raise UsageError(f"--output is missing; name a folder to create for the tokens of {source}")
-    if given["tokenizer"] and "vocab_size" in given:
+    if given.get("tokenizer") and "vocab_size" in given:
         raise UsageError("--tokenizer and --vocab_size exclude each other; use one of them")
     for flag in ("split_at", "text_key", "errors"):
         if is_named and flag in given:
@@ -123,11 +124,11 @@ def _check(given: dict[str, Any]) -> None:
         )
     if not 0 <= given.get("validation", 0) < 1:
         raise UsageError(
-            f"--validation {given['validation']} is out of range; expected 0 to 1, without 1"
+            f"--validation {given['validation']} is out of range; expected at least 0, less than 1"
         )
     if not given.get("split_at", "x").strip() or "\n" in given.get("split_at", ""):
         raise UsageError("--split_at needs one line of text; or use `blank` or `none`")
-    for flag, least in (("stories", 1), ("vocab_size", 1), ("shard_tokens", 1), ("workers", 0)):
+    for flag, least in LEAST.items():
         if given.get(flag, least) < least:
             raise UsageError(f"--{flag} {given[flag]} is out of range; expected {least} or more")
 

@@ -163,22 +163,6 @@ def merge_shards(starts: list[int], length: int, batch_size: int) -> list[tuple[
 # ---- batches on the host ----
 
 
-class TrainingBatches(Iterator[Batch]):
-    """Endless batches of a training split; close it when done."""
-
-    def __init__(self, batches: Generator[Batch], epoch_size: int, efficiency: float) -> None:
-        self._batches = batches
-        self.epoch_size = epoch_size  # examples in an epoch
-        self.efficiency = efficiency  # fraction of positions that have a target
-
-    def __next__(self) -> Batch:
-        return next(self._batches)
-
-    def close(self) -> None:
-        """Stop reading ahead."""
-        self._batches.close()
-
-
 def training_batches(
     folder: TokenFolder,
     *,
@@ -189,11 +173,12 @@ def training_batches(
     start_step: int = 0,
     shard_index: int = 0,
     shard_count: int = 1,
-) -> TrainingBatches:
-    """Return endless batches of the training split from `start_step` on, read ahead in threads.
+) -> Generator[Batch]:
+    """Return endless batches of the training split from `start_step` on; close them when done.
 
-    Every example occurs once per epoch, in an order that depends on the seed and the epoch. The
-    shards of a step, one after another, are the same batch for any number of shards.
+    Threads read ahead. Every example occurs once per epoch, in an order that depends on the seed
+    and the epoch. The shards of a step, one after another, are the same batch for any number of
+    shards.
 
     Args:
       batch_size: sequences in a step; each shard has B = batch_size / shard_count.
@@ -210,8 +195,7 @@ def training_batches(
     """
     shard_size = _shard_size(batch_size, shard_count)
     dataset = open_dataset(folder, "train", sequence_length, packing)
-    batches = _read_ahead(dataset, shard_size, seed, start_step, shard_index, shard_count)
-    return TrainingBatches(batches, len(dataset), dataset.efficiency)
+    return _read_ahead(dataset, shard_size, seed, start_step, shard_index, shard_count)
 
 
 def _read_ahead(

@@ -1,7 +1,7 @@
-"""What the processes of a run tell each other: texts, whether a part went well, what they hold.
+"""Exchanges between the processes of a run: texts, failures, and values that have to be equal.
 
-Every process must call these functions equally often and in the same order. With one process
-nothing is exchanged. Does not know what the texts mean.
+All processes have to call these functions equally often and in the same order. With one process
+nothing is sent.
 """
 
 import contextlib
@@ -16,62 +16,59 @@ from llama_jax.errors import UsageError, UserError
 
 
 def gathered(text: str) -> list[str]:
-    """The text of each process, by the process's number."""
+    """Return the texts of all processes, in the order of their numbers."""
     if jax.process_count() == 1:
         return [text]
     from jax.experimental.multihost_utils import process_allgather
 
-    ours = np.frombuffer(text.encode(), np.uint8)
-    lengths = process_allgather(np.int32(len(ours))).tolist()
+    data = np.frombuffer(text.encode(), np.uint8)
+    lengths = process_allgather(np.int32(len(data))).tolist()
     padded = np.zeros(max(1, *lengths), np.uint8)
-    padded[: len(ours)] = ours
+    padded[: len(data)] = data
     rows = process_allgather(padded)
     return [bytes(row[:length]).decode() for row, length in zip(rows, lengths)]
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """A block that fails on every process if it fails on one.
+    """Make a block fail on all processes if it fails on one.
 
-    Nothing in it may wait for another process: one that has failed never comes.
+    The block must not wait for another process, which may have failed.
 
     Raises:
-      UserError: with the line of the first process that failed; there, the error itself.
+      UserError: with the message of the first process that failed; on a process that failed, its
+        own error.
     """
     failure = None
     try:
         yield
     except Exception as error:
         failure = error
-    told = gathered(_told(failure))
+    report = ""  # exit code and message
+    if failure is not None:
+        line = str(failure) if isinstance(failure, UserError) else repr(failure)
+        report = f"{getattr(failure, 'exit_code', 1)} {line}"
+    reports = gathered(report)
     if failure is not None:
         raise failure
-    for index, (code, _, line) in enumerate(words.partition(" ") for words in told):
+    for index, (code, _, line) in enumerate(report.partition(" ") for report in reports):
         if line:
             kind = UsageError if code == str(UsageError.exit_code) else UserError
             raise kind(f"process {index}: {line}")
 
 
-def _told(failure: Exception | None) -> str:
-    """A failure as its exit code and its line; no failure as an empty text."""
-    if failure is None:
-        return ""
-    line = str(failure) if isinstance(failure, UserError) else repr(failure)
-    return f"{getattr(failure, 'exit_code', 1)} {line}"
-
-
-def require_same(facts: Mapping[str, Any]) -> None:
-    """Refuse to go on unless every process holds what process 0 holds.
+def require_same(values: Mapping[str, Any]) -> None:
+    """Check that all processes have the same values.
 
     Args:
-      facts: by name, what JSON can express.
+      values: JSON values by name.
 
     Raises:
-      UserError: on every process, naming the first that differs, the fact and both values.
+      UserError: on every process, with the first process that differs, the name and both values.
     """
-    told = [json.loads(text) for text in gathered(json.dumps(facts, sort_keys=True))]
-    for index, theirs in enumerate(told):
-        for name, value in told[0].items():
+    received = [json.loads(text) for text in gathered(json.dumps(values, sort_keys=True))]
+    for index, theirs in enumerate(received):
+        for name, value in received[0].items():
             if theirs.get(name) != value:
                 raise UserError(
                     f"process {index} has {name}={theirs.get(name)!r} and process 0 has"

@@ -1,4 +1,9 @@
-"""A polite stop: the first Ctrl-C or SIGTERM is remembered, the second ends the process at once."""
+"""Orderly stops: the first Ctrl-C or SIGTERM is recorded, the second ends the process at once.
+
+Several processes stop at the same step, whichever of them gets the signal: JAX's preemption service
+listens for SIGTERM, informs the other processes in the background, and agrees with them on the next
+step that all can reach. Asking it sends nothing over the network.
+"""
 
 import contextlib
 import os
@@ -6,101 +11,96 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
 
 import jax
 
 
 class StopSignal:
-    """Which signal has asked for a stop, if any."""
+    """Whether this process should stop, and the signal that caused it."""
 
     def __init__(self) -> None:
-        self.number = 0
+        self.number = 0  # of the signal; 0: none yet
 
-    def ask(self) -> bool:
-        """Whether to stop now."""
+    def requested(self) -> bool:
+        """Return whether to stop now."""
         return self.number != 0
 
     @property
     def exit_code(self) -> int:
-        """What a shell expects of a process ended by that signal: 130 or 143."""
+        """The exit code that a shell expects after the signal: 130 or 143."""
         return 128 + self.number
 
-    def remember(self, number: int, _frame: FrameType | None) -> None:
-        """The handler."""
+    def handle(self, number: int, _frame: FrameType | None) -> None:
+        """Handle a signal."""
         if self.number:
             os._exit(128 + number)
         self.number = number
 
 
-@contextlib.contextmanager
-def stop_signal() -> Iterator[StopSignal]:
-    """Catch Ctrl-C and SIGTERM inside the block."""
-    stop = StopSignal()
-    if threading.current_thread() is not threading.main_thread():  # cannot be interrupted
-        yield stop
-        return
-    previous = {
-        number: signal.signal(number, stop.remember) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-# A polite stop of several processes: all stop at the same step, whichever of them was signalled.
-#
-# JAX's preemption service listens for SIGTERM, tells the other processes in the background, and
-# agrees with them on the next moment that all can reach; asking it sends nothing over the network.
-
-
 class SharedStop(StopSignal):
-    """Whether all processes are to stop now."""
+    """Whether all processes should stop, at the same step."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._asked, self._is_agreed = 0, False
+        self._calls, self._is_agreed = 0, False
 
-    def ask(self) -> bool:
-        """Whether all stop now. Every process must ask equally often: questions are counted."""
+    def requested(self) -> bool:
+        """Return whether all stop now; all processes have to call this equally often."""
         if not self._is_agreed:
             from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-            self._asked += 1
-            self._is_agreed = reached_preemption_sync_point(self._asked)
+            self._calls += 1
+            self._is_agreed = reached_preemption_sync_point(self._calls)
             if self._is_agreed:
-                signal.signal(signal.SIGTERM, _end)
+                signal.signal(signal.SIGTERM, _exit)
         return self._is_agreed
 
     @property
     def exit_code(self) -> int:
-        """130 where Ctrl-C was pressed, else 143."""
+        """130 on a process that got Ctrl-C, else 143."""
         return 128 + (self.number or signal.SIGTERM)
 
-    def remember(self, number: int, frame: FrameType | None) -> None:
-        """The handler of Ctrl-C: the first goes the way of SIGTERM, the second ends at once."""
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Handle Ctrl-C: the first is passed on as SIGTERM, the second ends the process."""
         if self._is_agreed:
-            _end(number, frame)
-        super().remember(number, frame)
+            _exit(number, frame)
+        super().handle(number, frame)
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _end(number: int, _frame: Any) -> None:
+def _exit(number: int, _frame: FrameType | None) -> None:
     os._exit(128 + number)
 
 
 @contextlib.contextmanager
+def stop_signal() -> Iterator[StopSignal]:
+    """Catch Ctrl-C and SIGTERM in this process while the block runs."""
+    stop = StopSignal()
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield stop
+        return
+    with _handlers(stop, signal.SIGINT, signal.SIGTERM):
+        yield stop
+
+
+@contextlib.contextmanager
 def stop_of_all() -> Iterator[StopSignal]:
-    """Inside the block, one signal to any process stops them all; a second ends the process."""
+    """Catch Ctrl-C and SIGTERM; one signal to any process stops all of them."""
     if jax.process_count() == 1:
         with stop_signal() as stop:
             yield stop
         return
     shared = SharedStop()
-    previous = signal.signal(signal.SIGINT, shared.remember)
-    try:
+    with _handlers(shared, signal.SIGINT):
         yield shared
+
+
+@contextlib.contextmanager
+def _handlers(stop: StopSignal, *numbers: signal.Signals) -> Iterator[None]:
+    """Let `stop` handle signals while the block runs."""
+    previous = {number: signal.signal(number, stop.handle) for number in numbers}
+    try:
+        yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

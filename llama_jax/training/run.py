@@ -108,7 +108,7 @@ class Trainer:
         step_function = self._compile()
         self.profiler.skip_to(self.step)
         self.clock.start()
-        while self.step < total and not session.stop.ask():
+        while self.step < total and not session.stop.requested():
             self._profile_if_due()
             with self.profiler.step(self.step + 1):
                 self.state, metrics = step_function(self.state, next(self.batches))
@@ -117,7 +117,7 @@ class Trainer:
             self._profile_if_due()
             self._follow_up(is_last=self.step == total)
             self.writer.raise_if_failed()
-        if session.stop.ask():
+        if session.stop.requested():
             return self._leave()
         self.writer.wait()
         self._finish(total)
@@ -162,7 +162,7 @@ class Trainer:
         if is_best or is_saved:
             with self.clock:
                 self._save(loss)
-        if is_validated and run.sample_tokens and not self.session.stop.ask():
+        if is_validated and run.sample_tokens and not self.session.stop.requested():
             with self.clock:
                 self._sample()
 

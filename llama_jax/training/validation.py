@@ -48,7 +48,7 @@ class Validation:
         for batch in self._batches():
             sums.append(session.programs.evaluate(state.trainable, state.frozen, batch))
             jax.block_until_ready(sums[-2:][0])
-            if session.stop.ask():
+            if session.stop.requested():
                 return math.inf
         total, weights = (sum(float(value) for value in values) for values in zip(*sums))
         loss = total / weights

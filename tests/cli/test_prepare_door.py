@@ -124,6 +124,25 @@ def test_errors_are_one_line_and_leave_nothing(place, words):
     assert sorted(place.rglob("*")) == before
 
 
+def test_failed_write_is_one_line_and_leaves_nothing(place):
+    (place / "large.txt").write_text("\n<|endoftext|>\n".join(STORIES * 100))
+    train_tokenizer(STORIES, 300, place / "t.model")
+    command = [*DOOR, "large.txt", "--output=out", "--tokenizer=t.model", "--shard_tokens=1000000"]
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -f 40; exec "$@"', "bash", *command],  # blocks of 1024 bytes
+        cwd=place,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: cannot write to out: File too large; free some space or choose another place\n"
+    )
+    assert not list(place.glob("*out*"))
+
+
 def test_debug_shows_the_traceback(place):
     done = prepare(place, "missing.txt", "--output=out", "--debug")
     assert done.returncode != 0

@@ -11,7 +11,7 @@ from tiny_run import make_config
 from token_folders import counting, write_documents
 
 from llama_jax.config import MeshConfig
-from llama_jax.data.datasets import make_example
+from llama_jax.data.datasets import make_example, open_dataset
 from llama_jax.data.loader import Batch, abstract_batch, training_batches, validation_batches
 from llama_jax.distributed.mesh import make_mesh
 from llama_jax.training.step import evaluation_step, init_state, make_execution, train_step
@@ -75,23 +75,17 @@ def test_packed_batch_has_segments(folder):
 
 
 def test_each_epoch_has_every_target_once_in_a_new_order(folder):
-    batches = training_batches(folder, batch_size=1, sequence_length=T, seed=3, packing="documents")
-    assert batches.efficiency == 227 / (batches.epoch_size * T) > 0.9
-    taken = list(itertools.islice(batches, 2 * batches.epoch_size))
-    batches.close()
-    first, second = stacked(taken[: batches.epoch_size]), stacked(taken[batches.epoch_size :])
+    epoch = len(open_dataset(folder, "train", T, "documents"))
+    assert 227 / (epoch * T) > 0.9
+    taken = take(2 * epoch, folder, batch_size=1)
+    first, second = stacked(taken[:epoch]), stacked(taken[epoch:])
     assert pairs(first) == pairs(second) == within(DOCUMENTS)
     assert not np.array_equal(first.inputs_BT, second.inputs_BT)
 
 
-def test_unpacked_examples_fill_every_position(folder):
-    batches = training_batches(folder, batch_size=1, sequence_length=T, seed=3)
-    assert (batches.efficiency, batches.epoch_size) == (
-        1,
-        11,
-    )  # one in each file of 17 to 23 tokens
-    assert next(batches).segments_BT is None
-    batches.close()
+def test_batch_that_is_not_packed_has_no_segments(folder):
+    assert len(open_dataset(folder, "train", T, "none")) == 11  # one a file of 17 to 23 tokens
+    assert take(1, folder, packing="none")[0].segments_BT is None
 
 
 def test_order_is_a_function_of_seed_and_step(folder):

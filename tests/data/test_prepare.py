@@ -2,7 +2,6 @@
 
 import itertools
 import os
-from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
@@ -21,8 +20,6 @@ from llama_jax.data.prepare.tokenize import (
 from llama_jax.errors import UserError
 from llama_jax.text.tokenizer import Tokenizer, train_tokenizer
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-DATA = Path(os.environ.get("LLAMA_JAX_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
 STORIES = [f"Story {n} of a small boat with {n * 7} red sails.\nThe end." for n in range(41)]
 
 
@@ -243,14 +240,13 @@ def test_encoding_reads_only_a_few_batches_ahead(tmp_path):
     assert taken < 80
 
 
-@pytest.mark.skipif(not (DATA / "tinystories.txt").is_file(), reason="no TinyStories")
-def test_tinystories_are_split_into_stories(tmp_path):
-    corpus = corpus_from_files(DATA / "tinystories.txt")
-    options = TokenOptions(tokenizer=os.fspath(DATA / "tok512.model"))
+def test_tinystories_are_split_into_stories(shared_data, tmp_path):
+    corpus = corpus_from_files(shared_data / "tinystories.txt")
+    options = TokenOptions(tokenizer=os.fspath(shared_data / "tok512.model"))
     folder = prepare(corpus, tmp_path / "out", options)
     assert [split.documents for split in folder.splits.values()] == [7442, 392]
-    stories = (DATA / "tinystories.txt").read_text().split("<|endoftext|>")
-    tokenizer = Tokenizer(DATA / "tok512.model")
+    stories = (shared_data / "tinystories.txt").read_text().split("<|endoftext|>")
+    tokenizer = Tokenizer(shared_data / "tok512.model")
     tokens, starts = folder.arrays("train")[0], folder.document_starts("train")
     for index in (0, 1, 5000):
         expected = tokenizer.encode(stories[index].strip(), bos=True, eos=False)

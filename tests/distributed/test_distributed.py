@@ -1,5 +1,6 @@
-"""Several processes on one machine: one run, whoever computes it, and plain words when it fails."""
+"""Runs in several processes on one machine, equal to those in one, and their errors."""
 
+import atexit
 import os
 import re
 import shutil
@@ -14,8 +15,7 @@ import pytest
 from tiny_run import DOOR, REPOSITORY, make_config, make_tokens, write_config
 
 from llama_jax.checkpoints.restore import finished_steps
-from llama_jax.distributed import processes as distributed
-from llama_jax.distributed.processes import _require_equal_devices, joined, require_joined
+from llama_jax.distributed.processes import joined, require_joined
 from llama_jax.errors import UsageError, UserError
 from llama_jax.training.metrics import read_metrics
 
@@ -48,15 +48,15 @@ STARTED = []
 
 
 @pytest.fixture(scope="module", autouse=True)
-def nobody_stays():
-    """Ends what a test that failed has left."""
+def end_processes():
+    """End the processes that a failed test has left."""
     yield
     for processes in STARTED:
         processes.kill()
 
 
 class Processes:
-    """A run's processes, each in the working folder of its machine, with devices in all."""
+    """The processes of a run, each in the working folder of its machine."""
 
     def __init__(self, place, *words, count=2, devices=4, own=((), ()), environments=({}, {})):
         self.place, self.count, self.devices = place, count, devices // count
@@ -93,24 +93,24 @@ class Processes:
     def _errors(self, number):
         return self.outputs[number].with_suffix(".err")
 
-    def said(self, number=0):
-        """What a process has said; its transport's own lines are not ours."""
+    def stdout(self, number=0):
+        """Return the lines of a process, without those of its transport."""
         lines = self.outputs[number].read_text().splitlines()
         return [line for line in lines if not line.startswith("[Gloo]")]
 
-    def complained(self, number=0):
+    def stderr(self, number=0):
         return self._errors(number).read_text()
 
     def wait_for(self, step):
-        """Until process 0 has reported a step."""
+        """Wait until process 0 has reported a step."""
         ends = time.monotonic() + PATIENCE
         while self._reported() < step:
-            assert self.all[0].poll() is None, self.complained()
-            assert time.monotonic() < ends, self.said()
+            assert self.all[0].poll() is None, self.stderr()
+            assert time.monotonic() < ends, self.stdout()
             time.sleep(0.02)
 
     def _reported(self):
-        found = (re.match(r"step +(\d+)/.* lr ", line) for line in self.said())
+        found = (re.match(r"step +(\d+)/.* lr ", line) for line in self.stdout())
         return max((int(match[1]) for match in found if match), default=0)
 
     def kill(self):
@@ -119,12 +119,12 @@ class Processes:
         self.codes()
 
     def codes(self):
-        """Their exit codes, once all have ended."""
+        """Wait until all have ended and return their exit codes."""
         return [process.wait(PATIENCE) for process in self.all]
 
 
-def by_hand(count=2):
-    """What tells each of two processes who it is."""
+def by_flags(count=2):
+    """Return the flags of each of two processes."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     words = ("--distributed", f"--coordinator=127.0.0.1:{port}", "--num_processes=2")
@@ -133,7 +133,7 @@ def by_hand(count=2):
 
 
 def by_slurm():
-    """The environment of each of two tasks of a job, whose number decides the port."""
+    """Return the environment of each of two tasks of a job, whose number decides the port."""
     for port in range(65535, 61440, -1):
         try:
             socket.create_server(("127.0.0.1", port)).close()
@@ -146,13 +146,13 @@ def by_slurm():
 
 
 def losses(folder):
-    """Those of the first steps."""
+    """Return the losses of the first steps."""
     records = read_metrics(folder)
     return [records[step]["loss"] for step in range(1, STEPS + 1)]
 
 
-def as_killed_after(step, source, target):
-    """A copy of a run as if it had been killed once a step was saved."""
+def copy_killed_after(step, source, target):
+    """Copy a run as if it had been killed after a step was saved."""
     others = [str(other) for other in finished_steps(source) if other != step]
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(*others, "*tmp*"))
 
@@ -163,7 +163,7 @@ def folder(name):
 
 @pytest.fixture(scope="module")
 def runs(place):
-    """A run in one process and one in two, both killed after some steps."""
+    """Start a run in one process and one in two, and kill both after some steps."""
     keep = "--config.run.keep_last=1000"
     one = Processes(place, folder("one"), keep, count=1)
     timeout = f"--timeout={PATIENCE}"
@@ -175,18 +175,18 @@ def runs(place):
     return one, two
 
 
-def test_two_processes_are_one_run(place, runs):
+def test_two_processes_compute_the_losses_of_one(place, runs):
     _, two = runs
     assert losses(place / "two") == pytest.approx(losses(place / "one"), abs=1e-6)
     for line in ("device    4 × cpu in 2 processes", "run       ../two: a new run", "compiled"):
-        assert any(said.startswith(line) for said in two.said()), line
-    assert two.said(1) == []
-    assert (two.complained(0), two.complained(1)) == ("", "")
+        assert any(found.startswith(line) for found in two.stdout()), line
+    assert two.stdout(1) == []
+    assert (two.stderr(0), two.stderr(1)) == ("", "")
 
 
-def go_on_from_step_10(place, run, name, **how):
-    """Processes that resume what another run, killed after ten steps, has left."""
-    as_killed_after(10, place / run, place / name)
+def resume_from_step_10(place, run, name, **how):
+    """Start processes that resume a copy of another run, killed after ten steps."""
+    copy_killed_after(10, place / run, place / name)
     metrics = place / name / "metrics.jsonl"  # only what is computed anew can be compared
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:10]))
     processes = Processes(place, folder(name), *how.pop("words", ()), **how)
@@ -194,52 +194,52 @@ def go_on_from_step_10(place, run, name, **how):
     return processes
 
 
-def assert_gone_on(place, processes, name):
-    assert "resuming from step 10" in " ".join(processes.said())
+def assert_resumed(place, processes, name):
+    assert "resuming from step 10" in " ".join(processes.stdout())
     assert losses(place / name) == pytest.approx(losses(place / "one"), abs=1e-6)
 
 
-def test_what_two_began_one_goes_on_with(place, runs):
-    one = go_on_from_step_10(place, "two", "two-then-one", count=1)
+def test_one_process_resumes_a_run_of_two(place, runs):
+    one = resume_from_step_10(place, "two", "two-then-one", count=1)
     one.kill()
-    assert_gone_on(place, one, "two-then-one")
+    assert_resumed(place, one, "two-then-one")
 
 
 @pytest.mark.slow
-def test_what_one_began_two_go_on_with(place, runs):
-    two = go_on_from_step_10(
+def test_two_processes_resume_a_run_of_one(place, runs):
+    two = resume_from_step_10(
         place,
         "one",
         "one-then-two",
         words=("--config.mesh.data=1", "--config.mesh.fsdp=1", "--config.mesh.tensor=2"),
-        own=by_hand(),
+        own=by_flags(),
         devices=2,  # the tensor axis spans the processes: both read all rows
     )
     two.all[1].send_signal(signal.SIGINT)  # and by it SIGTERM; then both agree
     assert two.codes() == [143, 130]
-    assert_gone_on(place, two, "one-then-two")
-    stopped = re.match(r"stopped at step ([\d,]+), saved in", two.said()[-1])
+    assert_resumed(place, two, "one-then-two")
+    stopped = re.match(r"stopped at step ([\d,]+), saved in", two.stdout()[-1])
     assert finished_steps(place / "one-then-two")[-1] == int(stopped[1].replace(",", ""))
-    assert two.said(1) == []
-    assert (two.complained(0), two.complained(1)) == ("", "")
+    assert two.stdout(1) == []
+    assert (two.stderr(0), two.stderr(1)) == ("", "")
 
 
 @pytest.fixture(scope="module")
 def refused(place):
-    """Processes that cannot begin, started side by side."""
+    """Start processes that cannot begin, all at once."""
     shutil.copytree(place / "tokens", place / "machine0" / "tokens")
     tokenizer = place / "tokens" / "tokenizer.model"
     make_tokens(place / "machine1" / "tokens", tokenizer=tokenizer, colours=("pink", "grey"))
-    (first, second), (few, many) = by_hand(), by_hand()
+    (first, second), (few, many) = by_flags(), by_flags()
     soon = "--timeout=3"
     faster = "--config.optimizer.learning_rate=0.1"
     return {
         "config": Processes(place, folder("config"), own=(first, (*second, faster))),
         "count": Processes(place, folder("count"), own=(few, (*many, "--num_processes=3"))),
-        "data": Processes(place, folder("data"), "--config.data.path=tokens", own=by_hand()),
-        "disk": Processes(place, "--config.run.checkpoint_dir=ckpt", own=by_hand()),
-        "dead": Processes(place, own=[(*by_hand()[1], soon)], count=1),
-        "alone": Processes(place, own=[(*by_hand()[0], soon)], count=1),
+        "data": Processes(place, folder("data"), "--config.data.path=tokens", own=by_flags()),
+        "disk": Processes(place, "--config.run.checkpoint_dir=ckpt", own=by_flags()),
+        "dead": Processes(place, own=[(*by_flags()[1], soon)], count=1),
+        "alone": Processes(place, own=[(*by_flags()[0], soon)], count=1),
         "nowhere": Processes(place, "--distributed", count=1),
     }
 
@@ -249,9 +249,12 @@ REFUSALS = {
     "config": (1, r"process 1 has optimizer.learning_rate=0.1 and process 0 has .*=0.01; start"),
     "data": (1, r"process 1 has data.fingerprint='(\w+)' and process 0 has .*='(?!\1)\w+'; start"),
     "disk": (1, r"(process 1: )?on .*, ckpt is not the folder that process 0 writes to; put"),
-    "dead": (1, rf"the coordinator at {ADDRESS} did not let this process in within 3 s; see"),
+    "dead": (1, rf"the coordinator at {ADDRESS} did not accept this process within 3 s; check"),
     "count": (1, "process 1 has --num_processes=3 and process 0 has --num_processes=2; start"),
-    "alone": (1, rf"not all 2 processes came to the coordinator at {ADDRESS} within 3 s; see"),
+    "alone": (
+        1,
+        rf"not all 2 processes connected to the coordinator at {ADDRESS} within 3 s; check",
+    ),
     "nowhere": (2, r"no Slurm, .* job runs here; add --coordinator HOST:PORT --num_processes N"),
 }
 
@@ -259,23 +262,23 @@ REFUSALS = {
 def assert_refused(processes, code, expected):
     assert set(processes.codes()) == {code}
     for number in range(processes.count):
-        (line,) = processes.complained(number).splitlines()
+        (line,) = processes.stderr(number).splitlines()
         assert re.match(f"error: {expected}", line), line
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_a_refusal_is_one_line_on_every_process(refused, name):
+def test_error_is_one_line_on_every_process(refused, name):
     assert_refused(refused[name], *REFUSALS[name])
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_is_told_by_every_process(place):
+def test_non_finite_loss_is_an_error_on_every_process(place):
     absurd = ("--config.optimizer.learning_rate=10", "--config.optimizer.weight_decay=10")
-    told = r"step \d+ has loss .*; stopped before its update\. The last good step is \d+"
-    assert_refused(Processes(place, folder("loss"), *absurd, own=by_hand()), 3, told)
+    message = r"step \d+ has loss .*; stopped before its update\. The last good step is \d+"
+    assert_refused(Processes(place, folder("loss"), *absurd, own=by_flags()), 3, message)
 
 
-def test_a_refused_run_leaves_nothing(place, refused):
+def test_failed_start_leaves_nothing(place, refused):
     for name in ("config", "count", "data", "disk"):
         refused[name].codes()
     assert not (place / "config").exists() and not (place / "count").exists()
@@ -287,10 +290,10 @@ ARGUMENTS = {
     ("host:1", None, None): "go together; give all three of them, or none",
     (None, 2, 1): "go together",
     ("", None, None): "go together",
-    ("", 2, 1): "--coordinator='' is not understood; expected HOST:PORT, such as 10.0.0.1:1234",
-    ("host", 2, 1): "--coordinator='host' is not understood; expected HOST:PORT",
-    ("host:x", 2, 1): "--coordinator='host:x' is not understood",
-    ("a b:1", 2, 1): "--coordinator='a b:1' is not understood",
+    ("", 2, 1): "--coordinator='' is not an address; expected HOST:PORT, such as 10.0.0.1:1234",
+    ("host", 2, 1): "--coordinator='host' is not an address; expected HOST:PORT",
+    ("host:x", 2, 1): "--coordinator='host:x' is not an address",
+    ("a b:1", 2, 1): "--coordinator='a b:1' is not an address",
     (
         "host:70000",
         2,
@@ -306,7 +309,7 @@ ARGUMENTS = {
 
 
 @pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
-def test_arguments_that_cannot_be_are_refused_before_anybody_is_called(arguments):
+def test_wrong_arguments_are_an_error(arguments):
     with (
         pytest.raises(UsageError, match=re.escape(ARGUMENTS[arguments])) as error,
         joined(*arguments),
@@ -315,7 +318,7 @@ def test_arguments_that_cannot_be_are_refused_before_anybody_is_called(arguments
     assert "\n" not in str(error.value)
 
 
-def test_a_port_that_is_taken_is_refused():
+def test_port_in_use_is_an_error():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         with (
@@ -325,33 +328,44 @@ def test_a_port_that_is_taken_is_refused():
             raise AssertionError("joined")
 
 
-def test_one_of_several_without_distributed_is_told_so(monkeypatch):
+def test_one_of_several_processes_needs_distributed(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     with pytest.raises(UsageError, match="this is one of 4 processes; add --distributed"):
         require_joined()
 
 
-def test_processes_with_other_numbers_of_devices_are_refused(monkeypatch):
+@pytest.fixture
+def calls(monkeypatch):
+    """Replace the start and the end of JAX's runtime and of the process; return the calls."""
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: calls.append("initialize"))
+    monkeypatch.setattr(jax.distributed, "shutdown", lambda: calls.append("shutdown"))
+    monkeypatch.setattr(atexit, "register", lambda _: calls.append("register"))
+    return calls
+
+
+def test_different_numbers_of_devices_are_an_error(monkeypatch, calls):
     devices = [SimpleNamespace(process_index=number) for number in (0, 0, 1, 2, 2)]
     monkeypatch.setattr(jax, "devices", lambda: devices)
     monkeypatch.setattr(jax, "process_count", lambda: 3)
-    with pytest.raises(UserError, match="process 1 has 1 devices and process 0 has 2; give"):
-        _require_equal_devices()
+    message = "process 1 has 1 devices and process 0 has 2; give"
+    with pytest.raises(UserError, match=message), joined():
+        raise AssertionError("joined")
+    assert calls == ["initialize", "shutdown", "register"]
 
 
 @pytest.mark.parametrize("is_lost", [True, False])
-def test_a_process_that_loses_another_says_so_in_a_line(monkeypatch, is_lost):
-    monkeypatch.setattr(distributed, "_connect", lambda *_: None)
-    monkeypatch.setattr(distributed, "_require_equal_devices", lambda: None)
-    left = []
-    monkeypatch.setattr(distributed, "_part", lambda: left.append("parted"))
-    monkeypatch.setattr(distributed, "_leave_at_exit", left.append)
+def test_loss_of_another_process_is_one_line(calls, is_lost):
     what = "UNKNOWN: Gloo AllGather failed: Connection closed by peer" if is_lost else "INTERNAL: x"
     error = jax.errors.JaxRuntimeError(what)
     expected = UserError if is_lost else jax.errors.JaxRuntimeError
-    with (
-        pytest.raises(expected, match="^another process has ended; " if is_lost else what),
-        joined(),
-    ):
+    message = "^another process has ended; " if is_lost else what
+    with pytest.raises(expected, match=message), joined():
         raise error
-    assert left == ["parted", error]
+    assert calls == ["initialize", "shutdown", "register"]
+
+
+def test_process_leaves_at_the_end(calls):
+    with joined():
+        assert calls == ["initialize"]
+    assert calls == ["initialize", "shutdown"]

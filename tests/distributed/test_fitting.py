@@ -1,4 +1,4 @@
-"""A run that cannot be cut over a mesh is refused at once, with what would do."""
+"""Errors of a run that cannot be sharded over a mesh, with the nearest size that can."""
 
 import pytest
 
@@ -26,11 +26,11 @@ def over(data=1, fsdp=1, tensor=1):
 
 
 @pytest.mark.parametrize("sizes", [over(), over(8), over(2, 3, 4), over(1, 24), over(6, 1, 4)])
-def test_what_divides_is_taken(sizes):
+def test_what_divides_is_accepted(sizes):
     require_fitting(make_config(), sizes)
 
 
-def test_fewer_kv_heads_than_the_tensor_axis_are_no_obstacle():
+def test_fewer_kv_heads_than_the_tensor_axis_are_accepted():
     require_fitting(make_config(num_kv_heads=1), over(tensor=4))
 
 
@@ -38,10 +38,18 @@ def test_fewer_kv_heads_than_the_tensor_axis_are_no_obstacle():
     ("config", "sizes", "message"),
     [
         ({}, over(tensor=8), "model.num_heads=12 does not divide over mesh.tensor=8"),
-        ({}, over(tensor=8), "the nearest mesh.tensor that divides everything cut along it is 4"),
-        ({"hidden_dim": 42}, over(2, 1, 4), "width (model.hidden_dim) of 42 does not divide over"),
+        (
+            {},
+            over(tensor=8),
+            "the nearest mesh.tensor that divides everything sharded over it is 4",
+        ),
+        (
+            {"hidden_dim": 42},
+            over(2, 1, 4),
+            "feed-forward width (model.hidden_dim) of 42 does not divide over",
+        ),
         ({"hidden_dim": 42}, over(2, 1, 4), "mesh.tensor=4; the nearest"),
-        ({"hidden_dim": 42}, over(2, 1, 4), "cut along it is 2"),
+        ({"hidden_dim": 42}, over(2, 1, 4), "sharded over it is 2"),
         (
             {"vocab_size": 53},
             over(tensor=2),
@@ -57,8 +65,8 @@ def test_fewer_kv_heads_than_the_tensor_axis_are_no_obstacle():
         ({"accumulation": 4}, over(2, 4), "the nearest that does is 32"),
     ],
 )
-def test_what_does_not_is_refused_in_one_line(config, sizes, message):
-    with pytest.raises(UsageError) as refused:
+def test_error_has_what_does_not_divide_in_one_line(config, sizes, message):
+    with pytest.raises(UsageError) as error:
         require_fitting(make_config(**config), sizes)
-    assert message in str(refused.value)
-    assert "\n" not in str(refused.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)

@@ -1,8 +1,6 @@
 """Tokenizer: recorded ids, agreement with SentencePiece, damaged files, and training."""
 
-import os
 import re
-from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
@@ -12,8 +10,6 @@ from hypothesis import given, settings
 from llama_jax.errors import UserError
 from llama_jax.text.tokenizer import Tokenizer, train_tokenizer
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-DATA = Path(os.environ.get("LLAMA_JAX_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
 TEXTS = [
     "Once upon a time there was a small boat. The boat had a red sail.\nIt was happy.",
     "One day, Lily and Tom found 12 shiny stones near the river; they shared them!",
@@ -30,21 +26,17 @@ def trained(tmp_path_factory):
 def tokenizer(request, trained):
     if request.param == "trained":
         return trained
-    if not (DATA / request.param).is_file():
-        pytest.skip(f"no {request.param}")
-    return Tokenizer(DATA / request.param)
+    return Tokenizer(request.getfixturevalue("shared_data") / request.param)
 
 
 @pytest.fixture(scope="module")
-def llama2():
-    if not (DATA / "tokenizer.model").is_file():
-        pytest.skip("no Llama 2 tokenizer")
-    return Tokenizer(DATA / "tokenizer.model")
+def llama2(shared_data):
+    return Tokenizer(shared_data / "tokenizer.model")
 
 
-def test_ids_are_the_recorded_ones(llama2):
-    texts = (DATA / "llama-spm.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
-    lines = (DATA / "llama-spm.out").read_text().split("\n")
+def test_ids_are_the_recorded_ones(llama2, shared_data):
+    texts = (shared_data / "llama-spm.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
+    lines = (shared_data / "llama-spm.out").read_text().split("\n")
     assert len(texts) == 47
     for text, line in zip(texts, lines):
         ids = [int(word) for word in line.split()]

@@ -23,6 +23,7 @@ from llama_jax.data.prepare.corpora import (
 )
 from llama_jax.data.prepare.documents import Chunk, ReadProgress
 from llama_jax.data.token_folder import SPLITS, TOKENIZER, TokenFolder, TokenWriter
+from llama_jax.errors import UserError
 from llama_jax.files import check_new_path, new_folder, progress
 from llama_jax.text.tokenizer import Tokenizer, train_tokenizer
 
@@ -82,6 +83,11 @@ def prepare(
                     writer.add(*encoded)
                     show(state.done)
             writer.finish(options.bos, options.eos, corpus.source)
+        except OSError as error:
+            if error.filename:  # reading failed
+                raise
+            reason = f"cannot write to {output}: {error.strerror or error}"
+            raise UserError(f"{reason}; free some space or choose another place") from error
         finally:
             writer.close()
     return TokenFolder.open(output)

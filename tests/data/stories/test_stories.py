@@ -10,8 +10,9 @@ import pytest
 
 from llama_jax.data.stories import stories
 from llama_jax.data.stories.grammar import Plot, Slots, script, table
-from llama_jax.data.stories.words import BOYS as BOY_NAMES
-from llama_jax.data.stories.words import GIRLS as GIRL_NAMES
+from llama_jax.data.stories.plots import BOYS as BOY_NAMES
+from llama_jax.data.stories.plots import GIRLS as GIRL_NAMES
+from llama_jax.data.stories.plots import HOMES, OPENING, cast, parse_plots
 
 GIRLS, BOYS = set(GIRL_NAMES), set(BOY_NAMES)
 
@@ -159,6 +160,15 @@ def test_rows_and_beats_keep_their_choices() -> None:
         (("toy", ("ball",)), ("look", ("red", "blue"))),
     )
     assert script("- One\n  line.\n- Two.\n\n- Three.") == (("One line.", "Two."), ("Three.",))
+
+
+def test_plots_are_parsed_in_the_order_of_their_file() -> None:
+    text = "== a toy\ncast: Lily, Tim, Dad\nHOMES\n\ntoy / look\nball \\\n/ red\n\nOPENING\n\n"
+    text += "- {A toy}.\n"
+    first, second = parse_plots(text + "\n" + text.replace("Lily", "Mia"))
+    assert first.tables == (cast("Lily", "Tim", "Dad"), HOMES, table("toy / look\nball / red"))
+    assert first.beats == (*OPENING, ("{A toy}.",))
+    assert second.tables[0] == cast("Mia", "Tim", "Dad")
 
 
 def test_mistakes_in_a_plot_are_named() -> None:

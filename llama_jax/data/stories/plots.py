@@ -1,6 +1,24 @@
-"""Words that several plots share: characters, openings and days."""
+"""The plots of the stories, read from the text files beside this module.
 
-from llama_jax.data.stories.grammar import Table, script, table
+A file has sections such as this one. A section has tables and beats as in `stories.grammar`, in the
+order in which they are used, and the names of shared ones; a line may continue after a backslash.
+
+    == the lost toy
+    cast: Lily, Tim, Mom
+    HOMES
+
+    toy / look
+    ball / red, blue
+
+    OPENING
+
+    - {He} had {a look} {toy}.
+"""
+
+from collections.abc import Iterator
+from importlib import resources
+
+from llama_jax.data.stories.grammar import Beat, Plot, Table, script, table
 
 # fmt: off
 GIRLS = (
@@ -66,3 +84,38 @@ ANIMAL_OPENING = script(
     - {hero} was {a trait} {animal} who lived {den}.
     """
 )
+
+SHARED_TABLES = {"HOMES": HOMES, "FAIR_DAYS": FAIR_DAYS}
+SHARED_BEATS = {"OPENING": OPENING, "ANIMAL_OPENING": ANIMAL_OPENING}
+
+
+def parse_plots(text: str) -> Iterator[Plot]:
+    """Yield the plots of a file.
+
+    Raises:
+      ValueError: for a malformed table or script, or a slot that no table fills.
+    """
+    for section in text.replace("\\\n", "").split("== ")[1:]:
+        tables: list[Table] = []
+        beats: tuple[Beat, ...] = ()
+        _, body = section.split("\n", 1)
+        for block in body.strip().split("\n\n"):
+            for line in block.splitlines():
+                if line.startswith("cast: "):
+                    tables.append(cast(*line.removeprefix("cast: ").split(", ")))
+                elif line in SHARED_TABLES:
+                    tables.append(SHARED_TABLES[line])
+                elif line in SHARED_BEATS:
+                    beats += SHARED_BEATS[line]
+                elif line.startswith("- "):
+                    beats += script(block)
+                    break
+                else:
+                    tables.append(table(block))
+                    break
+        yield Plot(tuple(tables), beats)
+
+
+FOLDER = resources.files("llama_jax.data.stories")
+FILES = ("outdoors.txt", "home.txt", "friends.txt")  # their order is part of the corpus
+PLOTS = tuple(plot for name in FILES for plot in parse_plots((FOLDER / name).read_text("utf-8")))
