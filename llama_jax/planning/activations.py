@@ -71,7 +71,7 @@ def _residuals(step: DeviceStep) -> Counter[jax.ShapeDtypeStruct]:
     tokens_BT, weights_BT = (
         jax.ShapeDtypeStruct((step.batch, step.length), dtype) for dtype in (jnp.int32, jnp.float32)
     )
-    flash = _Flash(step.is_tpu, step.fsdp > 1)
+    flash = _flash_attention(step.is_tpu, step.fsdp > 1)
     execution = Execution(
         attention=xla_attention if step.attention == "xla" else flash,
         # Offloaded residuals are in the host's memory: the device keeps as much as without them.
@@ -151,40 +151,31 @@ def _bytes(array: jax.ShapeDtypeStruct, copies: int, step: DeviceStep) -> int:
     return copies * size
 
 
-@dataclasses.dataclass(frozen=True)
-class _Flash:
-    """Keeps what every flash attention keeps (Dao 2023): inputs, output, log of denominators.
+@functools.cache
+def _flash_attention(is_tpu: bool, fsdp: bool) -> Callable[..., jax.Array]:
+    """Return a function that keeps what every flash attention does (Dao 2023), computing nothing.
 
-    On TPU they are padded to the lanes of the vector unit; but not queries and keys where
-    parameters are sharded, since these are kept as they were before the rotary embedding.
+    That is its inputs, its output and the log of its denominators. On TPU they are padded to the
+    lanes of the vector unit; but not queries and keys where parameters are sharded, since these are
+    kept as they were before the rotary embedding.
     """
 
-    is_tpu: bool
-    fsdp: bool
+    def padded(x_BTNH: jax.Array, pads: bool = is_tpu) -> jax.Array:
+        padding = -x_BTNH.shape[-1] % LANES
+        return jnp.pad(x_BTNH, [(0, 0)] * 3 + [(0, padding)]) if pads and padding else x_BTNH
 
-    def __call__(
-        self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, *_: Any
-    ) -> jax.Array:
-        padding = -q_BTNH.shape[-1] % LANES if self.is_tpu else 0
-        return _flash(q_BTNH, k_BTKH, v_BTKH, 0 if self.fsdp else padding, padding)
+    @jax.custom_vjp
+    def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
+        return q_BTNH
 
+    def forward(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, Any]:
+        inputs = (*(padded(x, is_tpu and not fsdp) for x in (q_BTNH, k_BTKH)), padded(v_BTKH))
+        denominators_BTN = jnp.zeros(q_BTNH.shape[:3], jnp.float32)
+        return q_BTNH + 0, (*inputs, padded(q_BTNH + 0), denominators_BTN)
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _flash(q: jax.Array, k: jax.Array, v: jax.Array, qk_padding: int, v_padding: int) -> jax.Array:
-    return q
+    def backward(kept: Any, gradient_BTNH: jax.Array) -> tuple[jax.Array, ...]:
+        H = gradient_BTNH.shape[-1]
+        return gradient_BTNH, kept[1][..., :H], kept[2][..., :H]
 
-
-def _flash_forward(q, k, v, qk_padding, v_padding):  # type: ignore[no-untyped-def]
-    def padded(x: jax.Array, padding: int) -> jax.Array:
-        return jnp.pad(x, [(0, 0)] * 3 + [(0, padding)]) if padding else x
-
-    inputs = (padded(q, qk_padding), padded(k, qk_padding), padded(v, v_padding))
-    return q + 0, (*inputs, padded(q + 0, v_padding), jnp.zeros(q.shape[:3], jnp.float32))
-
-
-def _flash_backward(_qk, _v, residuals, gradient):  # type: ignore[no-untyped-def]
-    H = gradient.shape[-1]
-    return gradient, residuals[1][..., :H], residuals[2][..., :H]
-
-
-_flash.defvjp(_flash_forward, _flash_backward)
+    attend.defvjp(forward, backward)
+    return lambda q_BTNH, k_BTKH, v_BTKH, *_: attend(q_BTNH, k_BTKH, v_BTKH)

@@ -64,15 +64,11 @@ def largest_microbatch(config: Config, target: Target, correction: float = 1.0) 
         alternative = estimate(dataclasses.replace(config, data=data), target, correction)
         return _fits(alternative, target, 0.0, correction)
 
-    if not fits(1):
-        return 0
-    low, high = 1, 2
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low * devices
+    limit = 1
+    while fits(limit):
+        limit *= 2
+    between = range(limit // 2 + 1, limit)  # limit // 2 sequences fit, limit do not
+    return devices * (limit // 2 + bisect.bisect_left(between, True, key=lambda n: not fits(n)))
 
 
 def cheapest_that_fits(config: Config, target: Target, correction: float = 1.0) -> Estimate | None:
