@@ -26,53 +26,59 @@ from llama_jax.training.loss import summed_nll
 from llama_jax.training.step import UNROLLED_ON_CPU
 
 
-@dataclasses.dataclass(frozen=True)
-class ForwardPass:
-    """The settings of a forward pass on one device."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceStep:
+    """One device's shard of a train step."""
 
+    model: ModelConfig  # what the device computes, see `planning.memory.model_shard`
+    batch: int  # sequences of a microbatch on the device
     length: int  # tokens of a sequence
     remat: str
-    backend: str  # the attention kernel
+    attention: str  # the kernel
     is_tpu: bool
-    packed: bool  # with several documents per sequence
+    packed: bool = False  # with several documents per sequence
     sequence_shards: int = 1  # shards of the residual stream between blocks
     fsdp: int = 1  # shards of the parameters
 
+    @property
+    def width(self) -> int:
+        """Bytes of a number in the compute dtype."""
+        return jnp.dtype(self.model.compute_dtype).itemsize
 
-def residual_bytes(model: ModelConfig, batch: int, forward: ForwardPass) -> int:
-    """Return the bytes of the residuals of all blocks and of the loss.
+    @property
+    def stream(self) -> int:
+        """Bytes of the unsharded residual stream."""
+        return self.batch * self.length * self.model.dim * self.width
 
-    Args:
-      model: one device's shard, see `planning.memory.model_shard`.
-      batch: sequences on that device.
-    """
-    unsharded = dataclasses.replace(forward, sequence_shards=1)  # the traced program is the same
+
+def residual_bytes(step: DeviceStep) -> int:
+    """Return the bytes of the residuals of all blocks and of the loss."""
 
     def traced(batch: int) -> int:
-        arrays = _residuals(model, batch, unsharded)
-        return sum(_bytes(array, n, model, batch, forward) for array, n in arrays.items())
+        few = dataclasses.replace(step, batch=batch)
+        arrays = _residuals(dataclasses.replace(few, sequence_shards=1))  # of no consequence
+        return sum(_bytes(array, copies, few) for array, copies in arrays.items())
 
-    few = min(batch, 2)
+    few = min(step.batch, 2)
     first, last = traced(max(1, few - 1)), traced(few)
-    return last + (batch - few) * (last - first)  # each further sequence adds as much as the second
+    return last + (step.batch - few) * (last - first)  # each further one adds as much as the second
 
 
 @functools.cache
-def _residuals(
-    config: ModelConfig, batch: int, forward: ForwardPass
-) -> Counter[jax.ShapeDtypeStruct]:
+def _residuals(step: DeviceStep) -> Counter[jax.ShapeDtypeStruct]:
     """Return how many arrays of each kind differentiating the loss keeps, parameters aside."""
-    tokens_BT = jax.ShapeDtypeStruct((batch, forward.length), jnp.int32)
-    weights_BT = jax.ShapeDtypeStruct((batch, forward.length), jnp.float32)
-    # Offloaded residuals are in the host's memory: the device keeps as much as without them.
-    remat = "block" if forward.remat == "offload" else forward.remat
-
+    config = step.model
+    tokens_BT, weights_BT = (
+        jax.ShapeDtypeStruct((step.batch, step.length), dtype) for dtype in (jnp.int32, jnp.float32)
+    )
+    flash = _flash_attention(step.is_tpu, step.fsdp > 1)
     execution = Execution(
-        attention=_kernel(forward),
-        remat=remat,
-        unroll=UNROLLED_ON_CPU if remat == "none" else 1,
+        attention=xla_attention if step.attention == "xla" else flash,
+        # Offloaded residuals are in the host's memory: the device keeps as much as without them.
+        remat="block" if step.remat == "offload" else step.remat,
+        unroll=UNROLLED_ON_CPU if step.remat == "none" else 1,
         constrain=constrain,
-        gather=gather if forward.fsdp > 1 else None,
+        gather=gather if step.fsdp > 1 else None,
         lookup=lookup,
         example_ids=example_ids,
     )
@@ -81,7 +87,7 @@ def _residuals(
         def loss(model: Any) -> jax.Array:
             hidden_BTD, _ = model.hidden(
                 tokens_BT,
-                segments_BT=tokens_BT if forward.packed else None,
+                segments_BT=tokens_BT if step.packed else None,
                 dropout_key=jax.random.key(0) if config.dropout else None,
                 execution=execution,
             )
@@ -89,27 +95,32 @@ def _residuals(
 
         return jax.tree.leaves(jax.vjp(loss, model)[1])
 
-    program = _trace(residuals, config, forward.fsdp, tokens_BT, weights_BT)
+    program = _trace(residuals, step, tokens_BT, weights_BT)
     inputs = {id(variable) for variable in program.invars}
     new = {id(v): v.aval for v in program.outvars if id(v) not in inputs and hasattr(v, "aval")}
     kept = Counter(jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in new.values())
-    return kept - _repeated_inputs(config, batch, forward)
+    if step.remat == "none" and step.fsdp == 1:
+        # JAX lists three times more what XLA keeps once: queries, keys and values read one input,
+        # gate and up another. With sharded parameters it lists nothing that is only reshaped.
+        shape = (config.num_layers, step.batch * step.length, config.dim)
+        kept -= Counter({jax.ShapeDtypeStruct(shape, jnp.dtype(config.compute_dtype)): 3})
+    return kept
 
 
 _model = functools.cache(abstract)
 
 
-def _trace(function: Callable[..., Any], config: ModelConfig, fsdp: int, *batch: Any) -> Any:
-    """Return the program of a function of a model and its batch on one of `fsdp` devices."""
-    model = _model(config)
-    if fsdp == 1:
+def _trace(function: Callable[..., Any], step: DeviceStep, *batch: Any) -> Any:
+    """Return the program of a function of a model and its batch on one of `step.fsdp` devices."""
+    model = _model(step.model)
+    if step.fsdp == 1:
         return jax.make_jaxpr(function)(model, *batch).jaxpr
-    sizes = (1, fsdp, 1)
-    mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    axis_types = (AxisType.Auto,) * len(MESH_AXES)
+    mesh = AbstractMesh((1, step.fsdp, 1), MESH_AXES, axis_types=axis_types)
     shards = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(place.shard_shape(leaf.shape), leaf.dtype),
         model,
-        shardings(model, mesh),  # type: ignore[arg-type]
+        shardings(model, mesh),
     )
     replicated = PartitionSpec()  # the inputs are one device's shards already
     on_one = jax.shard_map(
@@ -119,33 +130,20 @@ def _trace(function: Callable[..., Any], config: ModelConfig, fsdp: int, *batch:
     return equation.params["jaxpr"]
 
 
-def _repeated_inputs(config: ModelConfig, batch: int, forward: ForwardPass) -> Counter[Any]:
-    """Return what JAX lists repeatedly and XLA keeps once.
-
-    Queries, keys and values read one input, gate and up another. With sharded parameters JAX keeps
-    nothing that is only a reshaped copy.
-    """
-    if forward.remat != "none" or forward.fsdp > 1:
-        return Counter()
-    shape = (config.num_layers, batch * forward.length, config.dim)
-    return Counter({jax.ShapeDtypeStruct(shape, jnp.dtype(config.compute_dtype)): 3})
-
-
-def _bytes(array: Any, copies: int, config: ModelConfig, batch: int, forward: ForwardPass) -> int:
+def _bytes(array: jax.ShapeDtypeStruct, copies: int, step: DeviceStep) -> int:
     """Return the bytes that one device keeps of `copies` arrays."""
-    T, L = forward.length, config.num_layers
+    B, T, L, D = step.batch, step.length, step.model.num_layers, step.model.dim
     size = math.prod(array.shape) * (getattr(array.dtype, "itemsize", None) or 4)  # a key has 4
     if array.ndim == 5 and array.shape[-2:] == (T, T):
         return 0  # [K, B, G, T, S] without layers: the mask of all blocks, which XLA recomputes
-    if array.shape[-2:] == (T, config.dim):
-        return copies * size // forward.sequence_shards
-    is_matmul_input = array.shape[-2:] == (batch * T, config.dim)
-    if is_matmul_input and forward.sequence_shards > 1:
-        size = (size + size // forward.sequence_shards) // 2  # half of them are kept gathered
-    if forward.is_tpu and array.dtype == jnp.float32:
+    if array.shape[-2:] == (T, D):
+        return copies * size // step.sequence_shards
+    if array.shape[-2:] == (B * T, D) and step.sequence_shards > 1:
+        size = (size + size // step.sequence_shards) // 2  # half the matmul inputs stay gathered
+    if step.is_tpu and array.dtype == jnp.float32:
         # What only a matmul reads is kept in bfloat16: sequences merged with positions or with
         # heads, and of scores those after dropout.
-        merged = {3: (L, batch * T), 4: (L, batch * config.num_kv_heads)}
+        merged = {3: (L, B * T), 4: (L, B * step.model.num_kv_heads)}
         if array.shape[:2] == merged.get(array.ndim):
             return copies * size // 2
         if array.ndim == 6 and array.shape[-2:] == (T, T):
@@ -153,45 +151,31 @@ def _bytes(array: Any, copies: int, config: ModelConfig, batch: int, forward: Fo
     return copies * size
 
 
-def _kernel(forward: ForwardPass) -> Callable[..., jax.Array]:
-    """Return the attention kernel, or a stand-in for those that keep no scores."""
-    return xla_attention if forward.backend == "xla" else _Flash(forward.is_tpu, forward.fsdp > 1)
+@functools.cache
+def _flash_attention(is_tpu: bool, fsdp: bool) -> Callable[..., jax.Array]:
+    """Return a function that keeps what every flash attention does (Dao 2023), computing nothing.
 
-
-@dataclasses.dataclass(frozen=True)
-class _Flash:
-    """Keeps what every flash attention keeps (Dao 2023): inputs, output, log of denominators.
-
-    On TPU they are padded to the lanes of the vector unit; but not queries and keys where
-    parameters are sharded, since these are kept as they were before the rotary embedding.
+    That is its inputs, its output and the log of its denominators. On TPU they are padded to the
+    lanes of the vector unit; but not queries and keys where parameters are sharded, since these are
+    kept as they were before the rotary embedding.
     """
 
-    is_tpu: bool
-    fsdp: bool
+    def padded(x_BTNH: jax.Array, pads: bool = is_tpu) -> jax.Array:
+        padding = -x_BTNH.shape[-1] % LANES
+        return jnp.pad(x_BTNH, [(0, 0)] * 3 + [(0, padding)]) if pads and padding else x_BTNH
 
-    def __call__(
-        self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, *_: Any
-    ) -> jax.Array:
-        padding = -q_BTNH.shape[-1] % LANES if self.is_tpu else 0
-        return _flash(q_BTNH, k_BTKH, v_BTKH, 0 if self.fsdp else padding, padding)
+    @jax.custom_vjp
+    def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
+        return q_BTNH
 
+    def forward(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, Any]:
+        inputs = (*(padded(x, is_tpu and not fsdp) for x in (q_BTNH, k_BTKH)), padded(v_BTKH))
+        denominators_BTN = jnp.zeros(q_BTNH.shape[:3], jnp.float32)
+        return q_BTNH + 0, (*inputs, padded(q_BTNH + 0), denominators_BTN)
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _flash(q: jax.Array, k: jax.Array, v: jax.Array, qk_padding: int, v_padding: int) -> jax.Array:
-    return q
+    def backward(kept: Any, gradient_BTNH: jax.Array) -> tuple[jax.Array, ...]:
+        H = gradient_BTNH.shape[-1]
+        return gradient_BTNH, kept[1][..., :H], kept[2][..., :H]
 
-
-def _flash_forward(q, k, v, qk_padding, v_padding):  # type: ignore[no-untyped-def]
-    def padded(x: jax.Array, padding: int) -> jax.Array:
-        return jnp.pad(x, [(0, 0)] * 3 + [(0, padding)]) if padding else x
-
-    inputs = (padded(q, qk_padding), padded(k, qk_padding), padded(v, v_padding))
-    return q + 0, (*inputs, padded(q + 0, v_padding), jnp.zeros(q.shape[:3], jnp.float32))
-
-
-def _flash_backward(_qk, _v, residuals, gradient):  # type: ignore[no-untyped-def]
-    H = gradient.shape[-1]
-    return gradient, residuals[1][..., :H], residuals[2][..., :H]
-
-
-_flash.defvjp(_flash_forward, _flash_backward)
+    attend.defvjp(forward, backward)
+    return lambda q_BTNH, k_BTKH, v_BTKH, *_: attend(q_BTNH, k_BTKH, v_BTKH)

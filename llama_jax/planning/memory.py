@@ -9,10 +9,10 @@ import dataclasses
 import functools
 import itertools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from llama_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig
@@ -22,7 +22,7 @@ from llama_jax.hardware.accelerators import Chip
 from llama_jax.kernels.attention import choose_kernel
 from llama_jax.kernels.splash import LANES, block_length
 from llama_jax.model.parameters import block_parameters, table_parameters
-from llama_jax.planning.activations import ForwardPass, residual_bytes
+from llama_jax.planning.activations import DeviceStep, residual_bytes
 from llama_jax.training.loss import CHUNK_TOKENS
 from llama_jax.training.step import abstract_state, state_shardings
 
@@ -63,31 +63,30 @@ def training_memory(
       UsageError: when a microbatch does not divide over the mesh, or the attention kernel cannot
         run on the chip.
     """
-    batch = sequences_per_device(config, mesh)
     optimizer = dataclasses.replace(config.optimizer, accumulation_steps=1)  # of no consequence
     parameters, moments = state_bytes(config.model, optimizer, mesh, is_tpu=chip.is_tpu)
-    shard = model_shard(config.model, mesh.shape["tensor"])
-    forward = ForwardPass(
+    step = DeviceStep(
+        model=model_shard(config.model, mesh.shape["tensor"]),
+        batch=sequences_per_device(config, mesh),
         length=config.data.sequence_length,
         remat=config.run.remat,
-        backend=attention_backend(config, chip),
+        attention=attention_backend(config, chip),
         is_tpu=chip.is_tpu,
         packed=config.data.packing != "none",
         sequence_shards=mesh.shape["tensor"] if config.mesh.sequence else 1,
         fsdp=mesh.shape["fsdp"],
     )
     accumulates = config.optimizer.accumulation_steps > 1
-    backward = parameters + _block_bytes(shard, batch, forward) + _gathered_bytes(shard, forward)
-    loss = _loss_bytes(shard, batch, forward)
-    residuals = residual_bytes(shard, batch, forward)
-    temporary = _lasting_bytes(shard, parameters, forward, accumulates) + max(backward, loss)
-    room = chip.usable / correction - parameters - moments - residuals - temporary
-    return Memory(
-        parameters=parameters,
-        optimizer=moments,
-        activations=residuals,
-        temporary=temporary + _gathered_streams(shard, batch, forward, room),
-    )
+    residuals = residual_bytes(step)
+    backward = parameters + _block_bytes(step)
+    if step.fsdp > 1:  # gathered at once: a block's matrices, their gradients, the next block's
+        backward += 3 * block_parameters(step.model) * step.width
+    temporary = _lasting_bytes(step, parameters, accumulates) + max(backward, _loss_bytes(step))
+    if step.sequence_shards > 1:
+        room = chip.usable / correction - parameters - moments - residuals - temporary
+        least, most = MIN_GATHERED_STREAMS * step.stream, GATHERED_STREAMS * step.stream
+        temporary += min(most, max(room, least))
+    return Memory(parameters, moments, residuals, temporary)
 
 
 @functools.cache
@@ -103,79 +102,52 @@ def state_bytes(
     return parameters, device_bytes(state.optimizer, places.optimizer, is_tpu=is_tpu)
 
 
-def _lasting_bytes(
-    shard: ModelConfig, parameters: float, forward: ForwardPass, accumulates: bool
-) -> float:
+def _lasting_bytes(step: DeviceStep, parameters: float, accumulates: bool) -> float:
     """Return what lives during the whole step: gradient sums, parameters in the compute dtype.
 
     XLA converts the parameters once, before the loop over microbatches. Both copies of the
     embedding are row-major, since tokens look rows up: few columns per device fill a TPU's tiles
     badly.
     """
-    width = jnp.dtype(shard.compute_dtype).itemsize
-    each = FLOAT32 * accumulates + width * (width < FLOAT32)  # bytes per parameter
+    # Per parameter.
+    each = FLOAT32 * accumulates + step.width * (step.width < FLOAT32)
     lasting = parameters / FLOAT32 * each
-    if forward.is_tpu:
-        table = shard.vocab_size, shard.dim // forward.fsdp
+    if step.is_tpu:
+        table = step.model.vocab_size, step.model.dim // step.fsdp
         lasting += each * (padded_row_major_size(table) - padded_size(table))
     return lasting
 
 
-def _block_bytes(shard: ModelConfig, batch: int, forward: ForwardPass) -> float:
+def _block_bytes(step: DeviceStep) -> float:
     """Return what the backward pass of one block needs at once, beside all gradients.
 
     The larger of the feed-forward's and attention's: three arrays of the feed-forward's width
     (gate, up, the gradient of one); or all scores and their gradient, for splash the inputs, the
     output and their gradients, padded to whole blocks of positions and lanes.
     """
-    T, N, width = forward.length, shard.num_heads, jnp.dtype(shard.compute_dtype).itemsize
-    attention = 0
-    if forward.backend == "xla":
-        attention = 2 * batch * N * T * T * FLOAT32
-    elif forward.backend == "splash":
-        positions = -(-T // block_length(T)) * block_length(T)
-        attention = 8 * batch * N * padded_row_major_size((positions, shard.head_size)) * width
-    return max(3 * batch * T * shard.ffn_dim * width, attention)
+    B, T, N, attention = step.batch, step.length, step.model.num_heads, 0
+    if step.attention == "xla":
+        attention = 2 * B * N * T * T * FLOAT32
+    elif step.attention == "splash":
+        positions = _round_up(T, block_length(T))
+        padded = padded_row_major_size((positions, step.model.head_size))
+        attention = 8 * B * N * padded * step.width
+    return max(3 * B * T * step.model.ffn_dim * step.width, attention)
 
 
-def _gathered_streams(shard: ModelConfig, batch: int, forward: ForwardPass, room: float) -> float:
-    """Return what gathered copies of a residual stream sharded along the sequence take."""
-    if forward.sequence_shards == 1:
-        return 0.0
-    width = jnp.dtype(shard.compute_dtype).itemsize
-    stream = batch * forward.length * shard.dim * width
-    return min(GATHERED_STREAMS * stream, max(room, MIN_GATHERED_STREAMS * stream))
-
-
-def _gathered_bytes(shard: ModelConfig, forward: ForwardPass) -> float:
-    """Return what fsdp gathers at once: a block's matrices, their gradients, the next block's."""
-    if forward.fsdp == 1:
-        return 0.0
-    return 3 * block_parameters(shard) * jnp.dtype(shard.compute_dtype).itemsize
-
-
-def _loss_bytes(shard: ModelConfig, batch: int, forward: ForwardPass) -> float:
+def _loss_bytes(step: DeviceStep) -> float:
     """Return what the loss needs at once, before there are gradients.
 
     The logits of one chunk and their gradient; with fsdp the gathered output matrix too, and over
     several chunks its gradient.
     """
-    tokens, width = batch * forward.length, jnp.dtype(shard.compute_dtype).itemsize
-    logits = min(CHUNK_TOKENS, tokens) * shard.vocab_size * (FLOAT32 + width)
-    table = table_parameters(shard) if forward.fsdp > 1 else 0
-    return logits + table * (width + FLOAT32 * (tokens > CHUNK_TOKENS))
+    tokens = step.batch * step.length
+    logits = min(CHUNK_TOKENS, tokens) * step.model.vocab_size * (FLOAT32 + step.width)
+    table = table_parameters(step.model) if step.fsdp > 1 else 0
+    return logits + table * (step.width + FLOAT32 * (tokens > CHUNK_TOKENS))
 
 
 # One device's shard of a training step.
-
-
-@dataclasses.dataclass(frozen=True)
-class TargetDevice:
-    """The attributes of a `jax.Device` by which an attention kernel is chosen."""
-
-    platform: str
-    device_kind: str
-    compute_capability: str = ""
 
 
 def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
@@ -220,11 +192,14 @@ def model_shard(config: ModelConfig, tensor: int) -> ModelConfig:
 
 def attention_backend(config: Config, chip: Chip) -> str:
     """Return the attention kernel that a run would choose on a chip."""
-    platform = "tpu" if chip.is_tpu else "gpu"
-    device = TargetDevice(platform, chip.kinds[0], chip.capability)
+    device: Any = SimpleNamespace(  # the attributes of a `jax.Device` that the choice depends on
+        platform="tpu" if chip.is_tpu else "gpu",
+        device_kind=chip.kinds[0],
+        compute_capability=chip.capability,
+    )
     return choose_kernel(
         config.run.attention,
-        device,  # type: ignore[arg-type]
+        device,
         head_dim=config.model.head_size,
         dtype=config.model.compute_dtype,
         dropout=config.model.dropout,

@@ -19,54 +19,44 @@ from llama_jax.planning.search import (
     largest_decoding_batch,
     largest_microbatch,
 )
-from llama_jax.planning.speed import Speed
 from llama_jax.planning.targets import Target, parse_target
 from llama_jax.planning.training import Estimate, TrainingPlan, estimate
 
 KINDS = ("parameters", "optimizer", "activations", "temporary")
 COLUMN = 11  # characters of a column of figures
+PREDICTED = "predicted from data sheet peaks: bound by"
 
 
 def training_report(plan: TrainingPlan) -> str:
     """Return the report of a training plan, several lines."""
-    parts = [
-        plan.target.description,
-        *_step_lines(plan.config, plan.target),
-        "",
-        *_memory_lines(plan),
-        verdict(plan.total, plan.target, plan.fits),
-        *_margin_lines(plan.total, plan.target, plan.fits and plan.compiled is None),
-        "",
-        *collective_lines(plan.compiled, plan.target.devices),
-        *_speed_lines(plan.speed),
-        *_offload_lines(plan.config),
-        "",
-        *_advice_lines(plan),
-    ]
-    return "\n".join(parts)
-
-
-def _step_lines(config: Config, target: Target) -> list[str]:
+    config, target, speed = plan.config, plan.target, plan.speed
     mesh = abstract_mesh(config.mesh, target.devices)
-    batch, length = sequences_per_device(config, mesh), config.data.sequence_length
     sizes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    sequence = ", sequence parallel" if config.mesh.sequence else ""
-    return [
-        f"step: {config.data.batch_size} sequences × {length} tokens,"
-        f" {counted(config.optimizer.accumulation_steps, 'microbatch', 'es')} of {batch} per chip;"
-        f" {sizes}{sequence}, remat {config.run.remat}",
-        f"attention {attention_backend(config, target.chip)},"
-        f" parameters float32, moments {config.optimizer.moments_dtype},"
-        f" arithmetic {config.model.compute_dtype}",
-    ]
-
-
-def _memory_lines(plan: TrainingPlan) -> list[str]:
+    microbatches = counted(config.optimizer.accumulation_steps, "microbatch", "es")
     columns = {"estimated": plan.estimate.memory}
     if plan.compiled:
         columns = {"compiled": plan.memory, **columns}
     rows = {kind: [getattr(memory, kind) for memory in columns.values()] for kind in KINDS}
-    return _memory_table(list(columns), rows)
+    parts = [
+        target.description,
+        f"step: {config.data.batch_size} sequences × {config.data.sequence_length} tokens,"
+        f" {microbatches} of {sequences_per_device(config, mesh)} per chip; {sizes}"
+        f"{', sequence parallel' if config.mesh.sequence else ''}, remat {config.run.remat}",
+        f"attention {attention_backend(config, target.chip)},"
+        f" parameters float32, moments {config.optimizer.moments_dtype},"
+        f" arithmetic {config.model.compute_dtype}",
+        "",
+        *_memory_table(list(columns), rows),
+        *verdict(plan),
+        "",
+        *collective_lines(plan.compiled, target.devices),
+        f"{PREDICTED} {speed.bottleneck}, at least {format_seconds(speed.seconds)} per step",
+        f"  arithmetic {format_seconds(speed.arithmetic)}, memory {format_seconds(speed.memory)},"
+        f" network {format_seconds(speed.network)}",
+    ]
+    if config.run.remat == "offload":
+        parts += ["  transfers of run.remat=offload to and from the host are not counted"]
+    return "\n".join([*parts, "", *_advice_lines(plan)])
 
 
 def _memory_table(columns: list[str], rows: dict[str, list[float]]) -> list[str]:
@@ -80,23 +70,19 @@ def _memory_table(columns: list[str], rows: dict[str, list[float]]) -> list[str]
     return lines
 
 
-def verdict(total: float, target: Target, fits: bool) -> str:
-    """Return whether so many bytes fit, and by how much."""
-    chip = target.chip
+def verdict(plan: TrainingPlan | DecodingPlan) -> list[str]:
+    """Return whether a plan fits, by how much, and a warning where an estimate may be wrong."""
+    chip = plan.target.chip
     by_default = "" if chip.is_tpu else f", the {GPU_FRACTION:.0%} that JAX takes by default"
     usable = f"{chip.usable / GIB:.2f} GiB usable of {chip.memory / GIB:g} GiB{by_default}"
-    left = (chip.usable - total) / GIB
-    if fits:
-        return f"fits: {left:.2f} GiB left ({left * GIB / chip.usable:.0%}) of {usable}"
-    return f"does not fit: {-left:.2f} GiB more than the {usable}"
-
-
-def _margin_lines(total: float, target: Target, is_estimate: bool) -> list[str]:
-    """Return a warning where less memory is left than an estimate may be wrong by."""
-    if not is_estimate or total <= (1 - MARGIN) * target.chip.usable:
-        return []
-    remedy = "compile it, without --fast" if target.chip.is_tpu else "try it before a long run"
-    return [f"  that is less than the estimate's error of up to {MARGIN:.0%}: {remedy}"]
+    left = chip.usable - plan.total
+    if not plan.fits:
+        return [f"does not fit: {-left / GIB:.2f} GiB more than the {usable}"]
+    lines = [f"fits: {left / GIB:.2f} GiB left ({left / chip.usable:.0%}) of {usable}"]
+    if plan.compiled is None and left < MARGIN * chip.usable:
+        remedy = "compile it, without --fast" if chip.is_tpu else "try it before a long run"
+        lines += [f"  that is less than the estimate's error of up to {MARGIN:.0%}: {remedy}"]
+    return lines
 
 
 def collective_lines(compiled: Compiled | None, devices: int) -> list[str]:
@@ -110,20 +96,6 @@ def collective_lines(compiled: Compiled | None, devices: int) -> list[str]:
         times[one.kind] += one.times
     kinds = [f"{times[kind]:,} {kind} ({sent[kind] / GIB:.2f} GiB)" for kind in sent]
     return [f"collectives, and GiB sent per chip: {', '.join(kinds) or 'none'}"]
-
-
-def _speed_lines(speed: Speed) -> list[str]:
-    return [
-        f"predicted from data sheet peaks: bound by {speed.bottleneck},"
-        f" at least {format_seconds(speed.seconds)} per step",
-        f"  arithmetic {format_seconds(speed.arithmetic)}, memory {format_seconds(speed.memory)},"
-        f" network {format_seconds(speed.network)}",
-    ]
-
-
-def _offload_lines(config: Config) -> list[str]:
-    uncounted = "  transfers of run.remat=offload to and from the host are not counted"
-    return [uncounted] if config.run.remat == "offload" else []
 
 
 def format_seconds(seconds: float) -> str:
@@ -212,13 +184,13 @@ def decoding_report(plan: DecodingPlan) -> str:
     """Return the report of a decoding plan, several lines."""
     options, model, speed = plan.options, plan.model, plan.speed
     replicated = f" (replicated: {', '.join(plan.replicated)})" if plan.replicated else ""
-    temporary = [plan.temporary]
-    if plan.compiled:  # weights and cache are known exactly
-        temporary.insert(0, plan.total - plan.weights - plan.cache)
-    columns = ["compiled", "estimated"][-len(temporary) :]
-    kinds = {
-        kind: [size] * len(columns)
-        for kind, size in (("weights", plan.weights), ("cache", plan.cache))
+    totals = {"estimated": plan.estimated}
+    if plan.compiled:
+        totals = {"compiled": plan.total, **totals}
+    rows = {  # weights and cache are known exactly
+        "weights": [plan.weights] * len(totals),
+        "cache": [plan.cache] * len(totals),
+        "temporary": [total - plan.weights - plan.cache for total in totals.values()],
     }
     parts = [
         plan.target.description,
@@ -226,15 +198,13 @@ def decoding_report(plan: DecodingPlan) -> str:
         f" weights {options.quantize or model.compute_dtype} over tensor {plan.target.devices}"
         f"{replicated}, cache {options.cache_dtype or model.compute_dtype}",
         "",
-        *_memory_table(columns, {**kinds, "temporary": temporary}),
-        verdict(plan.total, plan.target, plan.fits),
-        *_margin_lines(plan.total, plan.target, plan.fits and plan.compiled is None),
+        *_memory_table(list(totals), rows),
+        *verdict(plan),
         *([] if plan.fits else _decoding_advice(plan)),
         "",
         *collective_lines(plan.compiled, plan.target.devices),
-        f"predicted from data sheet peaks: bound by {speed.bottleneck}, at least"
-        f" {format_seconds(speed.seconds)} per token of each sequence,"
-        f" at most {options.batch / speed.seconds:,.0f} tokens/s in all",
+        f"{PREDICTED} {speed.bottleneck}, at least {format_seconds(speed.seconds)} per token of"
+        f" each sequence, at most {options.batch / speed.seconds:,.0f} tokens/s in all",
     ]
     return "\n".join(parts)
 
@@ -250,16 +220,10 @@ def _decoding_advice(plan: DecodingPlan) -> list[str]:
     found = cheapest_decoding_change(plan)
     if found is None:
         return [*lines, "no shorter context or quantization fits; use more or larger chips"]
-    flags = [
-        f"--{name}={value}"
-        for name, value in dataclasses.asdict(found.options).items()
-        if value != getattr(plan.options, name)
-    ]
-    return [
-        *lines,
-        f"cheapest change that fits, by estimate: {' '.join(flags)},"
-        f" {found.estimated / GIB:.2f} GiB",
-    ]
+    old, new = dataclasses.asdict(plan.options), dataclasses.asdict(found.options)
+    flags = [f"--{name}={value}" for name, value in new.items() if value != old[name]]
+    change = f"{' '.join(flags)}, {found.estimated / GIB:.2f} GiB"
+    return [*lines, f"cheapest change that fits, by estimate: {change}"]
 
 
 # The Markdown table of which config fits where: estimates for every config and target.

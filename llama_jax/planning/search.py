@@ -8,6 +8,7 @@ for the cache, then shorter contexts.
 import bisect
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from llama_jax.planning.decoding import DecodingPlan, plan_decoding
 from llama_jax.planning.memory import abstract_mesh
 from llama_jax.planning.targets import Target
 from llama_jax.planning.training import Compiler, Estimate, TrainingPlan, estimate
+from llama_jax.quantization import KINDS
 
 MARGIN = 0.15  # of the memory, left free by alternatives: the estimate's largest error
 MAX_TENSOR = 8  # devices of one machine; beyond, each block's collectives cost too much
@@ -62,15 +64,11 @@ def largest_microbatch(config: Config, target: Target, correction: float = 1.0) 
         alternative = estimate(dataclasses.replace(config, data=data), target, correction)
         return _fits(alternative, target, 0.0, correction)
 
-    if not fits(1):
-        return 0
-    low, high = 1, 2
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low * devices
+    limit = 1
+    while fits(limit):
+        limit *= 2
+    between = range(limit // 2 + 1, limit)  # limit // 2 sequences fit, limit do not
+    return devices * (limit // 2 + bisect.bisect_left(between, True, key=lambda n: not fits(n)))
 
 
 def cheapest_that_fits(config: Config, target: Target, correction: float = 1.0) -> Estimate | None:
@@ -88,15 +86,25 @@ def ranked(config: Config, target: Target, correction: float = 1.0) -> list[Esti
 
     For each mesh and remat policy the one with the fewest microbatches that fit.
     """
-    found = [
-        best
-        for alternative in _alternatives(config, target)
-        if (best := _fewest_microbatches(alternative, target, correction))
-    ]
+    found = []
+    for mesh, remat in itertools.product(meshes(config, target.devices), POLICIES):
+        run = dataclasses.replace(config.run, remat=remat)
+        for count in _divisors(config.data.batch_size // (mesh.data * mesh.fsdp)):
+            optimizer = dataclasses.replace(config.optimizer, accumulation_steps=count)
+            alternative = dataclasses.replace(config, mesh=mesh, run=run, optimizer=optimizer)
+            estimated = estimate(alternative, target, correction)
+            if _fits(estimated, target, MARGIN, correction):
+                found.append(estimated)
+                break
 
     def key(way: Estimate) -> tuple[float, float, int]:
-        together = sum(dataclasses.astuple(way.speed))
-        return _rounded(way.speed.seconds), _rounded(together), _changes(way.config, config)
+        new, together = way.config, sum(dataclasses.astuple(way.speed))
+        changes = (
+            (new.mesh != config.mesh)
+            + (new.run.remat != config.run.remat)
+            + (new.optimizer.accumulation_steps != config.optimizer.accumulation_steps)
+        )
+        return _rounded(way.speed.seconds), _rounded(together), changes
 
     return sorted(found, key=key)
 
@@ -120,85 +128,52 @@ def _fits(way: Estimate, target: Target, margin: float, correction: float) -> bo
     return way.memory.total <= (1 - margin) * (target.chip.usable / correction)
 
 
-def _fewest_microbatches(config: Config, target: Target, correction: float) -> Estimate | None:
-    """Return the estimate with the fewest microbatches that fit; None: not one sequence does."""
-    batch = config.data.batch_size // (config.mesh.data * config.mesh.fsdp)
-    for count in _divisors(batch):
-        optimizer = dataclasses.replace(config.optimizer, accumulation_steps=count)
-        way = estimate(dataclasses.replace(config, optimizer=optimizer), target, correction)
-        if _fits(way, target, MARGIN, correction):
-            return way
-    return None
-
-
-def _alternatives(config: Config, target: Target) -> Iterator[Config]:
-    """Yield the config on each mesh that divides it, with each remat policy."""
-    for mesh in meshes(config, target.devices):
-        for remat in POLICIES:
-            run = dataclasses.replace(config.run, remat=remat)
-            yield dataclasses.replace(config, mesh=mesh, run=run)
-
-
 def meshes(config: Config, devices: int) -> Iterator[MeshConfig]:
     """Yield the meshes over which the run divides evenly."""
-    for tensor in _divisors(min(devices, MAX_TENSOR)):
-        for fsdp in _divisors(devices // tensor) if devices % tensor == 0 else []:
-            for sequence in (False, True)[: 1 if tensor == 1 else 2]:
-                mesh = MeshConfig(
-                    data=devices // tensor // fsdp, fsdp=fsdp, tensor=tensor, sequence=sequence
-                )
-                once = dataclasses.replace(config.optimizer, accumulation_steps=1)
-                alternative = dataclasses.replace(config, mesh=mesh, optimizer=once)
-                with contextlib.suppress(UsageError):
-                    require_fitting(alternative, abstract_mesh(mesh, devices).shape)
-                    yield mesh
+    once = dataclasses.replace(config.optimizer, accumulation_steps=1)
+    tensors = [n for n in _divisors(min(devices, MAX_TENSOR)) if devices % n == 0]
+    for tensor in tensors:
+        for fsdp, sequence in itertools.product(_divisors(devices // tensor), (False, True)):
+            if sequence and tensor == 1:
+                continue
+            data = devices // tensor // fsdp
+            mesh = MeshConfig(data=data, fsdp=fsdp, tensor=tensor, sequence=sequence)
+            alternative = dataclasses.replace(config, mesh=mesh, optimizer=once)
+            with contextlib.suppress(UsageError):
+                require_fitting(alternative, abstract_mesh(mesh, devices).shape)
+                yield mesh
 
 
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def _changes(new: Config, old: Config) -> int:
-    """Return how many settings differ."""
-    pairs = (
-        (new.mesh, old.mesh),
-        (new.run.remat, old.run.remat),
-        (new.optimizer.accumulation_steps, old.optimizer.accumulation_steps),
-    )
-    return sum(one != other for one, other in pairs)
-
-
 def largest_decoding_batch(plan: DecodingPlan) -> int:
     """Return the most sequences, up to those of the plan, that fit by estimate; 0: none does."""
-    batches = range(1, plan.options.batch + 1)
 
     def is_too_large(batch: int) -> bool:
         return _changed(plan, batch=batch).estimated > plan.target.chip.usable
 
-    return bisect.bisect_left(batches, True, key=is_too_large)
+    return bisect.bisect_left(range(1, plan.options.batch + 1), True, key=is_too_large)
 
 
 def cheapest_decoding_change(plan: DecodingPlan) -> DecodingPlan | None:
-    """Return the first plan that fits all sequences with a margin, of ever larger changes."""
-    for changes in _decoding_changes(plan):
-        found = _changed(plan, **changes)
+    """Return the first plan that fits all sequences with a margin, of ever larger changes.
+
+    Weights in fewer bits, then the cache in int8 too, then shorter contexts as well.
+    """
+    options, context = plan.options, plan.model.context_length
+    contexts = [options.context]
+    while (context := context // 2) >= MIN_CONTEXT:
+        contexts.append(context)
+    cache_dtypes = [options.cache_dtype] if options.cache_dtype else ["", "int8"]
+    kinds = ["", *KINDS]
+    kinds = kinds[kinds.index(options.quantize) :]
+    for tokens, cache_dtype, kind in itertools.product(contexts, cache_dtypes, kinds):
+        found = _changed(plan, context=tokens, cache_dtype=cache_dtype, quantize=kind)
         if found.estimated <= (1 - MARGIN) * plan.target.chip.usable:
             return found
     return None
-
-
-def _decoding_changes(plan: DecodingPlan) -> Iterator[dict[str, Any]]:
-    """Yield options: weights in fewer bits, then the cache too, then shorter contexts as well."""
-    kinds = {"": ("", "int8", "int4"), "int8": ("int8", "int4"), "int4": ("int4",)}
-    cache_dtypes = ("",) if plan.options.cache_dtype == "int8" else ("", "int8")
-    full = context = plan.model.context_length
-    while context >= min(MIN_CONTEXT, full):
-        for cache_dtype in cache_dtypes:
-            for quantize in kinds[plan.options.quantize]:
-                shorter = {} if context == full else {"context": context}
-                cache = {"cache_dtype": cache_dtype or plan.options.cache_dtype}
-                yield {"quantize": quantize, **cache, **shorter}
-        context //= 2
 
 
 def _changed(plan: DecodingPlan, **changes: Any) -> DecodingPlan:

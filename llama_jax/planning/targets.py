@@ -48,44 +48,41 @@ def parse_target(name: str) -> Target:
     Raises:
       UsageError: for an unknown chip or a number of chips that is not offered.
     """
-    by_shape = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*){1,2})", name)
-    if by_shape:
+    if by_shape := re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*){1,2})", name):
         return _slice(name, _chip(by_shape[1], name), by_shape[2])
     by_count = re.fullmatch(r"([\w-]+?)-(\d+)", name)
     if not by_count:
+        counts = {chip: _counts(chip) if chip.is_tpu else (8, 1, 2, 4) for chip in CHIPS.values()}
+        names = [f"{chip.name}-{count}" for chip in counts for count in counts[chip]]
         raise UsageError(
             f"target {name!r} is not a chip and a number of chips; expected such as v5e-8 or"
-            f" H200-1{did_you_mean(name, _names())}"
+            f" H200-1{did_you_mean(name, names)}"
         )
     chip, count = _chip(by_count[1], name), int(by_count[2])
-    if chip.is_tpu:
-        return _slice(name, chip, _shape(chip, count, name))
-    if not is_gpu_machine(count):
-        raise UsageError(
-            f"target {name!r} has {count} GPUs; expected 1, 2, 4 or a multiple of"
-            f" {GPUS_PER_MACHINE}"
-        )
-    return Target(name=name, chip=chip, devices=count)
-
-
-def _names() -> list[str]:
-    """Return every target name with a number, of all chips."""
-    return [
-        f"{chip.name}-{count}"
-        for chip in CHIPS.values()
-        for count in (_counts(chip) if chip.is_tpu else (8, 1, 2, 4))
-    ]
+    if not chip.is_tpu:
+        if is_gpu_machine(count):
+            return Target(name=name, chip=chip, devices=count)
+        expected = f"1, 2, 4 or a multiple of {GPUS_PER_MACHINE}"
+        raise UsageError(f"target {name!r} has {count} GPUs; expected {expected}")
+    if shape := _counts(chip).get(count):
+        return _slice(name, chip, shape)
+    closest = min(_counts(chip), key=lambda known: abs(math.log(known / max(count, 1))))
+    unit = "TensorCores" if chip.name in NAMED_BY_CORES else "chips"
+    raise UsageError(
+        f"target {name!r}: there is no {chip.name} slice of {count} {unit}; the nearest is"
+        f" {chip.name}-{closest}"
+    )
 
 
 def _chip(written: str, target: str) -> Chip:
-    found = ALIASES.get(written.lower(), written)
-    by_name = {name.lower(): chip for name, chip in CHIPS.items()}
-    if found.lower() not in by_name:
-        raise UsageError(
-            f"target {target!r}: chip {written!r} is unknown{did_you_mean(written, CHIPS)};"
-            f" expected one of {', '.join(CHIPS)}"
-        )
-    return by_name[found.lower()]
+    found = ALIASES.get(written.lower(), written).lower()
+    for name, chip in CHIPS.items():
+        if name.lower() == found:
+            return chip
+    raise UsageError(
+        f"target {target!r}: chip {written!r} is unknown{did_you_mean(written, CHIPS)};"
+        f" expected one of {', '.join(CHIPS)}"
+    )
 
 
 def _counts(chip: Chip) -> dict[int, str]:
@@ -94,42 +91,23 @@ def _counts(chip: Chip) -> dict[int, str]:
     return {chips * per_chip: shape for chips, shape in shapes(chip).items()}
 
 
-def _shape(chip: Chip, count: int, target: str) -> str:
-    """Return the shape of the slice with `count` in its name."""
-    counts = _counts(chip)
-    if count not in counts:
-        closest = min(counts, key=lambda known: abs(math.log(known / max(count, 1))))
-        raise UsageError(
-            f"target {target!r}: there is no {chip.name} slice of {count}"
-            f" {'TensorCores' if chip.name in NAMED_BY_CORES else 'chips'}; the nearest is"
-            f" {chip.name}-{closest}"
-        )
-    return counts[count]
-
-
 def _slice(name: str, chip: Chip, shape: str) -> Target:
     if not chip.is_tpu:
         raise UsageError(f"target {name!r}: only TPU slices have a shape; expected {chip.name}-8")
-    example = shapes(chip)[8]
-    if shape.count("x") != example.count("x"):
+    named, sides = shapes(chip), [int(side) for side in shape.split("x")]
+    axes = named[8].count("x") + 1
+    if len(sides) != axes:
         raise UsageError(
-            f"target {name!r}: a {chip.name} slice has {example.count('x') + 1} axes, not"
-            f" {shape.count('x') + 1}; expected such as {chip.name}:{example}"
+            f"target {name!r}: a {chip.name} slice has {axes} axes, not {len(sides)}; expected such"
+            f" as {chip.name}:{named[8]}"
         )
-    sides = tuple(map(int, shape.split("x")))
-    if not _is_offered(chip, sides):
+    # Cloud TPU also offers three-dimensional slices made of cubes of 4x4x4.
+    is_of_cubes = axes == 3 and all(side % 4 == 0 for side in sides) and sides == sorted(sides)
+    if shape not in named.values() and not is_of_cubes:
+        cubes = ", or rising multiples of 4 such as 4x4x12" if axes == 3 else ""
+        expected = ", ".join(named.values()) + cubes
         raise UsageError(
-            f"target {name!r}: there is no {chip.name} slice {shape}; expected one of"
-            f" {', '.join(shapes(chip).values())}"
-            + ("" if len(sides) == 2 else ", or rising multiples of 4 such as 4x4x12")
+            f"target {name!r}: there is no {chip.name} slice {shape}; expected one of {expected}"
         )
-    chips = math.prod(sides)
-    devices = chips * (2 if chip.name in CORES_ARE_DEVICES else 1)
+    devices = math.prod(sides) * (2 if chip.name in CORES_ARE_DEVICES else 1)
     return Target(name=name, chip=chip, devices=devices, topology=f"{chip.name}:{shape}")
-
-
-def _is_offered(chip: Chip, sides: tuple[int, ...]) -> bool:
-    """Return whether Cloud TPU offers the shape: a named one, or any made of 4x4x4 cubes."""
-    is_of_cubes = len(sides) == 3 and all(side % 4 == 0 for side in sides)
-    named = "x".join(map(str, sides)) in shapes(chip).values()
-    return named or (is_of_cubes and list(sides) == sorted(sides))

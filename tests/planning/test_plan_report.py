@@ -79,14 +79,17 @@ def test_network_time_is_predicted_from_the_compiled_collectives(config):
 def test_a_program_that_the_compiler_refused_does_not_fit_whatever_its_size(config):
     plan = compiled_plan(config, 15 * GIB, fits=False)
     assert not plan.fits and collective_lines(plan.compiled, 8) == []
+    assert verdict(plan)[0].startswith("does not fit")
     assert plan.speed == plan.estimate.speed
 
 
-def test_a_verdict_has_the_bytes_left_or_missing():
-    assert "fits: 5.75 GiB left" in verdict(10 * GIB, TARGET, True)
-    assert "(37%)" in verdict(10 * GIB, TARGET, True)
-    assert "75% that JAX takes" in verdict(GIB, parse_target("H200-1"), True)
-    assert verdict(20 * GIB, TARGET, False).startswith("does not fit: 4.25 GiB more than")
+def test_a_verdict_has_the_bytes_left_or_missing(config):
+    (fits,) = verdict(compiled_plan(config, 10 * GIB))
+    assert "fits: 5.75 GiB left (37%)" in fits
+    (fits_not,) = verdict(compiled_plan(config, 20 * GIB))
+    assert fits_not.startswith("does not fit: 4.25 GiB more than")
+    on_gpus = plan_training(config, parse_target("H200-8"))
+    assert "75% that JAX takes" in verdict(on_gpus)[0]
 
 
 def test_a_plan_that_does_not_fit_has_an_alternative_that_does(config):
