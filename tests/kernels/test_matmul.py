@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_int4 import by_hand, quantized
+from test_int4 import expected_floats, quantized
 
 from llama_jax.config import MeshConfig
 from llama_jax.distributed.mesh import make_mesh
@@ -39,7 +39,7 @@ def rows(count, inputs):
 def test_every_form_is_the_product(outputs, inputs, group_size, monkeypatch):
     monkeypatch.setattr(products, "MADE_FLOAT", 2 * inputs)  # blocks of two outputs, or one
     kernel, x_RI = quantized(group_size, inputs, outputs), rows(3, inputs)
-    expected = x_RI.astype(np.float64) @ by_hand(kernel, inputs).T
+    expected = x_RI.astype(np.float64) @ expected_floats(kernel, inputs).T
     for form in FORMS:
         found = quick(form)(jnp.asarray(x_RI), kernel)
         assert (found.shape, found.dtype) == ((3, outputs), np.float32)
@@ -52,7 +52,7 @@ def test_every_form_is_the_product(outputs, inputs, group_size, monkeypatch):
 def test_any_number_of_rows(count, group_size):
     kernel, x_RI = quantized(group_size), rows(count, 128)
     found = times_quantized(jnp.asarray(x_RI), kernel, products.FLOAT32)
-    expected = x_RI @ by_hand(kernel).T
+    expected = x_RI @ expected_floats(kernel).T
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-5 * np.abs(expected).max())
 
 
@@ -60,7 +60,7 @@ def test_any_number_of_rows(count, group_size):
 @pytest.mark.parametrize("form", FORMS)
 def test_bfloat16_rows(form, group_size):
     kernel, x_RI = quantized(group_size), jnp.asarray(rows(3, 128), jnp.bfloat16)
-    expected = np.asarray(x_RI, np.float32) @ by_hand(kernel).T
+    expected = np.asarray(x_RI, np.float32) @ expected_floats(kernel).T
     found = quick(form)(x_RI, kernel)
     assert found.dtype == np.float32
     assert np.abs(found - expected).max() < 1e-2 * np.abs(expected).max()
@@ -108,7 +108,7 @@ def test_a_loop_holds_no_float_copy(count, group_size):
 def test_gradients_reach_the_rows():
     kernel, x_RI = quantized(0), jnp.asarray(rows(9, 128))
     slope_RI = jax.grad(lambda x: times_quantized(x, kernel, products.FLOAT32).sum())(x_RI)
-    expected = np.broadcast_to(by_hand(kernel).sum(axis=0), slope_RI.shape)
+    expected = np.broadcast_to(expected_floats(kernel).sum(axis=0), slope_RI.shape)
     np.testing.assert_allclose(slope_RI, expected, rtol=1e-4, atol=1e-3)
 
 
