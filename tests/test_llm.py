@@ -322,6 +322,8 @@ def test_a_chat_takes_as_many_stops_as_a_completion(llm):
         ({"template": 5}, "template=5 is not text; expected one of llama2, alpaca"),
         ({"template": "chatml"}, "template='chatml' is unknown"),
         ({"cache_dtype": "int4"}, "cache_dtype='int4' is unknown"),
+        ({"quantize": "int2"}, "quantize='int2' is unknown"),
+        ({"tensor": 9}, "tensor=9 is out of range"),
     ],
 )
 def test_an_invalid_setting_is_named(folder, options, message):
@@ -357,22 +359,6 @@ def test_a_malformed_dialogue_is_one_line(llm, messages):
     with pytest.raises(UserError) as error:
         llm.chat(messages)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"cache_dtype": "int4"},
-        {"quantize": "int2"},
-        {"max_context": 161},
-        {"max_context": 1},
-        {"template": "chatml"},
-        {"tensor": 9},
-    ],
-)
-def test_an_invalid_argument_of_the_object_is_named(folder, options):
-    with pytest.raises(UsageError, match=next(iter(options))):
-        LLM(folder, **options)
 
 
 def test_results_are_plain_data(llm):

@@ -104,8 +104,7 @@ def main(argv: list[str]) -> None:
     modes = [mode for mode in MODES if mode in changed]
     require(len(modes) < 2, f"--{' and --'.join(modes)} exclude each other; choose one")
     mode = modes[0] if modes else ""
-    _check_used(mode, changed)
-    _check_samples(flags)
+    _check(flags, mode, changed)
     params = {name: getattr(flags, name) for name in PARAMS}
     params["logit_bias"] = _parse_biases(flags.logit_bias)
     sampling = SamplingParams.of(**params)
@@ -118,19 +117,18 @@ def main(argv: list[str]) -> None:
 
         messages = _read_messages(flags.messages)
         print_answer(_load(flags), messages, truncate=flags.truncate, **params)
-    else:
+    elif mode == "score":  # log-probability, tokens but BOS, perplexity
         prompts = _read_prompts(flags)
-        llm = _load(flags)
-        if mode == "score":  # log-probability, tokens but BOS, perplexity
-            for score in llm.score(prompts):
-                print(f"{score.total:.4f}\t{len(score.logprobs)}\t{score.perplexity:.4f}")
-        elif mode == "embed":
-            for vector in llm.embed(prompts):
-                print(json.dumps(vector.tolist()))
-        else:
-            echo = not flags.no_echo
-            request = llm.request(prompts, sampling, n=flags.num_samples, echo=echo)
-            print_samples(llm, request, start=start)
+        for score in _load(flags).score(prompts):
+            print(f"{score.total:.4f}\t{len(score.logprobs)}\t{score.perplexity:.4f}")
+    elif mode == "embed":
+        prompts = _read_prompts(flags)
+        for vector in _load(flags).embed(prompts):
+            print(json.dumps(vector.tolist()))
+    else:
+        prompts, llm = _read_prompts(flags), _load(flags)
+        request = llm.request(prompts, sampling, n=flags.num_samples, echo=not flags.no_echo)
+        print_samples(llm, request, start=start)
 
 
 def _load(flags: Any) -> "LLM":
@@ -150,24 +148,18 @@ def _load(flags: Any) -> "LLM":
     )
 
 
-def _check_used(mode: str, changed: Collection[str]) -> None:
-    """Refuse a flag that would have no effect."""
+def _check(flags: Any, mode: str, changed: Collection[str]) -> None:
+    """Refuse flags without an effect, and impossible samples, before the model is loaded."""
     for name in UNUSED[mode]:
-        if mode:
-            require(name not in changed, f"--{mode} does not use --{name}; leave it out")
-        else:
-            require(name not in changed, f"--{name} needs --chat or --messages; add one of them")
-
-
-def _check_samples(flags: Any) -> None:
-    """Refuse an impossible number of samples before the model is loaded."""
+        needs = "needs --chat or --messages; add one of them"
+        message = f"--{mode} does not use --{name}; leave it out" if mode else f"--{name} {needs}"
+        require(name not in changed, message)
     require(
         1 <= flags.num_samples <= MAX_COMPLETIONS,
         f"num_samples={flags.num_samples} is out of range; expected 1 to {MAX_COMPLETIONS}",
     )
-    several = flags.num_samples > 1 or len(flags.prompt or ()) > 1
     require(
-        not several or flags.rng == "jax",
+        flags.rng == "jax" or (flags.num_samples == 1 and len(flags.prompt or ()) < 2),
         "--rng=xorshift generates one sample of one prompt; leave out --num_samples and other"
         " prompts",
     )
@@ -208,13 +200,11 @@ def _read_messages(path: str) -> list[Any]:
 
     text = _read_text("--messages", path)
     try:
-        listing = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--messages={path} is not JSON: {error}") from error
-    try:
-        return list(parse_messages(listing))
+        return list(parse_messages(json.loads(text)))
     except UserError as error:
         raise UserError(f"--messages={path}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--messages={path} is not JSON: {error}") from error
 
 
 def _read_text(flag: str, path: str) -> str:
@@ -223,12 +213,10 @@ def _read_text(flag: str, path: str) -> str:
     Raises:
       UserError: naming the flag, when there is no such file or it is not UTF-8.
     """
-    named = f"{flag}={path}"
+    named, closed = f"{flag}={path}", "reads standard input, which is closed; open it"
     try:
         if path == "-":
-            require(
-                sys.stdin is not None, f"{named} reads standard input, which is closed; open it"
-            )
+            require(sys.stdin is not None, f"{named} {closed}")
             return sys.stdin.read()
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:

@@ -29,27 +29,27 @@ def blockwise_attention(
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    out_BKGTH = _rows(q_BKGTH, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), segments_BT)
+    out_BKGTH = _sequences(q_BKGTH, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), segments_BT)
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 @jax.custom_vjp
-def _rows(
+def _sequences(
     q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, segments_BT: jax.Array | None
 ) -> jax.Array:
-    return _rows_forward(q_BKGTH, k_BKSH, v_BKSH, segments_BT)[0]
+    return _sequences_forward(q_BKGTH, k_BKSH, v_BKSH, segments_BT)[0]
 
 
-def _rows_forward(q, k, v, segments):  # type: ignore[no-untyped-def]
-    out, log_sum = jax.lax.map(lambda row: _forward(*row), (q, k, v, segments))
+def _sequences_forward(q, k, v, segments):  # type: ignore[no-untyped-def]
+    out, log_sum = jax.lax.map(lambda one: _forward(*one), (q, k, v, segments))
     return out, (q, k, v, segments, out, log_sum)
 
 
-def _rows_backward(saved, out_gradient):  # type: ignore[no-untyped-def]
-    return *jax.lax.map(lambda row: _backward(*row), (*saved, out_gradient)), None
+def _sequences_backward(saved, out_gradient):  # type: ignore[no-untyped-def]
+    return *jax.lax.map(lambda one: _backward(*one), (*saved, out_gradient)), None
 
 
-_rows.defvjp(_rows_forward, _rows_backward)
+_sequences.defvjp(_sequences_forward, _sequences_backward)
 
 
 def _blocks(T: int) -> list[tuple[int, int]]:
@@ -82,7 +82,7 @@ _matmul = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _forward(q_KGTH, k_KSH, v_KSH, segments_T):  # type: ignore[no-untyped-def]
-    """One row's output [K, G, T, H] and the log of its softmax denominators [K, G, T, 1]."""
+    """One sequence's output [K, G, T, H] and the log of its softmax denominators [K, G, T, 1]."""
     K, G, T, H = q_KGTH.shape
     outs, log_sums = [], []
     for start, end in _blocks(T):
@@ -97,31 +97,31 @@ def _forward(q_KGTH, k_KSH, v_KSH, segments_T):  # type: ignore[no-untyped-def]
 
 
 def _backward(  # type: ignore[no-untyped-def]
-    q_KGTH, k_KSH, v_KSH, segments_T, out_KGTH, log_sum_KGT1, slope_KGTH
+    q_KGTH, k_KSH, v_KSH, segments_T, out_KGTH, log_sum_KGT1, gradient_KGTH
 ):
-    """One row's gradients of q, k and v, given that of its output."""
+    """The gradients of q, k and v of one sequence, from that of its output."""
     K, G, T, H = q_KGTH.shape
     dtype, scale = q_KGTH.dtype, 1.0 / math.sqrt(H)
-    wide_slope = slope_KGTH.astype(jnp.float32)
-    shared_KGT1 = (wide_slope * out_KGTH.astype(jnp.float32)).sum(axis=-1, keepdims=True)
-    q_slopes = []
+    wide_gradient = gradient_KGTH.astype(jnp.float32)
+    shared_KGT1 = (wide_gradient * out_KGTH.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    q_gradients = []
     # [K, H, S], not [K, S, H]: this orientation of the two products is three times as fast on CPU.
-    k_slope_KHS = jnp.zeros((K, H, T), jnp.float32)
-    v_slope_KHS = jnp.zeros((K, H, T), jnp.float32)
+    k_gradient_KHS = jnp.zeros((K, H, T), jnp.float32)
+    v_gradient_KHS = jnp.zeros((K, H, T), jnp.float32)
     for start, end in _blocks(T):
         part = partial(_merge, start=start, end=end)
-        q_KRH, slope_KRH = part(q_KGTH), part(slope_KGTH)
+        q_KRH, gradient_KRH = part(q_KGTH), part(gradient_KGTH)
         scores_KRS = _scores(q_KRH, k_KSH, segments_T, start, end)
         weights_KRS = jnp.exp(scores_KRS - part(log_sum_KGT1))
-        weight_slope_KRS = _matmul("KRH,KSH->KRS", slope_KRH, v_KSH[:, :end])
-        score_slope_KRS = weights_KRS * (weight_slope_KRS - part(shared_KGT1)) * scale
-        score_slope_KRS = score_slope_KRS.astype(dtype)
-        q_slope_KRH = _matmul("KRS,KSH->KRH", score_slope_KRS, k_KSH[:, :end])
-        q_slopes.append(q_slope_KRH.astype(dtype).reshape(K, G, end - start, H))
-        k_part_KHS = _matmul("KRS,KRH->KHS", score_slope_KRS, q_KRH)
-        v_part_KHS = _matmul("KRS,KRH->KHS", weights_KRS.astype(dtype), slope_KRH)
-        k_slope_KHS = k_slope_KHS.at[:, :, :end].add(k_part_KHS)
-        v_slope_KHS = v_slope_KHS.at[:, :, :end].add(v_part_KHS)
-    k_slope_KSH = k_slope_KHS.swapaxes(1, 2).astype(dtype)
-    v_slope_KSH = v_slope_KHS.swapaxes(1, 2).astype(dtype)
-    return jnp.concatenate(q_slopes, axis=2), k_slope_KSH, v_slope_KSH
+        weight_gradient_KRS = _matmul("KRH,KSH->KRS", gradient_KRH, v_KSH[:, :end])
+        score_gradient_KRS = weights_KRS * (weight_gradient_KRS - part(shared_KGT1)) * scale
+        score_gradient_KRS = score_gradient_KRS.astype(dtype)
+        q_gradient_KRH = _matmul("KRS,KSH->KRH", score_gradient_KRS, k_KSH[:, :end])
+        q_gradients.append(q_gradient_KRH.astype(dtype).reshape(K, G, end - start, H))
+        k_part_KHS = _matmul("KRS,KRH->KHS", score_gradient_KRS, q_KRH)
+        v_part_KHS = _matmul("KRS,KRH->KHS", weights_KRS.astype(dtype), gradient_KRH)
+        k_gradient_KHS = k_gradient_KHS.at[:, :, :end].add(k_part_KHS)
+        v_gradient_KHS = v_gradient_KHS.at[:, :, :end].add(v_part_KHS)
+    k_gradient_KSH = k_gradient_KHS.swapaxes(1, 2).astype(dtype)
+    v_gradient_KSH = v_gradient_KHS.swapaxes(1, 2).astype(dtype)
+    return jnp.concatenate(q_gradients, axis=2), k_gradient_KSH, v_gradient_KSH

@@ -21,13 +21,11 @@ from functools import partial, reduce
 import jax
 import jax.numpy as jnp
 
-from llama_jax.kernels.int4 import BLOCK, Quantized, parts, split
+from llama_jax.kernels.int4 import BLOCK, Quantized, unpack
 
 FEW = 4
 MANY = 64  # rows from which on XLA is as fast either way
-BLOCKS = (
-    32  # int4 blocks that `sum_lanes` sums in one loop: with more, compiling and running slow down
-)
+BLOCKS = 32  # int4 blocks that `sum_lanes` sums in one loop; more are slower to compile and run
 VECTOR = 16  # floats that `sum_vectors` takes at a time; 8 is as fast, 24 and 32 are not
 ONE_LOOP = 1024  # inputs that it takes; with more terms its loop is slower than XLA's matmul
 MADE_FLOAT = 2**19  # elements of a kernel that `by_blocks` dequantises at a time
@@ -96,14 +94,14 @@ def implementation_for(rows: int, kernel: Quantized) -> Callable[[jax.Array, Qua
     """The fastest implementation here for so many rows."""
     if on_one_cpu_device():
         return sum_lanes if rows <= FEW else by_blocks
-    return multiply_and_reduce if rows <= FEW and kernel.lowest is not None else convert
+    return multiply_and_reduce if rows <= FEW and kernel.minimum is not None else convert
 
 
 def convert(x_RI: jax.Array, kernel: Quantized) -> jax.Array:
     """XLA's matmul with the kernel converted to x's dtype on the way; float32 [R, O]."""
     products = [
-        times_transposed(x_RP, part.floats(x_RI.dtype), FLOAT32)
-        for x_RP, part in zip(split(x_RI, kernel), parts(kernel))
+        times_transposed(x_RP, part.dequantize(x_RI.dtype), FLOAT32)
+        for x_RP, part in unpack(x_RI, kernel)
     ]
     return _scaled(reduce(jnp.add, products), kernel)
 
@@ -111,15 +109,15 @@ def convert(x_RI: jax.Array, kernel: Quantized) -> jax.Array:
 def multiply_and_reduce(x_RI: jax.Array, kernel: Quantized) -> jax.Array:
     """Sums of products whose kernel is never stored as floats; float32 [R, O]."""
     terms_ROP = [
-        part.floats(FLOAT32)[None] * x_RP.astype(FLOAT32)[:, None]
-        for x_RP, part in zip(split(x_RI, kernel), parts(kernel))
+        part.dequantize(FLOAT32)[None] * x_RP.astype(FLOAT32)[:, None]
+        for x_RP, part in unpack(x_RI, kernel)
     ]
     return _scaled(reduce(jnp.add, terms_ROP).sum(axis=-1), kernel)
 
 
 def by_blocks(x_RI: jax.Array, kernel: Quantized) -> jax.Array:
     """`convert` a block of outputs at a time, so that few of its floats exist; [R, O]."""
-    (R, I), O = x_RI.shape, kernel.whole.shape[0]
+    (R, I), O = x_RI.shape, kernel.values.shape[0]
     wide_RI = x_RI.astype(FLOAT32)
     blocks = math.ceil(O * I / MADE_FLOAT)
     size = math.ceil(O / blocks)
@@ -140,7 +138,7 @@ def sum_lanes(x_RI: jax.Array, kernel: Quantized) -> jax.Array:
     call.
     """
     runs = list(_runs(x_RI.astype(FLOAT32), kernel))
-    most = len(runs) if kernel.lowest is None else BLOCKS
+    most = len(runs) if kernel.minimum is None else BLOCKS
     sums_RO = [_sum_runs(runs[i : i + most]) for i in range(0, len(runs), most)]
     return reduce(jnp.add, sums_RO)
 
@@ -148,12 +146,12 @@ def sum_lanes(x_RI: jax.Array, kernel: Quantized) -> jax.Array:
 def _sum_runs(runs: list[tuple[jax.Array, Quantized]]) -> jax.Array:
     """The sum [R, O] of the products of some runs."""
     terms_ORL = (
-        part.floats(FLOAT32)[:, None] * x_RL[None]
+        part.dequantize(FLOAT32)[:, None] * x_RL[None]
         for x_RI, run in runs
-        for x_RL, part in zip(split(x_RI, run), parts(run))
+        for x_RL, part in unpack(x_RI, run)
     )
     lanes_ORL = reduce(jnp.add, terms_ORL)
-    if runs[0][1].lowest is None:
+    if runs[0][1].minimum is None:
         lanes_ORL *= runs[0][1].scale.astype(FLOAT32)[:, None, None]
     return _over_lanes(lanes_ORL)
 
@@ -167,7 +165,7 @@ def _over_lanes(lanes_ORL: jax.Array) -> jax.Array:
 def _runs(x_RI: jax.Array, kernel: Quantized) -> Iterator[tuple[jax.Array, Quantized]]:
     """Runs of adjacent inputs with their part of the kernel; for int4 a run is a block."""
     I = x_RI.shape[1]
-    length = _run_length(I) if kernel.lowest is None else BLOCK
+    length = _run_length(I) if kernel.minimum is None else BLOCK
     for start in range(0, I, length):
         yield x_RI[:, start : start + length], kernel.inputs(start, length)
 
@@ -182,4 +180,4 @@ def _run_length(inputs: int) -> int:
 
 def _scaled(sums_RO: jax.Array, kernel: Quantized) -> jax.Array:
     """Sums times the scale of each output; int4 products were scaled by block already."""
-    return sums_RO if kernel.lowest is not None else sums_RO * kernel.scale.astype(FLOAT32)[None]
+    return sums_RO if kernel.minimum is not None else sums_RO * kernel.scale.astype(FLOAT32)[None]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llama_jax.kernels.int4 import Quantized, floats
+from llama_jax.kernels.int4 import Quantized
 from llama_jax.kernels.matmul import FLOAT32, times_quantized
 from llama_jax.quantization.rounding import to_int4, to_int8
 
@@ -49,16 +49,16 @@ class QuantizedMatrix(nnx.Module):
 
     def floats(self, dtype: jnp.dtype) -> jax.Array:
         """Return the dequantized kernel [*outputs, *inputs]."""
-        kernel_OI = floats(self.merged(), math.prod(self.inputs), dtype)
+        kernel_OI = self.merged().dequantize(math.prod(self.inputs), dtype)
         return kernel_OI.reshape(self.outputs + self.inputs)
 
     def merged(self) -> Quantized:
         """Return the matrix as [O, I], its output dims merged and its input dims merged."""
         O = math.prod(self.outputs)
-        whole = self.kernel[...].reshape(O, -1)
+        values = self.kernel[...].reshape(O, -1)
         if not hasattr(self, "lowest"):
-            return Quantized(whole, self.scale[...].reshape(O))
-        return Quantized(whole, *(a[...].reshape(O, -1) for a in (self.scale, self.lowest)))
+            return Quantized(values, self.scale[...].reshape(O))
+        return Quantized(values, *(a[...].reshape(O, -1) for a in (self.scale, self.lowest)))
 
 
 def quantize_kernel(kernel: jax.Array, outputs: Dims, group_size: int) -> dict[str, jax.Array]:
@@ -66,9 +66,9 @@ def quantize_kernel(kernel: jax.Array, outputs: Dims, group_size: int) -> dict[s
     kernel_OI = kernel.reshape(math.prod(outputs), -1)
     if not group_size:
         found = to_int8(kernel_OI)
-        return {"kernel": found.whole.reshape(kernel.shape), "scale": found.scale.reshape(outputs)}
+        return {"kernel": found.values.reshape(kernel.shape), "scale": found.scale.reshape(outputs)}
     found = to_int4(kernel_OI, group_size)
-    arrays = {"kernel": found.whole, "scale": found.scale, "lowest": found.lowest}
+    arrays = {"kernel": found.values, "scale": found.scale, "lowest": found.minimum}
     return {name: array.reshape(*outputs, -1) for name, array in arrays.items()}
 
 
@@ -87,7 +87,7 @@ class QuantizedTable(QuantizedMatrix):
     def rows(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Return the embeddings [*ids, D] of tokens."""
         chosen = jax.tree.map(lambda array: array[ids], self.merged())
-        return floats(chosen, self.inputs[0], dtype)
+        return chosen.dequantize(self.inputs[0], dtype)
 
     def __call__(self, x_RD: jax.Array) -> jax.Array:
         """Return float32 logits [R, V]."""

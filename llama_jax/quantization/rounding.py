@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from llama_jax.kernels.int4 import BLOCK, Quantized, packed
+from llama_jax.kernels.int4 import BLOCK, Quantized, pack
 
 INT4_MAX = 15
 RANGE_FRACTIONS = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a group's range, tried as that of its integers
@@ -62,7 +62,7 @@ def _to_int4(kernel_OI: jax.Array, group_size: int) -> Quantized:
     worst = (jnp.full(range_OG.shape, jnp.inf), zero_OG, zero_OG)
     (_, scale_OG, minimum_OG), _ = jax.lax.scan(attempt, worst, jnp.asarray(RANGE_FRACTIONS))
     integers_OI = _integers(w_OGI, scale_OG, minimum_OG).reshape(O, -1)
-    return Quantized(packed(integers_OI), scale_OG, minimum_OG)
+    return Quantized(pack(integers_OI), scale_OG, minimum_OG)
 
 
 Fit = tuple[jax.Array, jax.Array, jax.Array]  # squared error, scale and minimum, all [O, G]

@@ -1,4 +1,4 @@
-"""Which attention runs where: the fastest that can, or the one asked for, or a refusal."""
+"""Which attention kernel runs where: the fastest that can, or the named one, or a refusal."""
 
 from types import SimpleNamespace
 
@@ -32,7 +32,7 @@ def model_config(compute_dtype="bfloat16", head_dim=64):
 
 
 @pytest.mark.parametrize(
-    ("place", "config", "dropout", "name"),
+    ("place", "config", "dropout", "expected"),
     [
         (CPU, model_config(), 0, "blockwise"),
         (CPU, model_config(), 0.1, "xla"),
@@ -49,12 +49,12 @@ def model_config(compute_dtype="bfloat16", head_dim=64):
         (device("abacus"), model_config(), 0, "xla"),
     ],
 )
-def test_by_itself_the_fastest_that_can(place, config, dropout, name):
-    assert chosen("auto", config, place, dropout) == name
+def test_auto_is_the_fastest_kernel_that_can(place, config, dropout, expected):
+    assert chosen("auto", config, place, dropout) == expected
 
 
 @pytest.mark.parametrize(
-    ("asked", "place", "config", "dropout", "message"),
+    ("name", "place", "config", "dropout", "message"),
     [
         ("splash", CPU, model_config(), 0, "needs a TPU .* on some cpu; .*'auto'"),
         ("splash", H100, model_config(), 0, "needs a TPU .* on some gpu"),
@@ -70,13 +70,13 @@ def test_by_itself_the_fastest_that_can(place, config, dropout, name):
         ("cudnn", A100, model_config(head_dim=256), 0, "up to 128 .* are 256"),
     ],
 )
-def test_what_cannot_be_done_is_refused_in_one_line(asked, place, config, dropout, message):
-    with pytest.raises(UsageError, match=f"^run.attention='{asked}' .*{message}") as raised:
-        chosen(asked, config, place, dropout)
+def test_a_kernel_that_cannot_is_refused_in_one_line(name, place, config, dropout, message):
+    with pytest.raises(UsageError, match=f"^run.attention='{name}' .*{message}") as raised:
+        chosen(name, config, place, dropout)
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("asked", ["xla", "blockwise"])
+@pytest.mark.parametrize("name", ["xla", "blockwise"])
 @pytest.mark.parametrize("place", [CPU, TPU, H100])
-def test_the_plain_ones_run_everywhere(asked, place):
-    assert chosen(asked, model_config("float32"), place) == asked
+def test_xla_and_blockwise_run_everywhere(name, place):
+    assert chosen(name, model_config("float32"), place) == name

@@ -31,7 +31,7 @@ def attend_causally(q, k, v, drop=None):
     return attend(q, merge_heads_and_batch(k), merge_heads_and_batch(v), mask, drop)
 
 
-def test_a_query_may_look_at_its_own_slot_and_those_before():
+def test_a_query_attends_to_its_own_slot_and_those_before():
     mask_BTS = np.asarray(causal_mask(jnp.array([[0, 1], [3, 4]]), 5))
     expected = [["10000", "11000"], ["11110", "11111"]]
     spelled = [["".join("01"[int(may)] for may in row) for row in rows] for rows in mask_BTS]

@@ -1,4 +1,4 @@
-"""Policies of recomputing: the same gradients, less memory, and just the work that they name."""
+"""Rematerialisation policies: the same gradients, less memory, and only the named work redone."""
 
 import functools
 from types import SimpleNamespace
@@ -53,7 +53,7 @@ def test_gradients_are_those_of_keeping_everything(policy):
         np.testing.assert_allclose(other, one, rtol=1e-6, atol=1e-6 * np.abs(one).max())
 
 
-def test_each_policy_does_the_work_again_that_it_should():
+def test_each_policy_recomputes_what_it_should():
     """A block has nine products: q, k, v, scores, mixing, o, gate, up and down.
 
     Of the last one no backward pass needs the outcome.
@@ -103,7 +103,7 @@ def test_the_train_step_of_a_config_recomputes_what_its_policy_says():
     assert (qkv > none, block - qkv) == (True, 3)  # queries, keys and values are kept or not
 
 
-def test_devices_that_cannot_reach_the_host_are_told_in_one_line(monkeypatch):
+def test_devices_without_host_memory_are_refused_in_one_line(monkeypatch):
     memory = SimpleNamespace(kind="device")
     device = SimpleNamespace(
         addressable_memories=lambda: [memory], device_kind="Abacus", platform="abacus"
@@ -119,7 +119,7 @@ def test_devices_that_cannot_reach_the_host_are_told_in_one_line(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("policy", "is_on_host"), [("offload", True), ("save-qkv", False)])
-def test_the_tpu_compiler_makes_the_step_of_a_cut_model(policy, is_on_host):
+def test_the_tpu_compiler_compiles_the_step_of_a_sharded_model(policy, is_on_host):
     pytest.importorskip("libtpu")
     config = step_config(policy)
     mesh = target_mesh(config.mesh, parse_target("v5e-4"))

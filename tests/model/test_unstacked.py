@@ -1,4 +1,4 @@
-"""Arranged for decoding, a model is the model it was; that its logits are, test_model shows."""
+"""The decode layout: the same parameters and products; `test_transformer` compares logits."""
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +15,19 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("rows", [(1, 1), (5, 7)])
 @pytest.mark.parametrize(("inputs", "outputs"), [((24,), (6, 4)), ((6, 4), (20,))])
-def test_outputs_first_is_the_same_product(inputs, outputs, rows, dtype):
+def test_outputs_first_gives_the_same_product(inputs, outputs, rows, dtype):
     axes = ("embed", "heads", "head_dim")
     linear = Linear(inputs, outputs, axes, std=0.2, rngs=nnx.Rngs(0))
-    turned = OutputsFirstLinear(linear)
+    outputs_first = OutputsFirstLinear(linear)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((*rows, *inputs)), dtype)
-    assert turned.kernel.shape == outputs + inputs
-    assert turned.kernel.axes == axes[len(inputs) :] + axes[: len(inputs)]
-    assert turned(x).dtype == dtype
-    out, expected = (np.asarray(f(x), np.float32) for f in (turned, linear))
+    assert outputs_first.kernel.shape == outputs + inputs
+    assert outputs_first.kernel.axes == axes[len(inputs) :] + axes[: len(inputs)]
+    assert outputs_first(x).dtype == dtype
+    out, expected = (np.asarray(f(x), np.float32) for f in (outputs_first, linear))
     np.testing.assert_allclose(out, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-def test_unstacking_leaves_the_model_as_it_was(tiny_model):
+def test_unstacking_leaves_the_model_unchanged(tiny_model):
     before = jax.tree.structure(tiny_model)
     unstacked = unstack(tiny_model)
     assert jax.tree.structure(tiny_model) == before
@@ -35,7 +35,7 @@ def test_unstacking_leaves_the_model_as_it_was(tiny_model):
     assert unstack(unstacked) is unstacked
 
 
-def test_matrices_are_turned_on_cpu_alone(tiny_model, monkeypatch):
+def test_matrices_are_stored_outputs_first_on_cpu_only(tiny_model, monkeypatch):
     kinds = {type(block.ffn.down) for block in unstack(tiny_model).blocks}
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     elsewhere = {type(block.ffn.down) for block in unstack(tiny_model).blocks}

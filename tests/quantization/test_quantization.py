@@ -19,7 +19,6 @@ from llama_jax.formats.llama2c import model as llama2c
 from llama_jax.inference.engine import Engine
 from llama_jax.inference.request import Request, SamplingParams
 from llama_jax.inference.scoring import token_logprobs
-from llama_jax.kernels.int4 import floats
 from llama_jax.model.layers import Linear, OutputsFirstLinear
 from llama_jax.model.parameters import named_leaves
 from llama_jax.model.transformer import unstack
@@ -57,7 +56,7 @@ def relative_error(found, right):
 def test_int8_of_a_known_matrix():
     kernel = jnp.asarray([[1.0, -2.54, 0.5], [0, 0, 0], [0.127, 0.01, -0.05]])
     found = to_int8(kernel)
-    np.testing.assert_array_equal(found.whole, [[50, -127, 25], [0, 0, 0], [127, 10, -50]])
+    np.testing.assert_array_equal(found.values, [[50, -127, 25], [0, 0, 0], [127, 10, -50]])
     np.testing.assert_allclose(found.scale, [0.02, 0, 0.001], rtol=1e-6)
 
 
@@ -69,21 +68,21 @@ def test_int4_keeps_equally_spaced_numbers_exactly(group_size):
     slopes = np.repeat(2.0 ** (groups % 5), group_size, axis=1)
     kernel = (whole * slopes - 4 * slopes).astype(np.float32)
     found = to_int4(jnp.asarray(kernel), group_size)
-    assert found.scale.shape == found.lowest.shape == groups.shape
-    np.testing.assert_array_equal(floats(found, 128, FLOAT32), kernel)
+    assert found.scale.shape == found.minimum.shape == groups.shape
+    np.testing.assert_array_equal(found.dequantize(128, FLOAT32), kernel)
 
 
 def test_int4_keeps_zeros_and_constant_rows_exactly():
     kernel = np.zeros((2, 70), np.float32)
     kernel[1] = 0.5
-    np.testing.assert_array_equal(floats(to_int4(jnp.asarray(kernel), 32), 70, FLOAT32), kernel)
+    np.testing.assert_array_equal(to_int4(jnp.asarray(kernel), 32).dequantize(70, FLOAT32), kernel)
 
 
 @pytest.mark.parametrize(("kind", "most"), [("int8", 0.008), (32, 0.075), (64, 0.09)])
 def test_relative_error_of_random_matrices(kind, most):
     kernel = normal((40, 192))
     found = to_int8(kernel) if kind == "int8" else to_int4(kernel, kind)
-    assert 0.001 < relative_error(floats(found, 192, FLOAT32), kernel) < most
+    assert 0.001 < relative_error(found.dequantize(192, FLOAT32), kernel) < most
 
 
 def test_int4_is_closer_than_rounding_to_the_full_range():
@@ -91,7 +90,7 @@ def test_int4_is_closer_than_rounding_to_the_full_range():
     low, high = kernel.min(axis=1, keepdims=True), kernel.max(axis=1, keepdims=True)
     step = (high - low) / 15
     plain = np.round((kernel - low) / step) * step + low
-    found = floats(to_int4(kernel, 32), 32, FLOAT32)
+    found = to_int4(kernel, 32).dequantize(32, FLOAT32)
     assert relative_error(found, kernel) < 0.95 * relative_error(plain, kernel)
 
 
