@@ -20,7 +20,6 @@ from llama_jax.checkpoints.layout import first_line
 from llama_jax.config import ModelConfig
 from llama_jax.errors import UserError
 from llama_jax.formats.convert import FORMATS, Conversion, written_dtype
-from llama_jax.formats.meta import shards as meta_shards
 from llama_jax.formats.weights import Weights
 from llama_jax.model.parameters import count_parameters, named_leaves
 from llama_jax.model.positions import frequencies
@@ -198,6 +197,8 @@ def meta_logits(path: Path, config: ModelConfig) -> Logits:
     mistake in our layouts cannot be repeated here.
     """
     import torch
+
+    from llama_jax.formats.meta import shards as meta_shards
 
     shards, _ = meta_shards.find(path)
     tensors = meta_shards.merged(shards, config.dim)

@@ -13,8 +13,8 @@ from llama_jax.formats.json_files import write_object
 from llama_jax.formats.meta import params as meta_params
 from llama_jax.formats.meta import shards as meta_shards
 from llama_jax.formats.rules import export_tensors, import_tensors, make_table
+from llama_jax.formats.vocabulary import tokenizer_model
 from llama_jax.formats.weights import DTYPES, Weights, find_file
-from llama_jax.text.tokenizer import Tokenizer, read_model
 
 TOKENIZER = "tokenizer.model"
 TABLE = make_table(
@@ -63,7 +63,10 @@ def read(path: Path, tokenizer: Path | None = None) -> Weights:
         raise UserError(f"{path} holds {wrong[0]}{more}; expected {', '.join(DTYPES)}")
     config = meta_params.to_config(params, foreign, params_file)
     tensors = import_tensors(TABLE, config, foreign, path)
-    model = _tokenizer(params_file.parent, tokenizer, config.vocab_size)
+    folder = params_file.parent
+    above = folder.resolve().parent
+    found = tokenizer or find_file(folder, TOKENIZER) or find_file(above, TOKENIZER)
+    model = tokenizer_model(found, config.vocab_size) if found else b""
     return Weights(config=config, tensors=tensors, tokenizer=model)
 
 
@@ -97,18 +100,3 @@ def write(
     foreign = export_tensors(TABLE, config, tensors)
     # What is written twice counts once.
     meta_shards.write(folder, foreign, shards, lambda done: report(min(done, total)))
-
-
-def _tokenizer(folder: Path, given: Path | None, vocab_size: int) -> bytes:
-    """Return the tokenizer of a folder's model, which must have the model's vocabulary size."""
-    above = folder.resolve().parent
-    path = given or find_file(folder, TOKENIZER) or find_file(above, TOKENIZER)
-    if path is None:
-        return b""
-    pieces = Tokenizer(path).vocab_size
-    if pieces != vocab_size:
-        raise UserError(
-            f"tokenizer {path} has {pieces:,} pieces but the model has {vocab_size:,}; name the"
-            " model's own with --tokenizer"
-        )
-    return read_model(path)
