@@ -19,7 +19,7 @@ from llama_jax.checkpoints.run_folder import require_space
 from llama_jax.config import require
 from llama_jax.errors import UserError, warn
 from llama_jax.files import check_new_path, new_path, progress
-from llama_jax.formats.vocabulary import Vocabulary, tokenizer_model
+from llama_jax.formats.vocabulary import Vocabulary
 from llama_jax.formats.weights import DTYPES, Tensor, Weights, is_finite
 from llama_jax.quantization import QuantizationConfig
 
@@ -205,6 +205,8 @@ def read_source(job: Conversion) -> Weights:
         raise UserError(f"{path} does not exist; expected {source.what}")
     weights = source.read(path, tokenizer)
     if tokenizer is not None and not source.takes_tokenizer:
+        from llama_jax.formats.llama2c.tokenizer import tokenizer_model
+
         model = tokenizer_model(tokenizer, weights.config.vocab_size)
         weights = dataclasses.replace(weights, tokenizer=model)
     if weights.tokenizer:

@@ -4,10 +4,8 @@ import dataclasses
 import enum
 import itertools
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 
 from llama_jax.errors import UserError
-from llama_jax.text.tokenizer import Tokenizer
 
 
 class Kind(enum.IntEnum):
@@ -95,44 +93,6 @@ def _proto():  # type: ignore[no-untyped-def]
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
     return ModelProto()
-
-
-def tokenizer_model(path: Path, vocab_size: int) -> bytes:
-    """Return the SentencePiece model in a file, or one made from llama2.c's tokenizer.bin.
-
-    Args:
-      vocab_size: of the model; 0: unknown.
-
-    Raises:
-      UserError: if the file is neither, is damaged, or has another number of pieces.
-    """
-    head = b""
-    if path.is_file():
-        with path.open("rb") as file:
-            head = file.read(4)
-    if len(head) < 4 or head[2:] != b"\0\0":  # not a small int32
-        check_size(path, Tokenizer(path).vocab_size, vocab_size)
-        return path.read_bytes()
-    from sentencepiece import SentencePieceProcessor
-
-    from llama_jax.formats.llama2c import tokenizer as tokenizer_bin
-
-    model = tokenizer_bin.read(path, vocab_size).to_model()
-    try:  # which refuses missing bytes, and pieces that occur twice
-        SentencePieceProcessor().LoadFromSerializedProto(model)
-    except RuntimeError as error:
-        why = " ".join(str(error).split())
-        raise UserError(f"tokenizer {path} is damaged, says SentencePiece: {why}") from error
-    return model
-
-
-def check_size(path: Path, pieces: int, vocab_size: int) -> None:
-    """Raise `UserError` if a tokenizer does not have `vocab_size` pieces; 0: any number."""
-    if vocab_size and pieces != vocab_size:
-        raise UserError(
-            f"tokenizer {path} has {pieces:,} pieces and the model {vocab_size:,}; give the one it"
-            " was trained with by --tokenizer"
-        )
 
 
 # ---- scores of pieces and ranked lists of merges ----

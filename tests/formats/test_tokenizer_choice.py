@@ -9,7 +9,8 @@ from tiny_weights import tiny_vocabulary
 
 from llama_jax.errors import UserError
 from llama_jax.formats.llama2c import tokenizer as tokenizer_bin
-from llama_jax.formats.vocabulary import Vocabulary, tokenizer_model
+from llama_jax.formats.llama2c.tokenizer import tokenizer_model
+from llama_jax.formats.vocabulary import Vocabulary
 
 
 def refused(path, vocab_size=0):

@@ -20,7 +20,8 @@ from llama_jax.formats.huggingface.tokenizer_writer import (
     TO_SPACE,
 )
 from llama_jax.formats.json_files import Fields, read_object, shown
-from llama_jax.formats.vocabulary import Kind, Piece, Vocabulary, tokenizer_model
+from llama_jax.formats.llama2c.tokenizer import tokenizer_model
+from llama_jax.formats.vocabulary import Kind, Piece, Vocabulary
 from llama_jax.formats.weights import find_file
 from llama_jax.text.tokenizer import SPACE
 

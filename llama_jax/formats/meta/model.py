@@ -10,10 +10,10 @@ from pathlib import Path
 
 from llama_jax.errors import UserError
 from llama_jax.formats.json_files import write_object
+from llama_jax.formats.llama2c.tokenizer import tokenizer_model
 from llama_jax.formats.meta import params as meta_params
 from llama_jax.formats.meta import shards as meta_shards
 from llama_jax.formats.rules import export_tensors, import_tensors, make_table
-from llama_jax.formats.vocabulary import tokenizer_model
 from llama_jax.formats.weights import DTYPES, Weights, find_file
 
 TOKENIZER = "tokenizer.model"
