@@ -97,7 +97,7 @@ def test_a_vocabulary_of_another_size_is_refused(place):
     path = place(packed(PIECES))
     assert len(read(path, 264).pieces) == 264
     for size in (263, 265, 32000):
-        message = f"has 264 pieces and the model {size}; give the tokenizer it was trained with"
+        message = f"has 264 pieces and the model {size:,}; give the one it was trained with"
         assert message in refused(path, size)
 
 
