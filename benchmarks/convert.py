@@ -95,8 +95,7 @@ def work(job: str, output: str, **how: Any) -> dict[str, float]:
     if job == "make":
         make(Path(output))
         return {}
-    from llama_jax.formats.convert import Conversion, convert
-    from llama_jax.formats.registry import Options
+    from llama_jax.formats.convert import Conversion, Options, convert
     from llama_jax.formats.weights import tensor_shapes
     from llama_jax.model.transformer import ModelConfig
 

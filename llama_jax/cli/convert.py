@@ -1,4 +1,4 @@
-"""Turn any Llama's weights into another project's format, and back.
+"""Convert the weights of any Llama to another project's format, and back.
 
 python convert.py --from meta --input llama-2-7b/ --to ckpt --output ckpt/llama-2-7b
 python convert.py --input ckpt/llama-2-7b --to hf --output my-llama      # for transformers
@@ -18,16 +18,19 @@ from llama_jax.cli import main as cli
 FORMATS = ("ckpt", "meta", "hf", "llama2c", "gguf")
 KINDS, TEMPLATES = ("int8", "int4"), ("llama2", "alpaca", "none")
 DTYPES = ("float32", "bfloat16", "float16", "q8_0")
+NEXT = {  # what a user may want to run next
+    "ckpt": "sample with: python sample.py --ckpt {}",
+    "gguf": "run with: llama-cli -m {}",
+    "llama2c": "run with: ./run {}",
+}
 
 
 def main(argv: list[str]) -> None:
-    """Flags in, a model in another format out."""
+    """Convert a model as flags say."""
     flags = _parser().parse_args(argv)
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing here needs an accelerator's memory
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing here needs an accelerator
 
-    from llama_jax.cli.convert import convert_and_tell
-    from llama_jax.formats.convert import Conversion
-    from llama_jax.formats.registry import Options, format_of
+    from llama_jax.formats.convert import Conversion, Options, format_of
     from llama_jax.quantization import QuantizationConfig
 
     quantization = None
@@ -50,71 +53,64 @@ def main(argv: list[str]) -> None:
         template=flags.template,
         strict=flags.strict,
     )
-    convert_and_tell(job, flags.verify)
+    convert_and_report(job, flags.verify)
 
 
 def _parser() -> cli.Parser:
-    """The flags."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--input", required=True, help="folder or file to read")
-    add("--from", dest="source", choices=FORMATS, default="", help="its format (told by its look)")
-    add("--output", required=True, help="folder or file to make; must not exist yet")
-    target_help = "its format (ckpt); llama2c gets a tokenizer.bin beside it unless one is there"
+    source_help = "its format (default: detected from the files)"
+    add("--from", dest="source", choices=FORMATS, default="", help=source_help)
+    add("--output", required=True, help="folder or file to create; must not exist yet")
+    target_help = "its format (default: ckpt); llama2c writes a tokenizer.bin beside it if missing"
     add("--to", dest="target", choices=FORMATS, default="ckpt", help=target_help)
-    tokenizer_help = "tokenizer.model, or llama2.c's tokenizer.bin (what comes with the input)"
+    tokenizer_help = "tokenizer.model, or llama2.c's tokenizer.bin (default: that of the input)"
     add("--tokenizer", default="", help=tokenizer_help)
-    dtype_help = "of what is written (that of the input); q8_0 is gguf's alone"
+    dtype_help = "of the output (default: that of the input); q8_0 only with --to gguf"
     add("--dtype", choices=DTYPES, default="", help=dtype_help)
-    add("--shards", type=int, default=1, help="files of --to meta: 1, 2, 4 or 8 (1)")
-    version_help = "of --to llama2c: 0 and 1 are float32, 2 is int8 (0)"
+    add("--shards", type=int, default=1, help="files of --to meta: 1, 2, 4 or 8 (default: 1)")
+    version_help = "of --to llama2c: 0 and 1 are float32, 2 is int8 (default: 0)"
     add("--llama2c_version", type=int, choices=(0, 1, 2), default=0, help=version_help)
-    quantize_help = "matrices of --to ckpt as integers; another format made of it is float again"
+    quantize_help = "store the matrices of --to ckpt as integers; other formats dequantise them"
     add("--quantize", choices=KINDS, default="", help=quantize_help)
-    group_help = "numbers a scale: of int4, 32 or 64 (32); of llama2.c's version 2 (64)"
+    group_help = "numbers per scale: for int4 32 or 64 (default: 32), for llama2c version 2 (64)"
     add("--group_size", type=int, help=group_help)
-    template_help = "chat format that a checkpoint tells of itself (what the input's tells)"
+    template_help = "chat template stored in a checkpoint (default: that of the input)"
     add("--template", choices=TEMPLATES, default="", help=template_help)
-    verify_help = "run result and source, and compare (yes, if memory allows)"
+    verify_help = "run output and input, and compare (default: if memory allows)"
     add("--verify", action="store_true", default=None, help=verify_help)
-    add("--no_verify", dest="verify", action="store_false", help="do not")
-    add("--strict", action="store_true", help="refuse weights with NaN or infinity (warn)")
+    add("--no_verify", dest="verify", action="store_false", help="do not compare")
+    add("--strict", action="store_true", help="refuse weights with NaN or infinity (default: warn)")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
-NEXT = {  # what a user may want to type next
-    "ckpt": "sample with: python sample.py --ckpt {}",
-    "gguf": "run with: llama-cli -m {}",
-    "llama2c": "run with: ./run {}",
-}
-
-
-def convert_and_tell(job: Any, verifies: bool | None) -> None:
+def convert_and_report(job: Any, verify: bool | None) -> None:
     """Convert a model and print lines about it.
 
     Args:
-      verifies: whether to run it and its source; None: if memory allows.
+      verify: whether to compare the output with the input; None: if memory allows.
 
     Raises:
-      UserError: when it cannot be converted, or the result differs from its source.
+      UserError: if it cannot be converted, or the output differs from the input.
     """
+    from llama_jax.formats import verify as verification
     from llama_jax.formats.convert import convert
-    from llama_jax.formats.verify import is_cheap, memory_needed, verify
     from llama_jax.model.parameters import count_parameters
 
-    begun = time.perf_counter()
+    start = time.perf_counter()
     source = convert(job)
     files = [job.output, *job.output.rglob("*")]
     size = sum(path.stat().st_size for path in files if path.is_file())
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start
     parameters = count_parameters(source.config)
     print(f"{job.output}: {parameters:,} parameters, {size / 1e9:,.3f} GB in {seconds:.1f} s")
-    if verifies is None and not is_cheap(source):
-        needed = memory_needed(source) / 1e9
+    if verify is None and not verification.is_cheap(source):
+        needed = verification.memory_needed(source) / 1e9
         print(f"not verified: that takes {needed:.0f} GB of memory and a while; --verify does it")
-    elif verifies is not False:
-        for line in verify(job, source):
+    elif verify is not False:
+        for line in verification.verify(job, source):
             print(line, flush=True)
     if job.target in NEXT:
         print(NEXT[job.target].format(job.output))

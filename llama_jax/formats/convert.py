@@ -1,12 +1,17 @@
-"""From any format to any other, tensor by tensor, into a place that appears whole or not at all.
+"""Conversion of a model from any format to any other, tensor by tensor.
 
-`formats.verify` checks that the result computes what the source does.
+The output appears when all of it is written, or not at all. `formats.verify` compares it with its
+source.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import importlib
+import json
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,18 +19,133 @@ from llama_jax.checkpoints.run_folder import require_space
 from llama_jax.config import require
 from llama_jax.errors import UserError, warn
 from llama_jax.files import check_new_path, new_path, progress
-from llama_jax.formats.llama2c import tokenizer as tokenizer_bin
-from llama_jax.formats.llama2c.tokenizer import tokenizer_model
-from llama_jax.formats.registry import FORMATS, Options, Report, bytes_written
 from llama_jax.formats.vocabulary import Vocabulary
 from llama_jax.formats.weights import DTYPES, Tensor, Weights, is_finite
+from llama_jax.quantization import QuantizationConfig
 
-TOKENIZER_BIN = "tokenizer.bin"  # as llama2.c's programs look for it, beside the model
+Report = Callable[[int], None]
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "q8_0": 34 / 32, "int8": 1.25, "int4": 0.9}
+MAX_CONFIG = 2**20  # bytes read to tell a folder of Hugging Face's from ours
+TOKENIZER_BIN = "tokenizer.bin"  # where llama2.c's programs look for it, beside the model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to write, where a format leaves a choice."""
+
+    dtype: str = ""  # empty: that of the weights, if the format can store it
+    shards: int = 1  # files of Meta's
+    llama2c_version: int = 0
+    group_size: int = 64  # of llama2.c's version 2
+    quantization: QuantizationConfig | None = None  # of our checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A way to store a model. Its module has functions `read` and `write`."""
+
+    what: str
+    module: str  # in `llama_jax.formats`; imported when used
+    keywords: Callable[[Options], dict[str, Any]] = lambda options: {}  # of `write`
+    dtypes: tuple[str, ...] = tuple(DTYPES)  # that it can be written in
+    takes_tokenizer: bool = False  # `read` accepts one to use instead of the source's
+    needs_tokenizer: bool = True
+    casts: bool = False  # `write` converts to the dtype
+
+    def read(self, path: Path, tokenizer: Path | None = None) -> Weights:
+        """Return the model at a path."""
+        extra = (tokenizer,) if self.takes_tokenizer else ()
+        return self._module().read(path, *extra)
+
+    def write(self, weights: Weights, path: Path, options: Options, report: Report) -> None:
+        """Write a model; `report` is called with the bytes of tensors written so far."""
+        self._module().write(weights, path, report=report, **self.keywords(options))
+
+    def _module(self) -> Any:
+        return importlib.import_module(f"llama_jax.formats.{self.module}")
+
+
+FORMATS = {
+    "ckpt": Format(
+        "a checkpoint folder of llama_jax",
+        "checkpoint",
+        lambda options: {"quantization": options.quantization},
+    ),
+    "meta": Format(
+        "Meta's folder of params.json and consolidated.*.pth",
+        "meta.model",
+        lambda options: {"shards": options.shards},
+        takes_tokenizer=True,
+    ),
+    "hf": Format(
+        "a Hugging Face folder of config.json and *.safetensors",
+        "huggingface.model",
+        takes_tokenizer=True,
+    ),
+    "llama2c": Format(
+        "a model file of llama2.c",
+        "llama2c.model",
+        lambda options: {"version": options.llama2c_version, "group_size": options.group_size},
+        dtypes=("float32",),
+        needs_tokenizer=False,
+        casts=True,
+    ),
+    "gguf": Format(
+        "a GGUF file",
+        "gguf.model",
+        lambda options: {"dtype": options.dtype},
+        dtypes=(*DTYPES, "q8_0"),
+        casts=True,
+    ),
+}
+
+
+def format_of(path: Path) -> str:
+    """Return the name of the format of a path, by its suffix or the files in it.
+
+    Raises:
+      UserError: if it does not exist, or no format is recognised.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist; expected a folder or file of a model")
+    if path.suffix in (".gguf", ".bin", ".pth"):
+        return {".gguf": "gguf", ".bin": "llama2c", ".pth": "meta"}[path.suffix]
+    if (path / "params.json").is_file():
+        return "meta"
+    for folder in (
+        path,
+        path.absolute().parent,
+    ):  # the folder of a step has its config one level up
+        if (folder / "config.json").is_file():
+            try:
+                is_ours = "kind" in json.loads((folder / "config.json").read_bytes()[:MAX_CONFIG])
+            except (ValueError, RecursionError, TypeError):
+                is_ours = True
+            return "ckpt" if is_ours else "hf"
+    expected = "; ".join(f"{name}: {each.what}" for name, each in FORMATS.items())
+    raise UserError(f"the format of {path} is not recognised; give --from ({expected})")
+
+
+def written_dtype(target: str, weights: Weights, options: Options) -> str:
+    """Return what the matrices of a model are written as."""
+    if target == "llama2c":
+        return "int8" if options.llama2c_version == 2 else "float32"
+    if options.quantization:
+        return options.quantization.kind
+    return options.dtype or weights.dtype.name
+
+
+def bytes_written(target: str, weights: Weights, options: Options) -> int:
+    """Return an upper estimate of the bytes that a format takes for a model."""
+    names = [*weights.tensors, *(["embedding"] if target == "meta" else [])]  # Meta's are untied
+    numbers = sum(math.prod(weights.tensors[name].shape) for name in names)
+    width = BYTES[written_dtype(target, weights, options)]
+    return int(1.01 * width * numbers) + 4 * len(weights.tokenizer) + 2**20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """What is to become what."""
+    """A conversion to be made."""
 
     source: str  # a key of `FORMATS`
     input: Path
@@ -33,7 +153,7 @@ class Conversion:
     output: Path  # does not exist yet
     tokenizer: Path | None = None  # instead of the source's own
     options: Options = dataclasses.field(default_factory=Options)
-    template: str = ""  # the chat format it learnt, "none" if none; empty: as the source tells
+    template: str = ""  # chat template of the model, "none" if it has none; empty: the source's
     strict: bool = False  # refuse NaN and infinity
 
     def __post_init__(self) -> None:
@@ -44,68 +164,70 @@ class Conversion:
         expected = f"{self.target} is written as one of {', '.join(known)}"
         require(dtype in ("", *known), f"dtype {dtype!r} does not fit: {expected}")
         is_ours = self.target == "ckpt"
-        require(is_ours or not self.template, "only our checkpoints tell a template; use --to ckpt")
+        require(is_ours or not self.template, "template is for checkpoints alone; use --to ckpt")
         if self.options.quantization:
-            require(is_ours, "only our checkpoints are quantised so; use --to ckpt")
+            require(is_ours, "quantize is for checkpoints alone; use --to ckpt")
             message = f"dtype {dtype!r} does not go with quantize; leave one of them out"
             require(not dtype, message)
 
 
 def convert(job: Conversion) -> Weights:
-    """Write a model anew in another format; returns it as it was read from its source.
+    """Write a model in another format, and return it as it was read from its source.
 
-    Nothing is at `job.output` until all of it is there. For llama2.c, a tokenizer.bin is put beside
-    it unless there is one.
+    For llama2.c, a tokenizer.bin is written beside the output unless there is one.
 
     Raises:
-      UserError: when the source is damaged or no Llama, its tokenizer is missing or another
+      UserError: if the source is damaged or not a Llama, its tokenizer is missing or another
         model's, the target cannot express it, the output exists, or the disk is full.
     """
     check_new_path(job.output)
     source = read_source(job)
-    weights = _in_dtype(source, job)
-    needed = bytes_written(job.target, source, job.options)
+    weights = _cast(source, job)
     parent = next(parent for parent in job.output.absolute().parents if parent.exists())
-    require_space(parent, needed, f"{job.output.name}")
-    with _places(job, weights) as place, _reporting(job, weights) as (watched, report):
+    require_space(parent, bytes_written(job.target, source, job.options), job.output.name)
+    with contextlib.ExitStack() as stack:
+        place = stack.enter_context(new_path(job.output))
+        beside = job.output.parent / TOKENIZER_BIN
+        if job.target == "llama2c" and weights.tokenizer and not beside.exists():
+            from llama_jax.formats.llama2c import tokenizer
+
+            vocabulary = Vocabulary.from_model(weights.tokenizer)
+            tokenizer.write(vocabulary, stack.enter_context(new_path(beside)))
+        watched, report = stack.enter_context(_watched(weights, job))
         FORMATS[job.target].write(watched, place, job.options, report)
     return source
 
 
 def read_source(job: Conversion) -> Weights:
-    """The model to be converted, with the tokenizer that goes with it."""
-    path, tokenizer = job.input, job.tokenizer
+    """Return the model to be converted, with the tokenizer to be written."""
+    path, tokenizer, source = job.input, job.tokenizer, FORMATS[job.source]
     if not path.exists():
-        raise UserError(f"{path} does not exist; expected {FORMATS[job.source].what}")
-    is_bin = tokenizer is not None and tokenizer.suffix == ".bin"
-    weights = FORMATS[job.source].read(path, None if is_bin else tokenizer)
-    if tokenizer is not None and (is_bin or job.source in ("ckpt", "llama2c", "gguf")):
+        raise UserError(f"{path} does not exist; expected {source.what}")
+    weights = source.read(path, tokenizer)
+    if tokenizer is not None and not source.takes_tokenizer:
+        from llama_jax.formats.llama2c.tokenizer import tokenizer_model
+
         model = tokenizer_model(tokenizer, weights.config.vocab_size)
         weights = dataclasses.replace(weights, tokenizer=model)
-    _check_tokenizer(job, weights)
+    if weights.tokenizer:
+        pieces = len(Vocabulary.from_model(weights.tokenizer).pieces)
+        if pieces != weights.config.vocab_size:
+            raise UserError(
+                f"the tokenizer of {path} has {pieces} pieces and the model"
+                f" {weights.config.vocab_size}; name the one it was trained with by --tokenizer"
+            )
+    elif FORMATS[job.target].needs_tokenizer:
+        raise UserError(
+            f"{path} has no tokenizer, and {FORMATS[job.target].what} needs one; name its"
+            " tokenizer.model or tokenizer.bin with --tokenizer"
+        )
     if job.options.quantization and weights.is_rounded:
         raise UserError(f"{path} is quantised already; quantise the model that it was made from")
     return dataclasses.replace(weights, chat_template=job.template or weights.chat_template)
 
 
-def _check_tokenizer(job: Conversion, weights: Weights) -> None:
-    """Refuse a tokenizer that is missing where it is needed, or is another model's."""
-    if weights.tokenizer:
-        pieces = len(Vocabulary.from_model(weights.tokenizer).pieces)
-        if pieces != weights.config.vocab_size:
-            raise UserError(
-                f"the tokenizer of {job.input} has {pieces} pieces and the model"
-                f" {weights.config.vocab_size}; name the one it was trained with by --tokenizer"
-            )
-    elif FORMATS[job.target].needs_tokenizer:
-        raise UserError(
-            f"{job.input} carries no tokenizer, and {FORMATS[job.target].what} needs one; name its"
-            " tokenizer.model or tokenizer.bin with --tokenizer"
-        )
-
-
-def _in_dtype(weights: Weights, job: Conversion) -> Weights:
-    """The weights as they shall be stored, and a config that says so."""
+def _cast(weights: Weights, job: Conversion) -> Weights:
+    """Return the weights in the requested dtype, and a config with the dtype to compute in."""
     dtype = job.options.dtype
     if not dtype or FORMATS[job.target].casts:
         return weights
@@ -115,46 +237,28 @@ def _in_dtype(weights: Weights, job: Conversion) -> Weights:
 
 
 @contextlib.contextmanager
-def _places(job: Conversion, weights: Weights) -> Iterator[Path]:
-    """Where to write; a tokenizer.bin is made beside it, and appears first."""
-    beside = job.output.parent / TOKENIZER_BIN
-    with contextlib.ExitStack() as stack:
-        place = stack.enter_context(new_path(job.output))
-        if job.target == "llama2c" and weights.tokenizer and not beside.exists():
-            vocabulary = Vocabulary.from_model(weights.tokenizer)
-            tokenizer_bin.write(vocabulary, stack.enter_context(new_path(beside)))
-        yield place
-
-
-@contextlib.contextmanager
-def _reporting(job: Conversion, weights: Weights) -> Iterator[tuple[Weights, Report]]:
-    """The weights, watched as they are read, and a function that shows how far writing has come."""
-    read: set[str] = set()
-    count = len(weights.tensors)
+def _watched(weights: Weights, job: Conversion) -> Iterator[tuple[Weights, Report]]:
+    """Yield the weights, checked for NaN and infinity as they are read, and a progress report."""
+    seen: set[str] = set()
 
     def watched(name: str, tensor: Tensor) -> Tensor:
-        def look() -> np.ndarray:
-            with np.errstate(over="ignore"):  # the dtype may be too narrow, which is told below
+        def read() -> np.ndarray:
+            with np.errstate(over="ignore"):  # the dtype may be too narrow, which is checked next
                 array = tensor.read()
-            if name not in read and not is_finite(array):
-                _complain(job, name, array.dtype)
-            read.add(name)
+            if name not in seen and not is_finite(array):
+                message = f"{name} of {job.input} holds NaN or infinity as {array.dtype}"
+                if job.strict:
+                    raise UserError(f"{message}; nothing was written, because of --strict")
+                warn(f"{message}; it is written as it is")
+            seen.add(name)
             return array
 
-        return dataclasses.replace(tensor, read=look)
+        return dataclasses.replace(tensor, read=read)
 
     tensors = {name: watched(name, tensor) for name, tensor in weights.tensors.items()}
     total = sum(tensor.nbytes for tensor in tensors.values())
     with progress(f"writing {job.output.name}", total) as show:
         yield (
             dataclasses.replace(weights, tensors=tensors),
-            lambda done: show(done, f"tensor {len(read)} of {count}"),
+            lambda done: show(done, f"tensor {len(seen)} of {len(tensors)}"),
         )
-
-
-def _complain(job: Conversion, name: str, dtype: np.dtype) -> None:
-    """Warn of a tensor with NaN or infinity, or refuse it."""
-    message = f"{name} of {job.input} holds NaN or infinity as {dtype}"
-    if job.strict:
-        raise UserError(f"{message}; nothing was written, since --strict was given")
-    warn(f"{message}; it is written as it is")

@@ -1,7 +1,4 @@
-"""JSON objects from strangers: small, without repeated keys or NaN, or refused in one line.
-
-Does not know what the keys mean.
-"""
+"""JSON objects from unknown sources: of bounded size, without repeated keys or NaN."""
 
 import json
 import math
@@ -12,24 +9,26 @@ from typing import Any, TypeVar
 
 from llama_jax.errors import UserError, describe_file
 
-LARGEST = 64 * 2**20  # bytes of a file; a tokenizer.json of 128,000 pieces has 9 MB
-SHOWN = 60  # characters of a value in a message
-SHORT = reprlib.Repr()  # does not spell out what will be cut
-SHORT.maxstring = SHORT.maxlong = SHORT.maxother = 2 * SHOWN
+MAX_BYTES = 64 * 2**20  # of a file; a tokenizer.json of 128,000 pieces has 9 MB
+MAX_SHOWN = 60  # characters of a value in a message
+MAX_LISTED = 6  # problems in a message
+SHORT = reprlib.Repr()  # does not format what will be cut
+SHORT.maxstring = SHORT.maxlong = SHORT.maxother = 2 * MAX_SHOWN
+T = TypeVar("T")
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object that a file holds; `UserError` if it is too large or holds something else."""
+    """Return the object in a file; `UserError` if it is too large or holds something else."""
     if not path.is_file():
         raise UserError(f"{path} is not a file; expected JSON")
     size = path.stat().st_size
-    if size > LARGEST:
-        raise UserError(f"{path} has {size:,} bytes; expected JSON of at most {LARGEST:,}")
+    if size > MAX_BYTES:
+        raise UserError(f"{path} has {size:,} bytes; expected JSON of at most {MAX_BYTES:,}")
     return parse_object(path.read_bytes(), path)
 
 
 def parse_object(data: bytes, source: object) -> dict[str, Any]:
-    """The object written in UTF-8; an error calls the place it comes from `source`."""
+    """Return the object in UTF-8 data; messages name its `source`."""
     if other := describe_file(data[:64]):
         raise UserError(f"{source} is {other}")
     try:
@@ -43,19 +42,19 @@ def parse_object(data: bytes, source: object) -> dict[str, Any]:
 
 
 def write_object(path: Path, value: Mapping[str, Any]) -> None:
-    """A new file of indented JSON."""
+    """Write a new file of indented JSON."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def shown(value: object) -> str:
-    """A value as part of a line: cut when long, without line breaks."""
+    """Return a value as part of a message: cut if long, without line breaks."""
     text = str(value) if isinstance(value, Exception) else SHORT.repr(value)
     text = " ".join(text.split())
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A dict of pairs; JSON itself would let the last of equal keys win."""
+    """Return a dict of pairs, where `json` would keep the last of equal keys."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
@@ -65,19 +64,14 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number")
-
-
-# The keys of a JSON object, looked up by type and range; complaints are gathered, not raised.
-#
-# Remembers which keys were asked for, so that the rest can be refused by name.
-
-LISTED = 6  # complaints in a message
-T = TypeVar("T")
+    raise ValueError(f"{constant} is not a number")
 
 
 class Fields:
-    """Values by key. A look-up that finds something wrong notes it and gives the default."""
+    """The keys of an object, looked up by type and range.
+
+    Problems are collected, and the default returned; keys that were never looked up can be refused.
+    """
 
     def __init__(self, values: Mapping[str, Any], within: str = "") -> None:
         """`within` is the key whose value they are, if they are not a whole file's."""
@@ -86,52 +80,52 @@ class Fields:
         self._prefix = f"{within}." if within else ""
         self._known: set[str] = set()
 
-    def size(self, key: str, default: int, most: int) -> int:
-        """A whole number from 1 to `most`."""
+    def size(self, key: str, default: int, largest: int) -> int:
+        """Return an integer from 1 to `largest`."""
         value = self.value(key, default)
-        is_good = type(value) is int and 1 <= value <= most
-        return self._good(is_good, key, default, f"a whole number from 1 to {most}")
+        is_good = type(value) is int and 1 <= value <= largest
+        return self._checked(is_good, key, default, f"an integer from 1 to {largest}")
 
     def number(self, key: str, default: float) -> float:
-        """A finite number."""
+        """Return a finite number."""
         value = self.value(key, default)
         is_good = type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)
-        return float(self._good(is_good, key, default, "a number"))
+        return float(self._checked(is_good, key, default, "a number"))
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
-        return self._good(type(self.value(key, default)) is bool, key, default, "true or false")
+        """Return true or false."""
+        return self._checked(type(self.value(key, default)) is bool, key, default, "true or false")
 
     def value(self, key: str, default: T) -> T:
-        """Whatever is there."""
+        """Return any value."""
         self._known.add(key)
         return self.values.get(key, default)
 
     def require(self, key: str, expected: object) -> None:
-        """Complain if the key has another value; its absence is fine."""
+        """Note a problem if the key has another value; it may be absent."""
         value = self.value(key, expected)
         is_good = value == expected and isinstance(value, bool) == isinstance(expected, bool)
-        self._good(is_good, key, expected, shown(expected))
+        self._checked(is_good, key, expected, shown(expected))
 
     def complain(self, key: str, expected: str) -> None:
         """Note that the key's value is not as expected."""
         self.problems.append(f"{self._prefix}{key} = {shown(self.values.get(key))} ({expected})")
 
     def refuse_others(self, harmless: Container[str] = ()) -> None:
-        """Complain about keys that were never asked for and are not known to be harmless."""
+        """Note a problem for each key that was never looked up and is not known to be harmless."""
         for key, value in self.values.items():
             if key not in self._known and key not in harmless:
-                name = key if key.isidentifier() and len(key) <= SHOWN else shown(key)
+                name = key if key.isidentifier() and len(key) <= MAX_SHOWN else shown(key)
                 self.problems.append(f"{self._prefix}{name} = {shown(value)}")
 
     def raise_problems(self, what: str) -> None:
-        """`UserError` with all complaints in a line that begins with `what`, if there are any."""
+        """Raise `UserError` with all problems in a line that begins with `what`, if any."""
         if self.problems:
-            more = len(self.problems) - LISTED
+            more = len(self.problems) - MAX_LISTED
             rest = f" and {more} more" if more > 0 else ""
-            raise UserError(f"{what} {', '.join(self.problems[:LISTED])}{rest}")
+            raise UserError(f"{what} {', '.join(self.problems[:MAX_LISTED])}{rest}")
 
-    def _good(self, is_good: bool, key: str, default: T, expected: str) -> Any:
+    def _checked(self, is_good: bool, key: str, default: T, expected: str) -> Any:
         if is_good:
             return self.values.get(key, default)
         self.complain(key, f"expected {expected}")

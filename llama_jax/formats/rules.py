@@ -1,7 +1,7 @@
-"""How another project's tensors and ours correspond: rules that are data, used in both directions.
+"""How the tensors of another project correspond to ours: rules as data, used in both directions.
 
-A format is a table of rules. Reading applies each layout, writing its inverse, and an audit holds
-both sides to account: every foreign tensor used once, every one of ours filled.
+A format is a table of rules. Import applies a rule's layout and export its inverse; import refuses
+a source unless every foreign tensor is used once and every one of ours is found.
 """
 
 import dataclasses
@@ -14,13 +14,13 @@ from llama_jax.config import ModelConfig
 from llama_jax.errors import UserError
 from llama_jax.formats.weights import Tensor, tensor_shapes
 
-LISTED = 8  # names shown of each kind of problem
+MAX_LISTED = 8  # names in a message
 Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How an array of a shape of ours lies in a foreign file; `to_theirs` undoes `to_ours`."""
+    """How an array of ours, of a given shape, is stored by another project."""
 
     their_shape: Callable[[Shape], Shape]
     to_ours: Callable[[np.ndarray, Shape], np.ndarray]
@@ -28,7 +28,7 @@ class Layout:
 
 
 def _matrix(input_dims: int, interleaved: bool = False) -> Layout:
-    """Theirs is [outputs, inputs]; ours has the first `input_dims` dims in, the rest out."""
+    """Theirs is [outputs, inputs]; in ours the first `input_dims` dims are inputs."""
 
     def their_shape(shape: Shape) -> Shape:
         return math.prod(shape[input_dims:]), math.prod(shape[:input_dims])
@@ -45,17 +45,17 @@ def _matrix(input_dims: int, interleaved: bool = False) -> Layout:
 
 
 def to_halves(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows [heads·H, D] with rotated pairs side by side → the two members in the halves of a head.
+    """Reorder the rows [heads·H, D] of `wq` or `wk` from interleaved rotary pairs to halves.
 
-    Meta, llama2.c and GGUF turn rows 2i and 2i + 1 of a head together; we, like Hugging Face, turn
-    i and i + H/2.
+    Meta, llama2.c and GGUF rotate rows 2i and 2i + 1 of a head together; we, like Hugging Face,
+    rows i and i + H/2.
     """
     pairs = rows.reshape(-1, head_dim // 2, 2, rows.shape[-1])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 def to_interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """The inverse of `to_halves`."""
+    """Undo `to_halves`."""
     halves = rows.reshape(-1, 2, head_dim // 2, rows.shape[-1])
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
@@ -63,7 +63,7 @@ def to_interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
 AS_IS = Layout(lambda shape: shape, lambda array, _: array, lambda array, _: array)
 MATRIX = _matrix(1)
 HEADS_IN = _matrix(2)  # of `wo`, whose inputs are [N, H]
-INTERLEAVED = _matrix(1, interleaved=True)  # of `wq` and `wk` where pairs lie side by side
+INTERLEAVED = _matrix(1, interleaved=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +78,27 @@ class Rule:
 Table = tuple[Rule, ...]
 
 
+def make_table(names: Mapping[str, str], interleaved: bool) -> Table:
+    """Return the rules of a format that stores linear layers as [outputs, inputs].
+
+    Args:
+      names: theirs by ours, in the order of the format.
+      interleaved: whether rotary pairs are, in `wq` and `wk`.
+    """
+    rotated = INTERLEAVED if interleaved else MATRIX
+    layouts = {"wq.kernel": rotated, "wk.kernel": rotated, "wo.kernel": HEADS_IN}
+    return tuple(
+        Rule(
+            ours,
+            theirs,
+            layouts.get(ours.split(".", 3)[-1], MATRIX if ours.endswith(".kernel") else AS_IS),
+        )
+        for ours, theirs in names.items()
+    )
+
+
 def expanded(table: Table, config: ModelConfig) -> list[Rule]:
-    """The rules of one model: a rule a tensor, kind by kind; that of an output it ties left out."""
+    """Return a rule for each tensor of a model, all layers of a kind before the next kind."""
     ours = tensor_shapes(config)
     rules = [
         dataclasses.replace(
@@ -88,7 +107,7 @@ def expanded(table: Table, config: ModelConfig) -> list[Rule]:
         for rule in table
         for layer in range(config.num_layers if "{layer}" in rule.ours else 1)
     ]
-    return [rule for rule in rules if rule.ours in ours]
+    return [rule for rule in rules if rule.ours in ours]  # a tied model has no output matrix
 
 
 def import_tensors(
@@ -98,48 +117,50 @@ def import_tensors(
     source: object,
     ignored: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, Tensor]:
-    """Our tensors, promised from foreign ones.
+    """Return our tensors, made from foreign ones when they are read.
 
     Args:
       foreign: by their names.
       source: what an error calls the place they come from.
-      ignored: whether a foreign tensor is superfluous by design, such as `rope.freqs`.
+      ignored: whether a foreign tensor is not needed, such as `rope.freqs`.
 
     Raises:
       UserError: one line listing all foreign tensors that are missing, unknown or misshapen.
     """
     rules, shapes = expanded(table, config), tensor_shapes(config)
-    known = {rule.theirs for rule in rules}
     expected = {rule.theirs: rule.layout.their_shape(shapes[rule.ours]) for rule in rules}
-    wrong = [
+    problems = []
+    for what, names in (
+        ("missing", [name for name in expected if name not in foreign]),
+        ("unknown", [name for name in foreign if name not in expected and not ignored(name)]),
+    ):
+        if names:
+            problems.append(f"{_listed(names)} {'is' if len(names) == 1 else 'are'} {what}")
+    misshapen = [
         f"{name} is {list(foreign[name].shape)}, expected {list(shape)}"
         for name, shape in expected.items()
         if name in foreign and foreign[name].shape != shape
     ]
-    missing = [name for name in expected if name not in foreign]
-    unknown = [name for name in foreign if name not in known and not ignored(name)]
-    complaints = [
-        _some(names) + (_are(names) + what if what else "")
-        for what, names in (("missing", missing), ("unknown", unknown), ("", wrong))
-        if names
-    ]
-    if complaints:
-        raise UserError(f"{source} does not hold this Llama's tensors: {'; '.join(complaints)}")
+    problems += [_listed(misshapen)] if misshapen else []
+    if problems:
+        raise UserError(f"{source} does not hold this Llama's tensors: {'; '.join(problems)}")
 
-    def promise(rule: Rule) -> Tensor:
+    def lazy(rule: Rule) -> Tensor:
         tensor, shape = foreign[rule.theirs], shapes[rule.ours]
         return Tensor(shape, tensor.dtype, lambda: rule.layout.to_ours(tensor.read(), shape))
 
-    return {rule.ours: promise(rule) for rule in rules}
+    return {rule.ours: lazy(rule) for rule in rules}
 
 
 def export_tensors(
     table: Table, config: ModelConfig, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Foreign tensors by their names, promised from ours, in the order of the table."""
-    shapes = tensor_shapes(config)
+    """Return foreign tensors by name, made from ours when read, in the order of the table."""
+    rules, shapes = expanded(table, config), tensor_shapes(config)
+    left = shapes.keys() - {rule.ours for rule in rules}
+    assert not left, f"no rule writes {sorted(left)}"
 
-    def promise(rule: Rule) -> Tensor:
+    def lazy(rule: Rule) -> Tensor:
         tensor, shape = tensors[rule.ours], shapes[rule.ours]
         return Tensor(
             rule.layout.their_shape(shape),
@@ -147,17 +168,9 @@ def export_tensors(
             lambda: np.ascontiguousarray(rule.layout.to_theirs(tensor.read(), shape)),
         )
 
-    rules = expanded(table, config)
-    left = shapes.keys() - {rule.ours for rule in rules}
-    assert not left, f"no rule writes {sorted(left)}"
-    return {rule.theirs: promise(rule) for rule in rules}
+    return {rule.theirs: lazy(rule) for rule in rules}
 
 
-def _some(names: Sequence[str]) -> str:
-    """Names in a line, the first few of many."""
-    rest = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + rest
-
-
-def _are(names: Sequence[str]) -> str:
-    return " is " if len(names) == 1 else " are "
+def _listed(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + rest

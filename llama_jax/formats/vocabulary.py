@@ -1,11 +1,7 @@
-"""The pieces of a SentencePiece tokenizer as data: what tokenizer files of all formats agree on.
-
-The only file that knows how SentencePiece lays a model out; what pieces do is `tokenizer`'s.
-"""
+"""The pieces of a SentencePiece tokenizer as data, which tokenizer files of all formats contain."""
 
 import dataclasses
 import enum
-import functools
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 
@@ -13,7 +9,7 @@ from llama_jax.errors import UserError
 
 
 class Kind(enum.IntEnum):
-    """What a piece is for; SentencePiece's numbers, and GGUF's."""
+    """The type of a piece, by SentencePiece's and GGUF's numbers."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -25,29 +21,29 @@ class Kind(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """One entry: its text with ▁ for a space, how willingly it is merged, and its kind."""
+    """An entry of a vocabulary; pieces with higher scores are merged first."""
 
-    text: str
+    text: str  # with ▁ for a space
     score: float  # float32
     kind: Kind = Kind.NORMAL
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """A BPE vocabulary with byte fallback, as Llama 2's. Ids are places in `pieces`; -1: none."""
+    """A BPE vocabulary with byte fallback, as Llama 2's. Ids are indices of `pieces`; -1: none."""
 
     pieces: tuple[Piece, ...]
     unknown_id: int = 0
     bos_id: int = 1
     eos_id: int = 2
     pad_id: int = -1
-    adds_space: bool = True  # a space goes before every text
-    joins_spaces: bool = False  # runs of spaces count as one, at the ends as none
+    adds_space: bool = True  # a space is put before every text
+    joins_spaces: bool = False  # several spaces become one, at the ends of a text none
     characters: bytes = b""  # SentencePiece's compiled table of characters to replace first
 
     @classmethod
     def from_model(cls, model: bytes) -> "Vocabulary":
-        """The pieces of a SentencePiece model; `UserError` if it is none, or is not BPE."""
+        """Return the vocabulary of a SentencePiece model; `UserError` if it is none, or not BPE."""
         proto = _proto()
         try:
             proto.ParseFromString(model)
@@ -68,7 +64,7 @@ class Vocabulary:
         )
 
     def to_model(self) -> bytes:
-        """A SentencePiece model that encodes and decodes with these pieces."""
+        """Return a SentencePiece model with these pieces."""
         proto = _proto()
         for piece in self.pieces:
             proto.pieces.add(piece=piece.text, score=piece.score, type=int(piece.kind))
@@ -92,11 +88,6 @@ class Vocabulary:
         normalizer.escape_whitespaces = True
         return proto.SerializeToString(deterministic=True)
 
-    @functools.cached_property
-    def ids(self) -> dict[str, int]:
-        """The id of each text."""
-        return {piece.text: token for token, piece in enumerate(self.pieces)}
-
 
 def _proto():  # type: ignore[no-untyped-def]
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
@@ -104,24 +95,22 @@ def _proto():  # type: ignore[no-untyped-def]
     return ModelProto()
 
 
-# Two ways to say which pieces a text falls into: scores of pieces, and a ranked list of merges.
+# ---- scores of pieces and ranked lists of merges ----
 #
-# SentencePiece joins the neighbours whose joint piece scores best; Hugging Face those whose merge
-# ranks first; both the leftmost of equals. Does not know files, kinds of pieces or ids.
-#
-# Why ranks can become scores: what happens within the span of a piece does not depend on what is
-# around it, since nothing is ever joined across its ends. So a piece arises everywhere by the one
-# merge that makes it of its own text alone, and the rank of that merge is its score. A piece that
-# its own text does not give can never arise.
+# SentencePiece joins the neighbours whose joint piece has the highest score, Hugging Face those
+# whose merge has the lowest rank; both the leftmost of equals. Ranks can become scores: nothing is
+# joined across the ends of a piece, so what happens within it does not depend on its neighbours,
+# and a piece always arises by the same merge, the last one in its own text. The rank of that merge
+# is its score. A piece that its own text does not give can never arise.
 
 Pair = tuple[str, str]
 
 
 def merges(scores: Mapping[str, float]) -> list[Pair]:
-    """Every way to join two pieces into a third, best first.
+    """Return every way to join two pieces into a third, the first to be tried first.
 
-    Of equal scores the longest piece comes first: then a run of spaces, all lengths of which score
-    the same in Llama 2, grows from the left like in SentencePiece.
+    Of equal scores the longest piece comes first: then several spaces, which have the same score at
+    all lengths in Llama 2, are joined from the left as in SentencePiece.
     """
     found = []
     for text, score in scores.items():
@@ -133,10 +122,10 @@ def merges(scores: Mapping[str, float]) -> list[Pair]:
 
 
 def ranks(merges: Sequence[Pair], unreachable: Collection[str] = ()) -> dict[str, int]:
-    """The rank by which each piece arises, of those that do.
+    """Return the rank of the merge by which each piece arises, for those that do.
 
     Args:
-      unreachable: pieces that do not arise for another reason.
+      unreachable: pieces that never arise for another reason.
     """
     by_pair = {pair: rank for rank, pair in enumerate(merges)}
     texts = {left + right for left, right in merges} - set(unreachable)
@@ -145,7 +134,7 @@ def ranks(merges: Sequence[Pair], unreachable: Collection[str] = ()) -> dict[str
 
 
 def _last_rank(text: str, by_pair: Mapping[Pair, int]) -> int:
-    """The rank of the merge that joins the whole text, or -1 if it stays in parts."""
+    """Return the rank of the merge that joins all of a text, or -1 if it stays in parts."""
     parts, none, rank = list(text), len(by_pair), -1
     while len(parts) > 1:
         found = [by_pair.get(pair, none) for pair in itertools.pairwise(parts)]

@@ -1,7 +1,7 @@
-"""A model that is described but not in memory: what every format reads into and writes from.
+"""A model as lazy tensors: what every format reads into and writes from.
 
-A tensor is a promise: its shape and dtype are known, its numbers are read when asked for and
-belong to the asker alone. So a conversion holds one tensor at a time, whatever the model's size.
+A lazy tensor has a shape and a dtype, and reads its numbers each time it is used. So a conversion
+holds one tensor at a time in memory, whatever the size of the model.
 """
 
 import dataclasses
@@ -17,20 +17,21 @@ from llama_jax.config import ModelConfig
 from llama_jax.errors import UserError
 from llama_jax.model.parameters import abstract, named_leaves
 
-DTYPES = {  # what weights may be stored as
+DTYPES = {  # that weights can be stored in
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 BLOCKS = "blocks."
+CHUNK = 2**20  # numbers checked at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A promise of an array.
+    """A lazy tensor.
 
-    `read` returns an array of exactly this shape and dtype. It reads anew at each call and may
-    return a view of a mapped file: do not write to it, drop it soon.
+    `read` returns an array of this shape and dtype, anew at each call. The array may be a view of a
+    mapped file: do not write to it, and drop it soon.
     """
 
     shape: tuple[int, ...]
@@ -40,10 +41,10 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         """Bytes of the array."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def astype(self, dtype: np.dtype) -> "Tensor":
-        """The same numbers rounded to another dtype."""
+        """Return the tensor cast to another dtype."""
         if dtype == self.dtype:
             return self
         return Tensor(self.shape, dtype, lambda: self.read().astype(dtype))
@@ -51,13 +52,13 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Weights:
-    """A whole model: its shape, its tensors by our names, and its tokenizer."""
+    """A whole model: its config, its tensors by our names, and its tokenizer."""
 
     config: ModelConfig
     tensors: Mapping[str, Tensor]  # the keys of `tensor_shapes(config)`, in any order
-    tokenizer: bytes  # a SentencePiece model; empty where a source carries none
-    bos: bool = True  # documents it learnt from begin with BOS
-    is_rounded: bool = False  # the numbers are those of small integers, stored by us
+    tokenizer: bytes  # a SentencePiece model; empty if the source has none
+    bos: bool = True  # training documents began with BOS
+    is_rounded: bool = False  # dequantised from the int8 or int4 of our checkpoints
     chat_template: str = ""  # see `checkpoints.metadata.Description`
 
     @property
@@ -66,16 +67,16 @@ class Weights:
         return self.tensors["embedding"].dtype
 
     def astype(self, dtype: np.dtype) -> "Weights":
-        """The same model with every tensor rounded to `dtype`."""
+        """Return the model with every tensor cast to `dtype`."""
         tensors = {name: tensor.astype(dtype) for name, tensor in self.tensors.items()}
         return dataclasses.replace(self, tensors=tensors)
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes by name, kind by kind and layer by layer within a kind.
+    """Return the shapes of a model's tensors by name, such as `blocks.3.attention.wq.kernel`.
 
-    A layer's tensors are named `blocks.{layer}.attention.wq.kernel` and so on. Kinds come first so
-    that whoever stores a kind's layers as one array holds one such array at a time.
+    All layers of one kind of tensor come before the next kind, so that a format that stores a
+    kind's layers as one array holds one such array at a time.
     """
     return dict(_tensor_shapes(config))
 
@@ -93,45 +94,60 @@ def _tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def of_layer(stacked: str, layer: int) -> str:
-    """The name of one layer's part of a stacked array: `blocks.ffn.up.kernel`, 3 → `blocks.3.…`."""
+    """Return the name of a layer's tensor: `blocks.ffn.up.kernel`, 3 → `blocks.3.ffn.up.kernel`."""
     return f"{BLOCKS}{layer}.{stacked.removeprefix(BLOCKS)}"
 
 
 def is_finite(array: np.ndarray) -> bool:
     """Return whether no number is NaN or infinite; temporaries stay small."""
     flat = array.ravel(order="K")  # a view, also of a transposed array
-    chunk = 2**20
-    return all(np.isfinite(flat[i : i + chunk]).all() for i in range(0, flat.size, chunk))
-
-
-# Arrays in the middle of files, mapped when read and unmapped when dropped.
-#
-# A mapping counts as the process's memory only while it lives, so that reading a model tensor by
-# tensor never holds more than one.
+    return all(np.isfinite(flat[i : i + CHUNK]).all() for i in range(0, flat.size, CHUNK))
 
 
 def mapped(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
-    """A promise of `shape` numbers that lie in C order at a byte offset of a file.
+    """Return a tensor stored in C order at a byte offset of a file.
+
+    Each read maps the file anew, since a mapping counts as the process's memory while it exists.
 
     Raises:
-      UserError: if the file ends before they do, now or when they are read.
+      UserError: if the file ends before the tensor does, now or when it is read.
     """
     end = offset + math.prod(shape) * dtype.itemsize
-    require_bytes(path, end)
+
+    def check_size() -> None:
+        if (size := path.stat().st_size) < end:
+            raise UserError(f"{path} has {size:,} bytes and should have {end:,}; copy it again")
 
     def read() -> np.ndarray:
-        require_bytes(path, end)
+        check_size()
         if 0 in shape:
             return np.zeros(shape, dtype)
-        # As bytes first: memmap knows no bfloat16, and offsets need not be multiples of its size.
-        count = end - offset
-        return np.memmap(path, np.uint8, "r", offset, (count,)).view(dtype).reshape(shape)
+        # As bytes first: memmap has no bfloat16, and offsets need not be multiples of its size.
+        return np.memmap(path, np.uint8, "r", offset, (end - offset,)).view(dtype).reshape(shape)
 
+    check_size()
     return Tensor(shape, dtype, read)
 
 
-def require_bytes(path: Path, count: int) -> None:
-    """`UserError` if a file is shorter than `count` bytes."""
-    size = path.stat().st_size
-    if size < count:
-        raise UserError(f"{path} has {size:,} bytes and should have {count:,}; copy it again")
+def find_file(folder: Path, name: str) -> Path | None:
+    """Return the file of that name in a model's folder, or None.
+
+    A link is followed only inside the cache of huggingface_hub, where
+    `models--x/snapshots/y/config.json` leads to `models--x/blobs`. Any other could make a folder
+    from a stranger expose a file of this machine.
+
+    Raises:
+      UserError: if it is not a file, or a link that leaves the folder.
+    """
+    path = folder / name
+    if not path.exists() and not path.is_symlink():
+        return None
+    if not path.is_file():
+        raise UserError(f"{path} is not a file; copy the folder again")
+    real, home = path.resolve(), folder.resolve()
+    caches = [p.parents[1] for p in (home, *home.parents) if p.parent.name == "snapshots"]
+    blobs = [cache / "blobs" for cache in caches if cache.name.startswith("models--")]
+    if real.parent not in (home, *blobs):
+        target = f"to {str(real)!r}"
+        raise UserError(f"{path} is a link that leaves its folder, {target}; put the file there")
+    return path

@@ -16,7 +16,7 @@ from llama_jax.checkpoints.metadata import read_description
 from llama_jax.checkpoints.run_folder import claimed
 from llama_jax.cli import main as cli
 from llama_jax.formats import verify as verification
-from llama_jax.formats.registry import FORMATS, Options
+from llama_jax.formats.convert import FORMATS, Options
 from llama_jax.formats.weights import Tensor
 from llama_jax.quantization import QuantizationConfig
 
@@ -120,7 +120,7 @@ def test_a_checkpoint_of_integers_tells_its_kind_and_template(run):
 def test_numbers_that_are_none_are_told_or_refused(run):
     code, told, said = run("--input nan.ckpt --to hf --output nan.hf")
     assert code == 0 and said.startswith("warning: norm.scale of nan.ckpt holds NaN or infinity")
-    assert "not verified: llama_jax on ckpt finds logits that are NaN or infinite" in told
+    assert "not verified: llama_jax on ckpt computes logits that are NaN or infinite" in told
     code, told, said = run("--input nan.ckpt --to hf --output nan2.hf --strict")
     assert (code, told) == (1, "") and said.startswith("error: norm.scale of nan.ckpt holds NaN")
     assert not Path("nan2.hf").exists()
@@ -154,25 +154,25 @@ MISTAKES = {
     "--input in.ckpt --output x stray": (2, "'stray' is not understood"),
     "--input nothing --output x": (1, "nothing does not exist"),
     "--input nothing --from hf --output x": (1, "nothing does not exist"),
-    "--input soup --output x": (1, "it is not clear what soup is; say --from"),
+    "--input soup --output x": (1, "the format of soup is not recognised; give --from"),
     "--input soup --from ckpt --output x": (1, "soup holds no run"),
     "--input in.hf --from ckpt --output x": (1, "in.hf is of Hugging Face's format"),
     "--input in.ckpt --from hf --output x": (1, "in.ckpt/config.json"),
     "--input in.gguf --from llama2c --output x": (1, "in.gguf"),
     "--input in.bin --from gguf --output x": (1, "in.bin"),
     "--input file --from meta --output x": (1, "file"),
-    "--input in.bin --output x": (1, "in.bin carries no tokenizer"),
+    "--input in.bin --output x": (1, "in.bin has no tokenizer"),
     "--input in.bin --output x --tokenizer nothing": (1, "tokenizer nothing does not exist"),
     "--input in.ckpt --output x --tokenizer in.gguf": (1, "tokenizer in.gguf"),
     "--input in.ckpt --output file": (1, "file exists already"),
     "--input in.ckpt --output soup": (1, "soup exists already"),
     "--input in.ckpt --output file/x": (1, "file is not a folder"),
-    "--input in.ckpt --to llama2c --llama2c_version 2 --group_size 0 --output x": (1, "group size"),
+    "--input in.ckpt --to llama2c --llama2c_version 2 --group_size 0 --output x": (1, "group_size"),
     "--input in.ckpt --output x --quantize int5": (2, "invalid choice: 'int5'"),
     "--input in.ckpt --output x --quantize int4 --group_size 48": (2, "group_size=48 is not"),
     "--input in.ckpt --output x --quantize int8 --dtype float32": (2, "does not go with quantize"),
-    "--input in.ckpt --to hf --output x --quantize int8": (2, "only our checkpoints are quantised"),
-    "--input in.ckpt --to hf --output x --template none": (2, "only our checkpoints tell a"),
+    "--input in.ckpt --to hf --output x --quantize int8": (2, "quantize is for checkpoints alone"),
+    "--input in.ckpt --to hf --output x --template none": (2, "template is for checkpoints alone"),
 }
 
 

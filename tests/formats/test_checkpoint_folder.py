@@ -148,7 +148,7 @@ def test_arrays_in_one_piece_are_read_once_for_all_their_layers(tmp_path, monkey
 
 def count_reads(monkeypatch):
     """The names of arrays as they are read, each with how many read before are still held."""
-    reads, alive, array_class = [], [], checkpoint_folder.StoredArray
+    reads, alive, array_class = [], [], checkpoint_folder._StoredArray
     original = array_class._read
 
     def counted(self, index):

@@ -43,7 +43,7 @@ def test_the_group_divides_both_lengths_of_rows(dim, hidden_dim, asked, fitting)
 
 @pytest.mark.parametrize("asked", [0, -1, -64])
 def test_a_group_needs_a_member(asked):
-    with pytest.raises(UserError, match=f"group size of {asked} is out of range"):
+    with pytest.raises(UserError, match=f"group_size={asked} is out of range"):
         fitting_group_size(config(48, 40), asked)
 
 
@@ -101,7 +101,7 @@ def test_writing_what_was_read_gives_the_same_bytes(
     path = tmp_path_factory.mktemp("grouped") / "w.bin"
     with pytest.MonkeyPatch.context() as patch, path.open("wb") as file:
         file.write(b"xyz")
-        patch.setattr(grouped_int8, "VALUES_AT_ONCE", at_once)
+        patch.setattr(grouped_int8, "CHUNK", at_once)
         write_quantized(file, array, group, "w")
     tensor = dequantized(path, 3, (group, count), group)
     read = tensor.read()

@@ -19,7 +19,7 @@ D, N, H, F, V = 24, 6, 4, 40, SIZES["vocab_size"]
 
 def stored(folder):
     """The folder's tensors by their names, in memory."""
-    return {n: t.read() for n, t in safetensors_file.read(folder / "model.safetensors")[0].items()}
+    return {n: t.read() for n, t in safetensors_file.read(folder / "model.safetensors").items()}
 
 
 def store(folder, arrays):

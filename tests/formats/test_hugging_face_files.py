@@ -6,8 +6,8 @@ import pytest
 
 from llama_jax.errors import UserError
 from llama_jax.formats.huggingface import safetensors as safetensors_file
-from llama_jax.formats.huggingface.files import INDEX, find, read_tensors, write_tensors
-from llama_jax.formats.weights import Tensor
+from llama_jax.formats.huggingface.safetensors import INDEX, read_folder, write_folder
+from llama_jax.formats.weights import Tensor, find_file
 
 
 def tensors(*names):
@@ -29,15 +29,15 @@ def put(folder, shards, places=...):
 
 def refused(folder, reason):
     with pytest.raises(UserError, match=reason) as caught:
-        read_tensors(folder)
+        read_folder(folder)
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
 
 
 def test_one_file_or_shards_hold_the_same(tmp_path):
-    write_tensors(tmp_path, tensors("a", "b", "c"), 36, lambda done: None)
+    write_folder(tmp_path, tensors("a", "b", "c"), 36, lambda done: None)
     (tmp_path / "sharded").mkdir()
     done = []
-    write_tensors(tmp_path / "sharded", tensors("a", "b", "c"), 35, done.append)
+    write_folder(tmp_path / "sharded", tensors("a", "b", "c"), 35, done.append)
     assert done == [12, 24, 36]
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["model.safetensors", "sharded"]
     index = json.loads((tmp_path / "sharded" / INDEX).read_text())
@@ -46,19 +46,19 @@ def test_one_file_or_shards_hold_the_same(tmp_path):
     assert index["metadata"] == {"total_size": 36}
     assert len(list((tmp_path / "sharded").iterdir())) == 3
     for folder in (tmp_path, tmp_path / "sharded"):
-        found = read_tensors(folder)
+        found = read_folder(folder)
         assert sorted(found) == ["a", "b", "c"]
         assert found["c"].read().tolist() == [99, 100, 101]
 
 
 def test_a_tensor_larger_than_a_shard_gets_its_own(tmp_path):
-    write_tensors(tmp_path, tensors("a", "b"), 1, lambda done: None)
-    assert len(read_tensors(tmp_path)) == len(list(tmp_path.glob("*.safetensors"))) == 2
+    write_folder(tmp_path, tensors("a", "b"), 1, lambda done: None)
+    assert len(read_folder(tmp_path)) == len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
 def test_what_an_index_does_not_list_is_read_too(tmp_path):
     put(tmp_path, {1: "ab", 2: "c"}, {"a": "model-1.safetensors", "c": "model-2.safetensors"})
-    assert sorted(read_tensors(tmp_path)) == ["a", "b", "c"]
+    assert sorted(read_folder(tmp_path)) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_a_link_within_the_folder_and_a_linked_folder_are_fine(tmp_path):
     safetensors_file.write(folder / "real.safetensors", tensors("a"))
     (folder / "model.safetensors").symlink_to("real.safetensors")
     (tmp_path / "alias").symlink_to(folder)
-    assert list(read_tensors(tmp_path / "alias")) == ["a"]
+    assert list(read_folder(tmp_path / "alias")) == ["a"]
 
 
 def cache(root, model="models--x--y"):
@@ -170,7 +170,7 @@ def cache(root, model="models--x--y"):
 
 
 def test_the_hubs_cache_is_read_through_its_links(tmp_path):
-    assert list(read_tensors(cache(tmp_path))) == ["a"]
+    assert list(read_folder(cache(tmp_path))) == ["a"]
 
 
 def test_only_the_models_own_blobs_count(tmp_path):
@@ -191,5 +191,5 @@ def test_folders_and_pipes_are_no_files(tmp_path):
     refused(tmp_path, "is not a file")
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(UserError, match="is not a file"):
-        find(tmp_path, "config.json")
-    assert find(tmp_path, "tokenizer.model") is None
+        find_file(tmp_path, "config.json")
+    assert find_file(tmp_path, "tokenizer.model") is None

@@ -279,7 +279,7 @@ def test_added_tokens_beyond_the_rows_do_not_count(tmp_path):
     assert pieces(tmp_path, rows=ROWS + 1)[-1] == Piece("<pad>", 0.0, Kind.CONTROL)
     added[-1] = {"id": ROWS, "content": " "}
     put(tmp_path, tokenizer=VALUES | {"added_tokens": added})
-    refused(tmp_path, "how they spell a space", rows=ROWS + 1)
+    refused(tmp_path, "how they write a space", rows=ROWS + 1)
 
 
 @pytest.mark.parametrize(("rows", "is_fine"), [(288, True), (320, True), (384, True), (512, False)])

@@ -119,10 +119,14 @@ def test_the_first_version_is_rewritten_with_tables(place, tied):
     np.testing.assert_allclose(tables, [np.cos(angles), np.sin(angles)], atol=2e-6)
 
 
-def test_a_real_file_is_rewritten_to_the_byte(shared_data, tmp_path):
+def test_a_real_file_is_rewritten_to_the_byte_but_for_its_tables(shared_data, tmp_path):
     path = shared_data / "stories260K.bin"
     write(read(path), tmp_path / "again.bin", 0)
-    assert (tmp_path / "again.bin").read_bytes() == path.read_bytes()
+    before, after = path.read_bytes(), (tmp_path / "again.bin").read_bytes()
+    tables = 4 * 512 * 8  # at the end, since the model is tied
+    assert after[:-tables] == before[:-tables]
+    found, real = (np.frombuffer(content[-tables:], np.float32) for content in (after, before))
+    np.testing.assert_allclose(found, real, atol=2e-7)
 
 
 @pytest.mark.parametrize(("version", "size"), [(1, 1_040_384), (2, 521_728)])
@@ -228,7 +232,7 @@ def test_a_version_that_there_is_not_is_refused(tmp_path, version):
 
 @pytest.mark.parametrize("group_size", [0, -64])
 def test_a_group_of_nothing_is_refused(tmp_path, group_size):
-    with pytest.raises(UserError, match=f"group size of {group_size} is out of range"):
+    with pytest.raises(UserError, match=f"group_size={group_size} is out of range"):
         write(tiny_weights(), tmp_path / "x.bin", 2, group_size)
     assert not list(tmp_path.iterdir())
 

@@ -64,7 +64,7 @@ def test_a_file_that_ends_in_or_at_its_header_is_refused(tmp_path, file, size):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is no llama2.c model but empty; copy it again"),
+        (b"", "is not a llama2.c model but empty; copy it again"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "git-LFS pointer; run `git"),
         (b"<!DOCTYPE html><html><body>404</body></html>", "but a web page; download the file"),
         (b"PK\x03\x04" + bytes(60), "but a zip archive, as PyTorch's files are"),

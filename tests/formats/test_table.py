@@ -4,7 +4,7 @@ import pytest
 from tiny_weights import tiny_weights
 
 from llama_jax.errors import UserError
-from llama_jax.formats.registry import FORMATS, Options, bytes_written, format_of, written_dtype
+from llama_jax.formats.convert import FORMATS, Options, bytes_written, format_of, written_dtype
 
 WAYS = [(form, Options()) for form in FORMATS]
 WAYS += [("llama2c", Options(llama2c_version=2, group_size=8)), ("gguf", Options(dtype="q8_0"))]
@@ -26,7 +26,7 @@ def test_a_path_tells_its_format(tmp_path):
 
 
 def test_what_cannot_be_told_is_asked_for(tmp_path):
-    with pytest.raises(UserError, match=r"not clear what .* is; say --from \(ckpt: a"):
+    with pytest.raises(UserError, match=r"format of .* is not recognised; give --from \(ckpt: a"):
         format_of(tmp_path)
     with pytest.raises(UserError, match=r"none\.bin does not exist"):
         format_of(tmp_path / "none.bin")

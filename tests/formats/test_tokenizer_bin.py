@@ -97,7 +97,7 @@ def test_a_vocabulary_of_another_size_is_refused(place):
     path = place(packed(PIECES))
     assert len(read(path, 264).pieces) == 264
     for size in (263, 265, 32000):
-        message = f"has 264 pieces and the model {size}; give the tokenizer it was trained with"
+        message = f"has 264 pieces and the model {size:,}; give the one it was trained with"
         assert message in refused(path, size)
 
 
@@ -112,7 +112,7 @@ def test_a_vocabulary_of_another_size_is_refused(place):
         (packed(PIECES, longest=5), "piece 2 has 6 bytes .* expected 1 to 5"),
         (packed(PIECES[:2]), "does not begin with <unk>, <s>, </s>"),
         (packed(PIECES[1:]), "does not begin with <unk>, <s>, </s>"),
-        (packed([*PIECES, (b"\xff\xfe", 0.0)]), "piece 264 is no UTF-8"),
+        (packed([*PIECES, (b"\xff\xfe", 0.0)]), "piece 264 is not UTF-8"),
         (packed([*PIECES, ("", 0.0)]), "piece 264 has 0 bytes"),
         (packed([*PIECES, ("x", float("nan"))]), "piece 264 has 1 bytes and a score of nan"),
         (packed([*PIECES, ("x", float("-inf"))]), "a score of -inf"),

@@ -61,7 +61,7 @@ def test_a_size_that_does_not_fit_is_refused(tmp_path, suffix):
     else:
         path.write_bytes(tiny_vocabulary().to_model())
     for size in (282, 284, 32000):
-        assert f"has 283 pieces and the model {size}; give" in refused(path, size)
+        assert f"has 283 pieces and the model {size:,}; give" in refused(path, size)
 
 
 @pytest.mark.parametrize(

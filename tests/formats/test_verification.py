@@ -11,12 +11,11 @@ from llama_jax.checkpoints.load import load
 from llama_jax.errors import UserError
 from llama_jax.formats import checkpoint as checkpoint_folder
 from llama_jax.formats import verify as verification
-from llama_jax.formats.convert import Conversion, convert
-from llama_jax.formats.registry import Options
+from llama_jax.formats.convert import Conversion, Options, convert
 from llama_jax.formats.verify import is_cheap, memory_needed, our_logits, verify
 from llama_jax.formats.weights import Tensor
 
-RIGHT = "verified: llama_jax on what was written against llama_jax on ckpt: max |Δlogit| "
+RIGHT = "verified: llama_jax on the output against llama_jax on ckpt: max |Δlogit| "
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +93,7 @@ def test_what_is_not_finite_cannot_be_compared(tmp_path):
     job, source = converted(tmp_path)
     spoilt = np.full((283, 24), np.nan, np.float32)
     (line,) = verify(job, with_output(source, spoilt))
-    assert line == "not verified: llama_jax on ckpt finds logits that are NaN or infinite"
+    assert line == "not verified: llama_jax on ckpt computes logits that are NaN or infinite"
     job = dataclasses.replace(job, input=job.output, output=tmp_path / "again")
     damaged = with_output(convert(job), spoilt)
     (tmp_path / "bad").mkdir()

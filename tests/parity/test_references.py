@@ -9,10 +9,9 @@ from tiny_weights import tiny_weights
 from llama_jax.config import RopeScaling
 from llama_jax.errors import UserError
 from llama_jax.formats import verify as verification
-from llama_jax.formats.convert import Conversion, convert
+from llama_jax.formats.convert import FORMATS, Conversion, Options, convert
 from llama_jax.formats.huggingface import model as hugging_face
 from llama_jax.formats.meta import model as meta
-from llama_jax.formats.registry import FORMATS, Options
 from llama_jax.formats.rules import INTERLEAVED, MATRIX
 from llama_jax.formats.verify import verify
 
@@ -52,12 +51,12 @@ def differences(said):
 def test_hugging_face_agrees_in_both_directions(tmp_path, changes):
     weights = tiny_weights(**CHANGES[changes])
     (line,) = lines("hf", "ckpt", tmp_path, weights)
-    assert line.startswith("verified: llama_jax on what was written against transformers: ")
+    assert line.startswith("verified: llama_jax on the output against transformers: ")
     assert line.endswith("16 of 16 greedy tokens agree")
     assert 0 < max(differences([line])) <= 1e-4
     (tmp_path / "back").mkdir()
     ours, theirs = lines("ckpt", "hf", tmp_path / "back", weights)
-    assert theirs.startswith("verified: transformers on what was written against llama_jax on ckpt")
+    assert theirs.startswith("verified: transformers on the output against llama_jax on ckpt")
     assert theirs.endswith("16 of 16 greedy tokens agree")
     assert differences([ours]) == [0] and 0 < max(differences([theirs])) <= 1e-4
 
@@ -65,7 +64,7 @@ def test_hugging_face_agrees_in_both_directions(tmp_path, changes):
 @pytest.mark.parametrize("changes", CHANGES)
 def test_metas_forward_pass_agrees(tmp_path, changes):
     (line,) = lines("meta", "ckpt", tmp_path, tiny_weights(**CHANGES[changes]))
-    assert "llama_jax on what was written against Meta's forward pass in torch: " in line
+    assert "llama_jax on the output against Meta's forward pass in torch: " in line
     assert line.endswith("16 of 16 greedy tokens agree")
     assert 0 < max(differences([line])) <= 1e-4
 

@@ -21,16 +21,7 @@ from llama_jax.formats.gguf.metadata import (
     rope_factors,
     vocabulary_keys,
 )
-from llama_jax.formats.rules import (
-    AS_IS,
-    HEADS_IN,
-    INTERLEAVED,
-    MATRIX,
-    Layout,
-    Rule,
-    export_tensors,
-    import_tensors,
-)
+from llama_jax.formats.rules import export_tensors, import_tensors, make_table
 from llama_jax.formats.vocabulary import Vocabulary
 from llama_jax.formats.weights import Tensor, Weights
 
@@ -46,23 +37,22 @@ WRITTEN = {
 }
 
 
-def _of_block(ours: str, theirs: str, layout: Layout = AS_IS) -> Rule:
-    return Rule(f"blocks.{{layer}}.{ours}", f"blk.{{layer}}.{theirs}.weight", layout)
-
-
-TABLE = (
-    Rule("embedding", EMBEDDING),
-    _of_block("attention_norm.scale", "attn_norm"),
-    _of_block("attention.wq.kernel", "attn_q", INTERLEAVED),
-    _of_block("attention.wk.kernel", "attn_k", INTERLEAVED),
-    _of_block("attention.wv.kernel", "attn_v", MATRIX),
-    _of_block("attention.wo.kernel", "attn_output", HEADS_IN),
-    _of_block("ffn_norm.scale", "ffn_norm"),
-    _of_block("ffn.gate.kernel", "ffn_gate", MATRIX),
-    _of_block("ffn.up.kernel", "ffn_up", MATRIX),
-    _of_block("ffn.down.kernel", "ffn_down", MATRIX),
-    Rule("norm.scale", "output_norm.weight"),
-    Rule("output", OUTPUT),
+TABLE = make_table(
+    {
+        "embedding": EMBEDDING,
+        "blocks.{layer}.attention_norm.scale": "blk.{layer}.attn_norm.weight",
+        "blocks.{layer}.attention.wq.kernel": "blk.{layer}.attn_q.weight",
+        "blocks.{layer}.attention.wk.kernel": "blk.{layer}.attn_k.weight",
+        "blocks.{layer}.attention.wv.kernel": "blk.{layer}.attn_v.weight",
+        "blocks.{layer}.attention.wo.kernel": "blk.{layer}.attn_output.weight",
+        "blocks.{layer}.ffn_norm.scale": "blk.{layer}.ffn_norm.weight",
+        "blocks.{layer}.ffn.gate.kernel": "blk.{layer}.ffn_gate.weight",
+        "blocks.{layer}.ffn.up.kernel": "blk.{layer}.ffn_up.weight",
+        "blocks.{layer}.ffn.down.kernel": "blk.{layer}.ffn_down.weight",
+        "norm.scale": "output_norm.weight",
+        "output": OUTPUT,
+    },
+    interleaved=True,
 )
 
 

@@ -1,7 +1,8 @@
-"""How Hugging Face configs say what rotary positions do: three spellings that grew over years.
+"""The config.json of a Hugging Face Llama and our `ModelConfig`, in both directions.
 
-`rope_theta` and `rope_scaling` apart, or `rope_parameters` with both inside; within them the kind
-is called `rope_type`, once `type`.
+Every key is understood, or known to change no logit, or refused by name: one that is silently
+ignored would give a model that runs and is wrong. Absent keys mean what they mean to
+`transformers.LlamaConfig`.
 """
 
 import dataclasses
@@ -12,101 +13,16 @@ from llama_jax.config import ModelConfig, RopeScaling
 from llama_jax.errors import UsageError, UserError
 from llama_jax.formats.json_files import Fields, shown
 
-THETA = 10_000.0  # where nothing is said
-ORIGINAL = "original_max_position_embeddings"
-KINDS = {  # theirs: ours
-    "default": "none",
-    "linear": "linear",
-    "llama3": "llama3",
-}
-
-
-def read_rope(fields: Fields, context: int) -> tuple[float, dict[str, Any]]:
-    """The base of the wavelengths, and the fields of `RopeScaling`; complaints go to `fields`.
-
-    Args:
-      fields: of the whole config.
-      context: the longest sequence, which Hugging Face takes for the old context if that is absent.
-    """
-    spellings = {key: fields.value(key, None) for key in ("rope_scaling", "rope_parameters")}
-    said = {key: value for key, value in spellings.items() if value}
-    if len(said) == 2 and said["rope_scaling"] != said["rope_parameters"]:
-        fields.complain("rope_scaling", "another one than rope_parameters; expected one of them")
-    key, value = next(iter(said.items()), ("rope_scaling", {}))
-    if not isinstance(value, dict):
-        fields.complain(key, "expected null or an object")
-        value = {}
-    inner = Fields(value, within=key)
-    theta = _theta(fields, inner)
-    scaling = _scaling(inner, context)
-    if scaling:
-        inner.refuse_others()
-    fields.problems += inner.problems
-    return theta, scaling
-
-
-def _theta(fields: Fields, inner: Fields) -> float:
-    """The base, which may stand inside, outside, or at both places if they agree."""
-    outside = fields.number("rope_theta", THETA)
-    inside = inner.number("rope_theta", outside)
-    if "rope_theta" in fields.values and inside != outside:
-        inner.complain("rope_theta", f"but rope_theta = {outside:g} outside; expected one")
-    return inside
-
-
-def _scaling(inner: Fields, context: int) -> dict[str, Any]:
-    """What is in a `rope_scaling`, as fields of ours."""
-    kind = inner.value("rope_type", inner.value("type", "default"))
-    if inner.value("type", kind) != kind:
-        inner.complain("type", "another one than rope_type; expected one of them")
-    inner.require("partial_rotary_factor", 1.0)
-    if not isinstance(kind, str) or kind not in KINDS:
-        key = "rope_type" if "rope_type" in inner.values else "type"
-        inner.complain(key, f"expected one of {', '.join(KINDS)}")
-        return {}
-    fields: dict[str, Any] = {"kind": KINDS[kind]}
-    if kind != "default":
-        fields["factor"] = _needed(inner, "factor")
-    if kind == "llama3":
-        fields["low_frequency_factor"] = _needed(inner, "low_freq_factor")
-        fields["high_frequency_factor"] = _needed(inner, "high_freq_factor")
-        fields["original_context"] = inner.size(ORIGINAL, context, 2**31 - 1)
-    return fields
-
-
-def _needed(inner: Fields, key: str) -> float:
-    if key not in inner.values:
-        inner.complain(key, "expected a number")
-    return inner.number(key, 1.0)
-
-
-def rope_keys(theta: float, scaling: RopeScaling) -> Mapping[str, Any]:
-    """The keys of a config, spelled as every version of transformers reads them."""
-    values: dict[str, Any] = {"rope_type": scaling.kind, "factor": float(scaling.factor)}
-    if scaling.kind == "llama3":
-        values["low_freq_factor"] = float(scaling.low_frequency_factor)
-        values["high_freq_factor"] = float(scaling.high_frequency_factor)
-        values[ORIGINAL] = scaling.original_context
-    is_plain = scaling.kind == "none"
-    return {"rope_theta": float(theta), "rope_scaling": None if is_plain else values}
-
-
-# The config.json of a Hugging Face Llama and our `ModelConfig`, in both directions.
-#
-# Every key is understood, or known to change nothing, or refused by name: one that is silently
-# ignored would give a model that runs and is wrong. Absent keys mean what they mean to
-# `transformers.LlamaConfig`. Does not know tensors.
-
 ARCHITECTURE = "LlamaForCausalLM"
 MODEL_TYPE = "llama"
-SIZES = {  # theirs: ours, what its absence means, the largest that is believed
+SIZES = {  # theirs: ours, the default, the maximum
     "vocab_size": ("vocab_size", 32_000, 2**24),
     "hidden_size": ("dim", 4096, 2**20),
     "num_hidden_layers": ("num_layers", 32, 2**10),
     "num_attention_heads": ("num_heads", 32, 2**16),
     "max_position_embeddings": ("context_length", 2048, 2**31 - 1),
 }
-FIXED = {  # we do nothing else
+FIXED = {  # the only values that are supported
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
@@ -122,32 +38,35 @@ HARMLESS = {  # of training, generation, storage and output: they change no logi
     *("attention_dropout", "chunk_size_feed_forward", "pretraining_tp", "use_cache"),
     *("id2label", "label2id", "problem_type", "return_dict"),
     *("output_attentions", "output_hidden_states", "unsloth_fixed", "unsloth_version"),
-    *("architectures", "model_type"),  # looked at before
+    *("architectures", "model_type"),  # checked by `_check_architecture`
 }
+ROPE_THETA = 10_000.0  # the default
+ROPE_TYPES = {"default": "none", "linear": "linear", "llama3": "llama3"}  # theirs: ours
+ORIGINAL = "original_max_position_embeddings"
 
 
 def from_hugging_face(values: Mapping[str, Any], source: object) -> ModelConfig:
-    """The shape that a config.json describes; its compute dtype is left at the default.
+    """Return the config that a config.json describes, with the default compute dtype.
 
     Args:
       source: what an error calls the file.
 
     Raises:
-      UserError: one line with every key that is not understood or not believed.
+      UserError: one line with every key that is not understood or has an absurd value.
     """
-    _require_llama(values, source)
+    _check_architecture(values, source)
     fields = Fields(values)
     for key, expected in FIXED.items():
         fields.require(key, expected)
     ours: dict[str, Any] = {
-        name: fields.size(key, default, most) for key, (name, default, most) in SIZES.items()
+        name: fields.size(key, default, largest) for key, (name, default, largest) in SIZES.items()
     }
-    ours["num_kv_heads"] = _nullable_size(fields, "num_key_value_heads", ours["num_heads"])
+    ours["num_kv_heads"] = _size_or_null(fields, "num_key_value_heads", ours["num_heads"])
     ours["hidden_dim"] = fields.size("intermediate_size", 11_008, 2**24)
     ours["norm_eps"] = fields.number("rms_norm_eps", 1e-6)
     ours["init_std"] = fields.number("initializer_range", 0.02)
     ours["tied_embeddings"] = fields.flag("tie_word_embeddings", False)
-    head_dim = _nullable_size(fields, "head_dim", 0)
+    head_dim = _size_or_null(fields, "head_dim", 0)
     if head_dim * ours["num_heads"] != ours["dim"]:
         ours["head_dim"] = head_dim
     ours["rope_theta"], scaling = read_rope(fields, ours["context_length"])
@@ -157,11 +76,12 @@ def from_hugging_face(values: Mapping[str, Any], source: object) -> ModelConfig:
         config = ModelConfig(**ours, rope_scaling=RopeScaling(**scaling))
     except UsageError as error:
         raise UserError(f"{source} describes no Llama that can run: {error}") from error
-    return _by_rule(config)
+    ruled = dataclasses.replace(config, hidden_dim=0)  # the width that the usual rule gives
+    return ruled if ruled.ffn_dim == config.ffn_dim else config
 
 
 def to_hugging_face(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The keys of a config.json; `dtype` is that of the stored matrices, by name."""
+    """Return the keys of a config.json; `dtype` is the name of the stored matrices' dtype."""
     sizes = {key: getattr(config, name) for key, (name, _, _) in SIZES.items()}
     return {
         "architectures": [ARCHITECTURE],
@@ -184,8 +104,7 @@ def to_hugging_face(config: ModelConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-def _require_llama(values: Mapping[str, Any], source: object) -> None:
-    """`UserError` naming the architecture if it is another one, or if none is named."""
+def _check_architecture(values: Mapping[str, Any], source: object) -> None:
     names = values.get("architectures")
     kind = values.get("model_type")
     if names not in (None, [ARCHITECTURE]):
@@ -198,11 +117,69 @@ def _require_llama(values: Mapping[str, Any], source: object) -> None:
     raise UserError(f"{source}: {name} is not a Llama 2; expected {ARCHITECTURE}")
 
 
-def _nullable_size(fields: Fields, key: str, default: int) -> int:
+def _size_or_null(fields: Fields, key: str, default: int) -> int:
     return default if fields.value(key, None) is None else fields.size(key, default, 2**20)
 
 
-def _by_rule(config: ModelConfig) -> ModelConfig:
-    """The same config without an explicit feed-forward width where the usual rule gives it."""
-    ruled = dataclasses.replace(config, hidden_dim=0)
-    return ruled if ruled.ffn_dim == config.ffn_dim else config
+def read_rope(fields: Fields, context: int) -> tuple[float, dict[str, Any]]:
+    """Return rope_theta, and the fields of `RopeScaling`; problems are added to `fields`.
+
+    Files have `rope_theta` and `rope_scaling`, or `rope_parameters` with both in it; in either,
+    the kind is `rope_type`, or `type` in older ones.
+
+    Args:
+      fields: of the whole config.
+      context: of the model, the default of the original context.
+    """
+    both = {key: fields.value(key, None) for key in ("rope_scaling", "rope_parameters")}
+    given = {key: value for key, value in both.items() if value}
+    if len(given) == 2 and given["rope_scaling"] != given["rope_parameters"]:
+        fields.complain("rope_scaling", "another one than rope_parameters; expected one of them")
+    key, value = next(iter(given.items()), ("rope_scaling", {}))
+    if not isinstance(value, dict):
+        fields.complain(key, "expected null or an object")
+        value = {}
+    inner = Fields(value, within=key)
+    outside = fields.number("rope_theta", ROPE_THETA)
+    theta = inner.number("rope_theta", outside)
+    if "rope_theta" in fields.values and theta != outside:
+        inner.complain("rope_theta", f"but rope_theta = {outside:g} outside; expected one")
+    scaling = _read_scaling(inner, context)
+    if scaling:
+        inner.refuse_others()
+    fields.problems += inner.problems
+    return theta, scaling
+
+
+def _read_scaling(inner: Fields, context: int) -> dict[str, Any]:
+    kind = inner.value("rope_type", inner.value("type", "default"))
+    if inner.value("type", kind) != kind:
+        inner.complain("type", "another one than rope_type; expected one of them")
+    inner.require("partial_rotary_factor", 1.0)
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
+        key = "rope_type" if "rope_type" in inner.values else "type"
+        inner.complain(key, f"expected one of {', '.join(ROPE_TYPES)}")
+        return {}
+    needed = {"factor": "factor"} if kind != "default" else {}
+    if kind == "llama3":
+        needed["low_frequency_factor"] = "low_freq_factor"
+        needed["high_frequency_factor"] = "high_freq_factor"
+    fields: dict[str, Any] = {"kind": ROPE_TYPES[kind]}
+    for ours, key in needed.items():
+        if key not in inner.values:
+            inner.complain(key, "expected a number")
+        fields[ours] = inner.number(key, 1.0)
+    if kind == "llama3":
+        fields["original_context"] = inner.size(ORIGINAL, context, 2**31 - 1)
+    return fields
+
+
+def rope_keys(theta: float, scaling: RopeScaling) -> Mapping[str, Any]:
+    """Return the keys of a config in the form that every version of transformers reads."""
+    values: dict[str, Any] = {"rope_type": scaling.kind, "factor": float(scaling.factor)}
+    if scaling.kind == "llama3":
+        values["low_freq_factor"] = float(scaling.low_frequency_factor)
+        values["high_freq_factor"] = float(scaling.high_frequency_factor)
+        values[ORIGINAL] = scaling.original_context
+    is_plain = scaling.kind == "none"
+    return {"rope_theta": float(theta), "rope_scaling": None if is_plain else values}

@@ -1,11 +1,11 @@
 """Hugging Face folders of Llama models: config.json, safetensors and tokenizer files.
 
-Knows which tensor is which. Hugging Face turns the two halves of a head together, as we do, so
-`wq` and `wk` are plain matrices here.
+Hugging Face rotates the two halves of a head together, as we do, so `wq` and `wk` need no
+permutation here.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,50 +14,52 @@ import numpy as np
 from llama_jax.config import ModelConfig
 from llama_jax.errors import UserError
 from llama_jax.formats.huggingface.config import from_hugging_face, to_hugging_face
-from llama_jax.formats.huggingface.files import find, read_tensors, write_tensors
+from llama_jax.formats.huggingface.safetensors import read_folder, write_folder
 from llama_jax.formats.huggingface.tokenizer import read_tokenizer
 from llama_jax.formats.huggingface.tokenizer_writer import write_tokenizer
 from llama_jax.formats.json_files import read_object, write_object
-from llama_jax.formats.rules import HEADS_IN, MATRIX, Rule, export_tensors, import_tensors
+from llama_jax.formats.rules import export_tensors, import_tensors, make_table
 from llama_jax.formats.vocabulary import Vocabulary
-from llama_jax.formats.weights import DTYPES, Tensor, Weights
+from llama_jax.formats.weights import DTYPES, Tensor, Weights, find_file
 
-LAYER = "model.layers.{layer}."
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-TABLE = (
-    Rule("embedding", EMBEDDING),
-    Rule("blocks.{layer}.attention_norm.scale", LAYER + "input_layernorm.weight"),
-    Rule("blocks.{layer}.attention.wq.kernel", LAYER + "self_attn.q_proj.weight", MATRIX),
-    Rule("blocks.{layer}.attention.wk.kernel", LAYER + "self_attn.k_proj.weight", MATRIX),
-    Rule("blocks.{layer}.attention.wv.kernel", LAYER + "self_attn.v_proj.weight", MATRIX),
-    Rule("blocks.{layer}.attention.wo.kernel", LAYER + "self_attn.o_proj.weight", HEADS_IN),
-    Rule("blocks.{layer}.ffn_norm.scale", LAYER + "post_attention_layernorm.weight"),
-    Rule("blocks.{layer}.ffn.gate.kernel", LAYER + "mlp.gate_proj.weight", MATRIX),
-    Rule("blocks.{layer}.ffn.up.kernel", LAYER + "mlp.up_proj.weight", MATRIX),
-    Rule("blocks.{layer}.ffn.down.kernel", LAYER + "mlp.down_proj.weight", MATRIX),
-    Rule("norm.scale", "model.norm.weight"),
-    Rule("output", OUTPUT),
+LAYER = "model.layers.{layer}."
+TABLE = make_table(
+    {
+        "embedding": EMBEDDING,
+        "blocks.{layer}.attention_norm.scale": LAYER + "input_layernorm.weight",
+        "blocks.{layer}.attention.wq.kernel": LAYER + "self_attn.q_proj.weight",
+        "blocks.{layer}.attention.wk.kernel": LAYER + "self_attn.k_proj.weight",
+        "blocks.{layer}.attention.wv.kernel": LAYER + "self_attn.v_proj.weight",
+        "blocks.{layer}.attention.wo.kernel": LAYER + "self_attn.o_proj.weight",
+        "blocks.{layer}.ffn_norm.scale": LAYER + "post_attention_layernorm.weight",
+        "blocks.{layer}.ffn.gate.kernel": LAYER + "mlp.gate_proj.weight",
+        "blocks.{layer}.ffn.up.kernel": LAYER + "mlp.up_proj.weight",
+        "blocks.{layer}.ffn.down.kernel": LAYER + "mlp.down_proj.weight",
+        "norm.scale": "model.norm.weight",
+        "output": OUTPUT,
+    },
+    interleaved=False,
 )
-RECOMPUTED = ".rotary_emb.inv_freq"  # the end of a tensor's name in old files
-ROWS_AT_ONCE = 1024  # of two tables that are compared
+IGNORED = ".rotary_emb.inv_freq"  # the end of a tensor's name in old files
+CHUNK = 1024  # rows of two tables compared at a time
 
 
 def read(folder: Path, tokenizer: Path | None = None) -> Weights:
-    """The model in a folder.
+    """Return the model in a folder.
 
     Args:
       tokenizer: a SentencePiece model or tokenizer.json to use instead of the folder's own.
 
     Raises:
-      UserError: one line, if it is not a whole Llama, or says what we do not understand.
+      UserError: if it is not a complete Llama, or has a config that is not understood.
     """
-    path = find(folder, "config.json")
+    path = find_file(folder, "config.json")
     if path is None:
         raise UserError(f"{folder} has no config.json; give a Hugging Face model's folder")
     values = read_object(path)
     config = from_hugging_face(values, path)
-    foreign = read_tensors(folder)
-    tensors = _import(foreign, config, folder)
+    tensors = _import(read_folder(folder), config, folder)
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES.values():
             expected = f"expected {', '.join(DTYPES)}; convert the model to one of them"
@@ -69,35 +71,26 @@ def read(folder: Path, tokenizer: Path | None = None) -> Weights:
 
 
 def _import(foreign: dict[str, Tensor], config: ModelConfig, folder: Path) -> dict[str, Tensor]:
-    """Our tensors. A tied model may store its one table under either name, or both."""
-    either = foreign
-    if config.tied_embeddings and OUTPUT in foreign:
-        either = {EMBEDDING: foreign[OUTPUT]} | foreign
-        del either[OUTPUT]
-    tensors = import_tensors(TABLE, config, either, folder, lambda name: name.endswith(RECOMPUTED))
-    if either is not foreign:
-        _require_one_table(foreign, folder)
-    return tensors
+    """Return our tensors; the table of a tied model may be stored under either name, or both."""
+    one, other = foreign.get(EMBEDDING), foreign.get(OUTPUT)
+    if config.tied_embeddings and other is not None:
+        if one is not None and not _are_equal(one, other):
+            raise UserError(
+                f"{folder}: config.json says tie_word_embeddings, yet {OUTPUT} and {EMBEDDING}"
+                " differ; set it to false"
+            )
+        foreign = {EMBEDDING: other} | foreign
+        del foreign[OUTPUT]
+    return import_tensors(TABLE, config, foreign, folder, lambda name: name.endswith(IGNORED))
 
 
-def _require_one_table(foreign: Mapping[str, Tensor], folder: Path) -> None:
-    """`UserError` if a tied model stores both tables and they are not the same."""
-    one, other = (foreign.get(name) for name in (EMBEDDING, OUTPUT))
-    if one and other and not _agree(one, other):
-        raise UserError(
-            f"{folder}: config.json says tie_word_embeddings, yet {OUTPUT} and {EMBEDDING} differ;"
-            " set it to false"
-        )
-
-
-def _agree(one: Tensor, other: Tensor) -> bool:
-    """Whether two tables are the same, compared a part at a time."""
+def _are_equal(one: Tensor, other: Tensor) -> bool:
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
     left, right = one.read(), other.read()
     return all(
-        left[row : row + ROWS_AT_ONCE].tobytes() == right[row : row + ROWS_AT_ONCE].tobytes()
-        for row in range(0, one.shape[0], ROWS_AT_ONCE)
+        left[row : row + CHUNK].tobytes() == right[row : row + CHUNK].tobytes()
+        for row in range(0, len(left), CHUNK)
     )
 
 
@@ -107,16 +100,15 @@ def write(
     report: Callable[[int], None] = lambda done: None,
     max_shard_bytes: float = 5e9,
 ) -> None:
-    """A new folder that AutoModelForCausalLM and AutoTokenizer open.
+    """Write a new folder that AutoModelForCausalLM and AutoTokenizer open.
 
     Args:
       report: called with the bytes of tensors written so far.
-      max_shard_bytes: the tensors go into one file, or several of at most this size.
+      max_shard_bytes: the tensors are written to one file, or several of at most this size.
     """
     folder.mkdir()
     config = weights.config
-    tensors = export_tensors(TABLE, config, weights.tensors)
-    write_tensors(folder, tensors, max_shard_bytes, report)
+    write_folder(folder, export_tensors(TABLE, config, weights.tensors), max_shard_bytes, report)
     special: dict[str, Any] = {}
     if weights.tokenizer:
         vocabulary = Vocabulary.from_model(weights.tokenizer)

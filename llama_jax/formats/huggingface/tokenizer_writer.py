@@ -1,32 +1,34 @@
-"""Writing the tokenizer files of a Hugging Face folder, by which AutoTokenizer encodes as we do.
+"""Writing the tokenizer files of a Hugging Face folder, with which AutoTokenizer encodes as we do.
 
-Exactly as SentencePiece with the model they are made from, but where a text spells a control
-piece such as <s>, which transformers takes for the piece itself; Llama 2's has no other exceptions.
-A model may: user-defined pieces, or replaced characters with several accents on one letter.
+It encodes as SentencePiece does, except that a control piece written in a text, such as <s>,
+becomes that piece. With tokenizers other than Llama 2's there may be other exceptions: user-defined
+pieces, and replaced characters with several accents on one letter.
 """
 
 import base64
 from pathlib import Path
 from typing import Any
 
-from llama_jax.formats import vocabulary as bpe_merges
+from llama_jax.formats import vocabulary as bpe
 from llama_jax.formats.json_files import write_object
 from llama_jax.formats.vocabulary import Kind, Piece, Vocabulary
 from llama_jax.text.tokenizer import SPACE
 
-SPECIAL = (Kind.UNKNOWN, Kind.CONTROL)  # cut out of texts before anything else happens
+SPECIAL = (Kind.UNKNOWN, Kind.CONTROL)
 TO_SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-FIRST_SPACE = {"type": "Prepend", "prepend": SPACE}
+PREPEND_SPACE = {"type": "Prepend", "prepend": SPACE}
 ONE_SPACE = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
-STRIPPED = {"type": "Replace", "pattern": {"Regex": "\\A +|[ ▁]+\\z"}, "content": ""}  # not of tabs
+STRIP = {"type": "Replace", "pattern": {"Regex": "\\A +|[ ▁]+\\z"}, "content": ""}  # not of tabs
 
 
 def write_tokenizer(model: bytes, bos: bool, context: int, folder: Path) -> None:
-    """The files of a SentencePiece model; `bos`: texts are encoded behind a BOS."""
+    """Write the files of a SentencePiece model; `bos`: encoded texts begin with BOS."""
     vocabulary = Vocabulary.from_model(model)
-    names = _special_names(vocabulary)
+    ids = {"bos_token": vocabulary.bos_id, "eos_token": vocabulary.eos_id}
+    ids |= {"unk_token": vocabulary.unknown_id, "pad_token": vocabulary.pad_id}
+    names = {name: vocabulary.pieces[token].text for name, token in ids.items() if token >= 0}
     settings = {
-        # Takes tokenizer.json as it is; LlamaTokenizer would build its own idea of one.
+        # Uses tokenizer.json as it is; LlamaTokenizer would build another one.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": context,
@@ -44,18 +46,10 @@ def write_tokenizer(model: bytes, bos: bool, context: int, folder: Path) -> None
     write_object(folder / "special_tokens_map.json", names)
 
 
-def _special_names(vocabulary: Vocabulary) -> dict[str, str]:
-    """The texts of the special pieces, by transformers' names for them."""
-    ids = {"bos_token": vocabulary.bos_id, "eos_token": vocabulary.eos_id}
-    ids |= {"unk_token": vocabulary.unknown_id, "pad_token": vocabulary.pad_id}
-    return {name: vocabulary.pieces[token].text for name, token in ids.items() if token >= 0}
-
-
 def to_tokenizer_json(vocabulary: Vocabulary, bos: bool) -> dict[str, Any]:
-    """What tokenizer.json holds; `bos`: texts are encoded behind a BOS."""
+    """Return the content of tokenizer.json; `bos`: encoded texts begin with BOS."""
     scores = {p.text: p.score for p in vocabulary.pieces if p.kind == Kind.NORMAL}
-    pairs = bpe_merges.merges(scores)
-    has_plain_pieces = not any(" " in text for text in scores)  # what older versions can read
+    has_spaces = any(" " in text for text in scores)  # then older versions cannot read it
     return {
         "version": "1.0",
         "truncation": None,
@@ -74,63 +68,61 @@ def to_tokenizer_json(vocabulary: Vocabulary, bos: bool) -> dict[str, Any]:
             "fuse_unk": True,
             "byte_fallback": any(piece.kind == Kind.BYTE for piece in vocabulary.pieces),
             "ignore_merges": False,
-            "vocab": {_spelled(piece): token for token, piece in enumerate(vocabulary.pieces)},
-            "merges": [" ".join(pair) if has_plain_pieces else list(pair) for pair in pairs],
+            "vocab": {_text(piece): token for token, piece in enumerate(vocabulary.pieces)},
+            "merges": [list(pair) if has_spaces else " ".join(pair) for pair in bpe.merges(scores)],
         },
     }
 
 
-def _spelled(piece: Piece) -> str:
-    """A piece's text, as texts have it if that is where it is looked for."""
+def _text(piece: Piece) -> str:
+    """Return a piece's text; user-defined ones are found in texts before spaces are replaced."""
     return piece.text.replace(SPACE, " ") if piece.kind == Kind.USER_DEFINED else piece.text
 
 
 def _added_tokens(vocabulary: Vocabulary) -> list[dict[str, Any]]:
-    """The pieces that are cut out of a text before it is normalized."""
+    """Return the pieces that are found in a text before it is normalized."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return [
-        {"id": token, "content": _spelled(piece), **flags, "special": piece.kind in SPECIAL}
+        {"id": token, "content": _text(piece), **flags, "special": piece.kind in SPECIAL}
         for token, piece in enumerate(vocabulary.pieces)
         if piece.kind in (*SPECIAL, Kind.USER_DEFINED)
     ]
 
 
 def _normalizers(vocabulary: Vocabulary) -> list[dict[str, Any]]:
-    """What happens to a text before it is cut into pieces."""
     steps: list[dict[str, Any]] = []
     if vocabulary.characters:
         table = base64.b64encode(vocabulary.characters).decode()
         steps.append({"type": "Precompiled", "precompiled_charsmap": table})
     if vocabulary.joins_spaces:
-        steps += [STRIPPED, ONE_SPACE]
+        steps += [STRIP, ONE_SPACE]
     if vocabulary.adds_space:
-        steps.append(FIRST_SPACE)
+        steps.append(PREPEND_SPACE)
     return [*steps, TO_SPACE]
 
 
 def _decoders(vocabulary: Vocabulary) -> list[dict[str, Any]]:
-    """What makes a text of pieces."""
     steps: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
-    first = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-    return [*steps, first] if vocabulary.adds_space else steps
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    return [*steps, strip] if vocabulary.adds_space else steps
 
 
 def _template(vocabulary: Vocabulary, bos: bool) -> dict[str, Any]:
-    """What goes around a text, or a pair of texts."""
+    """Return what is put around a text, or a pair of texts."""
     text = vocabulary.pieces[vocabulary.bos_id].text
 
-    def behind_bos(letter: str, number: int) -> list[dict[str, Any]]:
+    def after_bos(letter: str, number: int) -> list[dict[str, Any]]:
         sequence = {"Sequence": {"id": letter, "type_id": number}}
         special = {"SpecialToken": {"id": text, "type_id": number}}
         return [special, sequence] if bos else [sequence]
 
     return {
         "type": "TemplateProcessing",
-        "single": behind_bos("A", 0),
-        "pair": behind_bos("A", 0) + behind_bos("B", 1),
+        "single": after_bos("A", 0),
+        "pair": after_bos("A", 0) + after_bos("B", 1),
         "special_tokens": {text: {"id": text, "ids": [vocabulary.bos_id], "tokens": [text]}},
     }

@@ -1,8 +1,8 @@
-"""Whole numbers of eight bits with a scale for each group of them, as llama2.c's version 2 has it.
+"""The int8 of llama2.c's version 2: groups of numbers that share a scale.
 
-A tensor is its values as int8 and then a float32 scale for each run of `group` values in C order;
-a run may begin in one row and end in the next. Reading and quantising again gives the same bytes
-wherever a scale was made as it is here, since then the largest of each group is ±127.
+A tensor is its values as int8, then a float32 scale for each `group` of them in C order; a group
+may begin in one row and end in the next. A tensor that was quantised here, or by the same rule, is
+quantised to the same bytes again after reading, since the largest of each group is ±127.
 """
 
 import math
@@ -16,33 +16,33 @@ from llama_jax.errors import UserError
 from llama_jax.formats.weights import Tensor, mapped
 
 LARGEST = np.float32(127)
-VALUES_AT_ONCE = 2**21  # quantised at a time; their float32 copies are all the memory it takes
+CHUNK = 2**21  # numbers quantised at a time, to bound the memory of their float32 copies
 
 
 def quantized_bytes(count: int, group: int) -> int:
-    """Bytes that `count` numbers take."""
+    """Return the bytes that `count` numbers take."""
     return count + 4 * (count // group)
 
 
-def fitting_group_size(config: ModelConfig, asked: int) -> int:
-    """The size asked for, halved until it divides the rows of every matrix.
+def fitting_group_size(config: ModelConfig, group_size: int) -> int:
+    """Return a group size, halved until it divides the rows of every matrix.
 
-    llama2.c's own exporter asks this of `dim` alone. But the rows of the matrix out of the
-    feed-forward are as long as `hidden_dim`, and its C code reckons row by row: where a group
-    straddles two rows it takes wrong scales and leaves out the end of the row.
+    llama2.c's exporter checks `dim` alone. But the rows of `ffn.down` have `hidden_dim` numbers,
+    and its C code computes row by row: where a group spans two rows it uses wrong scales and
+    leaves out the end of the row.
 
     Raises:
-      UserError: if `asked` is below 1.
+      UserError: if the group size is below 1.
     """
-    if asked < 1:
-        raise UserError(f"a group size of {asked} is out of range; expected 1 or more, such as 64")
-    while config.dim % asked or config.ffn_dim % asked:
-        asked //= 2
-    return asked
+    if group_size < 1:
+        raise UserError(f"group_size={group_size} is out of range; expected 1 or more, such as 64")
+    while config.dim % group_size or config.ffn_dim % group_size:
+        group_size //= 2
+    return group_size
 
 
 def dequantized(path: Path, offset: int, shape: tuple[int, ...], group: int) -> Tensor:
-    """A promise of the float32 numbers that values and scales at a byte offset stand for.
+    """Return the tensor whose values and scales are at a byte offset, as float32.
 
     Raises:
       UserError: if the file ends before they do, now or when they are read.
@@ -53,7 +53,7 @@ def dequantized(path: Path, offset: int, shape: tuple[int, ...], group: int) -> 
 
     def read() -> np.ndarray:
         numbers = values.read().astype(np.float32)
-        with np.errstate(all="ignore"):  # a scale may be anything, and then so are the numbers
+        with np.errstate(all="ignore"):  # scales may be NaN or infinite, and then so are numbers
             numbers *= scales.read()
         return numbers.reshape(shape)
 
@@ -64,27 +64,27 @@ def write_quantized(file: BinaryIO, array: np.ndarray, group: int, name: str) ->
     """Append a C-ordered array's values and scales; `group` divides its size.
 
     Raises:
-      UserError: if a number is infinite or none.
+      UserError: if a number is NaN or infinite.
     """
     flat = array.reshape(-1)
     scales = np.empty(flat.size // group, np.float32)
-    step = max(1, VALUES_AT_ONCE // group)
+    step = max(1, CHUNK // group)
     for start in range(0, scales.size, step):
         part = flat[start * group : (start + step) * group].astype(np.float32)
         values, scales[start : start + step] = quantize(part.reshape(-1, group))
         if not np.isfinite(scales[start : start + step]).all():
-            raise UserError(f"{name} holds NaN or infinity, which has no 8 bits; write version 1")
+            raise UserError(f"{name} holds NaN or infinity, which int8 cannot; write version 1")
         file.write(values.data)
     file.write(scales.data)
 
 
 def quantize(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Values, int8, and scales of float32 groups [groups, size], which are used up."""
+    """Return int8 values and scales of float32 groups [groups, size], which are overwritten."""
     largest = np.abs(np.maximum(groups.max(axis=1), -groups.min(axis=1)))  # never -0.0
     scales = largest / LARGEST
     with np.errstate(invalid="ignore"):  # the caller refuses what is not finite
-        groups /= np.where(scales == 0, np.float32(1), scales)[:, None]  # 0 alone makes a 0
+        groups /= np.where(scales == 0, np.float32(1), scales)[:, None]
         np.rint(groups, out=groups)
-        # Only where a scale is too small for float32's usual precision is there more than 127.
+        # More than 127 is possible only where a scale is subnormal, hence imprecise.
         np.clip(groups, -LARGEST, LARGEST, out=groups)
         return groups.astype(np.int8), scales

@@ -1,7 +1,7 @@
-"""Models of llama2.c (karpathy/llama2.c): one file, in the three versions its exporter knows.
+"""Model files of llama2.c (karpathy/llama2.c), in the three versions that its exporter writes.
 
-Version 0 is float32 with tables of cosines and sines, 1 float32 with a better header, 2 int8 with
-groups. Does not know tokenizers; llama2.c keeps its own in another file, see `tokenizer_bin`.
+Version 0 is float32 with tables of cosines and sines, 1 float32 with a longer header, 2 int8 in
+groups. The tokenizer is another file, see `llama2c.tokenizer`.
 """
 
 import math
@@ -19,60 +19,40 @@ from llama_jax.formats.llama2c.int8 import (
     quantized_bytes,
     write_quantized,
 )
-from llama_jax.formats.llama2c.rotary_table import rotary_table
-from llama_jax.formats.rules import (
-    AS_IS,
-    HEADS_IN,
-    INTERLEAVED,
-    MATRIX,
-    Layout,
-    Rule,
-    Table,
-    expanded,
-    export_tensors,
-    import_tensors,
-)
+from llama_jax.formats.rules import expanded, export_tensors, import_tensors, make_table
 from llama_jax.formats.weights import DTYPES, Tensor, Weights, mapped, tensor_shapes
 
-FLOATS_AT_ONCE = 2**21  # made float32 at a time
-FINAL_NORM = "norm.weight"  # version 0 has its tables behind it
-
-
-def _in_layers(ours: str, theirs: str, layout: Layout = AS_IS) -> Rule:
-    return Rule(f"blocks.{{layer}}.{ours}", f"layers.{{layer}}.{theirs}.weight", layout)
-
-
-EMBEDDING = Rule("embedding", "tok_embeddings.weight")
-ATTENTION_NORM = _in_layers("attention_norm.scale", "attention_norm")
-ATTENTION = (
-    _in_layers("attention.wq.kernel", "attention.wq", INTERLEAVED),
-    _in_layers("attention.wk.kernel", "attention.wk", INTERLEAVED),
-    _in_layers("attention.wv.kernel", "attention.wv", MATRIX),
-    _in_layers("attention.wo.kernel", "attention.wo", HEADS_IN),
-)
-FFN_NORM = _in_layers("ffn_norm.scale", "ffn_norm")
-FFN = (
-    _in_layers("ffn.gate.kernel", "feed_forward.w1", MATRIX),
-    _in_layers("ffn.down.kernel", "feed_forward.w2", MATRIX),
-    _in_layers("ffn.up.kernel", "feed_forward.w3", MATRIX),
-)
-NORM = Rule("norm.scale", FINAL_NORM)
-OUTPUT = Rule("output", "output.weight")
-FIRST: Table = (EMBEDDING, ATTENTION_NORM, *ATTENTION, FFN_NORM, *FFN, NORM, OUTPUT)
-LATER: Table = (ATTENTION_NORM, FFN_NORM, NORM, EMBEDDING, *ATTENTION, *FFN, OUTPUT)
-TABLES = (FIRST, LATER, LATER)  # by version, in the order of the file
+CHUNK = 2**21  # numbers converted to float32 at a time
+FINAL_NORM = "norm.weight"  # the tables of version 0 follow it
+BLOCK = "blocks.{layer}."
+EMBEDDING = {"embedding": "tok_embeddings.weight"}
+ATTENTION_NORM = {BLOCK + "attention_norm.scale": "layers.{layer}.attention_norm.weight"}
+ATTENTION = {
+    BLOCK + f"attention.{name}.kernel": f"layers.{{layer}}.attention.{name}.weight"
+    for name in ("wq", "wk", "wv", "wo")
+}
+FFN_NORM = {BLOCK + "ffn_norm.scale": "layers.{layer}.ffn_norm.weight"}
+FFN = {
+    BLOCK + f"ffn.{ours}.kernel": f"layers.{{layer}}.feed_forward.{theirs}.weight"
+    for ours, theirs in (("gate", "w1"), ("down", "w2"), ("up", "w3"))
+}
+NORM, OUTPUT = {"norm.scale": FINAL_NORM}, {"output": "output.weight"}
+FIRST = EMBEDDING | ATTENTION_NORM | ATTENTION | FFN_NORM | FFN | NORM | OUTPUT
+LATER = ATTENTION_NORM | FFN_NORM | NORM | EMBEDDING | ATTENTION | FFN | OUTPUT
+TABLES = [  # by version, in the order of the file
+    make_table(names, interleaved=True) for names in (FIRST, LATER, LATER)
+]
 
 
 def read(path: Path) -> Weights:
-    """The model in a file, float32, without a tokenizer.
+    """Return the model in a file, float32, without a tokenizer.
 
     Raises:
       UserError: if the file is not exactly as long as its header says, or is something else.
     """
     header = read_header(path)
-    tensors = import_tensors(
-        TABLES[header.version], header.config, dict(_foreign(path, header)), path
-    )
+    foreign = dict(_foreign(path, header))
+    tensors = import_tensors(TABLES[header.version], header.config, foreign, path)
     return Weights(config=header.config, tensors=tensors, tokenizer=b"")
 
 
@@ -86,9 +66,9 @@ def write(
     """Write the model as a new file.
 
     Args:
-      version: 0 for llama2.c's `run`, 2 for its `runq`; 1 holds what 0 does, for other readers.
+      version: 0 for llama2.c's `run`, 2 for its `runq`; 1 has the content of 0, for other readers.
       group_size: numbers that share a scale in version 2; see `fitting_group_size`.
-      report: called with the bytes of our tensors that are written so far.
+      report: called with the bytes of our tensors written so far.
 
     Raises:
       UserError: if llama2.c cannot express the model, or version 2 a number in it.
@@ -102,16 +82,14 @@ def write(
     with path.open("xb") as file:
         file.write(header)
         for name, tensor in foreign.items():
-            _write_tensor(file, tensor, group, name)
+            _write_tensor(file, tensor.read(), group, name)
             if version == 0 and name == FINAL_NORM:
-                for rows in rotary_table(config.context_length, config.head_size):
-                    file.write(rows.data)
-            done += tensor.nbytes
-            report(done)
+                _write_rotary_tables(file, config.context_length, config.head_size)
+            report(done := done + tensor.nbytes)
 
 
 def _foreign(path: Path, header: Header) -> Iterator[tuple[str, Tensor]]:
-    """Their tensors by their names, in the order of the file."""
+    """Yield their tensors by their names, in the order of the file."""
     config, group = header.config, header.group_size
     ours, offset = tensor_shapes(config), LENGTHS[header.version]
     for rule in expanded(TABLES[header.version], config):
@@ -126,12 +104,26 @@ def _foreign(path: Path, header: Header) -> Iterator[tuple[str, Tensor]]:
             offset += 4 * config.context_length * config.head_size
 
 
-def _write_tensor(file: BinaryIO, tensor: Tensor, group: int, name: str) -> None:
+def _write_tensor(file: BinaryIO, array: np.ndarray, group: int, name: str) -> None:
     """Append one tensor: in groups if there are any and it is a matrix, else as float32."""
-    array = tensor.read()
     if group and array.ndim > 1:
         write_quantized(file, array, group, name)
         return
     flat = array.reshape(-1)
-    for start in range(0, flat.size, FLOATS_AT_ONCE):
-        file.write(flat[start : start + FLOATS_AT_ONCE].astype(np.float32, copy=False).data)
+    for start in range(0, flat.size, CHUNK):
+        file.write(flat[start : start + CHUNK].astype(np.float32, copy=False).data)
+
+
+def _write_rotary_tables(file: BinaryIO, context_length: int, head_dim: int) -> None:
+    """Append the cosines [S, H/2] and then the sines [S, H/2], in float32.
+
+    Every reader skips them and computes its own. They may differ in the last bits from those that
+    llama2.c's exporter writes, which come from PyTorch's cosine.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = np.float32(1) / np.float32(10000.0) ** exponents
+    rows = 4096
+    for function in (np.cos, np.sin):
+        for start in range(0, context_length, rows):
+            positions = np.arange(start, min(start + rows, context_length), dtype=np.float32)
+            file.write(function(np.outer(positions, frequencies)).data)

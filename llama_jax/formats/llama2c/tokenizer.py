@@ -1,7 +1,7 @@
-"""llama2.c's tokenizer.bin: pieces and scores, and nothing about what they are for.
+"""llama2.c's tokenizer.bin: pieces and scores, without the kinds of pieces.
 
-That is inferred, as llama2.c's code takes it for granted: 0 is <unk>, 1 is <s>, 2 is </s>, and
-<0x00> to <0xFF> are bytes.
+The kinds are inferred as llama2.c's code assumes them: 0 is <unk>, 1 is <s>, 2 is </s>, and <0x00>
+to <0xFF> are bytes.
 """
 
 import math
@@ -14,41 +14,45 @@ from llama_jax.errors import UserError, describe_file
 from llama_jax.formats.vocabulary import Kind, Piece, Vocabulary
 from llama_jax.text.tokenizer import SPACE, Tokenizer
 
-LARGEST = 16 * 2**20  # bytes; Llama 2's has 0.4 MB
-CONTROLS = ("<unk>", "<s>", "</s>")  # their ids are their places
-WRITTEN = {1: "\n<s>\n", 2: "\n</s>\n"}  # how the file has two of them
+MAX_BYTES = 16 * 2**20  # Llama 2's has 0.4 MB
+CONTROLS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2
+WRITTEN = {1: "\n<s>\n", 2: "\n</s>\n"}  # the texts of two of them in a file
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # ids from 3 on
 ADVICE = "give llama2.c's tokenizer.bin or a tokenizer.model"
 
 
 def read(path: Path, vocab_size: int = 0) -> Vocabulary:
-    """The vocabulary in a file.
+    """Return the vocabulary in a file.
 
     Args:
-      vocab_size: how many pieces there have to be; 0: any number.
+      vocab_size: the expected number of pieces; 0: any.
 
     Raises:
       UserError: if the file is damaged, something else, or of another size.
     """
-    data = _read_bytes(path)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"tokenizer {path} {what}; {ADVICE}")
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise UserError(f"tokenizer {path} is no tokenizer.bin: it has {size:,} bytes; {ADVICE}")
+    data = path.read_bytes()
+    if why := describe_file(data[:64]):
+        raise UserError(f"tokenizer {path} is {why}")
     pieces = tuple(_pieces(path, data))
     if tuple(piece.text for piece in pieces[:3]) != CONTROLS:
         raise UserError(f"tokenizer {path} does not begin with <unk>, <s>, </s>; {ADVICE}")
-    if vocab_size and len(pieces) != vocab_size:
-        raise UserError(
-            f"tokenizer {path} has {len(pieces)} pieces and the model {vocab_size};"
-            " give the tokenizer it was trained with"
-        )
+    _check_size(path, len(pieces), vocab_size)
     return Vocabulary(pieces=pieces)
 
 
 def write(vocabulary: Vocabulary, path: Path) -> None:
     """Write a vocabulary as a new file.
 
-    llama2.c puts a space before every text and leaves others as they are, whatever ours does.
+    llama2.c puts a space before every text and does not change texts otherwise, whatever the
+    vocabulary says.
 
     Raises:
-      UserError: if llama2.c would take ids for something else than they are.
+      UserError: if ids are not where llama2.c expects them.
     """
     texts = [piece.text for piece in vocabulary.pieces]
     ids = (vocabulary.unknown_id, vocabulary.bos_id, vocabulary.eos_id)
@@ -65,21 +69,43 @@ def write(vocabulary: Vocabulary, path: Path) -> None:
             file.write(struct.pack("<fi", piece.score, len(text)) + text)
 
 
-def _read_bytes(path: Path) -> bytes:
-    """The bytes of a file that may be one of these."""
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"tokenizer {path} {what}; {ADVICE}")
-    if (size := path.stat().st_size) > LARGEST:
-        raise UserError(f"tokenizer {path} is no tokenizer.bin: it has {size:,} bytes; {ADVICE}")
-    data = path.read_bytes()
-    if why := describe_file(data[:64]):
-        raise UserError(f"tokenizer {path} is {why}")
-    return data
+def tokenizer_model(path: Path, vocab_size: int) -> bytes:
+    """Return the SentencePiece model in a file, or one made from a tokenizer.bin.
+
+    Args:
+      vocab_size: of the model; 0: unknown.
+
+    Raises:
+      UserError: if the file is neither, is damaged, or has another number of pieces.
+    """
+    head = b""
+    if path.is_file():
+        with path.open("rb") as file:
+            head = file.read(4)
+    if len(head) < 4 or head[2:] != b"\0\0":  # not a small int32
+        _check_size(path, Tokenizer(path).vocab_size, vocab_size)
+        return path.read_bytes()
+    from sentencepiece import SentencePieceProcessor
+
+    model = read(path, vocab_size).to_model()
+    try:  # which refuses missing bytes, and pieces that occur twice
+        SentencePieceProcessor().LoadFromSerializedProto(model)
+    except RuntimeError as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"tokenizer {path} is damaged, says SentencePiece: {why}") from error
+    return model
+
+
+def _check_size(path: Path, pieces: int, vocab_size: int) -> None:
+    """Raise `UserError` if a tokenizer does not have `vocab_size` pieces; 0: any number."""
+    if vocab_size and pieces != vocab_size:
+        raise UserError(
+            f"tokenizer {path} has {pieces:,} pieces and the model {vocab_size:,}; give the one it"
+            " was trained with by --tokenizer"
+        )
 
 
 def _pieces(path: Path, data: bytes) -> Iterator[Piece]:
-    """The pieces up to the end of the file."""
     longest = struct.unpack_from("<i", data)[0] if len(data) >= 4 else 0
     if not 1 <= longest <= len(data):
         hint = ", or is older than August 2023" if longest == 0 else ""
@@ -105,56 +131,9 @@ def _piece(path: Path, token: int, written: bytes, score: float) -> Piece:
     try:
         text = written.decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"tokenizer {path} is damaged: piece {token} is no UTF-8") from error
+        raise UserError(f"tokenizer {path} is damaged: piece {token} is not UTF-8") from error
     if token < len(CONTROLS):
         kind = Kind.CONTROL if token else Kind.UNKNOWN
         return Piece(text.strip("\n"), score, kind)
     kind = Kind.BYTE if re.fullmatch("<0x[0-9A-F]{2}>", text) else Kind.NORMAL
     return Piece(text.replace(" ", SPACE), score, kind)
-
-
-# The tokenizer that a user names for a model whose files carry none.
-#
-# Does not know models; it compares vocabulary sizes.
-
-
-def tokenizer_model(path: Path, vocab_size: int) -> bytes:
-    """A SentencePiece model from a tokenizer.model, or made from llama2.c's tokenizer.bin.
-
-    Args:
-      vocab_size: of the model; 0 if it is not known.
-
-    Raises:
-      UserError: if the file is neither, is damaged, or has another number of pieces.
-    """
-    if _is_bin(path):
-        model = read(path, vocab_size).to_model()
-        _require_loadable(path, model)
-        return model
-    tokenizer = Tokenizer(path)
-    if vocab_size and tokenizer.vocab_size != vocab_size:
-        raise UserError(
-            f"tokenizer {path} has {tokenizer.vocab_size} pieces and the model {vocab_size};"
-            " give the tokenizer it was trained with"
-        )
-    return path.read_bytes()
-
-
-def _is_bin(path: Path) -> bool:
-    """Whether a file begins with a small int32, as none of SentencePiece's can."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        head = file.read(4)
-    return len(head) == 4 and head[2:] == b"\0\0"
-
-
-def _require_loadable(path: Path, model: bytes) -> None:
-    """`UserError` if SentencePiece refuses a model, for bytes that lack or a piece that repeats."""
-    from sentencepiece import SentencePieceProcessor
-
-    try:
-        SentencePieceProcessor().LoadFromSerializedProto(model)
-    except RuntimeError as error:
-        why = " ".join(str(error).split())
-        raise UserError(f"tokenizer {path} is damaged, says SentencePiece: {why}") from error

@@ -1,10 +1,6 @@
-"""Meta's params.json: what it says of a model and what it leaves to be guessed.
-
-Does not know where the tensors are.
-"""
+"""Meta's params.json and our `ModelConfig`, in both directions."""
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -13,11 +9,11 @@ from typing import Any
 
 from llama_jax.config import ModelConfig, RopeScaling, parse
 from llama_jax.errors import UsageError, UserError
-from llama_jax.formats.meta.shards import EMBEDDING, PARAMS
+from llama_jax.formats.json_files import read_object
+from llama_jax.formats.meta.shards import EMBEDDING
 from llama_jax.formats.weights import Tensor
 
-LARGEST = 2**20  # bytes; Meta's have a hundred
-LONGEST_CONTEXT = 2**24  # tokens
+MAX_CONTEXT = 2**24  # tokens
 LLAMA3_SCALING = RopeScaling(kind="llama3", factor=8.0)  # that of `use_scaled_rope`
 GATE = "layers.0.feed_forward.w1.weight"
 LAYER = re.compile(r"layers\.([0-9]{1,9})\..*")
@@ -30,36 +26,28 @@ class Params:
     dim: int
     n_layers: int
     n_heads: int
-    n_kv_heads: int = -1  # -1: as many as n_heads
-    vocab_size: int = -1  # -1: as many as the tokenizer has, which are the embedding's rows
+    n_kv_heads: int = -1  # -1: n_heads
+    vocab_size: int = -1  # -1: that of the tokenizer, which is the embedding's
     multiple_of: int = 256
     ffn_dim_multiplier: float = 1.0
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     use_scaled_rope: bool = False
     max_seq_len: int = -1  # -1: see `_context_length`
-    max_batch_size: int = -1  # of Meta's own program; means nothing here
+    max_batch_size: int = -1  # of Meta's own program; not used
 
 
-def parsed(path: Path) -> Params:
-    """The params in a file.
+def read(path: Path) -> Params:
+    """Return the params in a file.
 
     Raises:
-      UserError: if it is missing, no JSON, of another architecture, or has a value of a wrong type.
+      UserError: if it is missing, not JSON, of another architecture, or has a wrong value.
     """
     if not path.is_file():
         raise UserError(f"{path} is missing; expected the params.json beside the .pth files")
-    if path.stat().st_size > LARGEST:
-        raise UserError(f"{path} has {path.stat().st_size:,} bytes; expected a params.json")
-    try:
-        tree = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON; copy it again") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} is not a JSON object; expected Meta's params.json")
+    tree = read_object(path)
     known = {field.name for field in dataclasses.fields(Params)}
-    unknown = [str(key) for key in tree if key not in known]
-    if unknown:
+    if unknown := [key for key in tree if key not in known]:
         listed = ascii(", ".join(unknown)[:200])[1:-1]
         raise UserError(f"{path} is of another architecture than Llama 2: it has {listed}")
     try:
@@ -69,9 +57,9 @@ def parsed(path: Path) -> Params:
 
 
 def to_config(params: Params, foreign: Mapping[str, Tensor], source: Path) -> ModelConfig:
-    """The config of a model with these params and whole tensors, by Meta's names.
+    """Return the config of a model with these params and merged tensors, by Meta's names.
 
-    The width of the feed-forward is that of w1, by the rule of `multiple_of` where it gives it.
+    The width of the feed-forward is that of w1, and set by `multiple_of` if that gives the same.
 
     Raises:
       UserError: if layers or vocabulary are not those of the tensors, or a value is out of range.
@@ -109,13 +97,13 @@ def to_config(params: Params, foreign: Mapping[str, Tensor], source: Path) -> Mo
 
 
 def _context_length(params: Params) -> int:
-    """`max_seq_len` if given, which Meta's never do, or else that of the model it looks like.
+    """Return `max_seq_len` if set, which Meta's files never do, else that of the likely model.
 
     Code Llama has a rope_theta of 1e6, Llama 3 one of 5e5, and 3.1 scales it; Llama 1 has a
     norm_eps of 1e-6 and Llama 2 one of 1e-5.
     """
     if params.max_seq_len != -1:
-        if not 1 <= params.max_seq_len <= LONGEST_CONTEXT:
+        if not 1 <= params.max_seq_len <= MAX_CONTEXT:
             raise UsageError(f"max_seq_len={params.max_seq_len} is out of range")
         return params.max_seq_len
     if params.use_scaled_rope:
@@ -125,23 +113,26 @@ def _context_length(params: Params) -> int:
 
 
 def from_config(config: ModelConfig) -> dict[str, Any]:
-    """The params of a model, with the few keys that Meta's file of such a model has.
+    """Return the params of a model, with the few keys that Meta's file of such a model has.
 
-    `max_seq_len` is only among them where a reader would guess another: Meta's program, unlike
-    others, stops at it, since it takes that number from the command line.
+    `max_seq_len` is among them only if a reader would infer another: Meta's own program does not
+    accept it there.
 
     Raises:
-      UserError: if Meta has no word for the model's head_dim, rope scaling or feed-forward width.
+      UserError: if there are no params for the model's head_dim, rope scaling or hidden_dim.
     """
+    scaling = config.rope_scaling
     if config.head_size * config.num_heads != config.dim:
         raise UserError(
-            f"model.head_dim={config.head_size} of this model has no place in Meta's params.json,"
-            " whose heads are dim / n_heads wide; choose another format"
+            f"model.head_dim={config.head_size} has no place in Meta's params.json, whose heads are"
+            " dim / n_heads wide; choose another format"
         )
-    if config.rope_scaling.kind != "none" and config.rope_scaling != LLAMA3_SCALING:
-        kind = config.rope_scaling.kind
-        raise UserError(f"model.rope_scaling.kind={kind!r} of this model has no place in Meta's")
-    multiple_of, multiplier = _rule(config)
+    if scaling.kind != "none" and scaling != LLAMA3_SCALING:
+        raise UserError(
+            f"model.rope_scaling.kind={scaling.kind!r} has no place in Meta's params.json; choose"
+            " another format"
+        )
+    multiple_of, multiplier = _width_rule(config)
     params = Params(
         dim=config.dim,
         n_layers=config.num_layers,
@@ -152,7 +143,7 @@ def from_config(config: ModelConfig) -> dict[str, Any]:
         ffn_dim_multiplier=multiplier,
         norm_eps=config.norm_eps,
         rope_theta=config.rope_theta,
-        use_scaled_rope=config.rope_scaling == LLAMA3_SCALING,
+        use_scaled_rope=scaling == LLAMA3_SCALING,
     )
     if _context_length(params) != config.context_length:
         params = dataclasses.replace(params, max_seq_len=config.context_length)
@@ -164,8 +155,8 @@ def from_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _rule(config: ModelConfig) -> tuple[int, float]:
-    """A multiple_of and an ffn_dim_multiplier with which the rule gives the model's width.
+def _width_rule(config: ModelConfig) -> tuple[int, float]:
+    """Return a multiple_of and an ffn_dim_multiplier that give the model's hidden_dim.
 
     The config's own, or the largest power of two that divides the width, with a short multiplier.
     """
@@ -183,8 +174,3 @@ def _rule(config: ModelConfig) -> tuple[int, float]:
             if ruled.ffn_dim == width:
                 return multiple_of, multiplier
     raise UserError(f"model.hidden_dim={width} is not a width that Meta's rule gives for dim")
-
-
-def write(params: dict[str, Any], folder: Path) -> None:
-    """Write the params.json of a folder."""
-    (folder / PARAMS).write_text(json.dumps(params))

@@ -1,6 +1,6 @@
-"""The consolidated.NN.pth of a model that Meta cut for several devices, merged and cut again.
+"""Meta's consolidated.NN.pth: tensors split over several files, merged and split again.
 
-A tensor is cut along one dim or copied to every shard. Does not know what a model computes.
+A tensor is split along one dim, or copied to every shard.
 """
 
 import contextlib
@@ -14,28 +14,22 @@ from llama_jax.config import ModelConfig
 from llama_jax.errors import UserError
 from llama_jax.formats.torch import reader as torch_file
 from llama_jax.formats.torch.writer import Writer
-from llama_jax.formats.weights import Tensor
+from llama_jax.formats.weights import Tensor, find_file
 
 COUNTS = (1, 2, 4, 8)
 SHARD = re.compile(r"consolidated\.([0-9]{2})\.pth")
 PARAMS = "params.json"
-PROBE = "layers.0.attention.wq.weight"  # its shape tells how many shards there should be
+PROBE = "layers.0.attention.wq.weight"  # its shape shows the number of shards
 EMBEDDING = "tok_embeddings.weight"
-DIMS = {  # along which a tensor is cut, by the last word of its name; others are copied
+DIMS = {  # along which a tensor is split, by the last word of its name; others are copied
     "tok_embeddings": 1,
-    "wq": 0,
-    "wk": 0,
-    "wv": 0,
-    "wo": 1,
-    "w1": 0,
-    "w2": 1,
-    "w3": 0,
-    "output": 0,
+    **dict.fromkeys(("wq", "wk", "wv", "w1", "w3", "output"), 0),
+    **dict.fromkeys(("wo", "w2"), 1),
 }
 
 
 def find(path: Path) -> tuple[list[Path], Path]:
-    """The shards of a folder, or the one file itself, and the file of their params.
+    """Return the shards of a folder, or a single file, and the file with their params.
 
     A folder without shards may hold a single .pth of another name.
     """
@@ -47,32 +41,41 @@ def find(path: Path) -> tuple[list[Path], Path]:
         raise UserError(f"{path} holds no consolidated.00.pth; expected a folder of Meta's")
     if len(shards) > 1 and not SHARD.fullmatch(shards[0].name):
         raise UserError(f"{path} holds {len(shards)} .pth files; name one of them")
-    beside = shards[0].with_suffix(".json")
-    return shards, beside if beside.exists() else shards[0].with_name(PARAMS)
+    folder = shards[0].parent
+    if path.is_dir():
+        for shard in shards:
+            find_file(folder, shard.name)  # refuses links that leave the folder
+    beside = find_file(folder, shards[0].with_suffix(".json").name)
+    return shards, beside or find_file(folder, PARAMS) or folder / PARAMS
 
 
 def merged(shards: list[Path], dim: int) -> dict[str, Tensor]:
-    """The whole tensors of all shards, merged when read.
+    """Return the tensors of all shards, merged when read.
 
     Args:
-      dim: width of the model, as its params say.
+      dim: of the model, from its params.
 
     Raises:
-      UserError: if shards are missing, or are not parts of the same model.
+      UserError: if shards are missing, or are not of the same model.
     """
     parts = [torch_file.read(shards[0])]
-    _require_all(shards, parts[0], dim)
+    _check_complete(shards, parts[0], dim)
     for shard in shards[1:]:
         parts.append(torch_file.read(shard))
-        _require_alike(shards[0], parts[0], shard, parts[-1])
-    return {
-        name: _merged([part[name] for part in parts], _dim(name, tensor, len(parts), dim))
-        for name, tensor in parts[0].items()
-    }
+        _check_alike(shards[0], parts[0], shard, parts[-1])
+
+    def merge(name: str, part: Tensor) -> Tensor:
+        along = _split_dim(name) if len(parts) > 1 and len(part.shape) == 2 else None
+        # Llama 3 splits the embedding along the vocabulary, so that its shards have all of `dim`.
+        if along is not None and name == EMBEDDING and part.shape[1] == dim:
+            along = 0
+        return _merged([tensors[name] for tensors in parts], along)
+
+    return {name: merge(name, part) for name, part in parts[0].items()}
 
 
-def _require_all(shards: list[Path], first: Mapping[str, Tensor], dim: int) -> None:
-    """`UserError` unless these are as many shards as the shape of a tensor in the first says."""
+def _check_complete(shards: list[Path], first: Mapping[str, Tensor], dim: int) -> None:
+    """Refuse other shards than as many as the shape of a tensor in the first shows."""
     if PROBE not in first or len(first[PROBE].shape) != 2:
         raise UserError(f"{shards[0]} holds no {PROBE}; expected a Llama in Meta's own names")
     rows, columns = first[PROBE].shape
@@ -92,8 +95,8 @@ def _require_all(shards: list[Path], first: Mapping[str, Tensor], dim: int) -> N
         )
 
 
-def _require_alike(one: Path, ours: Mapping[str, Tensor], other: Path, theirs: Mapping) -> None:
-    """`UserError` unless two shards hold the same names, with the same shapes and dtypes."""
+def _check_alike(one: Path, ours: Mapping[str, Tensor], other: Path, theirs: Mapping) -> None:
+    """Refuse shards with different names, shapes or dtypes."""
     for name in [*ours, *theirs]:
         said = [
             f"{list(part[name].shape)} of {part[name].dtype}" if name in part else "missing"
@@ -106,21 +109,13 @@ def _require_alike(one: Path, ours: Mapping[str, Tensor], other: Path, theirs: M
             )
 
 
-def _dim(name: str, part: Tensor, count: int, dim: int) -> int | None:
-    """Along which dim `count` parts of a tensor lie, or None where all are the same."""
-    if count == 1 or len(part.shape) != 2:
-        return None
-    # Llama 3 cuts the embedding into parts of the vocabulary, which keep their whole width.
-    return 0 if name == EMBEDDING and part.shape[1] == dim else _cut_dim(name)
-
-
-def _cut_dim(name: str) -> int | None:
-    """Along which dim Meta cuts a tensor, or None where every shard has a copy."""
+def _split_dim(name: str) -> int | None:
+    """Return the dim along which Meta splits a tensor, or None if every shard has a copy."""
     return DIMS.get(name.removesuffix(".weight").split(".")[-1])
 
 
 def _merged(parts: list[Tensor], along: int | None) -> Tensor:
-    """One tensor out of its parts, of which only one at a time is mapped."""
+    """Return one tensor made of parts, which are mapped one at a time."""
     if along is None:
         return parts[0]
     size = parts[0].shape[along]
@@ -136,15 +131,15 @@ def _merged(parts: list[Tensor], along: int | None) -> Tensor:
 
 
 def _part(array: np.ndarray, along: int, number: int, size: int) -> np.ndarray:
-    """The view of a shard's part of an array."""
+    """Return the view of a shard's part of an array."""
     return array[(slice(None),) * along + (slice(number * size, (number + 1) * size),)]
 
 
-def require_divisible(config: ModelConfig, shards: int) -> None:
-    """`UserError` unless a model can be cut into so many shards."""
+def check_divisible(config: ModelConfig, shards: int) -> None:
+    """Raise `UserError` unless a model can be split into so many shards."""
     if shards not in COUNTS:
         raise UserError(f"shards={shards} is not possible; expected 1, 2, 4 or 8")
-    for name in ("num_kv_heads", "ffn_dim", "vocab_size"):  # what divides the rest
+    for name in ("num_kv_heads", "ffn_dim", "vocab_size"):  # the other dims are multiples of these
         if (size := getattr(config, name)) % shards:
             raise UserError(f"{name}={size} does not divide into {shards} shards; use fewer")
 
@@ -153,25 +148,22 @@ def write(
     folder: Path, tensors: Mapping[str, Tensor], count: int, report: Callable[[int], None]
 ) -> None:
     """Write all shards side by side, so that each tensor is read once."""
+
+    def part_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
+        along = _split_dim(name)
+        return tuple(n // count if dim == along else n for dim, n in enumerate(tensor.shape))
+
+    described = {name: (part_shape(name, t), t.dtype) for name, t in tensors.items()}
     done = 0
     with contextlib.ExitStack() as stack:
         writers = [
             stack.enter_context(Writer(folder / f"consolidated.{number:02}.pth", described))
             for number in range(count)
-            for described in [{name: _cut(name, t, count) for name, t in tensors.items()}]
         ]
         for name, tensor in tensors.items():
-            array = tensor.read()
-            along = _cut_dim(name)
+            array, along = tensor.read(), _split_dim(name)
             for number, writer in enumerate(writers):
                 size = array.shape[along] // count if along is not None else 0
                 writer.add(array if along is None else _part(array, along, number, size))
             del array
             report(done := done + tensor.nbytes)
-
-
-def _cut(name: str, tensor: Tensor, count: int) -> tuple[tuple[int, ...], np.dtype]:
-    """The shape and dtype of each shard's part of a tensor."""
-    along = _cut_dim(name)
-    shape = tuple(n // count if dim == along else n for dim, n in enumerate(tensor.shape))
-    return shape, tensor.dtype
