@@ -16,8 +16,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType
 
 from llama_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig
-from llama_jax.distributed.fitting import require_fitting
-from llama_jax.distributed.mesh import MESH_AXES, batch_shards, mesh_shape
+from llama_jax.distributed.mesh import MESH_AXES, batch_shards, mesh_shape, require_fitting
 from llama_jax.hardware.accelerators import Chip
 from llama_jax.kernels.attention import choose_kernel
 from llama_jax.kernels.splash import LANES, block_length

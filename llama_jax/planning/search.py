@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llama_jax.config import Config, MeshConfig
-from llama_jax.distributed.fitting import require_fitting
+from llama_jax.distributed.mesh import require_fitting
 from llama_jax.errors import UsageError
 from llama_jax.planning.decoding import DecodingPlan, plan_decoding
 from llama_jax.planning.memory import abstract_mesh

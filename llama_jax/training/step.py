@@ -21,7 +21,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.config import Config
 from llama_jax.data.loader import Batch
-from llama_jax.distributed.fitting import require_fitting
 from llama_jax.distributed.fsdp import (
     example_ids,
     gather,
@@ -33,6 +32,7 @@ from llama_jax.distributed.mesh import (
     batch_sharding,
     constrain,
     constrain_sequence,
+    require_fitting,
     shardings,
 )
 from llama_jax.errors import UsageError

@@ -3,7 +3,7 @@
 import pytest
 
 from llama_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig
-from llama_jax.distributed.fitting import require_fitting
+from llama_jax.distributed.mesh import require_fitting
 from llama_jax.errors import UsageError
 
 SIZES = {"vocab_size": 56, "dim": 48, "num_heads": 12, "num_kv_heads": 2, "hidden_dim": 40}
