@@ -38,8 +38,8 @@ class Conversation:
           UserError: as `LLM.chat`; the history stays as it was.
         """
         system = [Message("system", self._system)] if self._system else []
-        asked = [*self._history, Message("user", text)]
-        deltas = self._llm.chat([*system, *asked], stream=True, **self._options)
+        dialogue = [*self._history, Message("user", text)]
+        deltas = self._llm.chat([*system, *dialogue], stream=True, **self._options)
         answer = ""
         try:
             for delta in deltas:
@@ -48,7 +48,7 @@ class Conversation:
         finally:
             deltas.close()
             if answer.strip():
-                self._history = [*asked, Message("assistant", answer)]
+                self._history = [*dialogue, Message("assistant", answer)]
 
 
 def run_chat(conversation: Conversation) -> None:

@@ -67,7 +67,7 @@ class Engine:
 
         Each sequence depends on its own prompt and parameters only. It ends after `max_tokens`, or
         earlier at a stop id or where the model's context is full; its last delta has a
-        `finish_reason`, and every sequence has at least one delta. Stop strings are not looked at
+        `finish_reason`, and every sequence has at least one delta. Stop strings are not found
         here (see `inference.completions`).
 
         Raises:

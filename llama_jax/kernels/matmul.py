@@ -15,7 +15,7 @@ than a few rows by a matrix. For quantised kernels:
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial, reduce
 
 import jax
@@ -137,7 +137,9 @@ def sum_lanes(x_RI: jax.Array, kernel: Quantized) -> jax.Array:
     numbers with the sums in registers. A reduction would become a scalar loop or a slower library
     call.
     """
-    runs = list(_runs(x_RI.astype(FLOAT32), kernel))
+    wide_RI, I = x_RI.astype(FLOAT32), x_RI.shape[1]
+    length = _run_length(I) if kernel.minimum is None else BLOCK
+    runs = [(wide_RI[:, i : i + length], kernel.inputs(i, length)) for i in range(0, I, length)]
     most = len(runs) if kernel.minimum is None else BLOCKS
     sums_RO = [_sum_runs(runs[i : i + most]) for i in range(0, len(runs), most)]
     return reduce(jnp.add, sums_RO)
@@ -160,14 +162,6 @@ def _over_lanes(lanes_ORL: jax.Array) -> jax.Array:
     """The sums [R, O] over the lanes, as a matmul, since a reduction would be a scalar loop."""
     O, R, L = lanes_ORL.shape
     return jnp.dot(lanes_ORL.reshape(O * R, L), jnp.ones(L)).reshape(O, R).T
-
-
-def _runs(x_RI: jax.Array, kernel: Quantized) -> Iterator[tuple[jax.Array, Quantized]]:
-    """Runs of adjacent inputs with their part of the kernel; for int4 a run is a block."""
-    I = x_RI.shape[1]
-    length = _run_length(I) if kernel.minimum is None else BLOCK
-    for start in range(0, I, length):
-        yield x_RI[:, start : start + length], kernel.inputs(start, length)
 
 
 def _run_length(inputs: int) -> int:
