@@ -106,7 +106,7 @@ class RopeScaling(Section):
         require(
             self.kind != "llama3" or self.low_frequency_factor < self.high_frequency_factor,
             f"model.rope_scaling.low_frequency_factor={self.low_frequency_factor} is not below"
-            f" high_frequency_factor={self.high_frequency_factor}",
+            f" high_frequency_factor={self.high_frequency_factor}; lower it",
         )
 
 
@@ -146,7 +146,7 @@ class ModelConfig(Section):
         require(
             self.num_heads % self.num_kv_heads == 0,
             f"model.num_heads={self.num_heads} does not divide over"
-            f" model.num_kv_heads={self.num_kv_heads}; each kv head serves equally many heads",
+            f" model.num_kv_heads={self.num_kv_heads}; use a multiple of it",
         )
         source = "" if self.head_dim else f"model.dim={self.dim} / num_heads={self.num_heads}: "
         require(
@@ -241,7 +241,7 @@ class MeshConfig(Section):
         for name, size in sizes.items():
             require(
                 size == -1 or size >= 1,
-                f"mesh.{name}={size} is not a size; expected 1 or more, or -1 for the devices left",
+                f"mesh.{name}={size} is out of range; expected 1 or more, or -1 for the rest",
             )
         greedy = [name for name, size in sizes.items() if size == -1]
         require(

@@ -65,8 +65,8 @@ REFUSED = [  # class, field, value, part of the message
     (OptimizerConfig, "weight_decay", -0.1, "optimizer.weight_decay=-0.1 is out of range"),
     (OptimizerConfig, "clip_norm", -1.0, "optimizer.clip_norm=-1.0 is out of range"),
     (OptimizerConfig, "accumulation_steps", 0, "optimizer.accumulation_steps=0 is out of range"),
-    (MeshConfig, "data", 0, "mesh.data=0 is not a size"),
-    (MeshConfig, "fsdp", -2, "mesh.fsdp=-2 is not a size"),
+    (MeshConfig, "data", 0, "mesh.data=0 is out of range"),
+    (MeshConfig, "fsdp", -2, "mesh.fsdp=-2 is out of range"),
     (MeshConfig, "tensor", -1, "mesh.data=-1 and mesh.tensor=-1, but only one axis can take"),
     *[
         (RunConfig, name, 0, f"run.{name}=0 is out of range; expected at least 1")

@@ -56,7 +56,9 @@ def read_checkpoint(folder: Path, step: Path | None, read: Callable[[Path], Cont
     """
     content = read(step) if step else newest_intact(folder, read, report=warn)
     if content is None:
-        raise UserError(f"{folder} has no finished checkpoint; train for longer, or look elsewhere")
+        raise UserError(
+            f"{folder} has no finished checkpoint; train until the first is saved, or name another"
+        )
     return content
 
 

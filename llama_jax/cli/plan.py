@@ -41,7 +41,7 @@ def parse_flags(argv: list[str]) -> tuple[Any, list[str]]:
     flags, words = parser.parse_known_args(argv)
     if flags.table and argv != ["--table"]:
         other = next(word for word in argv if word != "--table")
-        raise UsageError(f"--table lists every config as it is; leave out {other!r}")
+        raise UsageError(f"--table plans every config unchanged; leave out {other!r}")
     unused = [name for name in DECODING_FLAGS if getattr(flags, name) != parser.get_default(name)]
     if unused and flags.mode != "decode":
         raise UsageError(f"--{unused[0]} is for decoding; add --mode decode or leave it out")

@@ -54,7 +54,7 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
     shape = tuple(devices // fixed if size == -1 else size for size in sizes)
     if math.prod(shape) != devices:
         raise UsageError(
-            f"{_named(sizes)} do not arrange {devices} devices; the nearest sizes that do are"
+            f"{_named(sizes)} do not multiply to {devices} devices; the nearest sizes that do are"
             f" {_named(_nearest_shape(sizes, devices))}"
         )
     return shape

@@ -86,11 +86,14 @@ def _initialize_arguments(
     if coordinator is None and num_processes is None and process_id is None:
         return {}
     if coordinator is None or num_processes is None or process_id is None:
-        raise UsageError(f"{FLAGS} go together; give all three of them, or none")
+        raise UsageError(f"{FLAGS} belong together; expected all three of them, or none")
     port = _port(coordinator)
     count = whole_number("--num_processes", num_processes, lambda n: n > 0, "1 or more")
     number = whole_number(
-        "--process_id", process_id, lambda n: 0 <= n < count, f"0 to {count - 1}, or more processes"
+        "--process_id",
+        process_id,
+        lambda n: 0 <= n < count,
+        f"0 to {count - 1}, below --num_processes",
     )
     if number == 0 and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
         _require_free(port)
@@ -181,7 +184,9 @@ def _timeout_message(timeout: float) -> str:
 def _connection_error(failure: BaseException) -> BaseException:
     """Return an exception of `jax.distributed.initialize` as an error of one line."""
     if isinstance(failure, ValueError) and "should be defined" in str(failure):
-        return UsageError(f"no Slurm, Open MPI, GKE or Cloud TPU job runs here; add {FLAGS}")
+        return UsageError(
+            f"this is not part of a Slurm, Open MPI, GKE or Cloud TPU job; add {FLAGS}"
+        )
     if isinstance(failure, RuntimeError | OSError | LookupError | ValueError):
         first = (str(failure).splitlines() or [repr(failure)])[0]
         return UserError(f"the processes could not be connected: {first}; or add {FLAGS}")

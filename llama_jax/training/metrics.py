@@ -129,7 +129,7 @@ class MetricsFile:
 
     def _warn(self, error: OSError) -> None:
         if not self._has_warned:
-            warn(f"{METRICS} is not written: {error.strerror}; training goes on")
+            warn(f"{METRICS} cannot be written ({error.strerror}); training goes on without it")
         self._has_warned = True
 
 

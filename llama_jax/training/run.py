@@ -185,16 +185,16 @@ class Trainer:
         self.writer.wait()
         raise NonFiniteLossError(
             f"step {step} has loss {metrics.loss} and gradient norm {metrics.gradient_norm};"
-            f" stopped before its update. The last good step is {last_good}, saved in"
-            f" {self.folder}; try a lower --config.optimizer.learning_rate"
+            f" stopped before its update, with step {last_good} saved in {self.folder}; resume with"
+            " a lower --config.optimizer.learning_rate"
         )
 
     def _save(self, validation_loss: float) -> None:
         """Start to write a checkpoint of the current state."""
         if jax.process_index() == 0 and not (self.folder / CONFIG).exists():
             raise UserError(
-                f"{self.folder} was moved or removed while training; stopped at step {self.step},"
-                " which is not saved. Put the folder back and run the same command again"
+                f"{self.folder} was moved or removed while training, so step {self.step} cannot be"
+                " saved; put the folder back and run the same command again"
             )
         best = {} if math.isinf(self.best_loss) else {"best_validation_loss": self.best_loss}
         self.writer.save(

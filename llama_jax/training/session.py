@@ -132,8 +132,8 @@ def _restore(config: Config, folder: Path, data: TokenFolder, mesh: Mesh) -> Sta
         return None
     if restored.meta.get("data") != data.fingerprint and not config.data.allow_change:
         raise UserError(
-            f"step {restored.step} of {folder} was trained on other data than {data.path} holds"
-            " now; restore them, or accept the change with --config.data.allow_change=true"
+            f"{data.path} does not hold the data that step {restored.step} of {folder} was trained"
+            " on; restore it, or accept the change with --config.data.allow_change=true"
         )
     step, healthy = jax.device_put(
         (jnp.int32(restored.step), jnp.bool(True)), (shardings.step, shardings.healthy)
@@ -184,7 +184,9 @@ def open_data(config: Config) -> TokenFolder:
         prepare_corpus("stories", path, options)
     folder = TokenFolder.open(path)
     if folder.vocab_size != config.model.vocab_size:
-        remedy = "move it away and it is made anew, or " * (config.data.corpus == "stories")
+        remedy = "move it away, so that it is prepared again, or " * (
+            config.data.corpus == "stories"
+        )
         raise UsageError(
             f"{path} has a vocabulary of {folder.vocab_size} and model.vocab_size is"
             f" {config.model.vocab_size}; {remedy}set"

@@ -54,7 +54,7 @@ def test_a_search_lists_flags(capsys):
         (["--fast"], "--target is missing"),
         (["--target", "v5x-8", "--fast"], "did you mean"),
         (["--target", "v5e-8", "--fsat"], "'--fsat' is not understood"),
-        (["--target", "v5e-8", "--fast", "--config.mesh.tensor=3"], "do not arrange 8 devices"),
+        (["--target", "v5e-8", "--fast", "--config.mesh.tensor=3"], "do not multiply to 8 devices"),
         (["--target", "v5e-8", "--fast", "--config.mesh.fsdp=8", "--config.mesh.data=1",
           "--config.data.batch_size=4"], "does not divide"),
         (["--target", "v5e-8", "--fast", "--config", "configs/9b.py"], "does not exist"),

@@ -213,7 +213,7 @@ def test_a_loss_that_is_not_finite_has_an_exit_code_of_its_own(place):
     code, stdout, stderr = finished(place, at("absurd"), *absurd)
     assert code == 3
     (line,) = stderr.splitlines()
-    match = re.match(r"error: step (\d+) has loss .* The last good step is (\d+), saved in", line)
+    match = re.match(r"error: step (\d+) has loss .*, with step (\d+) saved in", line)
     assert int(match[2]) == int(match[1]) - 1 == finished_steps(place / "absurd")[-1]
     assert list(losses(place / "absurd")) == list(range(1, int(match[1])))
     assert "finished" not in stdout
@@ -243,9 +243,9 @@ MISTAKES = {
     (*TINY, "batch_size=4"): (2, "did you mean --config.data.batch_size=4"),
     (*TINY, "--profil", "1:2"): (2, "'--profil' is not understood; did you mean '--profile'?"),
     (*TINY, "--distribute"): (2, "did you mean '--distributed'?"),
-    (*TINY, "--profile", "-1:2"): (2, "--profile '-1:2' is not understood; expected START:STOP"),
+    (*TINY, "--profile", "-1:2"): (2, "--profile '-1:2' cannot be parsed; expected START:STOP"),
     ("--config=headless.py",): (2, "key 'model' is missing in headless.py; expected a section"),
-    (*TINY, "--distributed", "--coordinator", ""): (2, "go together; give all three of them"),
+    (*TINY, "--distributed", "--coordinator", ""): (2, "belong together; expected all three"),
     (*TINY, "--config.data.batch_size=0"): (2, "data.batch_size=0 is out of range"),
     (*TINY, "--config.optimizer.learning_rate=nan"): (2, "learning_rate=nan is out of range"),
     (*TINY, "--config.model.dim=25"): (2, "model.dim=25 does not divide into model.num_heads=6"),
@@ -256,7 +256,7 @@ MISTAKES = {
         "over 8 devices × optimizer.accumulation_steps=1; the nearest that does is 16",
     ),
     (*TINY, "--config.optimizer.accumulation_steps=2"): (2, "the nearest that does is 16"),
-    (*TINY, "--config.mesh.tensor=3"): (2, "do not arrange 8 devices"),
+    (*TINY, "--config.mesh.tensor=3"): (2, "do not multiply to 8 devices"),
     (*TINY, "--config.optimizer.warmup_steps=41"): (2, "warmup_steps=41 is longer than the run"),
     (*TINY, "--profile=5:5"): (2, "--profile '5:5' ends before it begins"),
     (*TINY, "--profile=5:41"): (2, "--profile '5:41' goes beyond the run of optimizer.steps=40"),
@@ -267,7 +267,7 @@ MISTAKES = {
     (*TINY, "--config.model.vocab_size=300"): (2, "set --config.model.vocab_size=320"),
     (*TINY, "--config.model.vocab_size=300", "--config.data.corpus=stories"): (
         2,
-        "move it away and it is made anew, or set --config.model.vocab_size=320",
+        "move it away, so that it is prepared again, or set --config.model.vocab_size=320",
     ),
     (*TINY, "--config.data.path=beyond"): (1, "train-00000.bin has id 320 at position 3"),
     (*TINY, "--config.data.path=cut"): (1, "expected"),
@@ -278,7 +278,7 @@ MISTAKES = {
     ),
     (*TINY, "--process_id=1"): (2, "--process_id needs --distributed"),
     (*TINY, "--distributed", "--num_processes=two"): (2, "invalid int value: 'two'"),
-    (*TINY, "--distributed", "--num_processes=2"): (2, "go together; give all three of them"),
+    (*TINY, "--distributed", "--num_processes=2"): (2, "belong together; expected all three"),
     ("--config=tiny.py", at("tiny.py")): (2, "tiny.py is a file"),
     ("--config=tiny.py", at("tiny.py/below")): (
         2,

@@ -274,7 +274,7 @@ def test_error_is_one_line_on_every_process(refused, name):
 @pytest.mark.slow
 def test_non_finite_loss_is_an_error_on_every_process(place):
     absurd = ("--config.optimizer.learning_rate=10", "--config.optimizer.weight_decay=10")
-    message = r"step \d+ has loss .*; stopped before its update\. The last good step is \d+"
+    message = r"step \d+ has loss .*; stopped before its update, with step \d+ saved"
     assert_refused(Processes(place, folder("loss"), *absurd, own=by_flags()), 3, message)
 
 
@@ -287,9 +287,9 @@ def test_failed_start_leaves_nothing(place, refused):
 
 
 ARGUMENTS = {
-    ("host:1", None, None): "go together; give all three of them, or none",
-    (None, 2, 1): "go together",
-    ("", None, None): "go together",
+    ("host:1", None, None): "belong together; expected all three of them, or none",
+    (None, 2, 1): "belong together",
+    ("", None, None): "belong together",
     ("", 2, 1): "--coordinator='' is not an address; expected HOST:PORT, such as 10.0.0.1:1234",
     ("host", 2, 1): "--coordinator='host' is not an address; expected HOST:PORT",
     ("host:x", 2, 1): "--coordinator='host:x' is not an address",

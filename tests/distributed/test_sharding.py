@@ -286,7 +286,7 @@ def test_minus_one_takes_the_devices_left(sizes, shape):
 )
 def test_sizes_that_do_not_multiply_to_the_devices_are_refused(sizes, nearest):
     told = ", ".join(f"mesh.{name}={size}" for name, size in zip(AXES, nearest))
-    with pytest.raises(UsageError, match="do not arrange 8 devices") as refused:
+    with pytest.raises(UsageError, match="do not multiply to 8 devices") as refused:
         mesh_of(sizes)
     assert str(refused.value).endswith(f"the nearest sizes that do are {told}")
 

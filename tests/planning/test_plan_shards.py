@@ -23,7 +23,7 @@ from llama_jax.planning.memory import (
 def test_a_mesh_of_devices_that_are_not_here():
     mesh = abstract_mesh(MeshConfig(data=2, fsdp=-1, tensor=4), 1024)
     assert dict(mesh.shape) == {"data": 2, "fsdp": 128, "tensor": 4}
-    with pytest.raises(UsageError, match="do not arrange 10 devices"):
+    with pytest.raises(UsageError, match="do not multiply to 10 devices"):
         abstract_mesh(MeshConfig(data=1, tensor=4, fsdp=-1), 10)
 
 

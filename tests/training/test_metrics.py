@@ -71,8 +71,8 @@ def test_a_full_disk_costs_one_warning_and_not_the_run(tmp_path, capsys):
     with closing(MetricsFile(tmp_path, tensorboard=False)) as file:
         for step in range(3):
             file.write({"step": step, "loss": 1.0})
-    line = "warning: metrics.jsonl is not written: No space left on device; training goes on\n"
-    assert capsys.readouterr().err == line
+    reason = "metrics.jsonl cannot be written (No space left on device)"
+    assert capsys.readouterr().err == f"warning: {reason}; training goes on without it\n"
 
 
 def test_without_a_terminal_the_console_says_plain_lines(capsys):
