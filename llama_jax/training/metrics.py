@@ -115,7 +115,7 @@ class MetricsFile:
         """Return the time that the sessions before this one took up to `step`; see `Earlier`."""
         records, skipped = read_records(self._path)
         if skipped:
-            warn(f"{self._path} has {skipped} damaged lines, which are skipped")
+            warn(f"skipped {skipped} damaged line{'s' * (skipped > 1)} of {self._path}")
         return earlier_sessions(records, step)
 
     def close(self) -> None:
@@ -161,9 +161,10 @@ def _without_nan(record: Record) -> Record:
 
 
 def read_records(path: Path) -> tuple[list[Record], int]:
-    """Return the records of a metrics file, and the number of lines that are not records.
+    """Return the records of a metrics file, and the number of lines that are damaged or foreign.
 
-    Such lines are cut off, damaged or foreign. A file that does not exist has no records.
+    A line that was cut off when a process was killed does not count. A file that does not exist has
+    no records.
     """
     records: list[Record] = []
     skipped = 0
@@ -177,7 +178,7 @@ def read_records(path: Path) -> tuple[list[Record], int]:
                 record = None
             if _is_record(record):
                 records.append(record)
-            elif line.strip():
+            elif line.strip() and not (line.startswith("{") and not line.endswith("}\n")):
                 skipped += 1
     return records, skipped
 

@@ -258,7 +258,7 @@ MISTAKES = {
     (*TINY, "--config.optimizer.accumulation_steps=2"): (2, "the nearest that does is 16"),
     (*TINY, "--config.mesh.tensor=3"): (2, "do not multiply to 8 devices"),
     (*TINY, "--config.optimizer.warmup_steps=41"): (2, "warmup_steps=41 is longer than the run"),
-    (*TINY, "--profile=5:5"): (2, "--profile '5:5' ends before it begins"),
+    (*TINY, "--profile=5:5"): (2, "--profile '5:5' is empty"),
     (*TINY, "--profile=5:41"): (2, "--profile '5:41' goes beyond the run of optimizer.steps=40"),
     (*TINY, "--config.data.path=missing"): (
         1,
@@ -303,7 +303,7 @@ MISTAKES = {
     ),
     ("--config=tiny.py", at("straight"), "--config.data.path=other"): (
         1,
-        "are not those that step 40 of straight was trained on",
+        "does not hold the data that step 40 of straight was trained",
     ),
     ("--config=tiny.py", at("straight"), "--config.data.path=apart"): (
         1,
