@@ -156,7 +156,7 @@ MISTAKES = {
     "--input nothing --from hf --output x": (1, "nothing does not exist"),
     "--input soup --output x": (1, "the format of soup is not recognised; give --from"),
     "--input soup --from ckpt --output x": (1, "soup holds no run"),
-    "--input in.hf --from ckpt --output x": (1, "in.hf is of Hugging Face's format"),
+    "--input in.hf --from ckpt --output x": (1, "in.hf has Hugging Face's format"),
     "--input in.ckpt --from hf --output x": (1, "in.ckpt/config.json"),
     "--input in.gguf --from llama2c --output x": (1, "in.gguf"),
     "--input in.bin --from gguf --output x": (1, "in.bin"),
