@@ -110,3 +110,14 @@ def test_links_that_leave_the_folder_are_refused(folder, tmp_path, name):
     (folder / name).unlink()
     (folder / name).symlink_to("inside")
     same(meta.read(folder), untied("bfloat16"))
+
+
+def test_links_in_the_hubs_cache_are_followed(folder, tmp_path):
+    cache = tmp_path / "models--meta-llama--x"
+    original = cache / "snapshots" / "0123abcd" / "original"
+    original.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(cache / "blobs" / str(number))
+        (original / file.name).symlink_to(cache / "blobs" / str(number))
+    same(meta.read(original), untied("bfloat16"))
