@@ -63,7 +63,7 @@ def run(place, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("source", ["ckpt", "meta", "hf", "bin", "gguf"])
-def test_a_checkpoint_is_made_of_anything(run, source):
+def test_every_format_converts_to_a_checkpoint(run, source):
     code, told, said = run(f"--input in.{source} --output of-{source} --tokenizer t.model")
     assert (code, said) == (0, "")
     written, verified, then = told.splitlines()
@@ -78,7 +78,7 @@ def test_a_checkpoint_is_made_of_anything(run, source):
 
 
 @pytest.mark.parametrize("target", FORMATS)
-def test_anything_is_made_of_a_checkpoint(run, target):
+def test_a_checkpoint_converts_to_every_format(run, target):
     code, told, said = run(f"--input in.ckpt/0 --to {target} --output to/x.{target} --no_verify")
     assert (code, said) == (0, "") and "verified" not in told
     weights = FORMATS[target].read(Path(f"to/x.{target}"), None)
@@ -86,7 +86,7 @@ def test_anything_is_made_of_a_checkpoint(run, target):
     np.testing.assert_array_equal(numbers, tiny_weights().tensors["norm.scale"].read())
 
 
-def test_meta_has_a_door_of_its_own(run):
+def test_convert_meta(run):
     code, told, _ = run("--input in.meta --output mine --dtype bfloat16", door="convert_meta")
     assert code == 0 and "verified: " in told
     read = FORMATS["ckpt"].read(Path("mine"), None)
@@ -95,7 +95,7 @@ def test_meta_has_a_door_of_its_own(run):
     assert code == 1 and said.count("\n") == 1 and "error: in.hf" in said
 
 
-def test_choices_reach_the_format(run):
+def test_flags_reach_the_format(run):
     run("--input in.ckpt --to llama2c --llama2c_version 2 --group_size 4 --output v2/m.bin")
     content = Path("v2/m.bin").read_bytes()
     assert content[4:8] == b"\2\0\0\0" and content[37] == 4
@@ -105,7 +105,7 @@ def test_choices_reach_the_format(run):
     assert code == 1 and "vocab_size=283 does not divide into 2 shards" in said
 
 
-def test_a_checkpoint_of_integers_tells_its_kind_and_template(run):
+def test_a_quantised_checkpoint_has_its_kind_and_template(run):
     code, told, said = run(
         "--input in.hf --output q --quantize int4 --group_size 64 --template none"
     )
@@ -117,7 +117,7 @@ def test_a_checkpoint_of_integers_tells_its_kind_and_template(run):
     assert (code, said) == (0, "") and "|Δlogit| 0 where" in told, "its floats are what it is"
 
 
-def test_numbers_that_are_none_are_told_or_refused(run):
+def test_nan_warns_or_is_refused(run):
     code, told, said = run("--input nan.ckpt --to hf --output nan.hf")
     assert code == 0 and said.startswith("warning: norm.scale of nan.ckpt holds NaN or infinity")
     assert "not verified: llama_jax on ckpt computes logits that are NaN or infinite" in told
@@ -126,7 +126,7 @@ def test_numbers_that_are_none_are_told_or_refused(run):
     assert not Path("nan2.hf").exists()
 
 
-def test_a_large_model_is_verified_only_when_asked(run, monkeypatch):
+def test_a_large_model_is_verified_only_on_request(run, monkeypatch):
     monkeypatch.setattr("llama_jax.formats.verify.is_cheap", lambda source: False)
     _, told, _ = run("--input in.ckpt --output large")
     assert "not verified: that takes 0 GB of memory and a while; --verify does it" in told
@@ -177,7 +177,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("line", MISTAKES)
-def test_a_mistake_is_one_line_and_leaves_nothing(run, place, line):
+def test_an_error_is_one_line_and_leaves_nothing(run, place, line):
     before = sorted(place.rglob("*"))
     code, told, said = run(line)
     expected, says = MISTAKES[line]

@@ -34,7 +34,7 @@ def processor(scores):
     return found
 
 
-def test_merges_are_every_cut_of_every_piece_best_first():
+def test_merges_are_all_splits_of_all_pieces_by_score():
     scores = {"a": -9.0, "b": -8.0, "c": -7.0, "bc": -2.0, "ab": -3.0, "abc": -4.0, "xa": -1.0}
     assert bpe_merges.merges(scores) == [("b", "c"), ("a", "b"), ("ab", "c"), ("a", "bc")]
 
@@ -47,7 +47,7 @@ def test_a_rank_is_that_of_the_merge_that_happens():
     assert bpe_merges.ranks(merges, unreachable=["bc"]) == ranks
 
 
-def test_a_piece_that_its_own_text_does_not_give_has_no_rank():
+def test_unreachable_pieces_have_no_rank():
     # "abc" becomes ab, c; so bc never meets an a that is alone.
     assert bpe_merges.ranks([("a", "b"), ("b", "c"), ("a", "bc")]) == {"ab": 0, "bc": 1}
 
@@ -87,14 +87,14 @@ def test_merges_from_scores_encode_as_sentencepiece_does(merges, text, chance):
 
 
 @pytest.mark.parametrize("spaces", [1, 2, 3, 5, 16, 17, 31, 33, 64])
-def test_runs_of_spaces_that_score_alike_grow_from_the_left(spaces):
+def test_spaces_of_equal_score_are_merged_from_the_left(spaces):
     scores = {"▁" * length: -1e9 for length in range(1, 17)} | {"a": -2.0, "▁a": -1.0}
     for text in ("▁" * spaces, "a" + "▁" * spaces + "a"):
         parts = processor(scores).encode(text, out_type=str)
         assert joined(text, bpe_merges.merges(scores)) == parts
 
 
-def test_many_pieces_take_a_moment():
+def test_large_vocabularies_are_fast():
     chance = random.Random(0)
     words = {"".join(chance.choices("abcdefgh", k=chance.randrange(2, 9))) for _ in range(32_000)}
     whole = {word[:size] for word in words for size in range(1, 9)}

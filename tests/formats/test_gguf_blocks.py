@@ -76,7 +76,7 @@ def test_any_bytes_are_read_as_the_package_does(path, kind):
     assert found["b"].read().tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
-def test_types_of_today_are_among_them():
+def test_common_types_are_readable():
     names = {kind.name for kind in READABLE}
     assert names >= {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ2_XXS", "IQ4_NL", "MXFP4", "TQ1_0"}
     assert names >= {f"Q{bits}_K" for bits in range(2, 7)}
@@ -92,7 +92,7 @@ def test_other_types_are_refused_by_name(path, kind):
         lazy_tensors(path, {"a": stored})
 
 
-def test_types_of_tomorrow_are_refused_by_number(path):
+def test_unknown_types_are_refused_by_number(path):
     header = with_blocks(path, BlockType.F32, np.zeros((2, 3), np.float32))
     stored = {name: dataclasses.replace(header["a"], type_number=999) for name in "xyz"}
     with pytest.raises(UserError, match="stores x and 2 more as type 999, which cannot be read"):

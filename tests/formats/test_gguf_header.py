@@ -86,7 +86,7 @@ def test_where_tensors_lie(tmp_path, version):
     assert (found["b"].offset, found["c"].offset) == (start + 64, start + 128)
 
 
-def test_types_that_we_do_not_read_are_listed_all_the_same(tmp_path):
+def test_tensors_of_unknown_types_are_listed(tmp_path):
     tensors = [
         tensor("a", (256,), kind=999),
         tensor("b", (2,), offset=160),
@@ -192,14 +192,14 @@ def test_a_whole_file_is_not_refused(tmp_path):
     assert set(read(tmp_path, gguf([u32("a", 1)], TWO, DATA)).tensors) == {"a", "b"}
 
 
-def test_what_is_no_file(tmp_path):
+def test_folders_and_missing_files_are_refused(tmp_path):
     for path in (tmp_path, tmp_path / "absent.gguf"):
         with pytest.raises(UserError, match="is not a file"):
             read_header(path)
 
 
 @pytest.mark.parametrize("end", range(0, 270, 9))
-def test_cut_anywhere(tmp_path, end):
+def test_every_truncation_is_refused(tmp_path, end):
     whole = gguf([u32("a", 1), key("b", STRING, text("c"))], TWO, bytes(112))
     with pytest.raises(UserError):
         read(tmp_path, whole[: min(end, len(whole) - 1)])

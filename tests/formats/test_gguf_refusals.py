@@ -1,4 +1,4 @@
-"""GGUF files that look whole and are not what we can read or write."""
+"""GGUF files that are well formed but cannot be read or written."""
 
 import dataclasses
 import tracemalloc
@@ -120,7 +120,7 @@ def test_keys_that_must_be_there(path, key):
         gguf.read(path)
 
 
-def test_keys_that_change_nothing(path):
+def test_harmless_keys_are_ignored(path):
     keys = {"llama.expert_count": 0, "llama.expert_used_count": 0, "llama.rope.scale_linear": 1.0}
     keys |= {"llama.vocab_size": 7, "general.anything": [], f"{PIECES}padding_token_id": 2**32 - 1}
     changed(path, tiny_weights(), keys=keys)
@@ -133,7 +133,7 @@ def test_another_architecture_is_refused(path):
         gguf.read(path)
 
 
-def test_long_values_are_shown_in_part(path):
+def test_long_values_are_cut_in_messages(path):
     changed(path, tiny_weights(), keys={"llama.attention.scale": "long" * 999})
     with pytest.raises(UserError, match="which is not Llama 2's") as caught:
         gguf.read(path)
@@ -161,7 +161,7 @@ def test_a_file_without_an_embedding(path):
         gguf.read(path)
 
 
-def test_factors_that_no_rule_of_llama_3_gives(path):
+def test_rope_factors_of_another_rule_are_refused(path):
     for factors in (np.linspace(1, 9, 8), np.full(8, np.nan), np.ones(7), np.zeros(40_000)):
         tensors = {"rope_freqs.weight": lazy(factors.astype(np.float32))}
         changed(path, tiny_weights(**LONG), tensors=tensors)
@@ -173,7 +173,7 @@ def test_factors_that_no_rule_of_llama_3_gives(path):
         gguf.read(path)
 
 
-def test_factors_are_looked_at_only_if_few(path):
+def test_huge_rope_factors_are_not_read(path):
     factors = {"rope_freqs.weight": lazy(np.zeros(4_000_000, np.float32))}
     changed(path, tiny_weights(), tensors=factors)
     tracemalloc.start()

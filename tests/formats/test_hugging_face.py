@@ -25,8 +25,8 @@ def stored(folder):
 def store(folder, arrays):
     """Other tensors for a folder."""
     (folder / "model.safetensors").unlink(missing_ok=True)
-    promises = {n: Tensor(a.shape, a.dtype, lambda a=a: a) for n, a in arrays.items()}
-    safetensors_file.write(folder / "model.safetensors", promises)
+    lazy_tensors = {n: Tensor(a.shape, a.dtype, lambda a=a: a) for n, a in arrays.items()}
+    safetensors_file.write(folder / "model.safetensors", lazy_tensors)
 
 
 def say(folder, **changes):
@@ -86,7 +86,7 @@ def test_norms_may_be_wider_than_matrices(tmp_path):
     assert json.loads((tmp_path / "model" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
-def test_tensors_lie_as_theirs_do(untied):
+def test_tensors_have_the_layout_of_transformers(untied):
     weights, theirs = tiny_weights(tied_embeddings=False), stored(untied)
     ours = {name: tensor.read() for name, tensor in weights.tensors.items()}
     layer = "model.layers.1."
@@ -117,18 +117,18 @@ def test_each_tensor_is_read_once_kind_by_kind(tmp_path):
     def logged(name, tensor):
         return dataclasses.replace(tensor, read=lambda: (log.append(name), tensor.read())[1])
 
-    promises = {name: logged(name, tensor) for name, tensor in weights.tensors.items()}
+    lazy_tensors = {name: logged(name, tensor) for name, tensor in weights.tensors.items()}
     hugging_face.write(
-        dataclasses.replace(weights, tensors=promises), tmp_path / "model", report=done.append
+        dataclasses.replace(weights, tensors=lazy_tensors), tmp_path / "model", report=done.append
     )
-    assert sorted(log) == sorted(promises)
+    assert sorted(log) == sorted(lazy_tensors)
     layers = [name for name in log if ".wq." in name]
     assert layers == [f"blocks.{i}.attention.wq.kernel" for i in range(3)]
     assert log.index(layers[-1]) - log.index(layers[0]) == 2
-    assert done == sorted(done) and done[-1] == sum(t.nbytes for t in promises.values())
+    assert done == sorted(done) and done[-1] == sum(t.nbytes for t in lazy_tensors.values())
 
 
-def test_reading_asks_for_no_tensor(folder, monkeypatch):
+def test_tensors_are_read_lazily(folder, monkeypatch):
     monkeypatch.setattr(np, "memmap", None)
     weights = hugging_face.read(folder)
     with pytest.raises(TypeError):
@@ -199,7 +199,7 @@ def test_frequencies_in_old_files_are_ignored(folder):
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int64, np.float64])
-def test_numbers_of_another_kind_are_refused(dtype, folder):
+def test_other_dtypes_are_refused(dtype, folder):
     arrays = stored(folder)
     store(folder, arrays | {EMBEDDING: arrays[EMBEDDING].astype(dtype)})
     refused(folder, f"embedding as {np.dtype(dtype)}", "float32, float16, bfloat16")
@@ -254,12 +254,12 @@ def test_a_model_without_tokenizer_is_read_and_written(tmp_path):
 
 
 @pytest.mark.parametrize("bos", [True, False])
-def test_whether_texts_begin_with_bos_comes_back(bos, tmp_path):
+def test_add_bos_token_comes_back(bos, tmp_path):
     hugging_face.write(dataclasses.replace(tiny_weights(), bos=bos), tmp_path / "model")
     assert hugging_face.read(tmp_path / "model").bos is bos
 
 
-def test_a_folder_that_exists_is_not_written_over(tmp_path):
+def test_an_existing_folder_is_not_overwritten(tmp_path):
     with pytest.raises(FileExistsError):
         hugging_face.write(tiny_weights(), tmp_path)
 

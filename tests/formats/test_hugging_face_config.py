@@ -113,7 +113,7 @@ def test_absent_keys_mean_what_they_mean_to_transformers():
         ),
     ],
 )
-def test_every_spelling_of_rope_is_read(said, theta, scaling):
+def test_every_form_of_rope_settings_is_read(said, theta, scaling):
     config = read(**{"rope_theta": ..., "rope_scaling": ...} | said)
     assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
 
@@ -174,7 +174,7 @@ def test_every_spelling_of_rope_is_read(said, theta, scaling):
         ({"rope_parameters": 3}, "rope_parameters = 3"),
     ],
 )
-def test_what_is_not_understood_is_refused_by_name(changes, reason):
+def test_unknown_keys_are_refused_by_name(changes, reason):
     if reason is None:
         assert read(**changes) == TINY
         return
@@ -184,13 +184,13 @@ def test_what_is_not_understood_is_refused_by_name(changes, reason):
     assert caught.value.exit_code == 1  # of a file, not of the command line
 
 
-def test_all_that_is_wrong_is_said_at_once():
+def test_all_problems_are_listed():
     with pytest.raises(UserError) as caught:
         read(hidden_act="gelu", vocab_size=0, sliding_window=1)
     assert all(key in str(caught.value) for key in ("hidden_act", "vocab_size", "sliding_window"))
 
 
-def test_many_wrong_keys_stay_a_line():
+def test_many_problems_are_one_line():
     with pytest.raises(UserError, match="and 994 more") as caught:
         read(**{f"key{number}": "x" * 10_000 for number in range(1000)})
     assert len(str(caught.value)) < 1000

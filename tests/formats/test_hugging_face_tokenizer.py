@@ -68,7 +68,7 @@ def test_without_any_file_there_is_no_tokenizer(tmp_path):
     assert read(tmp_path) == (b"", True)
 
 
-def test_one_that_is_given_wins(tmp_path):
+def test_a_given_tokenizer_is_used(tmp_path):
     write_tokenizer(TINY.to_model(), True, 32, tmp_path)
     other = dataclasses.replace(TINY, adds_space=False)
     (tmp_path / "own.model").write_bytes(other.to_model())
@@ -149,7 +149,7 @@ def test_merges_in_the_order_of_another_library_decide(tmp_path):
         (None, {"type": "Metaspace", "add_prefix_space": False, "split": False}, False),
     ],
 )
-def test_spaces_are_spelled_in_several_ways(normalizer, pre_tokenizer, adds_space, tmp_path):
+def test_every_form_of_space_settings_is_read(normalizer, pre_tokenizer, adds_space, tmp_path):
     changes = {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer}
     put(tmp_path, tokenizer=VALUES | changes)
     model, _ = read(tmp_path)
@@ -158,7 +158,7 @@ def test_spaces_are_spelled_in_several_ways(normalizer, pre_tokenizer, adds_spac
     assert encodings(model) == encodings(expected.to_model())
 
 
-def test_no_piece_spans_words_that_are_cut_apart(tmp_path):
+def test_no_piece_spans_words_that_are_split(tmp_path):
     vocabulary = Vocabulary(pieces=(*TINY.pieces, Piece("▁▁", -50.0)))
     values = to_tokenizer_json(vocabulary, True)
     old = {"type": "Metaspace", "replacement": "▁", "add_prefix_space": True}  # cuts, unasked
@@ -239,7 +239,7 @@ def test_special_pieces_may_have_other_names(tmp_path):
 
 
 @pytest.mark.parametrize("bos", [True, False])
-def test_whether_bos_is_usual_is_said_in_the_settings(bos, tmp_path):
+def test_add_bos_token_is_read_from_the_settings(bos, tmp_path):
     write_tokenizer(TINY.to_model(), bos, 32, tmp_path)
     assert read(tmp_path)[1] is bos
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -250,7 +250,7 @@ def test_whether_bos_is_usual_is_said_in_the_settings(bos, tmp_path):
     assert read(tmp_path)[1] is True
 
 
-def test_tokens_that_a_folder_adds_fill_the_rows(tmp_path):
+def test_added_tokens_fill_the_rows(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(TINY.to_model())
     refused(tmp_path, f"{ROWS} pieces", f"{ROWS + 2} rows", "--tokenizer", rows=ROWS + 2)
     put(tmp_path, added_tokens={"<pad>": ROWS, "ab": ROWS + 1})  # the second is there already
@@ -272,7 +272,7 @@ def test_bos_and_eos_are_control_pieces_though_none_was_added(tmp_path):
     assert pieces(tmp_path)[:3] == TINY.pieces[:3]
 
 
-def test_added_tokens_beyond_the_rows_do_not_count(tmp_path):
+def test_added_tokens_beyond_the_rows_are_ignored(tmp_path):
     added = [*VALUES["added_tokens"], {"id": ROWS, "content": "<pad>", "special": True}]
     put(tmp_path, tokenizer=VALUES | {"added_tokens": added})
     assert len(pieces(tmp_path)) == ROWS
@@ -283,7 +283,7 @@ def test_added_tokens_beyond_the_rows_do_not_count(tmp_path):
 
 
 @pytest.mark.parametrize(("rows", "is_fine"), [(288, True), (320, True), (384, True), (512, False)])
-def test_rows_that_only_round_the_size_up_get_unused_pieces(rows, is_fine, tmp_path):
+def test_padded_rows_get_unused_pieces(rows, is_fine, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(TINY.to_model())
     if not is_fine:
         refused(tmp_path, "283 pieces", f"{rows} rows", rows=rows)

@@ -91,7 +91,7 @@ def test_a_file_made_by_hand_is_read_to_the_bit(place, version, tied):
 
 
 @pytest.mark.parametrize("group", [1, 3, 16, 48])
-def test_groups_may_straddle_rows(place, group):
+def test_groups_may_span_rows(place, group):
     file, meant = version2(arrays(), group)  # rows out of the feed-forward have 40
     holds(read(place(file)), expected(meant))
 
@@ -192,7 +192,7 @@ def test_each_tensor_is_read_once_and_dropped_before_the_next(tmp_path, version)
     assert done == np.cumsum([tensors[name].nbytes for name in reads]).tolist()
 
 
-def test_reading_promises_without_reading(place):
+def test_tensors_are_read_lazily(place):
     path = place(version1(arrays()))
     weights = read(path)
     path.write_bytes(path.read_bytes()[:-4])
@@ -211,7 +211,7 @@ def test_reading_promises_without_reading(place):
     ],
 )
 @pytest.mark.parametrize("version", [0, 1, 2])
-def test_what_the_format_would_lose_is_refused(tmp_path, version, changes, lost):
+def test_settings_that_llama2c_cannot_store_are_refused(tmp_path, version, changes, lost):
     with pytest.raises(UserError, match=f"llama2.c has no place for {lost}: ") as caught:
         write(tiny_weights(**changes), tmp_path / "x.bin", version)
     assert "\n" not in str(caught.value)
@@ -225,20 +225,20 @@ def test_a_context_that_does_not_fit_is_refused(tmp_path, context):
 
 
 @pytest.mark.parametrize("version", [-1, 3])
-def test_a_version_that_there_is_not_is_refused(tmp_path, version):
+def test_unknown_versions_are_refused(tmp_path, version):
     with pytest.raises(UserError, match=f"no version {version}; choose 0, 1 or 2"):
         write(tiny_weights(), tmp_path / "x.bin", version)
 
 
 @pytest.mark.parametrize("group_size", [0, -64])
-def test_a_group_of_nothing_is_refused(tmp_path, group_size):
+def test_group_sizes_below_one_are_refused(tmp_path, group_size):
     with pytest.raises(UserError, match=f"group_size={group_size} is out of range"):
         write(tiny_weights(), tmp_path / "x.bin", 2, group_size)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_number_that_is_none_cannot_be_quantised(tmp_path, bad):
+def test_nan_and_infinity_cannot_be_quantised(tmp_path, bad):
     weights = tiny_weights()
     broken = weights.tensors["embedding"].read().copy()
     broken[1, 2] = bad

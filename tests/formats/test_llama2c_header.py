@@ -1,4 +1,4 @@
-"""Headers of llama2.c's files: every one that is wrong is refused in a line, at no cost."""
+"""Headers of llama2.c files: every broken one is refused in one line, without cost."""
 
 import struct
 import tracemalloc
@@ -33,7 +33,7 @@ def refused(path, content):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("version", [0, 1, 2])
-def test_a_header_is_packed_as_it_was(tmp_path, version, tied):
+def test_headers_come_back(tmp_path, version, tied):
     made = arrays(tied=tied)
     file = [version0(made), version1(made), version2(made, 8)[0]][version]
     (tmp_path / "x.bin").write_bytes(file)
@@ -73,17 +73,17 @@ def test_a_file_that_ends_in_or_at_its_header_is_refused(tmp_path, file, size):
         (bytes(400), "dim=0, hidden_dim=0, n_layers=0"),
     ],
 )
-def test_something_else_is_refused_with_the_reason(tmp_path, content, message):
+def test_other_files_are_refused_with_the_reason(tmp_path, content, message):
     assert message in refused(tmp_path / "x.bin", content)
 
 
-def test_a_width_that_looks_like_a_web_page_is_none(tmp_path):
+def test_a_dim_that_looks_like_a_web_page_is_read(tmp_path):
     sizes = SIZES | {"dim": 60}  # which is "<"
     (tmp_path / "x.bin").write_bytes(version0(arrays(sizes | {"n_heads": 6}), sizes))
     assert read(tmp_path / "x.bin").config.dim == 60
 
 
-def test_no_file_and_a_folder_are_refused(tmp_path):
+def test_missing_files_and_folders_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"x\.bin does not exist; expected a llama2\.c model"):
         read(tmp_path / "x.bin")
     with pytest.raises(UserError, match=r"is a folder; expected a llama2\.c model"):
@@ -91,14 +91,14 @@ def test_no_file_and_a_folder_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("version", [0, 3, 77, -1])
-def test_a_version_that_there_is_not_is_refused(tmp_path, version):
+def test_unknown_versions_are_refused(tmp_path, version):
     content = FILES[2][:4] + struct.pack("<i", version) + FILES[2][8:]
     message = refused(tmp_path / "x.bin", content)
     assert f"is of llama2.c's version {version}; expected 0, 1 or 2" in message
 
 
 @pytest.mark.parametrize("flag", [2, 255])
-def test_a_flag_that_is_neither_is_refused(tmp_path, flag):
+def test_a_flag_other_than_0_and_1_is_refused(tmp_path, flag):
     content = FILES[2][:36] + bytes([flag]) + FILES[2][37:]
     assert f"byte 36 is {flag}; expected 0 or 1" in refused(tmp_path / "x.bin", content)
 
@@ -149,7 +149,7 @@ def test_an_absurd_number_costs_nothing(tmp_path, file, field, number):
         ({"n_heads": 6, "n_kv_heads": 4}, "does not divide over model.num_kv_heads=4"),
     ],
 )
-def test_heads_that_cannot_be_are_refused(tmp_path, changes, message):
+def test_invalid_heads_are_refused(tmp_path, changes, message):
     sizes = SIZES | changes
     D, F, L, N, K, V, _ = sizes.values()
     count = V * D + 2 * L * D + D + L * (2 * D * D + 2 * K * (D // N) * D + 3 * D * F)

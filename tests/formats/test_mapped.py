@@ -1,4 +1,4 @@
-"""Arrays in the middle of files: at any offset, never past the end, and gone when dropped."""
+"""Tensors mapped from the middle of files: any offset, never past the end, freed when dropped."""
 
 import gc
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_numbers_are_read_from_any_offset(file, offset, dtype):
 
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 5)])
-def test_nothing_is_read_as_nothing(file, shape):
+def test_empty_arrays(file, shape):
     path = file(np.zeros(0, np.float32), 0)
     for content in (b"behind", b""):
         path.write_bytes(content)
@@ -45,7 +45,7 @@ def test_nothing_is_read_as_nothing(file, shape):
         assert (read.shape, read.dtype) == (shape, F32)
 
 
-def test_what_is_read_cannot_be_written_to(file):
+def test_arrays_are_read_only(file):
     read = mapped(file(np.zeros(3, np.float32), 4), 4, (3,), F32).read()
     with pytest.raises(ValueError, match="read-only"):
         read[0] = 1
@@ -59,7 +59,7 @@ def test_a_file_that_ends_too_early_is_refused_at_once(file, shape):
     assert str(path) in str(caught.value)
 
 
-def test_the_last_byte_counts(tmp_path):
+def test_the_last_byte_must_be_there(tmp_path):
     path = tmp_path / "numbers.bin"
     path.write_bytes(bytes(64))
     assert mapped(path, 4, (15,), F32).read().size == 15
@@ -67,7 +67,7 @@ def test_the_last_byte_counts(tmp_path):
         mapped(path, 5, (15,), F32)
 
 
-def test_a_file_that_shrinks_between_promise_and_reading_is_refused(file):
+def test_a_file_that_shrinks_before_it_is_read_is_refused(file):
     path = file(np.zeros(15, np.float32), 4)
     tensor = mapped(path, 4, (15,), F32)
     path.write_bytes(path.read_bytes()[:63])
@@ -75,7 +75,7 @@ def test_a_file_that_shrinks_between_promise_and_reading_is_refused(file):
         tensor.read()
 
 
-def test_each_reading_is_anew(file):
+def test_each_read_maps_the_file_anew(file):
     path = file(np.zeros(15, np.float32), 4)
     tensor = mapped(path, 4, (15,), F32)
     assert tensor.read()[0] == 0

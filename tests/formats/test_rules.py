@@ -1,4 +1,4 @@
-"""Layouts against loops written by hand, and the audit that holds both sides to account."""
+"""Layouts against loops written by hand, and the checks of import and export."""
 
 import ml_dtypes
 import numpy as np
@@ -52,7 +52,7 @@ def numbers(shape, dtype=np.float32):
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("kind", SHAPES)
-def test_every_layout_goes_there_and_back(kind, dtype):
+def test_every_layout_has_an_inverse(kind, dtype):
     layout, ours, theirs = SHAPES[kind]
     assert layout.their_shape(ours) == theirs
     there = layout.to_theirs(numbers(ours, dtype), ours)
@@ -81,7 +81,7 @@ def test_the_matrix_behind_attention_takes_heads_in():
                 assert ours[n, h, d] == theirs[d, n * H + h]
 
 
-def test_interleaved_pairs_come_to_lie_in_the_halves_of_a_head():
+def test_interleaved_pairs_become_halves():
     theirs = numbers((N * H, D))
     ours = INTERLEAVED.to_ours(theirs, (D, N, H))
     for d in range(D):
@@ -124,14 +124,14 @@ def test_importing_what_was_exported_is_the_identity(tied, dtype):
     same(weights, Weights(config=weights.config, tensors=ours, tokenizer=b""))
 
 
-def test_what_is_exported_lies_in_c_order_and_in_the_order_of_the_table():
+def test_exported_tensors_are_in_c_order_and_in_the_order_of_the_table():
     weights = tiny_weights()
     theirs = export_tensors(TABLE, weights.config, weights.tensors)
     assert list(theirs) == [rule.theirs for rule in expanded(TABLE, weights.config)]
     assert all(tensor.read().flags.c_contiguous for tensor in theirs.values())
 
 
-def test_a_table_that_leaves_a_tensor_of_ours_out_is_a_fault():
+def test_a_table_without_a_rule_for_a_tensor_fails():
     weights = tiny_weights()
     with pytest.raises(AssertionError, match=r"no rule writes \['norm\.scale'\]"):
         export_tensors(TABLE[:-2], weights.config, weights.tensors)
@@ -147,7 +147,7 @@ def foreign(config, read=None):
     }
 
 
-def test_nothing_is_read_before_it_is_asked_for():
+def test_tensors_are_read_lazily():
     def read():
         raise AssertionError("read")
 
@@ -158,7 +158,7 @@ def test_nothing_is_read_before_it_is_asked_for():
         theirs["norm"].read()
 
 
-def test_the_audit_lists_everything_that_is_wrong_in_one_line():
+def test_all_problems_are_listed_in_one_line():
     config = tiny_weights().config
     tensors = foreign(config)
     del tensors["1/k"], tensors["norm"]
@@ -184,7 +184,7 @@ def test_an_output_matrix_beside_a_tied_embedding_is_unknown():
     assert import_tensors(TABLE, config, tensors, "here", lambda name: name == "head")
 
 
-def test_of_many_missing_tensors_the_first_are_named():
+def test_the_first_of_many_missing_tensors_are_named():
     config = ModelConfig(**vars(tiny_weights().config) | {"num_layers": 40})
     with pytest.raises(UserError) as caught:
         import_tensors(TABLE, config, {}, "here")

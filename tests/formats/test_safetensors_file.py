@@ -1,4 +1,4 @@
-"""The bytes of safetensors files, made by hand here; nothing but the reader itself reads them."""
+"""Safetensors files, made byte by byte."""
 
 import copy
 import json
@@ -84,8 +84,8 @@ def test_what_is_written_is_read(tmp_path):
     path = tmp_path / "a.safetensors"
     arrays = {"ü.x": np.arange(6, dtype=np.float16).reshape(1, 2, 3), "empty": np.ones((0, 5))}
     arrays |= {"scalar": np.float32(2.5)[None][0].reshape(()), "b": BFLOATS}
-    promises = {name: Tensor(a.shape, a.dtype, lambda a=a: a) for name, a in arrays.items()}
-    safetensors_file.write(path, promises)
+    lazy_tensors = {name: Tensor(a.shape, a.dtype, lambda a=a: a) for name, a in arrays.items()}
+    safetensors_file.write(path, lazy_tensors)
     tensors = safetensors_file.read(path)
     for name, array in arrays.items():
         back = tensors[name].read()
@@ -164,7 +164,7 @@ def test_a_header_above_the_formats_limit_is_not_read(tmp_path):
         safetensors_file.read(path)
 
 
-def test_no_file_and_a_folder_are_refused(tmp_path):
+def test_missing_files_and_folders_are_refused(tmp_path):
     for path in (tmp_path, tmp_path / "absent"):
         with pytest.raises(UserError, match="is not a file"):
             safetensors_file.read(path)
@@ -248,7 +248,7 @@ def test_changed_fields_are_refused_or_right(tmp_path_factory, name, field, valu
         max_size=4,
     )
 )
-def test_headers_made_at_random_are_refused_or_right(tmp_path_factory, entries):
+def test_random_headers_are_refused_or_right(tmp_path_factory, entries):
     sizes = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
     header, end = {}, 0
     for number, (dtype, shape, slip) in enumerate(entries):

@@ -1,4 +1,4 @@
-"""Torch files written without torch: what is written is read, and lies where it should."""
+"""Torch files written without torch."""
 
 import struct
 

@@ -1,4 +1,4 @@
-"""Zips by hand: what is wrong with them is found before anything of them is used."""
+"""Zips made by hand: whatever is wrong is found before anything of them is used."""
 
 import os
 import pickle
@@ -65,7 +65,7 @@ def test_absurd_ends(saved, end):
         ({"local": b"r/data/1"}, "damaged"),
     ],
 )
-def test_entries_that_lie(saved, change, word):
+def test_contradictory_entries_are_refused(saved, change, word):
     entries = parts()
     entries[2] = (*entries[2][:2], change)
     refused(saved(entries), word)
@@ -115,7 +115,7 @@ def test_strange_folders_are_refused(saved, root):
     refused(saved(parts(root=root)), "never writes")
 
 
-def test_doubles_are_refused(saved):
+def test_entries_of_one_name_are_refused(saved):
     refused(saved([*parts(), ("r/data/0", bytes(96), {})]), "data/0 twice")
 
 
@@ -124,18 +124,18 @@ def test_too_many_entries_are_refused(saved):
     refused(saved([*parts(), *many]), "10,003 entries")
 
 
-def test_a_giant_list_of_entries_is_refused_unread(saved, monkeypatch):
+def test_a_huge_list_of_entries_is_not_read(saved, monkeypatch):
     monkeypatch.setattr(torch_file, "MAX_DIRECTORY", 99)
     refused(saved(parts()), "a list of entries of")
 
 
 @pytest.mark.parametrize("signature", [b"PK\1\2", b"PK\3\4", b"PK\5\6", b"PK\6\6"])
-def test_every_signature_is_looked_at(saved, signature):
+def test_every_signature_is_checked(saved, signature):
     data = zipped(parts(), wide=True)
     refused(saved(data[:4] + data[4:].replace(signature, b"PK\7\7")))
 
 
-def test_64_bits_that_are_not_there_are_refused(saved):
+def test_missing_64_bit_fields_are_refused(saved):
     entries = parts()
     lies = {"size": 2**32 - 1, "stored": 2**32 - 1, "extra": b"\1\0\x08\0" + bytes(8)}
     entries[3] = (*entries[3][:2], lies)
@@ -170,19 +170,19 @@ def test_damaged_numbers_are_found_when_read(saved, strides):
     data = zipped(parts(a_dict(a=tensor(strides=strides))))
     place = data.index(STORED) + 50
     path = saved(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
-    promise = torch_file.read(path)["a"]
+    lazy = torch_file.read(path)["a"]
     for _ in range(2):
         with pytest.raises(UserError, match="data/0; copy it again"):
-            promise.read()
+            lazy.read()
 
 
 def test_a_file_that_shrinks_is_found_when_read(saved):
     entries = [(name, data, {"crc": 0}) for name, data, _ in parts()]
     path = saved(entries)
-    promise = torch_file.read(path)["a"]
+    lazy = torch_file.read(path)["a"]
     os.truncate(path, 300)
     with pytest.raises(UserError, match="copy it again"):
-        promise.read()
+        lazy.read()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Pieces out of SentencePiece models and into them, judged by SentencePiece itself."""
+"""Vocabularies from SentencePiece models and back, checked by SentencePiece itself."""
 
 import dataclasses
 
@@ -81,7 +81,7 @@ def test_spaces_are_joined_only_where_they_were(shared_data):
 
 
 @pytest.mark.parametrize("garbage", [b"\xff\xff", b"no model", b"\x0a\x05abc"])
-def test_what_is_no_model_is_refused(garbage):
+def test_other_data_than_a_model_is_refused(garbage):
     with pytest.raises(UserError, match="is not a SentencePiece model") as caught:
         Vocabulary.from_model(garbage)
     assert "\n" not in str(caught.value)
@@ -95,6 +95,6 @@ def test_a_model_of_another_algorithm_is_refused():
         Vocabulary.from_model(proto.SerializeToString())
 
 
-def test_a_vocabulary_cannot_be_changed():
+def test_a_vocabulary_is_immutable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         tiny_vocabulary().bos_id = 5

@@ -1,4 +1,4 @@
-"""A model as promises: names, shapes, dtypes, and nothing read too early."""
+"""Lazy tensors and weights: names, shapes, dtypes."""
 
 import math
 
@@ -16,7 +16,7 @@ LLAMA2_7B = {"vocab_size": 32000, "dim": 4096, "num_layers": 32, "num_heads": 32
 LLAMA2_7B |= {"num_kv_heads": 32, "context_length": 4096, "tied_embeddings": False}
 
 
-def test_shapes_come_kind_by_kind_and_layer_by_layer():
+def test_shapes_are_ordered_by_kind_and_layer():
     shapes = tensor_shapes(tiny_weights().config)
     queries = [name for name in shapes if ".wq." in name]
     assert queries == [f"blocks.{layer}.attention.wq.kernel" for layer in range(3)]
@@ -41,18 +41,18 @@ def test_the_shapes_of_a_real_model_have_all_its_parameters():
     assert sum(sizes) == count_parameters(config) == 6_738_415_616
 
 
-def test_a_layer_of_a_stack_has_its_own_name():
+def test_names_of_layers():
     assert of_layer("blocks.ffn.up.kernel", 3) == "blocks.3.ffn.up.kernel"
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("float16", 2), ("bfloat16", 2)])
-def test_bytes_are_counted_without_reading(dtype, size):
+def test_nbytes_reads_nothing(dtype, size):
     assert Tensor((7, 11), DTYPES[dtype], None).nbytes == 77 * size
     assert Tensor((), DTYPES[dtype], None).nbytes == size
     assert Tensor((2**20, 2**20), DTYPES[dtype], None).nbytes == 2**40 * size
 
 
-def test_another_dtype_is_rounded_to_when_read():
+def test_tensors_are_cast_when_read():
     reads = []
 
     def read():
@@ -68,7 +68,7 @@ def test_another_dtype_is_rounded_to_when_read():
     assert len(reads) == 2
 
 
-def test_a_whole_model_is_rounded():
+def test_weights_are_cast():
     weights = tiny_weights()
     rounded = weights.astype(BF16)
     assert (weights.dtype, rounded.dtype) == (np.float32, BF16)

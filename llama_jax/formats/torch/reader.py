@@ -23,7 +23,7 @@ import numpy as np
 from llama_jax.errors import UserError, describe_file
 from llama_jax.formats.weights import Tensor, mapped
 
-MAX_DIRECTORY = 16 * 2**20  # bytes of the zip's list of entries
+MAX_DIRECTORY = 4 * 2**20  # bytes of the zip's list of entries
 MAX_ENTRIES = 10_000
 MAX_PICKLE = 4 * 2**20  # bytes; that of 70 billion parameters has 0.1 MB
 MAX_DIMS = 16

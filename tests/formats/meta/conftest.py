@@ -1,4 +1,4 @@
-"""Folders in Meta's format that each test may spoil."""
+"""Folders in Meta's format that a test may change."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""Folders in Meta's format, small and untied, and what spoils them."""
+"""Small untied models in Meta's format, and changes to them."""
 
 import json
 

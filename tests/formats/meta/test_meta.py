@@ -1,4 +1,4 @@
-"""Meta's folders: cut, merged and read back bit for bit."""
+"""Meta's folders: split, merged and read back bit for bit."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def test_shards_are_merged_to_the_same_tensors(tmp_path, shards):
     assert told[-1] == sum(tensor.nbytes for tensor in weights.tensors.values())
 
 
-def test_shards_are_cut_as_meta_cuts_them(eight):
+def test_tensors_are_split_as_meta_splits_them(eight):
     whole = {name: tensor.read() for name, tensor in untied(**MANY_HEADS).tensors.items()}
     shards = [torch_file.read(eight / f"consolidated.{number:02}.pth") for number in range(8)]
     shapes = {
@@ -72,7 +72,7 @@ def test_shards_are_cut_as_meta_cuts_them(eight):
     np.testing.assert_array_equal(last["layers.1.feed_forward.w1.weight"], gate)
 
 
-def test_meta_turns_neighbours_and_we_halves(folder):
+def test_rotary_pairs_are_interleaved(folder):
     theirs = torch_file.read(folder / "consolidated.00.pth")["layers.2.attention.wk.weight"].read()
     ours = meta.read(folder).tensors["blocks.2.attention.wk.kernel"].read()
     for head in range(2):
@@ -99,7 +99,7 @@ def test_without_output_a_model_is_tied(folder):
     assert "output" not in again.tensors
 
 
-def test_the_embedding_may_be_cut_as_llama_3_cuts_it(eight):
+def test_the_embedding_may_be_split_as_in_llama_3(eight):
     embedding = untied(**MANY_HEADS).tensors["embedding"].read()
     for number in range(8):
         part = {"tok_embeddings.weight": embedding[36 * number : 36 * (number + 1)]}
@@ -109,7 +109,7 @@ def test_the_embedding_may_be_cut_as_llama_3_cuts_it(eight):
     same(meta.read(eight), untied(**MANY_HEADS))
 
 
-def test_tables_that_everybody_computes_are_ignored(eight):
+def test_computed_tables_are_ignored(eight):
     tables = {"rope.freqs": np.ones(3, np.float32)}
     tables["layers.0.attention.mask"] = np.ones((1, 1, 4, 4), np.float64)
     tables["layers.2.attention.inner_attention.rope.freqs"] = np.ones(3, np.int64)
@@ -174,7 +174,7 @@ def test_demo_rand_params(shared_data):
     refused(path, "32,000", "512", "--tokenizer")
 
 
-def test_the_tokenizer_is_found_beside_or_one_level_up_or_is_none(folder):
+def test_the_tokenizer_is_found_beside_or_one_level_up(folder):
     model = (folder / "tokenizer.model").read_bytes()
     (folder / "tokenizer.model").rename(folder.parent / "tokenizer.model")
     assert meta.read(folder).tokenizer == model
@@ -183,7 +183,7 @@ def test_the_tokenizer_is_found_beside_or_one_level_up_or_is_none(folder):
     assert meta.read(folder, tokenizer=folder.parent / "other.model").tokenizer == model
 
 
-def test_a_folder_is_the_same_from_inside(folder, monkeypatch):
+def test_the_current_folder_can_be_read(folder, monkeypatch):
     model = (folder / "tokenizer.model").read_bytes()
     (folder / "tokenizer.model").rename(folder.parent / "tokenizer.model")
     monkeypatch.chdir(folder)

@@ -1,4 +1,4 @@
-"""params.json: read, made up where it says nothing, and refused in one line when it lies."""
+"""params.json: reading, defaults, and refusals in one line."""
 
 import dataclasses
 import shutil
@@ -125,7 +125,7 @@ def test_a_width_that_metas_rule_never_gives_is_refused():
         {"context_length": 16384},
     ],
 )
-def test_choices_survive(tmp_path, choice):
+def test_settings_come_back(tmp_path, choice):
     meta.write(untied(**choice), tmp_path / "out")
     config = meta.read(tmp_path / "out").config
     for name, value in choice.items():
@@ -136,7 +136,7 @@ def test_choices_survive(tmp_path, choice):
 @pytest.mark.parametrize(
     "scaling", [{"kind": "linear", "factor": 2.0}, {"kind": "llama3", "factor": 32.0}]
 )
-def test_rope_that_meta_has_no_word_for_is_refused(tmp_path, scaling):
+def test_rope_that_params_cannot_express_is_refused(tmp_path, scaling):
     with pytest.raises(UserError, match="rope_scaling"):
         meta.write(untied(rope_scaling=RopeScaling(**scaling)), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Shards that are missing, too many, of different models or none at all."""
+"""Shards that are missing, too many, or of different models."""
 
 import shutil
 
@@ -53,7 +53,7 @@ def test_shards_of_different_models_are_refused(eight, change, word):
     refused(eight, "consolidated.05.pth", word)
 
 
-def test_flat_parts_of_matrices_are_refused(eight):
+def test_flattened_matrices_are_refused(eight):
     flat = {"layers.1.attention.wo.weight": np.ones(96, np.float32)}
     for path in eight.glob("*.pth"):
         rewrite(path, lambda arrays: arrays.update(flat))
@@ -99,3 +99,25 @@ def test_files_that_are_no_shards_are_refused(folder, content):
 def test_folders_without_models_are_refused(tmp_path):
     refused(tmp_path, "no consolidated.00.pth")
     refused(tmp_path / "absent", "does not exist")
+
+
+@pytest.mark.parametrize("name", ["consolidated.00.pth", "params.json", "tokenizer.model"])
+def test_links_that_leave_the_folder_are_refused(folder, tmp_path, name):
+    (folder / name).rename(tmp_path / "outside")
+    (folder / name).symlink_to(tmp_path / "outside")
+    refused(folder, name, "is a link that leaves its folder")
+    (tmp_path / "outside").rename(folder / "inside")
+    (folder / name).unlink()
+    (folder / name).symlink_to("inside")
+    same(meta.read(folder), untied("bfloat16"))
+
+
+def test_links_in_the_hubs_cache_are_followed(folder, tmp_path):
+    cache = tmp_path / "models--meta-llama--x"
+    original = cache / "snapshots" / "0123abcd" / "original"
+    original.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(cache / "blobs" / str(number))
+        (original / file.name).symlink_to(cache / "blobs" / str(number))
+    same(meta.read(original), untied("bfloat16"))

@@ -1,4 +1,4 @@
-"""The formats by name: which one a path is of, and how much room it takes."""
+"""Detection of a path's format, and estimates of what is written."""
 
 import pytest
 from tiny_weights import tiny_weights
@@ -18,14 +18,14 @@ def write(weights, form, folder, options=None):
     return path
 
 
-def test_a_path_tells_its_format(tmp_path):
+def test_the_format_of_a_path(tmp_path):
     for form in FORMATS:
         assert format_of(write(tiny_weights(), form, tmp_path)) == form
     assert format_of(tmp_path / "ckpt" / "0") == "ckpt"
     assert format_of(tmp_path / "meta" / "consolidated.00.pth") == "meta"
 
 
-def test_what_cannot_be_told_is_asked_for(tmp_path):
+def test_unknown_formats_of_paths_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"format of .* is not recognised; give --from \(ckpt: a"):
         format_of(tmp_path)
     with pytest.raises(UserError, match=r"none\.bin does not exist"):
@@ -36,7 +36,7 @@ def test_what_cannot_be_told_is_asked_for(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("form", "options"), WAYS, ids=str)
-def test_room_is_asked_for_what_is_written(tmp_path, form, options, dtype):
+def test_the_bytes_written_are_estimated(tmp_path, form, options, dtype):
     weights = tiny_weights(dtype, dim=240, hidden_dim=416)  # large beside headers
     path = write(weights, form, tmp_path, options)
     size = sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
@@ -44,7 +44,7 @@ def test_room_is_asked_for_what_is_written(tmp_path, form, options, dtype):
     assert size <= asked <= 1.2 * size + 2**20
 
 
-def test_the_dtype_that_is_written_is_known(tmp_path):
+def test_the_written_dtype(tmp_path):
     half = tiny_weights("bfloat16")
     found = {form: written_dtype(form, half, Options()) for form in FORMATS}
     assert found == {

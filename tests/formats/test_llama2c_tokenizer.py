@@ -1,4 +1,4 @@
-"""llama2.c's tokenizer.bin: to the byte of real files, and every damaged one refused."""
+"""llama2.c's tokenizer.bin: real files to the byte, damaged ones refused."""
 
 import dataclasses
 import struct
@@ -137,7 +137,7 @@ def test_a_huge_file_is_not_read(tmp_path):
     assert "has 1,099,511,627,776 bytes" in refused(tmp_path / "x.bin")
 
 
-def test_no_file_and_a_folder_are_refused(tmp_path):
+def test_missing_files_and_folders_are_refused(tmp_path):
     assert "does not exist" in refused(tmp_path / "x.bin")
     assert "is a folder" in refused(tmp_path)
 

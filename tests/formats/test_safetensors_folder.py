@@ -56,7 +56,7 @@ def test_a_tensor_larger_than_a_shard_gets_its_own(tmp_path):
     assert len(read_folder(tmp_path)) == len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
-def test_what_an_index_does_not_list_is_read_too(tmp_path):
+def test_tensors_missing_in_the_index_are_read_too(tmp_path):
     put(tmp_path, {1: "ab", 2: "c"}, {"a": "model-1.safetensors", "c": "model-2.safetensors"})
     assert sorted(read_folder(tmp_path)) == ["a", "b", "c"]
 
@@ -82,7 +82,7 @@ def test_what_an_index_does_not_list_is_read_too(tmp_path):
         ["model-1.safetensors"],
     ],
 )
-def test_an_index_that_leads_away_is_refused(name, tmp_path):
+def test_an_index_with_paths_is_refused(name, tmp_path):
     put(tmp_path / "other", {1: "a"})
     put(tmp_path / "model", {1: "a"}, {"a": name})
     (tmp_path / "model" / "sub").mkdir()
@@ -127,12 +127,12 @@ def test_a_tensor_in_two_shards_is_named(tmp_path):
     refused(put(tmp_path / "model", {1: "a", 2: "ab"}, places), "both hold 'a'")
 
 
-def test_more_shards_than_any_model_has_are_not_looked_for(tmp_path):
+def test_an_index_of_very_many_shards_is_refused(tmp_path):
     places = {str(number): f"{number}.safetensors" for number in range(10_001)}
     refused(put(tmp_path / "model", {1: "a"}, places), "names 10,001 files")
 
 
-def test_old_and_absent_files_are_told_apart(tmp_path):
+def test_old_files_are_distinguished_from_missing_ones(tmp_path):
     refused(tmp_path, "neither model.safetensors nor model.safetensors.index.json")
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
     refused(tmp_path, "only pytorch_model.bin, which may hold code; .* save_pretrained")
@@ -169,11 +169,11 @@ def cache(root, model="models--x--y"):
     return snapshot
 
 
-def test_the_hubs_cache_is_read_through_its_links(tmp_path):
+def test_links_in_the_hubs_cache_are_followed(tmp_path):
     assert list(read_folder(cache(tmp_path))) == ["a"]
 
 
-def test_only_the_models_own_blobs_count(tmp_path):
+def test_links_to_other_blobs_are_refused(tmp_path):
     snapshot = cache(tmp_path)
     other = cache(tmp_path, "models--x--z")
     (snapshot / "model.safetensors").unlink()
@@ -186,7 +186,7 @@ def test_only_the_models_own_blobs_count(tmp_path):
     refused(cache(tmp_path, "somewhere"), "leaves its folder")
 
 
-def test_folders_and_pipes_are_no_files(tmp_path):
+def test_folders_and_pipes_are_refused(tmp_path):
     (tmp_path / "model.safetensors").mkdir()
     refused(tmp_path, "is not a file")
     os.mkfifo(tmp_path / "config.json")

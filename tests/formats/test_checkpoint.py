@@ -1,4 +1,4 @@
-"""Our own checkpoints as a format: what is written is what is read, here and by `load`."""
+"""Our own checkpoints as a format: what is written is read, here and by `load`."""
 
 import json
 import shutil
@@ -128,7 +128,7 @@ def test_a_runs_checkpoint_is_read_layer_by_layer(tmp_path, monkeypatch):
     same(weights, checkpoint_folder.read(again))
 
 
-def test_arrays_in_one_piece_are_read_once_for_all_their_layers(tmp_path, monkeypatch):
+def test_arrays_not_stored_by_layer_are_read_once(tmp_path, monkeypatch):
     """As they were stored by earlier versions."""
     weights = tiny_weights()
     one_piece = orbax.checkpoint.SaveArgs()
@@ -161,7 +161,7 @@ def count_reads(monkeypatch):
     return reads
 
 
-def test_a_damaged_step_is_passed_over(tmp_path, capsys):
+def test_a_damaged_step_is_skipped(tmp_path, capsys):
     run = train(tiny_weights(), tmp_path / "run")
     shutil.rmtree(run / "8" / "meta")
     same(tiny_weights(seed=3), checkpoint_folder.read(run))
@@ -177,7 +177,7 @@ def read_all(folder):
 
 
 @pytest.mark.parametrize("source", ["converted", "trained"])
-def test_a_flipped_bit_is_noticed_when_its_array_was_read(folder, tmp_path, source):
+def test_a_flipped_bit_is_detected_when_its_array_is_read(folder, tmp_path, source):
     if source == "trained":
         folder = train(tiny_weights(), tmp_path / "run")
     step = folder / ("0" if source == "converted" else "8") / "model"
@@ -271,7 +271,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_told_in_one_line(folder, damage, capsys):
+def test_damage_is_reported_in_one_line(folder, damage, capsys):
     DAMAGE[damage](folder)
     with pytest.raises(UserError) as error:
         read_all(folder)

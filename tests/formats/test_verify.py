@@ -1,4 +1,4 @@
-"""Whether a conversion is right, told without other people's libraries; see also `parity`."""
+"""Verification of conversions by our own model; with torch and transformers see `parity`."""
 
 import dataclasses
 
@@ -55,7 +55,7 @@ def test_logits_are_those_of_the_loaded_model(tmp_path):
     np.testing.assert_allclose(our_logits(source)(tokens), expected, atol=1e-5)
 
 
-def test_half_precision_is_no_mistake_where_it_was_in_the_source(tmp_path):
+def test_half_precision_sources_are_compared_exactly(tmp_path):
     (line,) = verify(*converted(tmp_path, "hf", tiny_weights("bfloat16")))
     assert line.startswith(RIGHT + "0 ")
 
@@ -68,7 +68,7 @@ def test_half_precision_is_no_mistake_where_it_was_in_the_source(tmp_path):
         ("llama2c", {"llama2c_version": 2, "group_size": 8}),
     ],
 )
-def test_rounding_is_told_and_no_error(tmp_path, target, options):
+def test_rounding_is_reported_and_no_error(tmp_path, target, options):
     (line,) = verify(*converted(tmp_path, target, **options))
     assert line.startswith(RIGHT) and not line.startswith(RIGHT + "0 ")
 
@@ -89,7 +89,7 @@ def test_other_greedy_tokens_are_counted(tmp_path):
     assert line.endswith(" 0 of 16 greedy tokens agree")
 
 
-def test_what_is_not_finite_cannot_be_compared(tmp_path):
+def test_logits_that_are_not_finite_are_not_compared(tmp_path):
     job, source = converted(tmp_path)
     spoilt = np.full((283, 24), np.nan, np.float32)
     (line,) = verify(job, with_output(source, spoilt))
@@ -104,13 +104,13 @@ def test_what_is_not_finite_cannot_be_compared(tmp_path):
 
 
 @pytest.mark.parametrize("context", [1, 2, 5])
-def test_a_short_context_is_enough(tmp_path, context):
+def test_short_contexts(tmp_path, context):
     job, source = converted(tmp_path, weights=tiny_weights(context_length=context))
     (line,) = verify(job, source)
     assert f"{context // 2} of {context // 2} greedy tokens" in line
 
 
-def test_the_cost_is_known(monkeypatch):
+def test_the_memory_needed_is_estimated(monkeypatch):
     weights = tiny_weights()
     numbers = sum(np.prod(tensor.shape) for tensor in weights.tensors.values())
     assert 8 * numbers < memory_needed(weights) < 8 * numbers + 2**20

@@ -1,4 +1,4 @@
-"""Checkpoints of integers: stored is what is made on load, floats come back, wrong use is told."""
+"""Quantised checkpoints: equal to quantising on load, dequantised for other formats, misuse."""
 
 import dataclasses
 import gc
@@ -55,7 +55,7 @@ def same_leaves(found, expected):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_stored_is_what_is_made_on_load(place, name):
+def test_stored_matrices_equal_those_quantised_on_load(place, name):
     quantization, stored = KINDS[name], load(place / name)
     floats = load(place / "float").model
     same_leaves(stored.model, quantize(floats, quantization.kind, quantization.group_size))
@@ -129,13 +129,13 @@ def told(error, act, *arguments, **options):
     return str(caught.value)
 
 
-def test_another_kind_than_the_stored_is_refused(place):
+def test_another_kind_than_that_stored_is_refused(place):
     said = told(UsageError, LLM, place / "int8", quantize="int4")
     assert "quantize='int4' does not fit" in said and "is stored as int8" in said
     assert "quantize='int2' is unknown" in told(UsageError, load, place / "int8", quantize="int2")
 
 
-def test_it_is_neither_quantised_again_nor_trained(place, tmp_path):
+def test_quantised_checkpoints_are_not_quantised_again_or_trained(place, tmp_path):
     options = Options(quantization=KINDS["int4"])
     job = Conversion(
         source="ckpt", input=place / "int8", target="ckpt", output=tmp_path / "x", options=options
@@ -156,7 +156,7 @@ def test_it_is_neither_quantised_again_nor_trained(place, tmp_path):
         ("ckpt", {"quantization": KINDS["int8"], "dtype": "float32"}, "does not go with quantize"),
     ],
 )
-def test_what_does_not_go_together(place, tmp_path, target, options, says):
+def test_incompatible_options_are_refused(place, tmp_path, target, options, says):
     make = {"source": "ckpt", "input": place / "float", "output": tmp_path / "x"}
     assert says in told(UsageError, Conversion, target=target, options=Options(**options), **make)
 
@@ -191,13 +191,13 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("reader", [load, checkpoint_folder.read])
-def test_damage_is_told_in_one_line(tmp_path, reader, damage):
+def test_damage_is_reported_in_one_line(tmp_path, reader, damage):
     checkpoint_folder.write(weights(num_layers=1), tmp_path / "c", quantization=KINDS["int8"])
     DAMAGE[damage](tmp_path / "c")
     assert str(tmp_path / "c") in told(UserError, reader, tmp_path / "c")
 
 
-def test_defaults_of_a_config_reach_the_integers(tmp_path):
+def test_defaults_of_a_config_are_used(tmp_path):
     """Widths by the rule, and inputs that are no multiple of a group."""
     config = {"hidden_dim": 0, "multiple_of": 8, "dim": 24, "num_heads": 6}
     small = weights(**config)

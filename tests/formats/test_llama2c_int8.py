@@ -1,4 +1,4 @@
-"""Groups of int8 with a scale: the rounding rule, its inverse, and what cannot be."""
+"""llama2.c's int8: the rounding rule, its inverse, and errors."""
 
 import io
 
@@ -42,7 +42,7 @@ def test_the_group_divides_both_lengths_of_rows(dim, hidden_dim, asked, fitting)
 
 
 @pytest.mark.parametrize("asked", [0, -1, -64])
-def test_a_group_needs_a_member(asked):
+def test_group_sizes_below_one_are_refused(asked):
     with pytest.raises(UserError, match=f"group_size={asked} is out of range"):
         fitting_group_size(config(48, 40), asked)
 
@@ -113,7 +113,7 @@ def test_writing_what_was_read_gives_the_same_bytes(
     assert path.read_bytes() == b"xyz" + again.getvalue()
 
 
-def test_scales_that_are_no_numbers_read_as_such(tmp_path):
+def test_scales_that_are_nan_or_infinite_are_read(tmp_path):
     path = tmp_path / "w.bin"
     scales = np.array([np.nan, np.inf, 3e38, -1], np.float32)
     path.write_bytes(np.array([1, 0, 127, -128], np.int8).tobytes() + scales.tobytes())

@@ -91,7 +91,7 @@ def known(config, target):
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
-def test_every_format_becomes_every_other(sources, tmp_path, source, target):
+def test_every_format_converts_to_every_other(sources, tmp_path, source, target):
     job = job_of(sources, source, target, tmp_path)
     said = convert(job)
     same(tiny_weights(tied_embeddings=False), said)
@@ -122,7 +122,7 @@ def test_tied_models_keep_their_numbers(tmp_path, target):
 
 @pytest.mark.parametrize("target", ["ckpt", "meta", "hf"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_dtype_is_asked_for(sources, tmp_path, target, dtype):
+def test_a_requested_dtype_is_written(sources, tmp_path, target, dtype):
     job = job_of(sources, "gguf", target, tmp_path, options=Options(dtype=dtype))
     convert(job)
     weights = read(job)
@@ -136,7 +136,7 @@ def test_a_dtype_is_asked_for(sources, tmp_path, target, dtype):
     assert {tensor.dtype for tensor in read(back).tensors.values()} == {np.dtype(np.float32)}
 
 
-def test_gguf_and_llama2c_are_quantised_on_demand(sources, tmp_path):
+def test_gguf_and_llama2c_are_quantised_on_request(sources, tmp_path):
     sizes = []
     for options in (Options(), Options(dtype="q8_0")):
         job = job_of(sources, "ckpt", "gguf", tmp_path / f"{options.dtype}", options=options)
@@ -150,7 +150,7 @@ def test_gguf_and_llama2c_are_quantised_on_demand(sources, tmp_path):
     assert sizes[1] < sizes[0] and sizes[3] < sizes[2]
 
 
-def test_metas_files_are_as_many_as_asked_for(tmp_path):
+def test_the_requested_number_of_shards_is_written(tmp_path):
     sources = {"ckpt": store(tiny_weights(vocab_size=286), "ckpt", tmp_path)}
     job = job_of(sources, "ckpt", "meta", tmp_path, options=Options(shards=2))
     convert(job)
@@ -167,7 +167,7 @@ def test_what_is_converted_can_be_loaded(sources, tmp_path):
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.bin"])
 @pytest.mark.parametrize("source", FORMATS)
-def test_a_tokenizer_may_be_named(sources, tmp_path, source, name):
+def test_a_given_tokenizer_replaces_the_sources(sources, tmp_path, source, name):
     tokenizer = sources["ckpt"].parent / name
     job = job_of(sources, source, "ckpt", tmp_path, tokenizer=tokenizer)
     convert(job)
@@ -177,13 +177,13 @@ def test_a_tokenizer_may_be_named(sources, tmp_path, source, name):
 
 
 @pytest.mark.parametrize("target", [form for form in FORMATS if form != "llama2c"])
-def test_a_missing_tokenizer_is_asked_for(sources, tmp_path, target):
+def test_a_missing_tokenizer_is_an_error(sources, tmp_path, target):
     job = job_of(sources, "llama2c", target, tmp_path, tokenizer=None)
     refused(job, "has no tokenizer, and .* needs one; .* --tokenizer")
     assert not list(tmp_path.iterdir())
 
 
-def test_llama2c_files_need_none_and_leave_another_one_alone(sources, tmp_path):
+def test_llama2c_needs_no_tokenizer_and_keeps_an_existing_one(sources, tmp_path):
     convert(job_of(sources, "llama2c", "llama2c", tmp_path, tokenizer=None))
     assert [path.name for path in tmp_path.iterdir()] == ["out.bin"]
     assert (tmp_path / "out.bin").read_bytes() == sources["llama2c"].read_bytes()
@@ -217,7 +217,7 @@ def spoilt(value, name="blocks.1.ffn.up.kernel"):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_no_number_is_told_or_refused(tmp_path, capsys, value):
+def test_nan_and_infinity_warn_or_are_refused(tmp_path, capsys, value):
     sources = {"ckpt": store(spoilt(value), "ckpt", tmp_path)}
     job = job_of(sources, "ckpt", "hf", tmp_path)
     refused(dataclasses.replace(job, strict=True), "blocks.1.ffn.up.kernel of .* holds NaN or")
@@ -228,7 +228,7 @@ def test_what_is_no_number_is_told_or_refused(tmp_path, capsys, value):
     same(spoilt(value), read(job))
 
 
-def test_numbers_that_a_dtype_cannot_hold_are_told(tmp_path, capsys):
+def test_overflow_of_the_dtype_warns(tmp_path, capsys):
     sources = {"ckpt": store(spoilt(1e6), "ckpt", tmp_path)}
     convert(job_of(sources, "ckpt", "meta", tmp_path, options=Options(dtype="float16")))
     assert "holds NaN or infinity as float16" in capsys.readouterr().err
@@ -275,7 +275,9 @@ def test_a_failure_leaves_nothing(sources, tmp_path, target):
     [(signal.SIGINT, "hf"), (signal.SIGKILL, "llama2c"), (signal.SIGTERM, "ckpt")],
     ids=str,
 )
-def test_an_interrupted_one_leaves_nothing_that_looks_finished(sources, tmp_path, target, number):
+def test_an_interrupted_conversion_leaves_nothing_that_looks_finished(
+    sources, tmp_path, target, number
+):
     job = job_of(sources, "ckpt", target, tmp_path)
     words = [sys.executable, "-c", INTERRUPTED, str(job.input), target, str(job.output)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "XLA_FLAGS": ""}
@@ -300,7 +302,7 @@ def test_progress_counts_tensors(sources, tmp_path, capsys, monkeypatch):
     assert lines[-1] == "writing out.gguf: 100% (tensor 30 of 30)"
 
 
-def test_people_see_a_bar(sources, tmp_path, capsys, monkeypatch):
+def test_a_terminal_shows_a_progress_bar(sources, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     monkeypatch.setattr(
         tqdm.tqdm, "update", lambda bar, n: (setattr(bar, "n", bar.n + n), bar.refresh())
@@ -311,7 +313,7 @@ def test_people_see_a_bar(sources, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("source", FORMATS)
-def test_a_source_that_is_not_there_is_named(tmp_path, source):
+def test_a_missing_source_is_named(tmp_path, source):
     job = Conversion(source=source, input=tmp_path / "no", target="ckpt", output=tmp_path / "out")
     refused(job, "no does not exist; expected a|no does not exist; expected Meta's")
 
@@ -324,7 +326,7 @@ def test_a_source_that_is_not_there_is_named(tmp_path, source):
         ({"target": "llama2c", "options": Options(dtype="float16")}, "llama2c is written as one"),
     ],
 )
-def test_what_does_not_exist_is_refused_at_once(changes, says):
+def test_unknown_formats_and_dtypes_are_refused(changes, says):
     with pytest.raises(UsageError, match=says):
         Conversion(
             **{"source": "hf", "input": Path(), "target": "ckpt", "output": Path()} | changes

@@ -1,10 +1,10 @@
-"""The tokenizer that a user names: a tokenizer.model as it is, a tokenizer.bin made into one."""
+"""A given tokenizer: a tokenizer.model as it is, a tokenizer.bin as a SentencePiece model."""
 
 import struct
 
 import pytest
 from sentencepiece import SentencePieceProcessor
-from test_tokenizer_bin import PIECES, packed
+from test_llama2c_tokenizer import PIECES, packed
 from tiny_weights import tiny_vocabulary
 
 from llama_jax.errors import UserError
@@ -29,13 +29,13 @@ def test_a_model_is_returned_as_it_is(tmp_path, vocab_size):
 
 
 @pytest.mark.parametrize("vocab_size", [0, 283])
-def test_a_bin_is_made_into_a_model(tmp_path, vocab_size):
+def test_a_tokenizer_bin_becomes_a_model(tmp_path, vocab_size):
     path = tmp_path / "any name"
     tokenizer_bin.write(tiny_vocabulary(), path)
     assert Vocabulary.from_model(tokenizer_model(path, vocab_size)) == tiny_vocabulary()
 
 
-def test_a_longest_piece_of_ten_bytes_is_no_model_yet(tmp_path):
+def test_a_longest_piece_of_ten_bytes_is_no_protobuf(tmp_path):
     (tmp_path / "x").write_bytes(packed([*PIECES, ("x" * 10, -9.0)]))
     assert (tmp_path / "x").read_bytes()[0] == 10  # as all of SentencePiece's begin
     assert len(Vocabulary.from_model(tokenizer_model(tmp_path / "x", 265)).pieces) == 265
@@ -78,13 +78,13 @@ def test_a_size_that_does_not_fit_is_refused(tmp_path, suffix):
         (struct.pack("<i", 0) + bytes(90), "is older than August 2023"),
     ],
 )
-def test_what_is_neither_is_refused(tmp_path, content, message):
+def test_other_files_are_refused(tmp_path, content, message):
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(UserError, match=message):
         tokenizer_model(tmp_path / "x", 0)
     refused(tmp_path / "x")
 
 
-def test_no_file_and_a_folder_are_refused(tmp_path):
+def test_missing_files_and_folders_are_refused(tmp_path):
     assert "does not exist" in refused(tmp_path / "x")
     assert "is a folder" in refused(tmp_path)
