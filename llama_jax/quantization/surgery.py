@@ -132,8 +132,8 @@ def abstract_quantized(config: ModelConfig, kind: str, group_size: int = 32) -> 
 
 
 def model_nbytes(model: Llama) -> int:
-    """Return the bytes of a model's arrays, over all devices."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+    """Return the bytes of a model's arrays, over all devices; shapes will do."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model))
 
 
 def _quantized(model: Llama, sizes: GroupSizes) -> Llama:
