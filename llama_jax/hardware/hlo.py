@@ -11,8 +11,6 @@ import math
 import re
 from collections.abc import Iterator
 
-import numpy as np
-
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$|^(?:ENTRY )%?([\w.-]+) \{$")
 _OPCODE = re.compile(r" ([a-z][\w-]*)\(")
 _CALLED = re.compile(
@@ -35,19 +33,14 @@ class Instruction:
     is_root: bool
 
 
-def arrays_of(result: str) -> list[tuple[str, tuple[int, ...]]]:
-    """Return the (dtype, shape) of each array in a type such as "(f32[8,4]{1,0}, s32[])"."""
-    found = []
-    for match in _ARRAY.finditer(result):
-        shape = tuple(int(size.lstrip(" <=")) for size in match[3].split(",") if size)
-        found.append((match[0].split("[")[0], shape))
-    return found
-
-
-def bytes_of(dtype: str, shape: tuple[int, ...]) -> int:
-    """Return the bytes of an array; 0 for types without a width, such as a token."""
-    bits = 8 if dtype == "pred" else int(next(iter(re.findall(r"\d+", dtype)), 0))
-    return math.ceil(math.prod(shape) * bits / 8)
+def nbytes(result: str) -> int:
+    """Return the bytes of the arrays in a type such as "(f32[8,4]{1,0}, s32[])"."""
+    total = 0
+    for dtype, digits, dims in _ARRAY.findall(result):
+        size = math.prod(int(dim.lstrip(" <=")) for dim in dims.split(",") if dim)
+        bits = 8 if dtype == "pred" else int(digits or 0)  # a token has no width
+        total += math.ceil(size * bits / 8)
+    return total
 
 
 class Program:
@@ -170,25 +163,16 @@ def _index(instruction: Instruction | None) -> int | None:
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
-Groups = tuple[tuple[int, ...], ...]
-
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
     """One collective operation of a program."""
 
     kind: str  # one of KINDS
-    dtypes: tuple[str, ...]  # of each array of the result, as XLA names them: "bf16"
-    shapes: tuple[tuple[int, ...], ...]  # likewise, on one device
     bytes: int  # of the whole result on one device
-    groups: Groups  # devices that take part together; empty: all devices
+    group: int  # devices that take part together; 0: all devices
     times: int  # how often one run of the program executes it
-    operation: str = ""  # `op_name` of its source
-
-    @property
-    def group(self) -> int:
-        """Devices per group; 0: all devices."""
-        return len(self.groups[0]) if self.groups else 0
+    attributes: str  # of its instruction, in HLO
 
     def sent(self, devices: int) -> int:
         """Return the bytes that one of `devices` sends each time, by ring algorithms."""
@@ -198,129 +182,47 @@ class Collective:
         shares = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1}
         return round(self.bytes * shares.get(self.kind, (n - 1) / n))
 
-    def axes(self, sizes: dict[str, int]) -> tuple[str, ...]:
-        """Return the axes, of a mesh with these sizes, along which devices communicate."""
-        members = self.groups or (tuple(range(math.prod(sizes.values()))),)
-        crossed, inner = [], 1
-        for name, size in reversed(sizes.items()):
-            places = [{member // inner % size for member in group} for group in members]
-            inner *= size
-            crossed += [name] if any(len(place) > 1 for place in places) else []
-        return tuple(reversed(crossed))
-
 
 def collectives(hlo_text: str) -> list[Collective]:
     """Return the collectives in the text of `compiled.as_text()`."""
     program = Program(hlo_text)
-    fused = _reduce_scatters(program)
     found: list[Collective] = []
-    parts_seen: set[tuple[str, str]] = set()
+    steps_seen: set[tuple[str, str]] = set()
     for name, instruction, times in program.runs():
-        kind = _kind(instruction)
-        if kind is None:
+        # Of a start and a done, the done has the result and the start the other attributes.
+        kind, result = instruction.opcode.removesuffix("-done"), instruction.result
+        if kind not in KINDS:
             continue
+        instructions = program.computations[name]
+        started = instructions.get(instruction.operands[0], instruction)
+        source = started if instruction.opcode.endswith("-done") else instruction
         chain = re.search(r"channel_id=\d+.*chain_id=\"\d+\"", instruction.attributes)
         if chain:  # one operation that several fusions each do a step of
-            part = (kind, chain[0])
-            if part in parts_seen:
+            if (kind, chain[0]) in steps_seen:
                 continue
-            parts_seen.add(part)
-        started = program.computations[name].get(instruction.operands[0], instruction)
-        source = started if instruction.opcode.endswith("-done") else instruction
-        result = instruction.result
-        if name in fused and kind == "all-reduce":
-            kind, result = "reduce-scatter", fused[name]
-        found.append(_collective(kind, result, source, times))
+            steps_seen.add((kind, chain[0]))
+        if kind == "all-reduce" and "all-reduce-scatter" in name:
+            # TPUs run this computation, in which each device then takes its shard, as one.
+            kind = "reduce-scatter"
+            result = next(one.result for one in instructions.values() if one.is_root)
+        group = group_size(source.attributes)
+        found.append(Collective(kind, nbytes(result), group, times, source.attributes))
     return found
 
 
-def _kind(instruction: Instruction) -> str | None:
-    """Return which collective an instruction is, or None.
+def group_size(attributes: str) -> int:
+    """Return the devices per group in an instruction's attributes; 0: all devices.
 
-    Of a start and a done it is the done, which has the result.
+    XLA writes groups as lists, {{0,1},{2,3}}; as rows of an iota, [2,2]<=[4]T(1,0); or as axes of a
+    mesh, mesh['a'=2,'b'=2] {'b'}, one of which may be a part of an axis: {'a':(1)2}.
     """
-    opcode = instruction.opcode.removesuffix("-done")
-    return opcode if opcode in KINDS else None
-
-
-def _reduce_scatters(program: Program) -> dict[str, str]:
-    """Return the computations that TPUs run as a reduce-scatter, with their result types.
-
-    In the text they are an all-reduce of which each device then takes its shard.
-    """
-    found = {}
-    for name, instructions in program.computations.items():
-        if "all-reduce-scatter" in name:
-            root = next(i for i in instructions.values() if i.is_root)
-            found[name] = root.result
-    return found
-
-
-def _collective(kind: str, result: str, source: Instruction, times: int) -> Collective:
-    arrays = arrays_of(result)
-    operation = re.search(r'op_name="([^"]*)"', source.attributes)
-    return Collective(
-        kind=kind,
-        dtypes=tuple(dtype for dtype, _ in arrays),
-        shapes=tuple(shape for _, shape in arrays),
-        bytes=sum(bytes_of(dtype, shape) for dtype, shape in arrays),
-        groups=device_groups(source.attributes),
-        times=times,
-        operation=operation[1] if operation else "",
-    )
-
-
-def device_groups(attributes: str) -> Groups:
-    """Return the groups of devices in an instruction's attributes, in any of XLA's notations.
-
-    Lists, {{0,1},{2,3}}; rows of a transposed iota, [2,2]<=[4]T(1,0); or axes of a mesh,
-    mesh['a'=2,'b'=2] {'b'}, one of which may be a part of an axis: {'a':(1)2}.
-    """
-    if listed := re.search(
-        r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", attributes
-    ):
-        groups = re.findall(r"\{([\d,]+)\}", listed[1])
-        return tuple(tuple(map(int, group.split(","))) for group in groups)
-    if rows := re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[^ ]*)", attributes):
-        return _rows(_iota(rows[3]).reshape(int(rows[1]), int(rows[2])))
-    mesh = re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", attributes
-    )
+    if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", attributes):
+        return listed[1].count(",") + 1
+    if rows := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
+        return int(rows[1])
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)
     if not mesh:
-        return ()
-    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
-    return _along_axes(sizes, mesh[2], re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", mesh[3]))
-
-
-def _iota(text: str) -> np.ndarray:
-    """Return the numbers of a transposed iota such as "[2,4]T(1,0)", flattened."""
-    shape, order = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\)?)?.*", text).groups()  # type: ignore[union-attr]
-    sizes = [int(size) for size in shape.split(",")]
-    numbers = np.arange(math.prod(sizes)).reshape(sizes)
-    return numbers.transpose([int(axis) for axis in order.split(",")] if order else None).ravel()
-
-
-def _along_axes(
-    sizes: dict[str, int], order: str | None, axes: list[tuple[str, str, str]]
-) -> Groups:
-    """Return the groups along some axes of a mesh; `order`: its device ids if not 0, 1, …"""
-    dims: list[int] = []
-    along: list[int] = []
-    for name, size in sizes.items():
-        parts = {name: size}
-        split = next(((int(a), int(b)) for axis, a, b in axes if axis == name and b), None)
-        if split:  # the middle of an axis seen as [before, part, after]
-            parts = {"": split[0], name: split[1], " ": size // (split[0] * split[1])}
-        for part, length in parts.items():
-            along += [len(dims)] if part in {axis for axis, _, _ in axes} else []
-            dims.append(length)
-    devices = np.arange(math.prod(dims))
-    if order:
-        listed = re.fullmatch(r"[\d,]+", order)
-        devices = np.array([*map(int, order.split(","))]) if listed else _iota(order)
-    placed = np.moveaxis(devices.reshape(dims), along, range(-len(along), 0))
-    return _rows(placed.reshape(-1, math.prod(dims[axis] for axis in along)))
-
-
-def _rows(groups: np.ndarray) -> Groups:
-    return tuple(tuple(map(int, group)) for group in groups)
+        return 0
+    sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
+    axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])
+    return math.prod(int(part or sizes[axis]) for axis, part in axes)

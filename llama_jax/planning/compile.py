@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 import os
 import re
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +38,6 @@ class Compiled:
     total: float  # peak bytes in use, arguments included
     fits: bool  # whether the program compiled
     text: str  # optimized HLO; "" if it does not fit
-    seconds: float  # of lowering and compiling
 
 
 def is_installed() -> bool:
@@ -88,7 +86,6 @@ def compile_program(lower: Callable[[], Any], estimate: float) -> Compiled:
       UserError: when the compiler fails for another reason than memory.
     """
     options: Any = ALL_IN_DEVICE_MEMORY if estimate < SMALL_PROGRAM else None
-    start = time.perf_counter()
     try:
         program = lower().compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
@@ -99,11 +96,11 @@ def compile_program(lower: Callable[[], Any], estimate: float) -> Compiled:
                 f"the TPU compiler fails on this program: {message}; try another version of libtpu"
                 " or --config.run.remat, or add --fast for the estimate alone"
             ) from error
-        return Compiled(total, False, "", time.perf_counter() - start)
+        return Compiled(total, False, "")
     # The peak is what the compiler compares with the device's memory. Arguments plus temporaries
     # are more, since some temporaries reuse the memory of arguments.
     total = program.memory_analysis().peak_memory_in_bytes
-    return Compiled(total, True, program.as_text(), time.perf_counter() - start)
+    return Compiled(total, True, program.as_text())
 
 
 def required_bytes(message: str) -> float | None:

@@ -74,8 +74,13 @@ def largest_microbatch(config: Config, target: Target, correction: float = 1.0) 
 def cheapest_that_fits(config: Config, target: Target, correction: float = 1.0) -> Estimate | None:
     """Return the fastest alternative that fits with a margin, of those that change least."""
     narrow = dataclasses.replace(config.optimizer, moments_dtype="bfloat16")
-    compact = dataclasses.replace(config, optimizer=narrow)
-    for base in (config, compact, *_smaller_batches(compact)):
+    bases = [config, dataclasses.replace(config, optimizer=narrow)]
+    batch, once = config.data.batch_size, dataclasses.replace(narrow, accumulation_steps=1)
+    while batch % 2 == 0:
+        batch //= 2
+        data = dataclasses.replace(config.data, batch_size=batch)
+        bases.append(dataclasses.replace(config, data=data, optimizer=once))
+    for base in bases:
         if found := ranked(base, target, correction):
             return found[0]
     return None
@@ -112,16 +117,6 @@ def ranked(config: Config, target: Target, correction: float = 1.0) -> list[Esti
 def _rounded(seconds: float) -> float:
     """Return three significant digits: closer predictions are equal."""
     return float(f"{seconds:.3g}")
-
-
-def _smaller_batches(config: Config) -> Iterator[Config]:
-    """Yield the config with half the batch, a quarter, and so on, in one microbatch."""
-    batch = config.data.batch_size
-    while batch % 2 == 0:
-        batch //= 2
-        data = dataclasses.replace(config.data, batch_size=batch)
-        once = dataclasses.replace(config.optimizer, accumulation_steps=1)
-        yield dataclasses.replace(config, data=data, optimizer=once)
 
 
 def _fits(way: Estimate, target: Target, margin: float, correction: float) -> bool:

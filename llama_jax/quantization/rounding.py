@@ -54,18 +54,23 @@ def _to_int4(kernel_OI: jax.Array, group_size: int) -> Quantized:
         for _ in range(REFITS + 1):
             stored = fit[0].astype(jnp.bfloat16), fit[1].astype(jnp.bfloat16)
             integers_OGI = _integers(w_OGI, *stored)
-            best = _better(best, (_squared_error(w_OGI, integers_OGI, *stored), *stored))
+            scale_OG1, minimum_OG1 = (x_OG.astype(jnp.float32)[:, :, None] for x_OG in stored)
+            found_OGI = integers_OGI * scale_OG1 + minimum_OG1
+            error_OG = jnp.sum(jnp.square(w_OGI - found_OGI), axis=-1)
+            is_better_OG = error_OG < best[0]
+            new = (error_OG, *stored)
+            best = tuple(jnp.where(is_better_OG, *pair) for pair in zip(new, best))
             fit = _least_squares(w_OGI, integers_OGI)
         return best, None
 
     zero_OG = jnp.zeros(range_OG.shape, jnp.bfloat16)
-    worst = (jnp.full(range_OG.shape, jnp.inf), zero_OG, zero_OG)
+    worst: Fit = (jnp.full(range_OG.shape, jnp.inf), zero_OG, zero_OG)
     (_, scale_OG, minimum_OG), _ = jax.lax.scan(attempt, worst, jnp.asarray(RANGE_FRACTIONS))
     integers_OI = _integers(w_OGI, scale_OG, minimum_OG).reshape(O, -1)
     return Quantized(pack(integers_OI), scale_OG, minimum_OG)
 
 
-Fit = tuple[jax.Array, jax.Array, jax.Array]  # squared error, scale and minimum, all [O, G]
+Fit = tuple[jax.Array, ...]  # squared error, scale and minimum, all [O, G]
 
 
 def _nonzero(scale: jax.Array) -> jax.Array:
@@ -78,21 +83,6 @@ def _integers(w_OGI: jax.Array, scale_OG: jax.Array, minimum_OG: jax.Array) -> j
     scale_OG, minimum_OG = scale_OG.astype(jnp.float32), minimum_OG.astype(jnp.float32)
     steps_OGI = (w_OGI - minimum_OG[:, :, None]) / _nonzero(scale_OG)[:, :, None]
     return jnp.clip(jnp.round(steps_OGI), 0, INT4_MAX)
-
-
-def _squared_error(
-    w_OGI: jax.Array, integers_OGI: jax.Array, scale_OG: jax.Array, minimum_OG: jax.Array
-) -> jax.Array:
-    scale_OG, minimum_OG = scale_OG.astype(jnp.float32), minimum_OG.astype(jnp.float32)
-    found_OGI = integers_OGI * scale_OG[:, :, None] + minimum_OG[:, :, None]
-    return jnp.sum(jnp.square(w_OGI - found_OGI), axis=-1)
-
-
-def _better(one: Fit, other: Fit) -> Fit:
-    """Return for each group the fit with the smaller error."""
-    is_better = other[0] < one[0]
-    error, scale, minimum = (jnp.where(is_better, new, old) for new, old in zip(other, one))
-    return error, scale, minimum
 
 
 def _least_squares(w_OGI: jax.Array, integers_OGI: jax.Array) -> tuple[jax.Array, jax.Array]:

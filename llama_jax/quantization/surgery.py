@@ -41,10 +41,8 @@ class QuantizationConfig:
 
     def __post_init__(self) -> None:
         require_kind(self.kind)
-        require(
-            self.group_size in GROUP_SIZES,
-            f"group_size={self.group_size} is not supported; expected 32 or 64",
-        )
+        message = f"group_size={self.group_size} is not supported; expected 32 or 64"
+        require(self.group_size in GROUP_SIZES, message)
 
 
 # Which matrices of an int4 model stay int8: as many as `INT4_BUDGET` has room for. Measured on
@@ -84,25 +82,18 @@ def allocate(config: ModelConfig, quantization: QuantizationConfig) -> GroupSize
 
 def quantized_nbytes(config: ModelConfig, sizes: GroupSizes) -> int:
     """Return the bytes of a quantized model with float32 norms, without making it."""
-    found = matrices(config)
-    total = FLOAT32 * (count_parameters(config) - sum(matrix.total for matrix in found))
-    for matrix in found:
-        shape = math.prod(matrix.outputs), math.prod(matrix.inputs)
-        if matrix.per_layer:
-            name = matrix.name.rpartition(".")[2]
-            total += (matrix.count - 1) * _nbytes(*shape, sizes.of(name, is_last=False))
-            total += _nbytes(*shape, sizes.of(name, is_last=True))
-        else:
-            total += _nbytes(*shape, sizes.tables)
+    total = FLOAT32 * count_parameters(config)
+    for matrix in matrices(config):
+        outputs, inputs = math.prod(matrix.outputs), math.prod(matrix.inputs)
+        padded = -(-inputs // BLOCK) * BLOCK
+        name = matrix.name.rpartition(".")[2]
+        for index in range(matrix.count):
+            is_last = index == matrix.count - 1
+            size = sizes.of(name, is_last) if matrix.per_layer else sizes.tables
+            # Int8 has a float32 scale per output, int4 a bfloat16 scale and minimum per group.
+            row = padded // 2 + 4 * padded // size if size else inputs + FLOAT32
+            total += outputs * row - FLOAT32 * matrix.size
     return total
-
-
-def _nbytes(outputs: int, inputs: int, group_size: int) -> int:
-    """Return the bytes of a `QuantizedMatrix`."""
-    if not group_size:
-        return outputs * (inputs + FLOAT32)
-    padded = -(-inputs // BLOCK) * BLOCK
-    return outputs * (padded // 2 + 4 * padded // group_size)  # scale and minimum in bfloat16
 
 
 def quantize(model: Llama, kind: str, group_size: int = 32) -> Llama:
@@ -140,8 +131,8 @@ def abstract_quantized(config: ModelConfig, kind: str, group_size: int = 32) -> 
 
 
 def model_nbytes(model: Llama) -> int:
-    """Return the bytes of a model's arrays, over all devices."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+    """Return the bytes of a model's arrays, over all devices; shapes will do."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model))
 
 
 def _quantized(model: Llama, sizes: GroupSizes) -> Llama:

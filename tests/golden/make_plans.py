@@ -10,6 +10,7 @@ can be interrupted; delete the file to make all anew. Names, such as "7b v5p-64"
 
 import json
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -82,10 +83,12 @@ def main():
     for key, way, target in planned():
         if key in recorded["plans"] or key not in (sys.argv[1:] or [key]):
             continue
+        start = time.perf_counter()
         made = compile_training(estimate(way, target), target)
+        seconds = time.perf_counter() - start
         gib = round(made.total / 2**30, 4)
         recorded["plans"][key] = {"gib": gib, "fits": made.fits}
-        print(f"{key}: {gib} GiB{'' if made.fits else ', too large'}, {made.seconds:.0f} s")
+        print(f"{key}: {gib} GiB{'' if made.fits else ', too large'}, {seconds:.0f} s")
         PLANS.write_text(json.dumps(recorded, indent=1) + "\n")
 
 

@@ -120,7 +120,7 @@ def test_where_no_change_is_enough_more_chips_are_advised():
 
 
 def test_the_report_of_decoding_has_compiled_and_estimated_columns():
-    plan = dataclasses.replace(plan_of(), compiled=Compiled(2.0**31, True, "", 1.0))
+    plan = dataclasses.replace(plan_of(), compiled=Compiled(2.0**31, True, ""))
     lines = {
         line.split()[0]: line.split()[1:] for line in decoding_report(plan).splitlines() if line
     }

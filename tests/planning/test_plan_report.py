@@ -40,7 +40,7 @@ def target_of(usable):
 
 
 def compiled_plan(config, total, fits=True):
-    made = Compiled(total, fits, HLO if fits else "", 1.0)
+    made = Compiled(total, fits, HLO if fits else "")
     return TrainingPlan(estimate(config, TARGET), TARGET, made)
 
 
@@ -130,7 +130,7 @@ def test_what_the_compiler_refuses_is_left_out_and_only_the_best_are_compiled(co
 
     def compiler(alternative, target):
         compiled.append(alternative)
-        return Compiled(2 * GIB, len(compiled) > 1, HLO, 1.0)
+        return Compiled(2 * GIB, len(compiled) > 1, HLO)
 
     estimates = [one.estimate for one in search(config, TARGET)]
     found = search(config, TARGET, compiler)
@@ -159,7 +159,7 @@ def test_the_largest_microbatch_agrees_with_the_compiler(config):
     guess = estimate(config, TARGET).memory.total
     for usable, total, fits in ((1.2, 1.3, False), (1.2, 1.1, False), (1.2, 1.1, True)):
         target = target_of(usable * guess)
-        made = Compiled(total * guess, fits, HLO, 1.0)
+        made = Compiled(total * guess, fits, HLO)
         plan = plan_training(config, target, lambda way, target, made=made: made)
         largest = largest_microbatch(config, target, plan.correction)
         assert plan.fits == fits == (largest >= config.microbatch_size)
@@ -172,7 +172,7 @@ def test_an_estimate_that_only_just_fits_has_a_warning(config):
         (usable, made): "less than the estimate's error"
         in training_report(TrainingPlan(estimate(config, TARGET), target_of(usable * guess), made))
         for usable in (1.1, 1.2)
-        for made in (None, Compiled(guess, True, HLO, 1.0))
+        for made in (None, Compiled(guess, True, HLO))
     }
     assert [key for key, is_doubted in doubted.items() if is_doubted] == [(1.1, None)]
 
@@ -186,7 +186,7 @@ def test_transfers_of_offload_are_reported_as_not_counted(config):
 def test_a_search_ranks_by_the_collectives_of_compiled_programs(config):
     large = HLO.replace("f32[32,8]", "f32[32000,8000]")
     texts = iter([large, HLO, HLO])
-    found = search(config, TARGET, lambda way, target: Compiled(GIB, True, next(texts), 1.0))
+    found = search(config, TARGET, lambda way, target: Compiled(GIB, True, next(texts)))
     sent = 4 * 32000 * 8000 * 7 / 8
     assert found[-1].speed.network == pytest.approx(sent / (TARGET.chip.link / 2))
     assert found[

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from collective_axes import axes_of
 from tiny_model import TINY
 
 from llama_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
@@ -186,7 +187,7 @@ def test_gradients_cross_the_network_once_however_many_microbatches():
         [
             (one.kind, one.bytes, one.times)
             for one in sent_by(make_config(accumulation), sizes)
-            if "data" in one.axes(sizes) and one.bytes > 100  # but for sums of scalars
+            if "data" in axes_of(one, sizes) and one.bytes > 100  # but for sums of scalars
         ]
         for accumulation in (1, 2)
     )
@@ -215,9 +216,9 @@ def test_fsdp_sends_no_more_than_the_textbook(remat):
 def test_on_two_axes_too_no_device_ever_has_all_parameters():
     config, sizes = make_config(), {"data": 1, "fsdp": 4, "tensor": 2}
     found = sent_by(config, sizes)
-    assert {one.kind for one in found if one.axes(sizes) == ("tensor",)} == {"all-reduce"}
+    assert {one.kind for one in found if axes_of(one, sizes) == ("tensor",)} == {"all-reduce"}
     gathered = [one for one in found if one.kind == "all-gather"]
-    assert {one.axes(sizes) for one in gathered} == {("fsdp",)}
+    assert {axes_of(one, sizes) for one in gathered} == {("fsdp",)}
     widest = max(config.model.vocab_size, config.model.hidden_dim) * config.model.dim * 4
     assert max(one.bytes for one in gathered) <= widest / 2  # a device's half of one matrix
     scattered = [one for one in found if one.kind == "reduce-scatter"]
