@@ -255,7 +255,7 @@ REFUSALS = {
         1,
         rf"not all 2 processes connected to the coordinator at {ADDRESS} within 3 s; check",
     ),
-    "nowhere": (2, r"this is not part of a Slurm, .* job; add --coordinator HOST:PORT --num_processes N"),
+    "nowhere": (2, r"this is not part of a Slurm, .* job; add --coordinator HOST:PORT --num"),
 }
 
 
