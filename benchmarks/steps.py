@@ -111,7 +111,7 @@ class Ours:
         from llama_jax.distributed.mesh import make_mesh
         from llama_jax.kernels.attention import choose_kernel
         from llama_jax.model.parameters import flops_per_token
-        from llama_jax.training.step import jit_init
+        from llama_jax.training.step import jit_programs
 
         device = jax.local_devices()[0]
         self._mesh = make_mesh(MeshConfig(), [device])
@@ -127,7 +127,7 @@ class Ours:
         self._step = compiled_step(config, self._mesh)
         self._batch = self._put(job)
         with jax.set_mesh(self._mesh):
-            self._state: Any = jit_init(config, self._mesh)()
+            self._state: Any = jit_programs(config, self._mesh).init()
         self.facts = {
             "attention": backend + _custom_calls(self._step.as_text(), backend),
             "flops": flops_per_token(config.model, job.length) * job.tokens,

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import get_type_hints
@@ -55,7 +56,8 @@ def defines(module, name):
     for node in ast.parse(module.read_text()).body:
         names = [getattr(node, "name", "")]
         targets = getattr(node, "targets", [getattr(node, "target", None)])
-        names += [target.id for target in targets if isinstance(target, ast.Name)]
+        named = (each for target in targets if target for each in ast.walk(target))
+        names += [each.id for each in named if isinstance(each, ast.Name)]
         names += [alias.name for alias in getattr(node, "names", ())]
         if name in names:
             return True
@@ -65,6 +67,37 @@ def defines(module, name):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_references_name_what_exists(path):
     assert dead(path.read_text()) == []
+
+
+def imports_of_the_package(code):
+    """Yield (module path parts, name) for each `from llama_jax… import name` in Python code."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "llama_jax":
+            yield from ((node.module.split(".")[1:], alias.name) for alias in node.names)
+
+
+def python_code(path):
+    """Return the code of a script, or of a notebook's cells."""
+    if path.suffix == ".py":
+        return path.read_text()
+    cells = json.loads(path.read_text())["cells"]
+    code = "".join("".join(cell["source"]) + "\n" for cell in cells if cell["cell_type"] == "code")
+    return re.sub(r"^\s*[!%].*$", "", code, flags=re.MULTILINE)
+
+
+SCRIPTS = [
+    path for folder in ("benchmarks", "docs", "configs") for path in ROOT.glob(f"{folder}/*.py")
+]
+SCRIPTS += [*ROOT.glob("*.py"), *ROOT.glob("notebooks/*.ipynb"), *PACKAGE.rglob("*.py")]
+
+
+@pytest.mark.parametrize("path", sorted(SCRIPTS), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_inside_functions_too_name_what_exists(path):
+    public = ast.parse((PACKAGE / "__init__.py").read_text())
+    names = {node.value for node in ast.walk(public) if isinstance(node, ast.Constant)}
+    for parts, name in imports_of_the_package(python_code(path)):
+        known = name in names if not parts else exists(PACKAGE, [*parts, name])
+        assert known, f"llama_jax.{'.'.join(parts)} has no {name}"
 
 
 def test_dead_references_are_found():
