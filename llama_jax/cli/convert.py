@@ -82,7 +82,6 @@ def _parser() -> cli.Parser:
     add("--verify", action="store_true", default=None, help=verify_help)
     add("--no_verify", dest="verify", action="store_false", help="do not compare")
     add("--strict", action="store_true", help="refuse weights with NaN or infinity (default: warn)")
-    add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 

@@ -93,7 +93,6 @@ def _parser() -> cli.Parser:
     add("--eos", action=switch, help="put EOS after each document (no)")
     add("--shard_tokens", type=int, help=f"tokens per file ({defaults.shard_tokens})")
     add("--workers", type=int, help=f"threads; 0: one per core ({defaults.workers})")
-    add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
