@@ -61,7 +61,7 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
 
 
 def _nearest_shape(sizes: tuple[int, ...], devices: int) -> tuple[int, ...]:
-    """The sizes for so many devices that change the fewest of those asked for, and by least."""
+    """The sizes for so many devices that change the fewest of the requested ones, and by least."""
 
     def distance(shape: tuple[int, ...]) -> tuple[int, float]:
         factors = [new / old for new, old in zip(shape, sizes) if old not in (new, -1)]

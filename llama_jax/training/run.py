@@ -14,7 +14,6 @@ from types import TracebackType
 import jax
 import jax.numpy as jnp
 
-from llama_jax.checkpoints.metadata import CONFIG
 from llama_jax.checkpoints.save import CheckpointWriter
 from llama_jax.config import Config
 from llama_jax.data.loader import Batch, abstract_batch
@@ -191,11 +190,6 @@ class Trainer:
 
     def _save(self, validation_loss: float) -> None:
         """Start to write a checkpoint of the current state."""
-        if jax.process_index() == 0 and not (self.folder / CONFIG).exists():
-            raise UserError(
-                f"{self.folder} was moved or removed while training, so step {self.step} cannot be"
-                " saved; put the folder back and run the same command again"
-            )
         best = {} if math.isinf(self.best_loss) else {"best_validation_loss": self.best_loss}
         self.writer.save(
             self.step,

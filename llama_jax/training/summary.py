@@ -108,7 +108,7 @@ def memory_advice(config: Config, mesh: Mesh) -> str:
     target = f" --target {name}" if name else ""
     return (
         f"try {', '.join(changes)} or {last};"
-        f" python plan.py --config FILE{target} tells beforehand what fits"
+        f" python plan.py --config FILE{target} computes what fits"
     )
 
 

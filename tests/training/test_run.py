@@ -333,7 +333,7 @@ def test_folder_that_is_removed_stops_the_run_at_the_next_save(config, tmp_path)
         if step == 7:
             shutil.rmtree(tmp_path / "ckpt")
 
-    with pytest.raises(UserError, match="was moved or removed while training, so step 10 cannot"):
+    with pytest.raises(UserError, match="ckpt does not exist any more; a checkpoint cannot"):
         train(config, remove)
     assert (
         not list((tmp_path / "ckpt").glob("*")) or not (tmp_path / "ckpt" / "config.json").exists()
