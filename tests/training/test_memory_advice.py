@@ -21,7 +21,7 @@ def advice(mesh, **changes):
     return memory_advice(make_config("tokens", "ckpt", **changes), mesh)
 
 
-PLAN = "; python plan.py --config FILE tells beforehand what fits"
+PLAN = "; python plan.py --config FILE computes what fits"
 
 
 def test_what_keeps_the_results_comes_first():
