@@ -24,6 +24,7 @@ from llama_jax.text.tokenizer import train_tokenizer
 
 TEXTS = [f"Tim saw {n} red boats on the blue sea and Anna was glad." for n in range(60)]
 GREEDY = {"temperature": 0, "max_tokens": 12}
+ONE_TOKEN = {"temperature": 0, "max_tokens": 1}
 DIALOGUE = [{"role": "user", "content": "Tim saw"}]
 
 
@@ -63,10 +64,9 @@ def test_a_list_gives_a_list_with_n_completions_each(llm):
     both = llm.complete(["Tim", "Anna was"], n=2, seed=3, **sampled)
     assert len(both) == 4
     assert both[0] != both[1]
-    alone = llm.complete("Anna was", n=2, seed=3, **sampled)
-    assert [made.token_ids for made in both[2:]] == [made.token_ids for made in alone]
-    second = llm.complete("Tim", seed=4, **sampled)
-    assert second.token_ids == both[1].token_ids, "completion j has seed + j"
+    for made, prompt, seed in ((both[1], "Tim", 4), (both[2], "Anna was", 3)):
+        alone = llm.complete(prompt, seed=seed, **sampled)
+        assert alone.token_ids == made.token_ids, "completion j has seed + j"
 
 
 def test_an_empty_prompt_starts_from_nothing(llm):
@@ -148,7 +148,7 @@ def test_chat_uses_its_template(llm):
     assert answer.text == plain.text.lstrip()
     shown = "".join(piece.text for piece in llm.chat(DIALOGUE, stream=True, **GREEDY))
     assert shown == answer.text
-    assert llm.chat(DIALOGUE, template="alpaca", max_tokens=1).usage.prompt_tokens > 30
+    assert llm.chat(DIALOGUE, template="alpaca", **ONE_TOKEN).usage.prompt_tokens > 30
 
 
 def test_a_dialogue_that_outgrows_the_context_is_refused_or_truncated_with_a_warning(folder):
@@ -188,7 +188,7 @@ def test_speculation_and_an_int8_cache(folder, llm):
     assert near.token_ids[:3] == llm.complete("Tim saw", **GREEDY).token_ids[:3]
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
 def test_a_quantized_model_generates_and_scores(folder, llm, kind):
     small = LLM(folder, quantize=kind)
     assert small.complete("Tim saw", **GREEDY).usage.completion_tokens == 12
@@ -196,7 +196,7 @@ def test_a_quantized_model_generates_and_scores(folder, llm, kind):
     assert near == pytest.approx(exact, rel=0.1) and near != exact
 
 
-def test_a_checkpoint_chooses_its_chat_format(folder, tmp_path):
+def test_a_checkpoint_chooses_its_chat_format(folder, llm, tmp_path):
     def loaded(chat_template, **options):
         tree = json.loads((folder / "config.json").read_text()) | {"chat_template": chat_template}
         (copy / "config.json").write_text(json.dumps(tree))
@@ -204,20 +204,21 @@ def test_a_checkpoint_chooses_its_chat_format(folder, tmp_path):
 
     copy = shutil.copytree(folder, tmp_path / "ckpt")
     [short, long] = [
-        loaded("", template=name).chat(DIALOGUE, max_tokens=1).usage.prompt_tokens
+        llm.chat(DIALOGUE, template=name, **ONE_TOKEN).usage.prompt_tokens
         for name in ("llama2", "alpaca")
     ]
     assert short < long
     for chat_template, options, expected in [
         ("", {}, short),
+        ("", {"template": "alpaca"}, long),
         ("alpaca", {}, long),
         ("alpaca", {"template": "llama2"}, short),
         ("none", {"template": "alpaca"}, long),
     ]:
-        made = loaded(chat_template, **options).chat(DIALOGUE, max_tokens=1)
+        made = loaded(chat_template, **options).chat(DIALOGUE, **ONE_TOKEN)
         assert made.usage.prompt_tokens == expected
     none = loaded("none")
-    assert none.chat(DIALOGUE, template="alpaca", max_tokens=1).usage.prompt_tokens == long
+    assert none.chat(DIALOGUE, template="alpaca", **ONE_TOKEN).usage.prompt_tokens == long
     with pytest.raises(UserError, match="trained on no chat format; choose a template"):
         none.chat(DIALOGUE)
     with pytest.raises(UsageError, match="template='chatml' is unknown"):

@@ -34,7 +34,7 @@ from llama_jax.training.step import jit_programs, make_execution, summed_gradien
 
 AXES = ("data", "fsdp", "tensor")
 SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(shape) == 8]
-QUICKEST = [(1, 1, 8), (1, 4, 2), (2, 2, 2), (4, 2, 1)]  # every axis is cut, and with every other
+QUICKEST = [(1, 1, 8), (2, 2, 2)]  # tied and untied; every axis is cut, and with every other
 SEQUENCES = [(1, 1, 8), (2, 1, 4), (2, 2, 2)]
 # Two kv heads: fewer than a tensor axis of 4 or 8 has devices.
 SIZES = {"vocab_size": 56, "dim": 32, "num_heads": 8, "hidden_dim": 40, "num_layers": 3}

@@ -54,7 +54,7 @@ def same_leaves(found, expected):
         assert np.asarray(found[name]).tobytes() == np.asarray(leaf).tobytes(), name
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ["int8", pytest.param("int4", marks=pytest.mark.slow), "int4-64"])
 def test_stored_matrices_equal_those_quantised_on_load(place, name):
     quantization, stored = KINDS[name], load(place / name)
     floats = load(place / "float").model
@@ -82,7 +82,14 @@ def test_half_precision_models_too(tmp_path, dtype):
     same_leaves(load(tmp_path / "int8").model, load(tmp_path / "float", quantize="int8").model)
 
 
-@pytest.mark.parametrize(("name", "most"), [("int8", 0.01), ("int4", 0.09), ("int4-64", 0.1)])
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("int8", 0.01),
+        pytest.param("int4", 0.09, marks=pytest.mark.slow),
+        pytest.param("int4-64", 0.1, marks=pytest.mark.slow),
+    ],
+)
 def test_floats_come_back_for_other_formats(place, tmp_path, name, most):
     job = Conversion(source="ckpt", input=place / name, target="ckpt", output=tmp_path / "float")
     assert convert(job).is_rounded

@@ -59,7 +59,7 @@ def mean_nll(model, tokens_BT, dropout_key=None, remat="none"):
     "changes",
     [
         {},
-        {"num_kv_heads": 6},
+        pytest.param({"num_kv_heads": 6}, marks=pytest.mark.slow),
         {"num_kv_heads": 1, "tied_embeddings": False},
         {"rope_theta": 5e5, "norm_eps": 1e-2, "hidden_dim": 0, "multiple_of": 5},
     ],
@@ -96,7 +96,10 @@ def test_the_loss_agrees_with_the_oracle(tiny_model):
 # Cached = full.
 
 
-@pytest.mark.parametrize("split", [[7], [3, 4], [4, 1, 2], [1] * 7])
+@pytest.mark.parametrize(
+    "split",
+    [[3, 4], [1] * 7, *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ([7], [4, 1, 2]))],
+)
 def test_cached_equals_full(tiny_model, listed, split):
     cache, parts, start = KVCache.empty(tiny_model.config, B, S), [], 0
     for size in split:
@@ -107,7 +110,7 @@ def test_cached_equals_full(tiny_model, listed, split):
     close(np.concatenate(parts, axis=1), run(tiny_model, TOKENS_BT)[0])
 
 
-@pytest.mark.parametrize("steps", [[1] * 5, [1, 3, 1]])
+@pytest.mark.parametrize("steps", [pytest.param([1] * 5, marks=pytest.mark.slow), [1, 3, 1]])
 def test_sequences_of_different_lengths_equal_each_alone(listed, steps):
     lengths = np.array([2, 7, 4, 1, 5])
     random = np.random.default_rng(2)

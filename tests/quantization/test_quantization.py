@@ -110,7 +110,12 @@ def test_a_quantized_linear_layer_has_the_interface_of_the_float_one(kind, most)
 
 
 @pytest.mark.parametrize(
-    ("kind", "most", "tied"), [("int8", 0.06, True), ("int4", 0.3, True), ("int4", 0.3, False)]
+    ("kind", "most", "tied"),
+    [
+        ("int8", 0.06, True),
+        pytest.param("int4", 0.3, True, marks=pytest.mark.slow),
+        ("int4", 0.3, False),
+    ],
 )
 def test_logits_are_close_from_stacked_and_unstacked_blocks(kind, most, tied):
     model = model_of(tied_embeddings=tied)
@@ -180,7 +185,12 @@ def test_the_float_arrays_are_freed():
 
 
 @pytest.mark.parametrize(
-    ("kind", "group_size", "tied"), [("int8", 32, False), ("int4", 32, True), ("int4", 64, False)]
+    ("kind", "group_size", "tied"),
+    [
+        ("int8", 32, False),
+        ("int4", 32, True),
+        pytest.param("int4", 64, False, marks=pytest.mark.slow),
+    ],
 )
 def test_arrays_stored_by_name_restore_the_model(kind, group_size, tied):
     model = quantize(model_of(tied_embeddings=tied), kind, group_size)

@@ -100,7 +100,7 @@ def whole():
     return run(make_config())
 
 
-@pytest.mark.parametrize("accumulation", [2, 4])
+@pytest.mark.parametrize("accumulation", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_batch_cut_into_microbatches_gives_the_same_update(whole, accumulation):
     state, told = run(make_config(accumulation))
     assert_close([state.trainable, whole[0].trainable])
