@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.config import Config, parse, type_name
-from llama_jax.errors import UsageError, UserError, did_you_mean
+from llama_jax.errors import UsageError, UserError, did_you_mean, shown
 
 CONFIG_FLAG = re.compile(r"--(?P<no>no)?config\.(?P<key>[^=]+)(=(?P<value>.*))?", re.DOTALL)
 
@@ -76,7 +76,7 @@ def _load(path: str) -> Any:
     except Exception as error:
         raise UsageError(f"{path} fails: {type(error).__name__}: {error}") from error
     if not hasattr(config, "update_from_flattened_dict"):
-        raise UsageError(f"{path}: get_config() returns {config!r}; expected a ConfigDict")
+        raise UsageError(f"{path}: get_config() returns {shown(config)}; expected a ConfigDict")
     return config
 
 
@@ -97,7 +97,7 @@ def _parse_value(key: str, text: str, expected: type) -> Any:
     try:
         return parsers.get(expected, flags.ArgumentParser)().parse(text)
     except (ValueError, TypeError) as error:
-        message = f"config.{key}={text!r} has the wrong type; expected {type_name(expected)}"
+        message = f"config.{key}={shown(text)} has the wrong type; expected {type_name(expected)}"
         raise UsageError(message) from error
 
 
