@@ -1,7 +1,7 @@
 """Errors that a user can cause and fix, each reported in one line, and warnings.
 
 The command line prints a `UserError` as that line and exits with its `exit_code`; any other
-exception is a bug and keeps its traceback. Messages follow one pattern: what is wrong with its
+exception is a bug, reported as one. Messages follow one pattern: what is wrong with its
 value, what was expected, what to do.
 """
 

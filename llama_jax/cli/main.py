@@ -1,7 +1,8 @@
 """The entry point of every command: run it, print errors as one line, exit with a code.
 
-A command is a module of this package with a `main(argv)`. An error that the user can fix is one
-line on stderr; with `--debug`, which every command takes, its traceback is printed too.
+A command is a module of this package with a `main(argv)`. Every error is one line on stderr: how to
+fix it or, for a bug, how to report it. With `--debug`, which every command takes, it is a
+traceback.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import importlib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -40,6 +42,7 @@ ON_HUGE_PAGES = ("train", "sample", "chat")
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"  # exists in a clone of the repository
 DEMO = str(CONFIGS / "demo.py")
 SIMILAR = 0.75  # similarity from which an unknown flag is taken for a misspelt one
+MAX_BUG = 300  # characters of the text of an unexpected error
 # Training gives its own advice, which depends on the config of the run.
 MEMORY_ADVICE = "when sampling, try --quantize=int8, --cache_dtype=int8 or a smaller --max_context"
 
@@ -94,9 +97,9 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     except Exception as error:
         if was_interrupted(error):
             raise SystemExit(130) from None
-        line = one_line(error)
-        if debug or line is None:
+        if debug:
             raise
+        line = one_line(error) or bug_report(error)
         print(f"error: {format_line(line)}", file=sys.stderr)
         code = getattr(error, "exit_code", 1)
         try:
@@ -147,6 +150,19 @@ def one_line(error: Exception) -> str | None:
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror or error}{where}"
     return out_of_memory_message(error, MEMORY_ADVICE) if is_out_of_memory(error) else None
+
+
+def bug_report(error: Exception) -> str:
+    """Return the message for a bug in this package: what failed, where, and how to report it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    package = str(Path(__file__).resolve().parents[1])
+    ours = [frame for frame in frames if frame.filename.startswith(package)] or frames
+    where = f" in {Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
+    text = format_line(str(error))[:MAX_BUG]
+    return (
+        f"{type(error).__name__}{where}{': ' if text else ''}{text}; this is a bug in llama_jax:"
+        " run the command again with --debug and report what it prints"
+    )
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pty
+import re
 import subprocess
 import sys
 import textwrap
@@ -58,10 +59,12 @@ def test_debug_prints_the_traceback_and_is_not_passed_on():
     assert "UserError: bad" in done.stderr
 
 
-def test_a_bug_keeps_its_traceback():
+def test_a_bug_is_one_line_with_how_to_report_it():
     done = run_command("return {}['x']")
     assert done.returncode == 1
-    assert "Traceback" in done.stderr
+    assert re.fullmatch(r"error: KeyError in .*: 'x'; this is a bug .* --debug .*\n", done.stderr)
+    done = run_command("return {}['x']", "--debug")
+    assert done.returncode == 1 and "Traceback" in done.stderr
 
 
 @pytest.mark.parametrize("lines", [1, 9999])  # noticed when flushing, and while printing
