@@ -73,6 +73,9 @@ def _load(path: str) -> Any:
         raise
     except SyntaxError as error:
         raise UsageError(f"{path}:{error.lineno}: {error.msg}") from error
+    except SystemExit as error:  # would end the command, with success if it is 0
+        message = f"{path} calls sys.exit({error.code!r}); expected a get_config() that returns"
+        raise UsageError(f"{message} a ConfigDict") from error
     except Exception as error:
         raise UsageError(f"{path} fails: {type(error).__name__}: {error}") from error
     if not hasattr(config, "update_from_flattened_dict"):

@@ -114,6 +114,7 @@ def test_a_missing_file_is_a_one_line_error(path, says):
     [
         ("def get_config():\n    return (", "broken.py:2: '(' was never closed"),
         ("x = 1", "broken.py defines no get_config(); see configs/demo.py"),
+        ("import sys\nsys.exit(0)", "broken.py calls sys.exit(0); expected a get_config()"),
         ("import no_such_module", "broken.py fails: ModuleNotFoundError: No module named"),
         ("def get_config():\n    return 1 / 0", "broken.py fails: ZeroDivisionError"),
         (
