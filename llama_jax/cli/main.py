@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from llama_jax.cli.config_flags import CONFIG_FLAG
-from llama_jax.cli.startup import skip_absent_tpu, use_huge_pages
+from llama_jax.cli.startup import absent_platform_message, skip_absent_tpu, use_huge_pages
 from llama_jax.errors import (
     UsageError,
     UserError,
@@ -149,7 +149,9 @@ def one_line(error: Exception) -> str | None:
     if isinstance(error, OSError):
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror or error}{where}"
-    return out_of_memory_message(error, MEMORY_ADVICE) if is_out_of_memory(error) else None
+    if is_out_of_memory(error):
+        return out_of_memory_message(error, MEMORY_ADVICE)
+    return absent_platform_message(error) or None
 
 
 def bug_report(error: Exception) -> str:

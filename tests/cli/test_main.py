@@ -210,3 +210,22 @@ def test_an_import_that_ctrl_c_breaks_is_an_interrupt():
     body = "try:\n    raise KeyboardInterrupt\nexcept BaseException:\n    raise ImportError('x')"
     done = run_command(body)
     assert (done.returncode, done.stderr) == (130, "")
+
+
+@pytest.mark.parametrize("platform", ["cuda", "nothing"])
+def test_an_absent_platform_is_one_line_with_what_there_is(platform):
+    done = run_command("import jax\njax.devices()", env=os.environ | {"JAX_PLATFORMS": platform})
+    line = f"error: JAX_PLATFORMS={platform} names a device that cannot be used here; expected cpu:"
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and done.stderr.startswith(line)
+
+
+@pytest.mark.parametrize("home", ["/proc/none", None])
+def test_without_a_home_directory_there_is_no_cache_but_a_line(home):
+    body = "from llama_jax.cli.startup import use_compilation_cache\nimport jax, pwd\n"
+    body += "def getpwuid(uid): raise KeyError\npwd.getpwuid = getpwuid  # a container's user\n"
+    body += "use_compilation_cache()\nprint(jax.config.jax_compilation_cache_dir)"
+    absent = ("HOME", "LLAMA_JAX_CACHE", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR")
+    environment = {name: value for name, value in os.environ.items() if name not in absent}
+    done = run_command(body, env=environment | ({"HOME": home} if home else {}))
+    assert (done.returncode, done.stdout) == (0, "None\n")
+    assert re.fullmatch("warning: compiled programs are not kept, for .*\n", done.stderr)
