@@ -1,5 +1,6 @@
 """The `Config` of a run: a config file with the `--config.key=value` flags applied to it."""
 
+import codecs
 import difflib
 import re
 import runpy
@@ -64,6 +65,8 @@ def _load(path: str) -> Any:
         there = f"one of {', '.join(known.values())}" if known else "one like configs/demo.py"
         hint = did_you_mean(known.get(Path(path).stem, path), known.values())
         raise UsageError(f"config file {path!r} does not exist{hint or f'; expected {there}'}")
+    if Path(path).read_bytes()[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise UsageError(f"{path} is UTF-16; convert it to UTF-8")
     try:
         scope = runpy.run_path(path)
         if "get_config" not in scope:

@@ -6,6 +6,7 @@ chat, `--messages` answers one dialogue; `--score` and `--embed` print figures o
 instead of continuing them.
 """
 
+import codecs
 import dataclasses
 import json
 import logging
@@ -208,7 +209,7 @@ def _read_messages(path: str) -> list[Any]:
 
 
 def _read_text(flag: str, path: str) -> str:
-    """Return the text of the file that a flag names; of stdin for "-".
+    """Return the text of the file that a flag names, without a BOM; of stdin for "-".
 
     Raises:
       UserError: naming the flag, when there is no such file or it is not UTF-8.
@@ -217,12 +218,16 @@ def _read_text(flag: str, path: str) -> str:
     try:
         if path == "-":
             require(sys.stdin is not None, f"{named} {closed}")
-            return sys.stdin.read()
-        return Path(path).read_text(encoding="utf-8")
+            text = sys.stdin.read()
+        else:
+            text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{named}: {error.strerror}") from error
     except UnicodeDecodeError as error:
+        if error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise UserError(f"{named} is UTF-16; convert it to UTF-8") from error
         raise UserError(f"{named} is not UTF-8 at byte {error.start}; convert it") from error
+    return text.removeprefix("\ufeff")
 
 
 # --- output ---

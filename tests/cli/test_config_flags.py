@@ -143,3 +143,10 @@ def test_a_missing_or_unknown_key_is_reported_with_its_file(place, text, says):
     with pytest.raises(UsageError) as error:
         read_config("wrong.py")
     assert str(error.value).startswith(says)
+
+
+def test_a_file_with_a_bom_is_read_and_utf16_is_named(place):
+    (place / "bom.py").write_text(FILE, encoding="utf-8-sig")
+    assert load_config("bom.py") == load_config("configs/tiny.py")
+    (place / "wide.py").write_text(FILE, encoding="utf-16")
+    assert message(path="wide.py") == "wide.py is UTF-16; convert it to UTF-8"

@@ -391,6 +391,19 @@ def test_messages_of_a_file_are_answered(sample, tmp_path, monkeypatch):
     assert sample("--messages=") == (1, "", "error: --messages=: Is a directory\n")
 
 
+@pytest.mark.parametrize("flag", ["--prompt_file", "--messages"])
+def test_a_bom_is_dropped_and_utf16_is_named(sample, tmp_path, flag):
+    path, text = tmp_path / "text", '[{"role": "user", "content": "Tim"}]'
+    words = (flag, str(path), "--temperature=0", "--max_tokens=4")
+    path.write_text(text)
+    expected = sample(*words)[:2]
+    path.write_text(text, encoding="utf-8-sig")
+    assert sample(*words)[:2] == expected
+    path.write_text(text, encoding="utf-16")
+    complaint = f"error: {flag}={path} is UTF-16; convert it to UTF-8\n"
+    assert sample(*words) == (1, "", complaint)
+
+
 WRONG_MESSAGES = {
     "no file": (None, "No such file or directory"),
     "no JSON": ("[{]", "is not JSON: Expecting property name"),
