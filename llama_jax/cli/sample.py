@@ -80,7 +80,7 @@ def parser() -> cli.Parser:
         "--rng",
         default=default.rng,
         choices=("jax", "xorshift"),
-        help="xorshift: as llama2.c, slow",
+        help="xorshift: as llama2.c, slow; seed 0 is the time in seconds, as there",
     )
     chat = parser.add_argument_group("chat")
     chat.add_argument("--chat", action="store_true", help="chat on stdin and stdout, line by line")
@@ -107,8 +107,13 @@ def main(argv: list[str]) -> None:
     mode = modes[0] if modes else ""
     _check(flags, mode, changed)
     params = {name: getattr(flags, name) for name in PARAMS}
+    is_timed = flags.rng == "xorshift" and flags.seed == 0
+    if is_timed:
+        params["seed"] = int(time.time())  # as llama2.c does
     params["logit_bias"] = _parse_biases(flags.logit_bias)
     sampling = SamplingParams.of(**params)
+    if is_timed:
+        print(f"[--seed={sampling.seed}, from the clock]", file=sys.stderr)
     if mode == "chat":
         from llama_jax.cli.chat import Conversation, run_chat
 
