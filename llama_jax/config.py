@@ -8,10 +8,11 @@ line gives its type, range, default, meaning and unit.
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
 
-from llama_jax.errors import UsageError, did_you_mean
+from llama_jax.errors import UsageError, did_you_mean, shown
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "block", "save-qkv", "offload")
@@ -40,8 +41,8 @@ class Range:
         low, high = f"{self.low:g}", f"{self.high:g}"
         expected = f"at least {low}" if math.isinf(self.high) else f"from {low} to {high}"
         require(
-            math.isfinite(value) and self.low <= value <= self.high,
-            f"{name}={value!r} is out of range; expected {expected}",
+            self.low <= value <= min(self.high, sys.float_info.max),
+            f"{name}={shown(value)} is out of range; expected {expected}",
         )
 
 
@@ -54,7 +55,7 @@ class Choice:
     def check(self, name: str, value: str) -> None:
         """Raise `UsageError` unless the value is one of the choices."""
         expected = ", ".join(map(repr, self.choices))
-        message = f"{name}={value!r} is unknown; expected one of {expected}"
+        message = f"{name}={shown(value)} is unknown; expected one of {expected}"
         require(value in self.choices, message)
 
 
@@ -336,7 +337,7 @@ def parse(cls: type[T], tree: Mapping[str, Any], prefix: str = "", where: str = 
     """
     hints, in_file = get_type_hints(cls), f" in {where}" if where else ""
     is_section = isinstance(tree, Mapping) or hasattr(tree, "keys")
-    require(is_section, f"{prefix or 'the config'} is {tree!r}; expected a section with keys")
+    require(is_section, f"{prefix or 'the config'} is {shown(tree)}; expected a section with keys")
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in tree:
         known = did_you_mean(str(name), fields)
@@ -357,13 +358,13 @@ def _parse_value(expected: Any, value: Any, key: str, where: str) -> Any:
     if dataclasses.is_dataclass(expected):
         require(
             isinstance(value, Mapping) or hasattr(value, "keys"),
-            f"{key}={value!r} has the wrong type; expected a section with keys",
+            f"{key}={shown(value)} has the wrong type; expected a section with keys",
         )
         return parse(expected, value, key + ".", where)  # type: ignore[arg-type]
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     matches = isinstance(value, expected) and (expected is bool or not isinstance(value, bool))
-    require(matches, f"{key}={value!r} has the wrong type; expected {type_name(expected)}")
+    require(matches, f"{key}={shown(value)} has the wrong type; expected {type_name(expected)}")
     return value
 
 

@@ -1,7 +1,7 @@
 """Errors that a user can cause and fix, each reported in one line, and warnings.
 
 The command line prints a `UserError` as that line and exits with its `exit_code`; any other
-exception is a bug and keeps its traceback. Messages follow one pattern: what is wrong with its
+exception is a bug, reported as one. Messages follow one pattern: what is wrong with its
 value, what was expected, what to do.
 """
 
@@ -42,7 +42,22 @@ def warn(text: str) -> None:
     import jax
 
     if jax.process_index() == 0:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(f"warning: {format_line(text)}", file=sys.stderr, flush=True)
+
+
+CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # but tab, newline and return
+MAX_LINE = 1000  # characters of a message
+
+
+def escape_controls(text: str) -> str:
+    """Return a text with control characters, which a terminal may obey, as `\\x1b`."""
+    return CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+def format_line(text: str) -> str:
+    """Return a message as one printable line, without the middle of one that is very long."""
+    line = " ".join(escape_controls(text).split())
+    return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} … {line[-MAX_LINE // 2 :]}"
 
 
 def did_you_mean(name: str, choices: Iterable[str], cutoff: float = 0.5) -> str:
@@ -72,27 +87,30 @@ def finite_number(name: str, value: Any, accepts: Callable[[float], bool], expec
       UsageError: unless the value is a finite real number in range.
     """
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise UsageError(f"{name}={_shown(value)} is not a number; expected {expected}")
+        raise UsageError(f"{name}={shown(value)} is not a number; expected {expected}")
     number = math.nan
     with contextlib.suppress(OverflowError):  # an int too large for a float
         number = float(value)
     if not (math.isfinite(number) and accepts(number)):
-        raise UsageError(f"{name}={_shown(value)} is out of range; expected {expected}")
+        raise UsageError(f"{name}={shown(value)} is out of range; expected {expected}")
     return number
 
 
 def whole_number(name: str, value: Any, accepts: Callable[[int], bool], expected: str) -> int:
     """Return an argument as an int; arguments and errors as for `finite_number`."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise UsageError(f"{name}={_shown(value)} is not an integer; expected {expected}")
+        raise UsageError(f"{name}={shown(value)} is not an integer; expected {expected}")
     if not accepts(value):  # type: ignore[arg-type]
-        raise UsageError(f"{name}={_shown(value)} is out of range; expected {expected}")
+        raise UsageError(f"{name}={shown(value)} is out of range; expected {expected}")
     return int(value)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Format a value as the user may have typed it, shortened to fit in a line."""
-    text = str(value) if isinstance(value, numbers.Real) else repr(value)
+    try:
+        text = str(value) if isinstance(value, numbers.Real) else repr(value)
+    except ValueError:  # Python formats integers of up to 4,300 digits
+        return "a number of thousands of digits"
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
 
 

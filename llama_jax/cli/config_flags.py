@@ -1,5 +1,6 @@
 """The `Config` of a run: a config file with the `--config.key=value` flags applied to it."""
 
+import codecs
 import difflib
 import re
 import runpy
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.config import Config, parse, type_name
-from llama_jax.errors import UsageError, UserError, did_you_mean
+from llama_jax.errors import UsageError, UserError, did_you_mean, shown
 
 CONFIG_FLAG = re.compile(r"--(?P<no>no)?config\.(?P<key>[^=]+)(=(?P<value>.*))?", re.DOTALL)
 
@@ -64,6 +65,8 @@ def _load(path: str) -> Any:
         there = f"one of {', '.join(known.values())}" if known else "one like configs/demo.py"
         hint = did_you_mean(known.get(Path(path).stem, path), known.values())
         raise UsageError(f"config file {path!r} does not exist{hint or f'; expected {there}'}")
+    if Path(path).read_bytes()[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise UsageError(f"{path} is UTF-16; convert it to UTF-8")
     try:
         scope = runpy.run_path(path)
         if "get_config" not in scope:
@@ -73,10 +76,13 @@ def _load(path: str) -> Any:
         raise
     except SyntaxError as error:
         raise UsageError(f"{path}:{error.lineno}: {error.msg}") from error
+    except SystemExit as error:  # would end the command, with success if it is 0
+        message = f"{path} calls sys.exit({error.code!r}); expected a get_config() that returns"
+        raise UsageError(f"{message} a ConfigDict") from error
     except Exception as error:
         raise UsageError(f"{path} fails: {type(error).__name__}: {error}") from error
     if not hasattr(config, "update_from_flattened_dict"):
-        raise UsageError(f"{path}: get_config() returns {config!r}; expected a ConfigDict")
+        raise UsageError(f"{path}: get_config() returns {shown(config)}; expected a ConfigDict")
     return config
 
 
@@ -97,7 +103,7 @@ def _parse_value(key: str, text: str, expected: type) -> Any:
     try:
         return parsers.get(expected, flags.ArgumentParser)().parse(text)
     except (ValueError, TypeError) as error:
-        message = f"config.{key}={text!r} has the wrong type; expected {type_name(expected)}"
+        message = f"config.{key}={shown(text)} has the wrong type; expected {type_name(expected)}"
         raise UsageError(message) from error
 
 

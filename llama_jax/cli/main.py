@@ -1,24 +1,29 @@
 """The entry point of every command: run it, print errors as one line, exit with a code.
 
-A command is a module of this package with a `main(argv)`. An error that the user can fix is one
-line on stderr; with `--debug`, which every command takes, its traceback is printed too.
+A command is a module of this package with a `main(argv)`. Every error is one line on stderr: how to
+fix it or, for a bug, how to report it. With `--debug`, which every command takes, it is a
+traceback.
 """
 
 import argparse
+import contextlib
 import importlib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from llama_jax.cli.config_flags import CONFIG_FLAG
-from llama_jax.cli.startup import skip_absent_tpu, use_huge_pages
+from llama_jax.cli.startup import absent_platform_message, skip_absent_tpu, use_huge_pages
 from llama_jax.errors import (
     UsageError,
     UserError,
     did_you_mean,
+    escape_controls,
+    format_line,
     is_out_of_memory,
     out_of_memory_message,
 )
@@ -37,12 +42,14 @@ ON_HUGE_PAGES = ("train", "sample", "chat")
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"  # exists in a clone of the repository
 DEMO = str(CONFIGS / "demo.py")
 SIMILAR = 0.75  # similarity from which an unknown flag is taken for a misspelt one
+MAX_BUG = 300  # characters of the text of an unexpected error
 # Training gives its own advice, which depends on the config of the run.
 MEMORY_ADVICE = "when sampling, try --quantize=int8, --cache_dtype=int8 or a smaller --max_context"
 
 
 def main() -> NoReturn:
     """Run the console command `llama-jax COMMAND ...`."""
+    make_output_safe()
     words = sys.argv[1:]
     debug = ["--debug"] if words[:1] == ["--debug"] else []
     words = words[len(debug) :]
@@ -55,49 +62,109 @@ def main() -> NoReturn:
         print("`llama-jax COMMAND --help` lists the flags of a command.")
         raise SystemExit(0 if words else 2)
     hint = did_you_mean(words[0], COMMANDS) or f"; expected one of {', '.join(COMMANDS)}"
-    print(f"error: unknown command {words[0]!r}{hint}", file=sys.stderr)
+    print(format_line(f"error: unknown command {words[0]!r}{hint}"), file=sys.stderr)
     raise SystemExit(2)
 
 
 def run_command(name: str) -> NoReturn:
     """Run a command with the arguments in `sys.argv` and exit with its code."""
-    if name in ON_HUGE_PAGES:
-        use_huge_pages()
-    skip_absent_tpu()
     if name == "chat":
-        name, sys.argv = "sample", [sys.argv[0], "--chat", *sys.argv[1:]]
-    run(importlib.import_module(f"llama_jax.cli.{name.replace('-', '_')}").main)
+        sys.argv.insert(1, "--chat")
+    module = "sample" if name == "chat" else name.replace("-", "_")
+
+    def main(argv: list[str]) -> int | None:
+        if name in ON_HUGE_PAGES:
+            use_huge_pages()
+        skip_absent_tpu()
+        return importlib.import_module(f"llama_jax.cli.{module}").main(argv)
+
+    run(main)
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Call the `main` of a command with the command line and exit with its code."""
     argv = [word for word in sys.argv[1:] if word != "--debug"]
     debug = len(argv) < len(sys.argv) - 1
+    make_output_safe()
     try:
         code = main(argv) or 0
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output has closed it, as in `| head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         code = 0
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
-        line = one_line(error)
-        if debug or line is None:
+        if was_interrupted(error):
+            raise SystemExit(130) from None
+        if debug:
             raise
-        print(f"error: {line}", file=sys.stderr)
+        line = one_line(error) or bug_report(error)
+        print(f"error: {format_line(line)}", file=sys.stderr)
         code = getattr(error, "exit_code", 1)
+        try:
+            sys.stdout.flush()
+        except OSError:  # the disk is full, which the exit of the interpreter would report again
+            discard_output()
     raise SystemExit(code)
+
+
+def make_output_safe() -> None:
+    """Let stdout and stderr accept any text: in any encoding, closed, or a terminal.
+
+    Characters that the encoding lacks are escaped. So are control characters on a terminal, which
+    a file name or the text of a model could reprogram; pipes and files get them unchanged.
+    """
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream: Any = getattr(sys, name)
+        if stream is None:  # closed; a file opened later must not get its descriptor
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            setattr(sys, name, os.fdopen(descriptor, "w", encoding="utf-8", closefd=False))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+            if stream.isatty():
+                write = stream.write
+                stream.write = lambda text, write=write: write(escape_controls(text))
+
+
+def discard_output() -> None:
+    """Send what is still to be written to stdout nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def was_interrupted(error: BaseException | None) -> bool:
+    """Return whether Ctrl-C caused an error, which an import may raise in its place."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def one_line(error: Exception) -> str | None:
     """Return the message for an error that a user can fix, or None for a bug in this package."""
     if isinstance(error, UserError):
-        return " ".join(str(error).split())
+        return str(error)
     if isinstance(error, OSError):
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror or error}{where}"
-    return out_of_memory_message(error, MEMORY_ADVICE) if is_out_of_memory(error) else None
+    if is_out_of_memory(error):
+        return out_of_memory_message(error, MEMORY_ADVICE)
+    return absent_platform_message(error) or None
+
+
+def bug_report(error: Exception) -> str:
+    """Return the message for a bug in this package: what failed, where, and how to report it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    package = str(Path(__file__).resolve().parents[1])
+    ours = [frame for frame in frames if frame.filename.startswith(package)] or frames
+    where = f" in {Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
+    text = format_line(str(error))[:MAX_BUG]
+    return (
+        f"{type(error).__name__}{where}{': ' if text else ''}{text}; this is a bug in llama_jax:"
+        " run the command again with --debug and report what it prints"
+    )
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -6,6 +6,7 @@ chat, `--messages` answers one dialogue; `--score` and `--embed` print figures o
 instead of continuing them.
 """
 
+import codecs
 import dataclasses
 import json
 import logging
@@ -79,7 +80,7 @@ def parser() -> cli.Parser:
         "--rng",
         default=default.rng,
         choices=("jax", "xorshift"),
-        help="xorshift: as llama2.c, slow",
+        help="xorshift: as llama2.c, slow; seed 0 is the time in seconds, as there",
     )
     chat = parser.add_argument_group("chat")
     chat.add_argument("--chat", action="store_true", help="chat on stdin and stdout, line by line")
@@ -106,8 +107,13 @@ def main(argv: list[str]) -> None:
     mode = modes[0] if modes else ""
     _check(flags, mode, changed)
     params = {name: getattr(flags, name) for name in PARAMS}
+    is_timed = flags.rng == "xorshift" and flags.seed == 0
+    if is_timed:
+        params["seed"] = int(time.time())  # as llama2.c does
     params["logit_bias"] = _parse_biases(flags.logit_bias)
     sampling = SamplingParams.of(**params)
+    if is_timed:
+        print(f"[--seed={sampling.seed}, from the clock]", file=sys.stderr)
     if mode == "chat":
         from llama_jax.cli.chat import Conversation, run_chat
 
@@ -208,7 +214,7 @@ def _read_messages(path: str) -> list[Any]:
 
 
 def _read_text(flag: str, path: str) -> str:
-    """Return the text of the file that a flag names; of stdin for "-".
+    """Return the text of the file that a flag names, without a BOM; of stdin for "-".
 
     Raises:
       UserError: naming the flag, when there is no such file or it is not UTF-8.
@@ -217,12 +223,16 @@ def _read_text(flag: str, path: str) -> str:
     try:
         if path == "-":
             require(sys.stdin is not None, f"{named} {closed}")
-            return sys.stdin.read()
-        return Path(path).read_text(encoding="utf-8")
+            text = sys.stdin.read()
+        else:
+            text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{named}: {error.strerror}") from error
     except UnicodeDecodeError as error:
+        if error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise UserError(f"{named} is UTF-16; convert it to UTF-8") from error
         raise UserError(f"{named} is not UTF-8 at byte {error.start}; convert it") from error
+    return text.removeprefix("\ufeff")
 
 
 # --- output ---

@@ -1,18 +1,36 @@
 """Process settings made before a command runs: platform, huge pages, cache of compiled programs."""
 
+import errno
 import importlib.metadata
 import importlib.util
 import os
 import sys
+import traceback
 from pathlib import Path
+
+from llama_jax.errors import format_line
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled programs in `$LLAMA_JAX_CACHE`, by default ~/.cache/llama_jax."""
+    """Keep compiled programs in `$LLAMA_JAX_CACHE`, by default ~/.cache/llama_jax.
+
+    Where that folder cannot be written, as without a home directory, there is no cache, but a line.
+    """
     import jax
 
     default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "llama_jax"
-    folder = Path(os.environ.get("LLAMA_JAX_CACHE", default)).expanduser() / "compiled"
+    folder = Path(os.environ.get("LLAMA_JAX_CACHE", default)) / "compiled"
+    try:
+        folder = folder.expanduser()  # a RuntimeError for a user without a home directory
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except (OSError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or error
+        text = f"compiled programs are not kept, for {folder} cannot be written ({why})"
+        # Not `warn`: it asks JAX for the process, which may not have joined the others yet.
+        print(f"warning: {format_line(text)}; set LLAMA_JAX_CACHE to a folder", file=sys.stderr)
+        return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
@@ -52,3 +70,21 @@ def skip_absent_tpu(devices: Path = Path("/dev")) -> None:
         or importlib.metadata.entry_points(group=plugins)
     ):
         os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def absent_platform_message(error: Exception) -> str:
+    """Return the message for `JAX_PLATFORMS` naming what is absent, else an empty string."""
+    platforms, frames = os.environ.get("JAX_PLATFORMS"), traceback.extract_tb(error.__traceback__)
+    if not (platforms and frames and Path(frames[-1].filename).name == "xla_bridge.py"):
+        return ""
+    import jax
+
+    try:
+        jax.config.update("jax_platforms", None)
+        available = jax.devices()[0].platform
+    except Exception:
+        available = "cpu"
+    return (
+        f"JAX_PLATFORMS={platforms} names a device that cannot be used here; expected {available}:"
+        " change the variable or unset it"
+    )

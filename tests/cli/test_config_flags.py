@@ -114,6 +114,7 @@ def test_a_missing_file_is_a_one_line_error(path, says):
     [
         ("def get_config():\n    return (", "broken.py:2: '(' was never closed"),
         ("x = 1", "broken.py defines no get_config(); see configs/demo.py"),
+        ("import sys\nsys.exit(0)", "broken.py calls sys.exit(0); expected a get_config()"),
         ("import no_such_module", "broken.py fails: ModuleNotFoundError: No module named"),
         ("def get_config():\n    return 1 / 0", "broken.py fails: ZeroDivisionError"),
         (
@@ -142,3 +143,10 @@ def test_a_missing_or_unknown_key_is_reported_with_its_file(place, text, says):
     with pytest.raises(UsageError) as error:
         read_config("wrong.py")
     assert str(error.value).startswith(says)
+
+
+def test_a_file_with_a_bom_is_read_and_utf16_is_named(place):
+    (place / "bom.py").write_text(FILE, encoding="utf-8-sig")
+    assert load_config("bom.py") == load_config("configs/tiny.py")
+    (place / "wide.py").write_text(FILE, encoding="utf-16")
+    assert message(path="wide.py") == "wide.py is UTF-16; convert it to UTF-8"

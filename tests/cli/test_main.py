@@ -2,9 +2,12 @@
 
 import importlib.util
 import os
+import pty
+import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -56,10 +59,12 @@ def test_debug_prints_the_traceback_and_is_not_passed_on():
     assert "UserError: bad" in done.stderr
 
 
-def test_a_bug_keeps_its_traceback():
+def test_a_bug_is_one_line_with_how_to_report_it():
     done = run_command("return {}['x']")
     assert done.returncode == 1
-    assert "Traceback" in done.stderr
+    assert re.fullmatch(r"error: KeyError in .*: 'x'; this is a bug .* --debug .*\n", done.stderr)
+    done = run_command("return {}['x']", "--debug")
+    assert done.returncode == 1 and "Traceback" in done.stderr
 
 
 @pytest.mark.parametrize("lines", [1, 9999])  # noticed when flushing, and while printing
@@ -150,3 +155,77 @@ def test_a_value_may_begin_with_a_minus(value):
     parser = Parser()
     parser.add_argument("--profile")
     assert parser.parse_args(["--profile", value]).profile == value
+
+
+STRANGE = "print('\\u00e9\\x1b[2J')\nraise UserError('no \\u00e9 in a\\x1b[2Jb')"
+
+
+@pytest.mark.parametrize(
+    "variables", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}]
+)
+def test_any_text_can_be_printed_in_any_encoding(variables):
+    done = run_command(STRANGE, env=os.environ | variables, encoding="utf-8")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stdout in ("\\xe9\x1b[2J\n", "é\x1b[2J\n")  # raw into a pipe
+    assert done.stderr in (
+        r"error: no \xe9 in a\x1b[2Jb" + "\n",
+        r"error: no é in a\x1b[2Jb" + "\n",
+    )
+
+
+def test_control_characters_are_escaped_on_a_terminal():
+    ours, theirs = pty.openpty()
+    run_command(STRANGE, capture_output=False, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert shown.splitlines() == [r"é\x1b[2J", r"error: no é in a\x1b[2Jb"]
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_closed_output_is_no_error(closed, tmp_path):
+    file = tmp_path / "written"
+    script = (
+        f"from llama_jax.cli.main import run\ndef main(argv):\n    f = open({str(file)!r}, 'w')"
+    )
+    script += "\n    print('x')\n    f.write('y')\nrun(main)"
+    command = ["sh", "-c", f'"$0" -c "$1" {closed}', sys.executable, script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr, file.read_text()) == (0, "", "y")
+
+
+def test_a_full_disk_under_the_output_is_one_line():
+    with Path("/dev/full").open("w") as full:
+        done = run_command("print('x')", capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
+
+
+def test_a_very_long_message_is_shortened_in_its_middle():
+    done = run_command("raise UserError('a=' + 'x' * 5000 + ' is bad; expected 1')")
+    assert done.stderr.startswith("error: a=xxx") and done.stderr.endswith("x is bad; expected 1\n")
+    assert len(done.stderr) < 1100
+
+
+def test_an_import_that_ctrl_c_breaks_is_an_interrupt():
+    body = "try:\n    raise KeyboardInterrupt\nexcept BaseException:\n    raise ImportError('x')"
+    done = run_command(body)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+@pytest.mark.parametrize("platform", ["cuda", "nothing"])
+def test_an_absent_platform_is_one_line_with_what_there_is(platform):
+    done = run_command("import jax\njax.devices()", env=os.environ | {"JAX_PLATFORMS": platform})
+    line = f"error: JAX_PLATFORMS={platform} names a device that cannot be used here; expected cpu:"
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and done.stderr.startswith(line)
+
+
+@pytest.mark.parametrize("home", ["/proc/none", None])
+def test_without_a_home_directory_there_is_no_cache_but_a_line(home):
+    body = "from llama_jax.cli.startup import use_compilation_cache\nimport jax, pwd\n"
+    body += "def getpwuid(uid): raise KeyError\npwd.getpwuid = getpwuid  # a container's user\n"
+    body += "use_compilation_cache()\nprint(jax.config.jax_compilation_cache_dir)"
+    absent = ("HOME", "LLAMA_JAX_CACHE", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR")
+    environment = {name: value for name, value in os.environ.items() if name not in absent}
+    done = run_command(body, env=environment | ({"HOME": home} if home else {}))
+    assert (done.returncode, done.stdout) == (0, "None\n")
+    assert re.fullmatch("warning: compiled programs are not kept, for .*\n", done.stderr)

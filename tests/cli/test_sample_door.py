@@ -220,7 +220,6 @@ USAGE = {
     ("--logit_bias=3=1", "--logit_bias=3=2"): "--logit_bias=3=2 is the second for token 3",
     ("--prompt=Tim", "--prompt_file=x"): "--prompt and --prompt_file exclude each other",
     ("--rng=dice",): "argument --rng: invalid choice: 'dice'",
-    ("--rng=xorshift",): "seed=0 is out of range; expected 1 to",
     ("--rng=xorshift", "--seed=1", "--num_samples=2"): "--rng=xorshift generates one sample",
     (
         "--rng=xorshift",
@@ -389,6 +388,26 @@ def test_messages_of_a_file_are_answered(sample, tmp_path, monkeypatch):
     assert code == 0
     assert re.match(r"\[the dialogue has \d+ tokens, .* exchanges were left out\]\n", stderr)
     assert sample("--messages=") == (1, "", "error: --messages=: Is a directory\n")
+
+
+def test_xorshift_with_seed_0_takes_and_prints_the_time(sample):
+    words = ("--rng=xorshift", "--max_tokens=4", "--prompt=Tim")
+    code, text, stderr = sample(*words)
+    seed = re.match(r"\[(--seed=\d+), from the clock\]\n", stderr)[1]
+    assert code == 0 and sample(*words, seed)[1] == text
+
+
+@pytest.mark.parametrize("flag", ["--prompt_file", "--messages"])
+def test_a_bom_is_dropped_and_utf16_is_named(sample, tmp_path, flag):
+    path, text = tmp_path / "text", '[{"role": "user", "content": "Tim"}]'
+    words = (flag, str(path), "--temperature=0", "--max_tokens=4")
+    path.write_text(text)
+    expected = sample(*words)[:2]
+    path.write_text(text, encoding="utf-8-sig")
+    assert sample(*words)[:2] == expected
+    path.write_text(text, encoding="utf-16")
+    complaint = f"error: {flag}={path} is UTF-16; convert it to UTF-8\n"
+    assert sample(*words) == (1, "", complaint)
 
 
 WRONG_MESSAGES = {
