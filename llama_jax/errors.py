@@ -42,7 +42,8 @@ def warn(text: str) -> None:
     import jax
 
     if jax.process_index() == 0:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # a terminal that was closed
+            print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def did_you_mean(name: str, choices: Iterable[str], cutoff: float = 0.5) -> str:

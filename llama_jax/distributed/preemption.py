@@ -1,4 +1,7 @@
-"""Orderly stops: the first Ctrl-C or SIGTERM is recorded, the second ends the process at once.
+"""Orderly stops: the first Ctrl-C, SIGTERM or SIGHUP is recorded, a second ends the process.
+
+SIGHUP, of a terminal that was closed, is left alone where it is ignored, as under nohup. It never
+counts as the second signal: a shell and the kernel may both send it.
 
 Several processes stop at the same step, whichever of them gets the signal: JAX's preemption service
 listens for SIGTERM, informs the other processes in the background, and agrees with them on the next
@@ -14,6 +17,8 @@ from types import FrameType
 
 import jax
 
+SIGHUP = getattr(signal, "SIGHUP", None)  # None on Windows
+
 
 class StopSignal:
     """Whether this process should stop, and the signal that caused it."""
@@ -27,14 +32,15 @@ class StopSignal:
 
     @property
     def exit_code(self) -> int:
-        """The exit code that a shell expects after the signal: 130 or 143."""
+        """The exit code that a shell expects after the signal: 129, 130 or 143."""
         return 128 + self.number
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
         """Handle a signal."""
-        if self.number:
+        if not self.number:
+            self.number = number
+        elif number != SIGHUP:
             os._exit(128 + number)
-        self.number = number
 
 
 class SharedStop(StopSignal):
@@ -57,15 +63,17 @@ class SharedStop(StopSignal):
 
     @property
     def exit_code(self) -> int:
-        """130 on a process that got Ctrl-C, else 143."""
+        """130 on a process that got Ctrl-C, 129 on one whose terminal was closed, else 143."""
         return 128 + (self.number or signal.SIGTERM)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Handle Ctrl-C: the first is passed on as SIGTERM, the second ends the process."""
-        if self._is_agreed:
+        """Handle Ctrl-C or SIGHUP: the first is passed on as SIGTERM, a second ends the process."""
+        if self._is_agreed and number != SIGHUP:
             _exit(number, frame)
+        is_first = not self.number and not self._is_agreed
         super().handle(number, frame)
-        os.kill(os.getpid(), signal.SIGTERM)
+        if is_first:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _exit(number: int, _frame: FrameType | None) -> None:
@@ -74,7 +82,7 @@ def _exit(number: int, _frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[StopSignal]:
-    """Catch Ctrl-C and SIGTERM in this process while the block runs."""
+    """Catch Ctrl-C, SIGTERM and SIGHUP in this process while the block runs."""
     stop = StopSignal()
     if threading.current_thread() is not threading.main_thread():  # which alone gets signals
         yield stop
@@ -85,7 +93,7 @@ def stop_signal() -> Iterator[StopSignal]:
 
 @contextlib.contextmanager
 def stop_of_all() -> Iterator[StopSignal]:
-    """Catch Ctrl-C and SIGTERM; one signal to any process stops all of them."""
+    """Catch Ctrl-C, SIGTERM and SIGHUP; one signal to any process stops all of them."""
     if jax.process_count() == 1:
         with stop_signal() as stop:
             yield stop
@@ -97,7 +105,9 @@ def stop_of_all() -> Iterator[StopSignal]:
 
 @contextlib.contextmanager
 def _handlers(stop: StopSignal, *numbers: signal.Signals) -> Iterator[None]:
-    """Let `stop` handle signals while the block runs."""
+    """Let `stop` handle signals while the block runs, SIGHUP among them unless it is ignored."""
+    if SIGHUP is not None and signal.getsignal(SIGHUP) is not signal.SIG_IGN:
+        numbers += (SIGHUP,)
     previous = {number: signal.signal(number, stop.handle) for number in numbers}
     try:
         yield

@@ -33,7 +33,7 @@ def fit(
 ) -> int:
     """Train as the config says, resuming from the newest checkpoint; return the exit code.
 
-    It is 0 at the end, and 130 or 143 after Ctrl-C or SIGTERM. Inside
+    It is 0 at the end, and 130, 143 or 129 after Ctrl-C, SIGTERM or SIGHUP. Inside
     `distributed.processes.joined` this process does its part of the run.
 
     Args:

@@ -173,6 +173,23 @@ def test_a_signal_saves_and_the_same_command_goes_on(place, straight, number, mo
         assert checksums(place / name) == checksums(straight[0])
 
 
+def test_a_closed_terminal_saves(place):
+    ours, terminal = os.openpty()
+    pipes = {"stdin": terminal, "stdout": terminal, "stderr": terminal, "text": False}
+    words = ("--config.optimizer.steps=1000000", "--config.run.save_every=1000000")
+    process = started(place, at("closed"), *words, **pipes)
+    os.close(terminal)
+    shown = b""
+    while b"compiled" not in shown:
+        shown += os.read(ours, 4096)
+    os.close(ours)  # from now on, what is written to the terminal fails
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGHUP)  # as by the shell and by the kernel
+    process.wait(100)
+    last = max(losses(place / "closed"), default=0)
+    assert finished_steps(place / "closed")[-1] == last
+
+
 @pytest.mark.slow
 def test_a_second_signal_ends_at_once_and_a_second_process_is_refused(place):
     process = started(place, at("busy"), "--config.optimizer.steps=1000000")

@@ -25,7 +25,9 @@ with stop_signal() as stop:
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_first_signal_is_recorded(number, code):
     before = signal.getsignal(number)
     with stop_signal() as stop:
@@ -42,6 +44,25 @@ def test_second_signal_ends_the_process():
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=15
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "143\n", "")
+
+
+def test_sighup_after_another_signal_does_not_end_the_process():
+    with stop_signal() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGHUP)  # a process that ended here would fail the test
+        signal.raise_signal(signal.SIGHUP)
+    assert stop.exit_code == 143
+
+
+def test_sighup_stays_ignored_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signal() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_other_threads_do_not_catch_signals():
