@@ -12,7 +12,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import jax
@@ -23,8 +23,10 @@ SIGHUP = getattr(signal, "SIGHUP", None)  # None on Windows
 class StopSignal:
     """Whether this process should stop, and the signal that caused it."""
 
-    def __init__(self) -> None:
+    def __init__(self, farewell: Callable[[], str] | None = None) -> None:
+        """`farewell`: returns the line to print on stderr when a second signal ends the process."""
         self.number = 0  # of the signal; 0: none yet
+        self._farewell = farewell
 
     def requested(self) -> bool:
         """Return whether to stop now."""
@@ -40,14 +42,21 @@ class StopSignal:
         if not self.number:
             self.number = number
         elif number != SIGHUP:
-            os._exit(128 + number)
+            self.end(number, _frame)
+
+    def end(self, number: int, _frame: FrameType | None) -> None:
+        """End the process at once, with the farewell."""
+        with contextlib.suppress(Exception):
+            if self._farewell:  # unbuffered: the signal may have interrupted a write to stderr
+                os.write(2, f"{self._farewell()}\n".encode(errors="backslashreplace"))
+        os._exit(128 + number)
 
 
 class SharedStop(StopSignal):
     """Whether all processes should stop, at the same step."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, farewell: Callable[[], str] | None = None) -> None:
+        super().__init__(farewell)
         self._calls, self._is_agreed = 0, False
 
     def requested(self) -> bool:
@@ -58,7 +67,7 @@ class SharedStop(StopSignal):
             self._calls += 1
             self._is_agreed = reached_preemption_sync_point(self._calls)
             if self._is_agreed:
-                signal.signal(signal.SIGTERM, _exit)
+                signal.signal(signal.SIGTERM, self.end)
         return self._is_agreed
 
     @property
@@ -69,21 +78,17 @@ class SharedStop(StopSignal):
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Handle Ctrl-C or SIGHUP: the first is passed on as SIGTERM, a second ends the process."""
         if self._is_agreed and number != SIGHUP:
-            _exit(number, frame)
+            self.end(number, frame)
         is_first = not self.number and not self._is_agreed
         super().handle(number, frame)
         if is_first:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _exit(number: int, _frame: FrameType | None) -> None:
-    os._exit(128 + number)
-
-
 @contextlib.contextmanager
-def stop_signal() -> Iterator[StopSignal]:
-    """Catch Ctrl-C, SIGTERM and SIGHUP in this process while the block runs."""
-    stop = StopSignal()
+def stop_signal(farewell: Callable[[], str] | None = None) -> Iterator[StopSignal]:
+    """Catch Ctrl-C, SIGTERM and SIGHUP in this process while the block runs; see `StopSignal`."""
+    stop = StopSignal(farewell)
     if threading.current_thread() is not threading.main_thread():  # which alone gets signals
         yield stop
         return
@@ -92,13 +97,13 @@ def stop_signal() -> Iterator[StopSignal]:
 
 
 @contextlib.contextmanager
-def stop_of_all() -> Iterator[StopSignal]:
+def stop_of_all(farewell: Callable[[], str] | None = None) -> Iterator[StopSignal]:
     """Catch Ctrl-C, SIGTERM and SIGHUP; one signal to any process stops all of them."""
     if jax.process_count() == 1:
-        with stop_signal() as stop:
+        with stop_signal(farewell) as stop:
             yield stop
         return
-    shared = SharedStop()
+    shared = SharedStop(farewell)
     with _handlers(shared, signal.SIGINT):
         yield shared
 

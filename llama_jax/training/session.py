@@ -89,7 +89,7 @@ def open_session(
     programs = jit_programs(config, mesh)
     with (
         claimed_by_all(folder),
-        stop_of_all() as stop,
+        stop_of_all(lambda: _what_is_kept(folder)) as stop,
         jax.set_mesh(mesh),
         catch_out_of_memory(memory_advice(config, mesh), memory_limit(mesh.devices.flat)),
     ):
@@ -116,6 +116,16 @@ def open_session(
             profile=profile,
             opened=opened,
         )
+
+
+def _what_is_kept(folder: Path) -> str:
+    """Return the line about the newest complete checkpoint."""
+    steps = finished_steps(folder)
+    return f"ended at once; {folder} " + (
+        f"has step {steps[-1]:,}, from which the same command goes on"
+        if steps
+        else "has no complete checkpoint yet, so the same command starts anew"
+    )
 
 
 def _restore(config: Config, folder: Path, data: TokenFolder, mesh: Mesh) -> Start | None:

@@ -15,7 +15,7 @@ from llama_jax.distributed.preemption import SharedStop, StopSignal, stop_of_all
 TWICE = """
 import os, signal, time
 from llama_jax.distributed.preemption import stop_signal
-with stop_signal() as stop:
+with stop_signal({farewell}) as stop:
     os.kill(os.getpid(), {first})
     while not stop.requested(): time.sleep(0.01)
     print(stop.exit_code, flush=True)
@@ -38,12 +38,15 @@ def test_first_signal_is_recorded(number, code):
     assert signal.getsignal(number) is before
 
 
-def test_second_signal_ends_the_process():
-    script = TWICE.format(first=int(signal.SIGTERM), second=int(signal.SIGINT))
+@pytest.mark.parametrize(
+    ("farewell", "line"), [("None", ""), ("lambda: 'step 5 is kept'", "step 5 is kept\n")]
+)
+def test_second_signal_ends_the_process_with_the_farewell(farewell, line):
+    script = TWICE.format(first=int(signal.SIGTERM), second=int(signal.SIGINT), farewell=farewell)
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=15
     )
-    assert (done.returncode, done.stdout, done.stderr) == (130, "143\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "143\n", line)
 
 
 def test_sighup_after_another_signal_does_not_end_the_process():
