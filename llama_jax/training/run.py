@@ -134,6 +134,7 @@ class Trainer:
     def _compile(self) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
         """Compile the train step for the shapes of this run."""
         started = time.perf_counter()
+        self.console.line("compiling the train step")
         lowered = self.session.programs.train.lower(self.state, abstract_batch(self.config))
         compiled = lowered.compile()
         self.console.line(f"compiled  in {time.perf_counter() - started:.1f} s")

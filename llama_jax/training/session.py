@@ -137,6 +137,9 @@ def _restore(config: Config, folder: Path, data: TokenFolder, mesh: Mesh) -> Sta
     shardings = state_shardings(config, mesh)
     expected = placed(abstract_state(config), shardings)
     items = {"model": expected.trainable, "optimizer": expected.optimizer}
+    if (steps := finished_steps(folder)) and jax.process_index() == 0:
+        with contextlib.suppress(OSError, ValueError):  # standard output is closed
+            print(f"restoring step {steps[-1]:,} of {folder}", flush=True)
     restored = restore_newest(folder, items, report=warn, set_aside=True)
     if restored is None:
         return None
