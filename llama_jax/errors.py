@@ -42,7 +42,8 @@ def warn(text: str) -> None:
     import jax
 
     if jax.process_index() == 0:
-        print(f"warning: {format_line(text)}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # a terminal that was closed
+            print(f"warning: {format_line(text)}", file=sys.stderr, flush=True)
 
 
 CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # but tab, newline and return

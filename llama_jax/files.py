@@ -5,7 +5,7 @@ never leaves a partial one under its final name.
 """
 
 import contextlib
-import fcntl
+import errno
 import glob
 import os
 import secrets
@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TextIO
 
 from llama_jax.errors import UserError
 
@@ -63,8 +63,9 @@ def _hidden_folder(path: Path) -> Iterator[Path]:
             partial = path.parent / f".{path.name}.partial-{secrets.token_hex(4)}"
             partial.mkdir()
             stack.callback(shutil.rmtree, partial, ignore_errors=True)
-            lock = stack.enter_context((partial / LOCK).open("w"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            file = stack.enter_context((partial / LOCK).open("w"))
+            with contextlib.suppress(OSError):  # without locks, nobody removes partial folders
+                lock(file)
         except OSError as error:
             reason = f"cannot write to {path}: {error.strerror}"
             raise UserError(f"{reason}; choose another place") from error
@@ -107,9 +108,23 @@ def _remove_abandoned(path: Path) -> None:
     """Remove partial folders for `path` whose lock no living process holds."""
     for partial in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
         with contextlib.suppress(OSError):
-            with (partial / LOCK).open("a") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with (partial / LOCK).open("a") as file:
+                lock(file)
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def lock(file: TextIO) -> None:
+    """Lock an open file until it is closed or this process ends, however it ends.
+
+    Raises:
+      BlockingIOError: if another process holds the lock.
+      OSError: if the system (Windows) or the file system (as some of Lustre and NFS) has no locks.
+    """
+    try:
+        import fcntl
+    except ImportError as error:
+        raise OSError(errno.ENOTSUP, "no file locks on this system") from error
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _flush(path: Path) -> None:

@@ -1,9 +1,11 @@
 """Atomic creation of files and folders, and progress output."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -105,6 +107,22 @@ def test_abandoned_folders_are_removed_and_locked_ones_kept(tmp_path, name):
         (tmp_path / name).rmdir()
     assert other.is_dir()
     assert (tmp_path / name).is_dir()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), None])
+def test_without_file_locks_nothing_of_others_is_removed(tmp_path, monkeypatch, error):
+    def flock(*_):
+        raise error
+
+    module = error and SimpleNamespace(
+        flock=flock, LOCK_EX=2, LOCK_NB=4
+    )  # None: cannot be imported
+    monkeypatch.setitem(sys.modules, "fcntl", module)
+    other = tmp_path / ".out.partial-12345678"
+    other.mkdir()
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "file").write_text("whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "out"]
 
 
 def test_path_below_a_file_is_refused(tmp_path):

@@ -28,6 +28,7 @@ from llama_jax.checkpoints.metadata import CONFIG, Run, read_run, write_atomical
 from llama_jax.config import Config
 from llama_jax.distributed.consistency import gathered, together
 from llama_jax.errors import UsageError, UserError, warn
+from llama_jax.files import lock
 
 TOKENIZER, METRICS, LOCK = "tokenizer.model", "metrics.jsonl", ".lock"
 MARK = LOCK + "-"  # prefix of a file that tests whether all processes see the folder
@@ -177,13 +178,13 @@ def claimed(folder: Path) -> Iterator[None]:
         _require_empty(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("a+")
+        file = (folder / LOCK).open("a+")
     except OSError as error:
         raise UsageError(
             f"{folder} cannot be written ({error.strerror}); {OTHER_FOLDER}"
         ) from error
-    with lock:
-        _lock(lock, folder)
+    with file:
+        _hold(file, folder)
         yield
 
 
@@ -197,24 +198,20 @@ def _require_empty(folder: Path) -> None:
         )
 
 
-def _lock(lock: TextIO, folder: Path) -> None:
-    """Take a lock that the operating system releases when this process ends, however it ends."""
+def _hold(file: TextIO, folder: Path) -> None:
+    """Lock the lock file of a run and write this process's number to it."""
     try:
-        import fcntl
-    except ImportError:  # a system without such locks
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file)
     except BlockingIOError:
-        lock.seek(0)
-        owner = lock.read().strip() or "another process"
+        file.seek(0)
+        owner = file.read().strip() or "another process"
         raise UserError(f"{folder} is in use by {owner}; wait for it, or stop it") from None
-    except OSError as error:  # as on some network disks
+    except OSError as error:
         warn(f"{folder} cannot be locked ({error.strerror}); start no other run in it")
-    lock.seek(0)
-    lock.truncate()
-    lock.write(f"process {os.getpid()}\n")
-    lock.flush()
+    file.seek(0)
+    file.truncate()
+    file.write(f"process {os.getpid()}\n")
+    file.flush()
 
 
 # ---- room on the disk ----

@@ -116,7 +116,7 @@ def _print_answer(conversation: Conversation, text: str) -> None:
             print(f"[{error}]", file=sys.stderr)
     if stop.requested():
         print("[stopped]", file=sys.stderr)
-    if stop.number == signal.SIGTERM:
+    if stop.number not in (0, signal.SIGINT):  # SIGTERM, or the terminal was closed
         raise SystemExit(stop.exit_code)
 
 

@@ -7,6 +7,7 @@ costs a warning, and lines of metrics.jsonl that are damaged are skipped.
 import dataclasses
 import json
 import math
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -33,11 +34,24 @@ def format_duration(seconds: float) -> str:
     return f"{minutes}m{rounded % 60:02d}s" if minutes else f"{rounded}s"
 
 
+# Fields of a step's line that are left out on a terminal too narrow for it, in this order.
+LESS_IMPORTANT = ("goodput", "mem", "norm", "lr", "mfu", "ms/step", "tok/s")
+
+
+def fitted(fields: list[str], width: int) -> str:
+    """Join the fields of a line, without the less important ones if it is wider than `width`."""
+    for name in LESS_IMPORTANT:
+        if len("  ".join(fields)) <= width:
+            break
+        fields = [field for field in fields if name not in field.split()]
+    return "  ".join(fields)
+
+
 class Console:
     """Plain lines on standard output, and on a terminal a progress bar under them."""
 
     def __init__(self, total: int, start: int) -> None:
-        from tqdm.auto import tqdm
+        from tqdm import tqdm
 
         self._is_shown = jax.process_index() == 0
         self._bar = tqdm(
@@ -62,12 +76,14 @@ class Console:
             warn(f"standard output cannot be written ({error}); training goes on without it")
         self._bar.refresh()
 
-    def progress(self, step: int, line: str) -> None:
-        """Show where the run stands: on the bar if there is one, else as a line."""
+    def progress(self, step: int, fields: list[str]) -> None:
+        """Show the fields of a step, its number first: on the bar, or as a line without one."""
         if self._bar.disable:
-            self.line(line)
+            self.line("  ".join(fields))
             return
-        self._bar.set_description_str(line.partition("  ")[2], refresh=False)
+        counts = 10 + len(f" {step}/{self._bar.total}  ")  # the bar and the step, see `bar_format`
+        width = shutil.get_terminal_size().columns - counts - 1
+        self._bar.set_description_str(fitted(fields[1:], width), refresh=False)
         self._bar.update(step - self._bar.n)
 
     def close(self) -> None:
@@ -337,7 +353,7 @@ class Reporter:
             }
             self._metrics.write(record | (self._speed(seconds, use) if number == step else {}))
         loss = sum(float(metrics.loss) for metrics in pending) / len(pending)
-        self._console.progress(step, self._line(step, loss, pending[-1], seconds, use))
+        self._console.progress(step, self._fields(step, loss, pending[-1], seconds, use))
         return None
 
     def _speed(self, seconds: float, use: MemoryUse | None) -> Record:
@@ -351,16 +367,20 @@ class Reporter:
         record |= {"goodput": clock.goodput, "run_goodput": clock.run_goodput}
         return record | {"wall_seconds": clock.wall, "session": clock.session}
 
-    def _line(
+    def _fields(
         self, step: int, loss: float, metrics: StepMetrics, seconds: float, use: MemoryUse | None
-    ) -> str:
+    ) -> list[str]:
+        """Return the fields of a step's line."""
         total, rate = self._config.optimizer.steps, self._config.tokens_per_step / seconds
-        mfu = f"  mfu {rate * self._flops / self._peak:.1%}" if self._peak else ""
-        memory = f"  mem {use.peak / 1e9:.1f} GB" if use else ""
-        left = format_duration(seconds * (total - step))
-        return (
-            f"step {step:>{len(str(total))}}/{total}  loss {loss:.4f}"
-            f"  lr {metrics.learning_rate:.2e}  norm {metrics.gradient_norm:.2f}"
-            f"  {rate:,.0f} tok/s  {1000 * seconds:.0f} ms/step{mfu}{memory}"
-            f"  goodput {self._clock.goodput:.0%}  left {left}"
-        )
+        return [
+            f"step {step:>{len(str(total))}}/{total}",
+            f"loss {loss:.4f}",
+            f"lr {metrics.learning_rate:.2e}",
+            f"norm {metrics.gradient_norm:.2f}",
+            f"{rate:,.0f} tok/s",
+            f"{1000 * seconds:.0f} ms/step",
+            *([f"mfu {rate * self._flops / self._peak:.1%}"] if self._peak else []),
+            *([f"mem {use.peak / 1e9:.1f} GB"] if use else []),
+            f"goodput {self._clock.goodput:.0%}",
+            f"left {format_duration(seconds * (total - step))}",
+        ]

@@ -32,7 +32,7 @@ def fit(
 ) -> int:
     """Train as the config says, resuming from the newest checkpoint; return the exit code.
 
-    It is 0 at the end, and 130 or 143 after Ctrl-C or SIGTERM. Inside
+    It is 0 at the end, and 130, 143 or 129 after Ctrl-C, SIGTERM or SIGHUP. Inside
     `distributed.processes.joined` this process does its part of the run.
 
     Args:
@@ -133,6 +133,7 @@ class Trainer:
     def _compile(self) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
         """Compile the train step for the shapes of this run."""
         started = time.perf_counter()
+        self.console.line("compiling the train step")
         lowered = self.session.programs.train.lower(self.state, abstract_batch(self.config))
         compiled = lowered.compile()
         self.console.line(f"compiled  in {time.perf_counter() - started:.1f} s")

@@ -89,7 +89,7 @@ def open_session(
     programs = jit_programs(config, mesh)
     with (
         claimed_by_all(folder),
-        stop_of_all() as stop,
+        stop_of_all(lambda: _what_is_kept(folder)) as stop,
         jax.set_mesh(mesh),
         catch_out_of_memory(memory_advice(config, mesh), memory_limit(mesh.devices.flat)),
     ):
@@ -118,6 +118,16 @@ def open_session(
         )
 
 
+def _what_is_kept(folder: Path) -> str:
+    """Return the line about the newest complete checkpoint."""
+    steps = finished_steps(folder)
+    return f"ended at once; {folder} " + (
+        f"has step {steps[-1]:,}, from which the same command goes on"
+        if steps
+        else "has no complete checkpoint yet, so the same command starts anew"
+    )
+
+
 def _restore(config: Config, folder: Path, data: TokenFolder, mesh: Mesh) -> Start | None:
     """Return the state of the newest intact checkpoint on this mesh; None if there is none at all.
 
@@ -127,6 +137,9 @@ def _restore(config: Config, folder: Path, data: TokenFolder, mesh: Mesh) -> Sta
     shardings = state_shardings(config, mesh)
     expected = placed(abstract_state(config), shardings)
     items = {"model": expected.trainable, "optimizer": expected.optimizer}
+    if (steps := finished_steps(folder)) and jax.process_index() == 0:
+        with contextlib.suppress(OSError, ValueError):  # standard output is closed
+            print(f"restoring step {steps[-1]:,} of {folder}", flush=True)
     restored = restore_newest(folder, items, report=warn, set_aside=True)
     if restored is None:
         return None

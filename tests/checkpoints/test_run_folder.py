@@ -1,8 +1,10 @@
 """The folder of a run: one run, one process, and nothing in it is overwritten."""
 
 import os
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -28,6 +30,7 @@ with claimed(Path(sys.argv[1])):
     print("claimed", flush=True)
     time.sleep(60)
 """
+NO_LOCKS = SimpleNamespace(flock=lambda *_: os.close(-1), LOCK_EX=2, LOCK_NB=4)  # raises OSError
 
 
 @pytest.fixture
@@ -168,6 +171,17 @@ def test_one_process_at_a_time_unless_the_other_is_dead(folder):
         process.kill()
     with claimed(folder):
         assert (folder / ".lock").read_text() == f"process {os.getpid()}\n"
+
+
+@pytest.mark.parametrize("module", [None, NO_LOCKS])
+def test_without_file_locks_a_run_goes_on_with_a_warning(tmp_path, monkeypatch, capsys, module):
+    monkeypatch.setitem(sys.modules, "fcntl", module)  # None: cannot be imported, as on Windows
+    with claimed(tmp_path / "ckpt"):
+        pass
+    assert re.fullmatch(
+        r"warning: .*ckpt cannot be locked \(.+\); start no other run in it\n",
+        capsys.readouterr().err,
+    )
 
 
 def test_free_space_is_checked(tmp_path):

@@ -173,6 +173,23 @@ def test_a_signal_saves_and_the_same_command_goes_on(place, straight, number, mo
         assert checksums(place / name) == checksums(straight[0])
 
 
+def test_a_closed_terminal_saves(place):
+    ours, terminal = os.openpty()
+    pipes = {"stdin": terminal, "stdout": terminal, "stderr": terminal, "text": False}
+    words = ("--config.optimizer.steps=1000000", "--config.run.save_every=1000000")
+    process = started(place, at("closed"), *words, **pipes)
+    os.close(terminal)
+    shown = b""
+    while b"compiled" not in shown:
+        shown += os.read(ours, 4096)
+    os.close(ours)  # from now on, what is written to the terminal fails
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGHUP)  # as by the shell and by the kernel
+    process.wait(100)
+    last = max(losses(place / "closed"), default=0)
+    assert finished_steps(place / "closed")[-1] == last
+
+
 @pytest.mark.slow
 def test_a_second_signal_ends_at_once_and_a_second_process_is_refused(place):
     process = started(place, at("busy"), "--config.optimizer.steps=1000000")
@@ -198,7 +215,8 @@ def test_a_second_signal_while_saving_ends_at_once_and_older_checkpoints_are_who
         process.wait(1)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=100)
-    assert (process.returncode, stderr) == (143, "")
+    kept = "ended at once; saving has step 10, from which the same command goes on\n"
+    assert (process.returncode, stderr) == (143, kept)
     assert finished_steps(place / "saving") == [5, 10]
     assert list((place / "saving").glob("*tmp*"))
     code, stdout, stderr = finished(place, at("saving"))

@@ -15,7 +15,7 @@ from llama_jax.distributed.preemption import SharedStop, StopSignal, stop_of_all
 TWICE = """
 import os, signal, time
 from llama_jax.distributed.preemption import stop_signal
-with stop_signal() as stop:
+with stop_signal({farewell}) as stop:
     os.kill(os.getpid(), {first})
     while not stop.requested(): time.sleep(0.01)
     print(stop.exit_code, flush=True)
@@ -25,7 +25,9 @@ with stop_signal() as stop:
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_first_signal_is_recorded(number, code):
     before = signal.getsignal(number)
     with stop_signal() as stop:
@@ -36,12 +38,34 @@ def test_first_signal_is_recorded(number, code):
     assert signal.getsignal(number) is before
 
 
-def test_second_signal_ends_the_process():
-    script = TWICE.format(first=int(signal.SIGTERM), second=int(signal.SIGINT))
+@pytest.mark.parametrize(
+    ("farewell", "line"), [("None", ""), ("lambda: 'step 5 is kept'", "step 5 is kept\n")]
+)
+def test_second_signal_ends_the_process_with_the_farewell(farewell, line):
+    script = TWICE.format(first=int(signal.SIGTERM), second=int(signal.SIGINT), farewell=farewell)
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=15
     )
-    assert (done.returncode, done.stdout, done.stderr) == (130, "143\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "143\n", line)
+
+
+def test_sighup_after_another_signal_does_not_end_the_process():
+    with stop_signal() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGHUP)  # a process that ended here would fail the test
+        signal.raise_signal(signal.SIGHUP)
+    assert stop.exit_code == 143
+
+
+def test_sighup_stays_ignored_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signal() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_other_threads_do_not_catch_signals():

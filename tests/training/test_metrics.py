@@ -78,20 +78,30 @@ def test_a_full_disk_costs_one_warning_and_not_the_run(tmp_path, capsys):
 def test_without_a_terminal_the_console_says_plain_lines(capsys):
     console = Console(total=9, start=0)
     console.line("hello")
-    console.progress(3, "step 3/9  loss 1.0")
+    console.progress(3, ["step 3/9", "loss 1.0"])
     console.close()
     assert capsys.readouterr() == ("hello\nstep 3/9  loss 1.0\n", "")
 
 
-def test_on_a_terminal_the_line_stands_behind_a_bar(monkeypatch):
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (140, "loss 1.0  lr 1.00e-03  norm 0.5  1,000 tok/s  mem 0.9 GB  goodput 83%  left 5s"),
+        (80, "loss 1.0  lr 1.00e-03  norm 0.5  1,000 tok/s  left 5s"),
+        (40, "loss 1.0  left 5s"),
+    ],
+)
+def test_line_behind_the_bar_fits_the_terminal_and_names_the_step_once(monkeypatch, columns, shown):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(metrics.sys, "stderr", terminal)
-    console = Console(total=40, start=0)
-    console.progress(10, "step 10/40  loss 1.0  1,000 tok/s  left 5s")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    fields = "lr 1.00e-03", "norm 0.5", "1,000 tok/s", "mem 0.9 GB", "goodput 83%", "left 5s"
+    console = Console(total=400, start=0)
+    console.progress(10, ["step  10/400", "loss 1.0", *fields])
     console.close()
-    assert "10/40  loss 1.0  1,000 tok/s  left 5s" in terminal.getvalue()
-    assert terminal.getvalue().count("left") == 1  # and nothing of tqdm's own besides
+    line = terminal.getvalue().split("\r")[-1].rstrip()
+    assert line.endswith(f" 10/400  {shown}") and line.count("10/400") == 1
 
 
 def test_only_process_0_speaks_and_writes(tmp_path, capsys, monkeypatch):

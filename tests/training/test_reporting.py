@@ -18,8 +18,8 @@ class Written(list):
 
     write = list.append
 
-    def progress(self, step, line):
-        self.append(line)
+    def progress(self, step, fields):
+        self.append("  ".join(fields))
 
 
 @pytest.fixture
