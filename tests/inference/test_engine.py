@@ -82,7 +82,7 @@ def recomputed(model, prompt, count):
     return tokens[0, len(prompt) : len(prompt) + count].tolist()
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_cached_equals_recomputed(tied):
     model = stacked(num_layers=3, tied_embeddings=tied, context_length=48)
     prompt = [3, 1, 4, 1, 5]
@@ -107,13 +107,17 @@ def request_of(settings, prompts):
     return Request(prompts=prompts, params=params)
 
 
-def test_a_sequence_is_the_same_alone_and_in_a_batch_of_different_ones():
+@pytest.mark.parametrize(
+    "compared", [(0, 3, 4), pytest.param((1, 2, 5), marks=pytest.mark.slow)], ids=str
+)
+def test_a_sequence_is_the_same_alone_and_in_a_batch_of_different_ones(compared):
     prompts = [[*range(row, 2 * row + 1), 8] for row in range(len(DIFFERENT))]
     together, _, ends = run(request_of(DIFFERENT, prompts))
     assert len(set(map(tuple, together))) == len(DIFFERENT) and set(ends) == {"length"}
-    for row, (settings, prompt) in enumerate(zip(DIFFERENT, prompts)):
-        params = [SamplingParams(**settings, max_tokens=12 + row)]
-        assert run(Request(prompts=[prompt], params=params))[0] == [together[row]], settings
+    for row in compared:
+        params = [SamplingParams(**DIFFERENT[row], max_tokens=12 + row)]
+        alone = run(Request(prompts=[prompts[row]], params=params))[0]
+        assert alone == [together[row]], DIFFERENT[row]
     programs = decode._cache_size()
     other = [each | {"temperature": each.get("temperature", 1) * 1.1} for each in DIFFERENT[::-1]]
     run(request_of(other, prompts))
@@ -200,7 +204,7 @@ def state_after(model, prompts, slots, tokens, limits):
     return GenerationState(cache, jnp.asarray(tokens, jnp.int32), *ends, keys_B, None)
 
 
-@pytest.mark.parametrize("K", [2, 6])
+@pytest.mark.parametrize("K", [2, pytest.param(6, marks=pytest.mark.slow)])
 def test_the_loop_copies_no_cache(K):
     """Each copy would cost as much as reading the cache; four a layer once did."""
     model = unstack(stacked(num_kv_heads=K))
@@ -250,7 +254,10 @@ def test_an_int8_cache_follows_the_float_one_for_some_tokens():
     assert near[:4] == exact[:4]
 
 
-@pytest.mark.parametrize(("longest", "chunks"), [(16, [16] * 4), (32, [32, 32])])
+@pytest.mark.parametrize(
+    ("longest", "chunks"),
+    [(16, [16] * 4), pytest.param(32, [32, 32], marks=pytest.mark.slow)],
+)
 def test_a_prompt_read_in_chunks_equals_one_read_at_once(longest, chunks):
     assert prefill_chunks(51, longest) == chunks
     model = unstack(stacked(context_length=96))
@@ -356,8 +363,17 @@ def test_two_threads_may_call_one_engine():
     assert [one.result() for one in running] == expected
 
 
-@pytest.mark.parametrize("stop", [None, 2, 9])
-@pytest.mark.parametrize("max_tokens", [1, 7, 60])
+@pytest.mark.parametrize(
+    ("max_tokens", "stop"),
+    [
+        (1, None),
+        (60, 9),
+        *(
+            pytest.param(max_tokens, stop, marks=pytest.mark.slow)
+            for max_tokens, stop in ((1, 2), (1, 9), (7, None), (7, 2), (7, 9), (60, None), (60, 2))
+        ),
+    ],
+)
 def test_speculation_changes_nothing(stop, max_tokens):
     """With an embedding this large the model repeats itself, so guesses are often right."""
     model = unstack(make_model(num_layers=2, context_length=96))
@@ -411,7 +427,7 @@ def test_a_bias_of_minus_infinity_forbids_a_token():
     assert first not in ids_of_one(Engine(model), [5], logit_bias={first: -np.inf})
 
 
-@pytest.mark.parametrize("top", [0, 3])
+@pytest.mark.parametrize("top", [3, pytest.param(0, marks=pytest.mark.slow)])
 def test_log_probabilities_are_the_models_own(top):
     request = request_for([[5, 6]], SAMPLED, max_tokens=20, logprobs=top)
     [ids], [logprobs], _ = run(request)
