@@ -38,7 +38,7 @@ UNUSED["embed"] = UNUSED["score"]
 
 def parser() -> cli.Parser:
     """Return the parser of the command's flags."""
-    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser = cli.Parser("--prompt", description=__doc__.splitlines()[0])
     default = SamplingParams()
     model = parser.add_argument_group("model")
     model.add_argument("--ckpt", default="ckpt", help="checkpoint folder of a run, or of one step")
