@@ -392,6 +392,18 @@ def test_messages_of_a_file_are_answered(sample, tmp_path, monkeypatch):
     assert sample("--messages=") == (1, "", "error: --messages=: Is a directory\n")
 
 
+def test_a_missing_text_is_said(sample, tmp_path):
+    for mode in ("--score", "--embed"):
+        line = f"error: {mode} needs a text; add --prompt or --prompt_file\n"
+        assert sample(mode) == (2, "", line)
+    assert sample("--score", "--prompt=Tim")[2] == "logprob\ttokens\tperplexity\n"
+    (tmp_path / "empty").write_text("\n")
+    code, _, stderr = sample(f"--prompt_file={tmp_path / 'empty'}", "--max_tokens=1")
+    assert code == 0 and stderr.startswith(
+        f"warning: --prompt_file={tmp_path / 'empty'} is empty\n"
+    )
+
+
 def test_xorshift_with_seed_0_takes_and_prints_the_time(sample):
     words = ("--rng=xorshift", "--max_tokens=4", "--prompt=Tim")
     code, text, stderr = sample(*words)
