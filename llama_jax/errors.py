@@ -61,7 +61,7 @@ def format_line(text: str) -> str:
     return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} … {line[-MAX_LINE // 2 :]}"
 
 
-def did_you_mean(name: str, choices: Iterable[str], cutoff: float = 0.5) -> str:
+def did_you_mean(name: str, choices: Iterable[str], cutoff: float = 0.65) -> str:
     """Return "; did you mean 'x'?" for the choice closest to `name`, or an empty string.
 
     Args:

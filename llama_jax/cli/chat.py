@@ -13,7 +13,10 @@ from llama_jax.errors import UserError
 from llama_jax.llm import LLM
 from llama_jax.text.chat import Message
 
-HELP = "/reset starts over, /system TEXT sets the system prompt, /exit ends; Ctrl-C stops an answer"
+HELP = (
+    "/reset starts over, /system TEXT sets the system prompt, /help is this, /exit or /quit ends;"
+    " Ctrl-C stops an answer"
+)
 
 
 class Conversation:
@@ -71,11 +74,13 @@ def run_chat(conversation: Conversation) -> None:
         except UnicodeDecodeError as error:
             raise UserError(f"the input is not UTF-8 at byte {error.start}; convert it") from error
         command, _, rest = line.strip().partition(" ")
-        if command == "/exit":
+        if command in ("/exit", "/quit"):
             return
         if command in ("/reset", "/system"):
             conversation.reset(rest.strip() if command == "/system" else None)
             print("[a new dialogue]", file=sys.stderr)
+        elif command == "/help":
+            print(f"[{HELP}]", file=sys.stderr)
         elif command.startswith("/"):
             print(f"[{command} is not a command; {HELP}]", file=sys.stderr)
         elif command:

@@ -13,6 +13,29 @@ from llama_jax.errors import UsageError, UserError, did_you_mean, shown
 
 CONFIG_FLAG = re.compile(r"--(?P<no>no)?config\.(?P<key>[^=]+)(=(?P<value>.*))?", re.DOTALL)
 
+ALIASES = {  # other projects' names of settings
+    "batch": "data.batch_size",
+    "block_size": "data.sequence_length",
+    "bs": "data.batch_size",
+    "epochs": "optimizer.steps",
+    "grad_accum": "optimizer.accumulation_steps",
+    "grad_clip": "optimizer.clip_norm",
+    "gradient_accumulation_steps": "optimizer.accumulation_steps",
+    "lr": "optimizer.learning_rate",
+    "max_grad_norm": "optimizer.clip_norm",
+    "max_iters": "optimizer.steps",
+    "max_length": "data.sequence_length",
+    "max_seq_len": "data.sequence_length",
+    "max_steps": "optimizer.steps",
+    "n_head": "model.num_heads",
+    "n_layer": "model.num_layers",
+    "out_dir": "run.checkpoint_dir",
+    "output_dir": "run.checkpoint_dir",
+    "seq_len": "data.sequence_length",
+    "warmup": "optimizer.warmup_steps",
+    "wd": "optimizer.weight_decay",
+}
+
 
 def read_config(path: str, words: Sequence[str] = ()) -> Config:
     """Return the validated `Config` of a file with flags such as `--config.run.seed=1` applied.
@@ -113,6 +136,8 @@ def _unknown_word(word: str, leaves: dict[str, Any]) -> str:
     if word.endswith(".py"):
         return f"{word!r} is not understood; did you mean --config {word}?"
     meant = [leaf for leaf in leaves if name in (leaf, leaf.split(".")[-1])]
+    if ALIASES.get(name) in leaves:
+        meant = meant or [ALIASES[name]]
     if not word.startswith("--"):  # `lr=3` may be a key, `lr` may be anything
         meant = (meant or [name if "." in name else f"SECTION.{name}"]) if equals else []
     examples = " or ".join(f"--config.{key}{equals}{value}" for key in meant)
@@ -124,6 +149,7 @@ def _unknown_word(word: str, leaves: dict[str, Any]) -> str:
 def _unknown_key(path: str, key: str, leaves: dict[str, Any]) -> str:
     """Return the message about a key that a config does not have, with one of a similar name."""
     by_name = {leaf.split(".")[-1]: leaf for leaf in leaves}
-    close = difflib.get_close_matches(key.split(".")[-1], by_name, n=1)
+    by_name |= {alias: leaf for alias, leaf in ALIASES.items() if leaf in leaves}
+    close = difflib.get_close_matches(key.split(".")[-1], by_name, n=1, cutoff=0.65)
     hint = f"did you mean {by_name[close[0]]!r}?" if close else "see configs/demo.py"
     return f"{path} has no key {key!r}; {hint}"

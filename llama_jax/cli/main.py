@@ -7,9 +7,11 @@ traceback.
 
 import argparse
 import contextlib
+import difflib
 import importlib
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -42,6 +44,14 @@ ON_HUGE_PAGES = ("train", "sample", "chat")
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"  # exists in a clone of the repository
 DEMO = str(CONFIGS / "demo.py")
 SIMILAR = 0.75  # similarity from which an unknown flag is taken for a misspelt one
+FLAG_ALIASES = {  # other projects' names of flags
+    "checkpoint": "--ckpt",
+    "max_length": "--max_tokens",
+    "max_new_tokens": "--max_tokens",
+    "model": "--ckpt",
+    "n": "--num_samples",
+    "temp": "--temperature",
+}
 MAX_BUG = 300  # characters of the text of an unexpected error
 # Training gives its own advice, which depends on the config of the run.
 MEMORY_ADVICE = "when sampling, try --quantize=int8, --cache_dtype=int8 or a smaller --max_context"
@@ -181,7 +191,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises `UsageError`, and names the closest flag."""
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, bare_word_flag: str = "", **kwargs: Any) -> None:
+        """Make a parser; arguments as argparse's, and the flag that a bare word may have meant."""
+        self._bare_word_flag = bare_word_flag
         kwargs.setdefault("formatter_class", HelpFormatter)
         super().__init__(allow_abbrev=False, conflict_handler="resolve", **kwargs)
         self._negative_number_matcher = re.compile(r"-\.?\d")  # -1:2 is a value, not a flag
@@ -201,21 +213,29 @@ class Parser(argparse.ArgumentParser):
           UsageError: for a misspelt flag among those other words.
         """
         known, unknown = super().parse_known_args(args, namespace)
+        bare = next((word for word in unknown[:1] if not word.startswith("-")), "")
+        if bare and self._bare_word_flag and not bare.endswith(".py"):
+            meant = shlex.join([self._bare_word_flag, bare])
+            raise UsageError(f"{bare!r} is not understood; did you mean {meant}?")
         for word in unknown:
-            if hint := self._similar_flag(word, SIMILAR):
+            if hint := self._similar_flag(word):
                 raise UsageError(f"{word!r} is not understood{hint}")
         return known, unknown
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            hint = self._similar_flag(unknown[0]) or "; see --help"
-            raise UsageError(f"{unknown[0]!r} is not understood{hint}")
+            raise UsageError(f"{unknown[0]!r} is not understood; see --help")
         return known
 
-    def _similar_flag(self, word: str, alike: float = 0.5) -> str:
+    def _similar_flag(self, word: str) -> str:
         """Return the clause that names the flag most similar to a word, or an empty string."""
         if not word.startswith("-") or CONFIG_FLAG.fullmatch(word):
             return ""
-        flags = [flag for action in self._actions for flag in action.option_strings]
-        return did_you_mean(word.split("=")[0], flags, alike)
+        flags = {flag.strip("-"): flag for each in self._actions for flag in each.option_strings}
+        name = word.split("=")[0].strip("-")
+        close = difflib.get_close_matches(name, flags, n=1, cutoff=SIMILAR)
+        meant = FLAG_ALIASES.get(name, "")
+        if meant not in flags.values():
+            meant = flags[close[0]] if close else ""
+        return f"; did you mean {meant!r}?" if meant else ""

@@ -18,7 +18,7 @@ DECODING_FLAGS = ("batch", "context", "quantize", "cache_dtype", "dtype")
 
 def parse_flags(argv: list[str]) -> tuple[Any, list[str]]:
     """Return the parsed flags, and the arguments about the config."""
-    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser = cli.Parser("--target", description=__doc__.splitlines()[0])
     config_help = "config of the run (configs/demo.py)"
     parser.add_argument("--config", metavar="FILE", default=cli.DEMO, help=config_help)
     parser.add_argument("--target", default="", help="such as v5e-8, v5p-64, v5e:4x4, H200-8")

@@ -38,7 +38,7 @@ UNUSED["embed"] = UNUSED["score"]
 
 def parser() -> cli.Parser:
     """Return the parser of the command's flags."""
-    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser = cli.Parser("--prompt", description=__doc__.splitlines()[0])
     default = SamplingParams()
     model = parser.add_argument_group("model")
     model.add_argument("--ckpt", default="ckpt", help="checkpoint folder of a run, or of one step")
@@ -123,12 +123,15 @@ def main(argv: list[str]) -> None:
 
         messages = _read_messages(flags.messages)
         print_answer(_load(flags), messages, truncate=flags.truncate, **params)
-    elif mode == "score":  # log-probability, tokens but BOS, perplexity
+    elif mode == "score":
         prompts = _read_prompts(flags)
+        require(any(prompts), "--score needs a text; add --prompt or --prompt_file")
+        print("logprob\ttokens\tperplexity", file=sys.stderr)  # tokens but BOS
         for score in _load(flags).score(prompts):
             print(f"{score.total:.4f}\t{len(score.logprobs)}\t{score.perplexity:.4f}")
     elif mode == "embed":
         prompts = _read_prompts(flags)
+        require(any(prompts), "--embed needs a text; add --prompt or --prompt_file")
         for vector in _load(flags).embed(prompts):
             print(json.dumps(vector.tolist()))
     else:
@@ -197,7 +200,10 @@ def _read_prompts(flags: Any) -> list[str]:
         return flags.prompt or [""]
     require(not flags.prompt, "--prompt and --prompt_file exclude each other; choose one")
     # The completion follows the last word, not the newline after it.
-    return [_read_text("--prompt_file", flags.prompt_file).removesuffix("\n").removesuffix("\r")]
+    text = _read_text("--prompt_file", flags.prompt_file).removesuffix("\n").removesuffix("\r")
+    if not text:
+        print(f"warning: --prompt_file={flags.prompt_file} is empty", file=sys.stderr)
+    return [text]
 
 
 def _read_messages(path: str) -> list[Any]:

@@ -81,8 +81,8 @@ def test_exit_ends_and_blank_lines_are_ignored(talk):
 
 
 def test_an_unknown_command_is_reported(talk):
-    heard, _, err = talk("/quit")
-    assert not heard and "[/quit is not a command; /reset" in err
+    heard, _, err = talk("/stop")
+    assert not heard and "[/stop is not a command; /reset" in err
 
 
 def test_a_refused_message_is_one_line_and_not_in_the_history(talk):
@@ -135,3 +135,8 @@ def test_an_interrupt_at_the_prompt_shows_how_to_end(monkeypatch, capsys):
     monkeypatch.setattr(sys.stdin, "readline", readline, raising=False)
     run_chat(Conversation(Echo()))
     assert "[/exit ends the chat]" in capsys.readouterr().err
+
+
+def test_help_lists_the_commands_and_quit_ends(talk):
+    heard, out, err = talk("/help", "/quit", "hello")
+    assert (heard, out) == ([], "") and err.count("/system TEXT") == 2

@@ -53,6 +53,7 @@ def test_a_search_lists_flags(capsys):
     [
         (["--fast"], "--target is missing"),
         (["--target", "v5x-8", "--fast"], "did you mean"),
+        (["v5e-8"], "'v5e-8' is not understood; did you mean --target v5e-8?"),
         (["--target", "v5e-8", "--fsat"], "'--fsat' is not understood"),
         (["--target", "v5e-8", "--fast", "--config.mesh.tensor=3"], "do not multiply to 8 devices"),
         (["--target", "v5e-8", "--fast", "--config.mesh.fsdp=8", "--config.mesh.data=1",

@@ -206,7 +206,9 @@ USAGE = {
     ("--num_samples=3000000000",): "num_samples=3000000000 is out of range",
     ("--seed=-1",): "seed=-1 is out of range; expected 0 to",
     ("--temprature=1",): "'--temprature=1' is not understood; did you mean '--temperature'?",
-    ("once",): "'once' is not understood; see --help",
+    ("Once upon",): "'Once upon' is not understood; did you mean --prompt 'Once upon'?",
+    ("--serve",): "'--serve' is not understood; see --help",
+    ("--max_length=9",): "'--max_length=9' is not understood; did you mean '--max_tokens'?",
     ("--prompt",): "argument --prompt: expected one argument",
     ("--min_p=2",): "min_p=2.0 is out of range; expected 0 (off) to 1",
     ("--repetition_penalty=0",): "repetition_penalty=0.0 is out of range",
@@ -391,6 +393,18 @@ def test_messages_of_a_file_are_answered(sample, tmp_path, monkeypatch):
     assert code == 0
     assert re.match(r"\[the dialogue has \d+ tokens, .* exchanges were left out\]\n", stderr)
     assert sample("--messages=") == (1, "", "error: --messages=: Is a directory\n")
+
+
+def test_a_missing_text_is_said(sample, tmp_path):
+    for mode in ("--score", "--embed"):
+        line = f"error: {mode} needs a text; add --prompt or --prompt_file\n"
+        assert sample(mode) == (2, "", line)
+    assert sample("--score", "--prompt=Tim")[2] == "logprob\ttokens\tperplexity\n"
+    (tmp_path / "empty").write_text("\n")
+    code, _, stderr = sample(f"--prompt_file={tmp_path / 'empty'}", "--max_tokens=1")
+    assert code == 0 and stderr.startswith(
+        f"warning: --prompt_file={tmp_path / 'empty'} is empty\n"
+    )
 
 
 def test_xorshift_with_seed_0_takes_and_prints_the_time(sample):
