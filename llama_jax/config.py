@@ -94,7 +94,7 @@ class RopeScaling(Section):
 
     section = "model.rope_scaling"
 
-    kind: Annotated[str, Choice(ROPE_SCALINGS)] = "none"
+    kind: Annotated[str, Choice(ROPE_SCALINGS)] = "none"  # "none": wavelengths are not scaled
     factor: Annotated[float, Range(1, 1e6)] = 1.0  # by which wavelengths are multiplied
     low_frequency_factor: Annotated[float, Range(1e-3, 1e3)] = 1.0  # llama3: with fewer rotations
     # in the original context than this, a wavelength is scaled in full

@@ -9,7 +9,7 @@ from typing import get_type_hints
 
 import pytest
 
-from llama_jax.config import Config
+from llama_jax.config import Config, RopeScaling
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "llama_jax"
@@ -24,6 +24,7 @@ KEYS = {  # of a config, such as `data.path`, which look like modules
     for section, each in get_type_hints(Config).items()
     for field in dataclasses.fields(each)
 }
+KEYS |= {f"model.rope_scaling.{field.name}" for field in dataclasses.fields(RopeScaling)}
 SUFFIXES = (".py", ".pkl")  # of files of others, such as Meta's `model.py`
 
 

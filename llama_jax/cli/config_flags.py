@@ -4,6 +4,7 @@ import codecs
 import difflib
 import re
 import runpy
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,24 @@ def read_config(path: str, words: Sequence[str] = ()) -> Config:
     Raises:
       UsageError: as `load_config` does, and for a key that is missing or a value out of range.
     """
-    return parse(Config, load_config(path, words), where=path)
+    config = load_config(path, words)
+    _shorten_warmup(config, words)
+    return parse(Config, config, where=path)
+
+
+def _shorten_warmup(config: Any, words: Sequence[str]) -> None:
+    """Shorten a file's warm-up, with a notice, to a tenth of a run that a flag made shorter."""
+    names = {word.partition("=")[0] for word in words}
+    if "--config.optimizer.steps" not in names or "--config.optimizer.warmup_steps" in names:
+        return
+    steps, warmup = config.optimizer.steps, config.optimizer.get("warmup_steps", 0)
+    if isinstance(warmup, int) and 0 < steps < warmup:
+        config.optimizer.warmup_steps = steps // 10
+        print(
+            f"notice: the run has {steps} steps, so its warm-up has {steps // 10} instead of"
+            f" {warmup}; --config.optimizer.warmup_steps sets another",
+            file=sys.stderr,
+        )
 
 
 def load_config(path: str, words: Sequence[str] = ()) -> Any:

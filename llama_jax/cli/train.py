@@ -2,6 +2,7 @@
 
 Without --config it trains configs/demo.py. The same command resumes a run that was interrupted. On
 several machines, start it on each of them with --distributed: see docs/pods.md.
+docs/config.md lists every KEY of --config.KEY=VALUE with its type, default and meaning.
 """
 
 import argparse

@@ -5,6 +5,7 @@
 import pytest
 
 from llama_jax.cli.config_flags import load_config, read_config
+from llama_jax.cli.main import DEMO
 from llama_jax.errors import UsageError
 
 FILE = """
@@ -168,3 +169,22 @@ def test_names_of_other_projects_are_known(place, word, says):
     settings = '"optimizer": {"learning_rate": 0.1, "steps": 9, "eps": 1e-8}, "run"'
     (place / "other.py").write_text(FILE.replace('"run"', settings))
     assert says in message(word, path="other.py")
+
+
+@pytest.mark.parametrize(
+    ("words", "warmup"),
+    [
+        (["--config.optimizer.steps=40"], 4),
+        (["--config.optimizer.steps", "5"], 0),
+        (["--config.optimizer.steps=60"], 50),
+        (["--config.optimizer.steps=40", "--config.optimizer.warmup_steps=30"], 30),
+    ],
+)
+def test_fewer_steps_than_the_warmup_of_the_file_shorten_it_with_a_notice(capsys, words, warmup):
+    assert read_config(DEMO, words).optimizer.warmup_steps == warmup
+    assert ("notice: the run has" in capsys.readouterr().err) == (warmup < 30)
+
+
+def test_warmup_longer_than_the_run_is_an_error_if_it_was_set():
+    with pytest.raises(UsageError, match="warmup_steps=60 is longer than the run"):
+        read_config(DEMO, ["--config.optimizer.steps=40", "--config.optimizer.warmup_steps=60"])
