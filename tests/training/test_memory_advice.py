@@ -80,7 +80,7 @@ def test_a_sequence_is_never_made_shorter_than_the_config_allows():
     ],
 )
 def test_the_plan_is_of_the_chips_that_are_here(kind, count, target):
-    assert f" --config FILE{target} tells" in advice(mesh(fsdp=count, kind=kind))
+    assert f" --config FILE{target} computes" in advice(mesh(fsdp=count, kind=kind))
 
 
 def machine(target):
