@@ -24,7 +24,7 @@ from llama_jax.training.profiling import Profiler, Window
 from llama_jax.training.session import Session, open_session
 from llama_jax.training.step import StepMetrics, TrainState
 from llama_jax.training.summary import run_summary, versions
-from llama_jax.training.validation import Validation
+from llama_jax.training.validation import sample, validation_loss
 
 
 def fit(
@@ -64,7 +64,7 @@ class Trainer:
         start = session.start
         self.state, self.step = start.state, start.step
         self.saved_step, self.best_loss = start.saved_step, start.best_loss
-        self.validation = Validation(session)
+        session.validation_batches()  # refuses now, not hours later, a text that is too short
         self.batches = session.batches(self.step)
         self.writer = CheckpointWriter(self.folder, self.config.run.keep_last)
         self.console = Console(self.config.optimizer.steps, self.step)
@@ -155,21 +155,30 @@ class Trainer:
             self._report()  # what is validated or saved is known to be finite
         if is_validated:
             with self.clock:
-                loss = self.validation.loss(self.state, self.step, self.best_loss, self._write)
+                loss = self._validate()
         is_best = loss < self.best_loss  # False for NaN
         if is_best:
             self.best_loss = loss
         if is_best or is_saved:
             with self.clock:
                 self._save(loss)
-        if is_validated and run.sample_tokens and not self.session.stop.requested():
+        is_sampled = is_validated and run.sample_tokens and jax.process_count() == 1
+        if is_sampled and not self.session.stop.requested():
             with self.clock:
                 self._sample()
 
-    def _write(self, record: dict[str, int | float], line: str) -> None:
-        """Write a record to the metrics and its line to the console."""
-        self.metrics.write(record)
-        self.console.line(line)
+    def _validate(self) -> float:
+        """Report the validation loss and return it; infinity after a stop signal."""
+        loss = validation_loss(self.session, self.state)
+        if loss is None:
+            return math.inf
+        perplexity = math.exp(min(loss, 700))
+        self.metrics.write({"step": self.step, "validation_loss": loss, "perplexity": perplexity})
+        best = "  best so far" if loss < self.best_loss else ""
+        self.console.line(
+            f"step {self.step}  validation loss {loss:.4f}  perplexity {perplexity:.2f}{best}"
+        )
+        return loss
 
     def _report(self) -> None:
         """Report the pending steps; stop the run if one of them was not finite."""
@@ -204,9 +213,7 @@ class Trainer:
     def _sample(self) -> None:
         """Show what the model writes now; a failure is a warning, since it costs no training."""
         try:
-            text = self.validation.sample(self.state, seed=self.step)
-            if text is not None:
-                self.console.line(text)
+            self.console.line(sample(self.session, self.state, seed=self.step))
         except Exception as error:
             if is_out_of_memory(error):
                 raise

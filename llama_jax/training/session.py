@@ -26,7 +26,7 @@ from llama_jax.checkpoints.run_folder import (
     write_metadata,
 )
 from llama_jax.config import Config
-from llama_jax.data.loader import Batch, load_training_batches
+from llama_jax.data.loader import Batch, load_training_batches, load_validation_batches
 from llama_jax.data.token_folder import TokenFolder
 from llama_jax.distributed.consistency import require_same, together
 from llama_jax.distributed.mesh import make_mesh, placed
@@ -63,10 +63,12 @@ class Session:
     config: Config
     folder: Path  # the run's, claimed by this process
     data: TokenFolder
+    tokenizer: Tokenizer
     mesh: Mesh
     programs: Programs
     start: Start
     batches: Callable[[int], Iterator[Batch]]  # the endless batches after a step
+    validation_batches: Callable[[], Iterator[Batch]]  # those of one validation
     changes: dict[str, tuple[Any, Any]]  # settings that differ from the session before, (old, new)
     stop: StopSignal
     profile: Window | None  # steps to trace
@@ -94,7 +96,8 @@ def open_session(
         catch_out_of_memory(memory_advice(config, mesh), memory_limit(mesh.devices.flat)),
     ):
         data = _open_data_on_all(config)
-        _require_fitting_prompt(config, data)
+        tokenizer = Tokenizer(data.tokenizer_path)
+        _require_fitting_prompt(config, tokenizer)
         seen = {"data.fingerprint": data.fingerprint[:16], "checkpoints": finished_steps(folder)}
         require_same(seen)
         run = Run(config=config, bos=data.bos, eos=data.eos)
@@ -107,10 +110,12 @@ def open_session(
             config=config,
             folder=folder,
             data=data,
+            tokenizer=tokenizer,
             mesh=mesh,
             programs=programs,
             start=start,
             batches=lambda step: load_training_batches(config, data, mesh, step),
+            validation_batches=lambda: load_validation_batches(config, data, mesh),
             changes=changes,
             stop=stop,
             profile=profile,
@@ -160,11 +165,11 @@ def _restore(config: Config, folder: Path, data: TokenFolder, mesh: Mesh) -> Sta
     )
 
 
-def _require_fitting_prompt(config: Config, data: TokenFolder) -> None:
+def _require_fitting_prompt(config: Config, tokenizer: Tokenizer) -> None:
     """Refuse a prompt of validation samples that leaves no room in the context."""
     if not config.run.sample_tokens:
         return
-    tokenizer, context = Tokenizer(data.tokenizer_path), config.model.context_length
+    context = config.model.context_length
     length = len(tokenizer.encode(config.run.sample_prompt, bos=True, eos=False))
     if length >= context:
         raise UsageError(

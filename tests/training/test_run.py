@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -112,14 +113,14 @@ def test_resumed_run_equals_uninterrupted_run_bit_by_bit(tokens, tmp_path):
     assert checksums(tmp_path / "cut", 20) == checksums(tmp_path / "straight", 20)
     assert losses(tmp_path / "cut") == losses(tmp_path / "straight")
     assert len(losses(tmp_path / "cut")) == 20
-    told = [record for record in read_metrics(tmp_path / "cut").values() if "session" in record]
-    assert [(record["step"], record["session"]) for record in told] == [
+    reports = [record for record in read_metrics(tmp_path / "cut").values() if "session" in record]
+    assert [(record["step"], record["session"]) for record in reports] == [
         *((step, 1) for step in (5, 10, 13)),
         *((step, 2) for step in (15, 20)),
     ]
-    assert all(0 < record["goodput"] < 1 and 0 < record["run_goodput"] < 1 for record in told)
-    assert told[3]["run_goodput"] != pytest.approx(told[3]["goodput"], rel=0.01)
-    assert told[3]["wall_seconds"] < told[4]["wall_seconds"]
+    assert all(0 < record["goodput"] < 1 and 0 < record["run_goodput"] < 1 for record in reports)
+    assert reports[3]["run_goodput"] != pytest.approx(reports[3]["goodput"], rel=0.01)
+    assert reports[3]["wall_seconds"] < reports[4]["wall_seconds"]
 
 
 def test_profile_has_exactly_its_steps(config, tmp_path, capfd):
@@ -200,6 +201,12 @@ def test_unsupported_settings_are_refused_before_anything_is_written(
     with pytest.raises(UsageError, match=message):
         fit(make_config(tokens, tmp_path / "ckpt", **changes))
     assert not list(tmp_path.iterdir())
+
+
+def often_validated(config):
+    """Return a config with a validation of one batch every 5 steps, keeping one checkpoint."""
+    run = dataclasses.replace(config.run, eval_every=5, eval_batches=1, keep_last=1)
+    return dataclasses.replace(config, run=run)
 
 
 def test_validation_loss_of_nan_is_never_the_best(config, tmp_path):
@@ -297,24 +304,33 @@ def test_learning_rate_may_change_on_resume_and_the_change_is_recorded(config, t
 # What only informs never costs training.
 
 
-def test_failing_sample_and_plot_are_warnings_after_the_save(config, tmp_path, capfd):
+def failing_tokenizer(error):
+    def encode(*_, **__):
+        raise error
+
+    return SimpleNamespace(encode=encode)
+
+
+def test_failing_sample_and_plot_are_warnings(config, tmp_path, capfd):
     folder = tmp_path / "ckpt"
-    sampling = make_config(config.data.path, folder, run__sample_tokens=4)
 
-    def evaluate(*_):  # from now on no file can be drawn to, and no tokenizer read
+    def block_plot(*_):
         (folder / "loss.png").mkdir(exist_ok=True)
-        tokenizer.rename(tokenizer.with_suffix(".away")) if tokenizer.exists() else None
-        return jnp.float32(1.0), jnp.float32(1.0)
 
-    copy = tmp_path / "copy"
-    shutil.copytree(config.data.path, copy)
-    tokenizer = TokenFolder.open(copy).tokenizer_path
-    sampling = make_config(copy, folder, run__sample_tokens=4)
-    assert train(sampling, evaluate=evaluate) == 0
+    sampling = make_config(config.data.path, folder, run__sample_tokens=4)
+    tokenizer = failing_tokenizer(RuntimeError("no such piece"))
+    assert train(sampling, block_plot, tokenizer=tokenizer) == 0
     assert finished_steps(folder)[-1] == 20
     warnings = capfd.readouterr().err
-    assert "warning: no sample at step 10: " in warnings
+    assert "warning: no sample at step 10: RuntimeError('no such piece')" in warnings
     assert "warning: the loss plot could not be drawn: IsADirectoryError" in warnings
+
+
+def test_checkpoint_is_written_before_the_sample(config, tmp_path):
+    sampling = make_config(config.data.path, tmp_path / "ckpt", run__sample_tokens=4)
+    with pytest.raises(OutOfMemoryError):
+        train(sampling, tokenizer=failing_tokenizer(MemoryError()))
+    assert finished_steps(tmp_path / "ckpt")[-1] == 10  # that of the first validation
 
 
 def test_sample_prompt_longer_than_the_context_is_refused_at_the_start(config, tmp_path):

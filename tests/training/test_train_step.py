@@ -1,7 +1,8 @@
-"""One step of training: cut, sharded, recomputed or spoilt, it is the same step or none."""
+"""One step of training: the same if accumulated, sharded or recomputed; none if non-finite."""
 
 import dataclasses
 import functools
+import math
 from functools import partial
 
 import jax
@@ -13,16 +14,21 @@ from tiny_model import TINY
 
 from llama_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
 from llama_jax.data.loader import Batch
-from llama_jax.distributed.mesh import make_mesh
+from llama_jax.distributed.mesh import batch_sharding, make_mesh, shardings
 from llama_jax.errors import UsageError
 from llama_jax.hardware.hlo import collectives
+from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.step import (
+    TrainState,
     abstract_state,
     init_state,
     jit_programs,
     jit_train_step,
     make_execution,
+    next_token_loss,
     state_shardings,
+    summed_gradients,
+    train_step,
 )
 
 B, T = 16, 11
@@ -72,12 +78,12 @@ def run(config, mesh=None, steps=3):
     mesh = mesh or one_device()
     with jax.set_mesh(mesh):
         state, step = begin(config, mesh), jit_train_step(config, mesh)
-        told = []
+        metrics_of_steps = []
         for number in range(steps):
             state, metrics = step(state, make_batch(number))
-            told.append(jax.device_get(metrics))
+            metrics_of_steps.append(jax.device_get(metrics))
     assert step._cache_size() == 1
-    return jax.device_get(state), told
+    return jax.device_get(state), metrics_of_steps
 
 
 def arrays(tree):
@@ -102,9 +108,9 @@ def whole():
 
 @pytest.mark.parametrize("accumulation", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_batch_cut_into_microbatches_gives_the_same_update(whole, accumulation):
-    state, told = run(make_config(accumulation))
+    state, metrics_of_steps = run(make_config(accumulation))
     assert_close([state.trainable, whole[0].trainable])
-    for metrics, expected in zip(told, whole[1]):
+    for metrics, expected in zip(metrics_of_steps, whole[1]):
         assert metrics.loss == pytest.approx(expected.loss, rel=1e-5)
         assert metrics.gradient_norm == pytest.approx(expected.gradient_norm, rel=1e-4)
 
@@ -138,22 +144,53 @@ def test_the_loss_is_a_mean_over_tokens_not_over_microbatches(whole):
 )
 def test_on_every_mesh_training_goes_as_on_one_device(whole, sizes, accumulation):
     mesh = make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes))))
-    state, told = run(make_config(accumulation), mesh)
-    losses = [metrics.loss for metrics in told]
+    state, metrics_of_steps = run(make_config(accumulation), mesh)
+    losses = [metrics.loss for metrics in metrics_of_steps]
     np.testing.assert_allclose(losses, [metrics.loss for metrics in whole[1]], rtol=1e-5)
     assert_close([state.trainable, whole[0].trainable], 2e-5)
 
 
 def test_recomputing_activations_changes_nothing(whole):
-    state, told = run(make_config(remat="block"))
-    assert told[2].loss == pytest.approx(whole[1][2].loss, rel=1e-5)
+    state, metrics_of_steps = run(make_config(remat="block"))
+    assert metrics_of_steps[2].loss == pytest.approx(whole[1][2].loss, rel=1e-5)
     assert_close([state.trainable, whole[0].trainable])
 
 
 def test_the_z_loss_is_learned_from_and_not_reported(whole):
-    _, told = run(make_config(z_loss=0.1), steps=1)
-    assert told[0].loss == pytest.approx(whole[1][0].loss, rel=1e-5)
-    assert abs(told[0].gradient_norm / whole[1][0].gradient_norm - 1) > 1e-3
+    _, metrics_of_steps = run(make_config(z_loss=0.1), steps=1)
+    assert metrics_of_steps[0].loss == pytest.approx(whole[1][0].loss, rel=1e-5)
+    assert abs(metrics_of_steps[0].gradient_norm / whole[1][0].gradient_norm - 1) > 1e-3
+
+
+def norm_loss(norm, model, batch, **settings):
+    """A loss whose trainable part is the final norm alone; the rest of the model is frozen."""
+    model = jax.tree.map(lambda leaf: leaf, model)  # a shallow copy
+    model.norm = norm
+    return next_token_loss(model, None, batch, **settings)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
+def test_frozen_parameters_stay_and_trainable_ones_follow_the_loss(sizes):
+    config = make_config(accumulation=2)
+    axes = MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes)))
+    mesh = make_mesh(axes, jax.devices()[: math.prod(sizes)])
+    model = first_state(config).trainable
+    optimizer = make_optimizer(config.optimizer).init(model.norm)
+    state = TrainState(jnp.int32(0), jnp.bool(True), model.norm, model, optimizer)
+    settings = {"config": config, "execution": make_execution(config, mesh)}
+    step = jax.jit(partial(train_step, loss=norm_loss, **settings))
+    gradients_of = jax.jit(partial(summed_gradients, key=jax.random.key(0), **settings))
+    with jax.set_mesh(mesh):
+        state = jax.device_put(state, shardings(state, mesh))
+        batch = jax.device_put(make_batch(), batch_sharding(mesh))
+        after, metrics = step(state, batch)
+        after, _ = jax.device_get(step(after, batch))  # the rate of the first step is 0
+        (total, tokens), gradients = jax.device_get(gradients_of(state.frozen, None, batch))
+    assert_same([model, after.frozen])
+    assert metrics.loss == pytest.approx(total / tokens, rel=1e-5)
+    norm = np.linalg.norm(gradients.norm.scale[...] / tokens)
+    assert metrics.gradient_norm == pytest.approx(norm, rel=1e-4)
+    assert np.all(after.trainable.scale[...] != model.norm.scale[...])
 
 
 def test_a_mesh_that_does_not_divide_is_refused_before_anything_is_traced():
@@ -250,15 +287,15 @@ def test_the_state_is_donated():
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.trainable))
 
 
-@pytest.mark.parametrize("spoilt", ["batch", "parameter"])
-def test_a_spoilt_step_changes_nothing_and_neither_does_any_after_it(spoilt):
+@pytest.mark.parametrize("place", ["batch", "parameter"])
+def test_non_finite_step_changes_nothing_and_neither_does_any_after_it(place):
     config, mesh = make_config(), one_device()
     with jax.set_mesh(mesh):
         state, step = begin(config, mesh), step_function(config, mesh)
         state, metrics = step(state, make_batch())
         assert metrics.healthy and state.healthy
         bad = make_batch(1)
-        if spoilt == "batch":
+        if place == "batch":
             bad.weights_BT[0, 0] = np.nan
         else:
             state.trainable.norm.scale[...] = state.trainable.norm.scale[...].at[5].set(jnp.inf)
@@ -266,7 +303,7 @@ def test_a_spoilt_step_changes_nothing_and_neither_does_any_after_it(spoilt):
         state, metrics = step(state, bad)
         assert not metrics.healthy
         assert not (np.isfinite(metrics.loss) and np.isfinite(metrics.gradient_norm))
-        if spoilt == "batch":
+        if place == "batch":
             for number in (2, 3):
                 state, metrics = step(state, make_batch(number))
                 assert np.isfinite(metrics.loss) and not metrics.healthy
