@@ -5,6 +5,7 @@ exception is a bug, reported as one. Messages follow one pattern: what is wrong 
 value, what was expected, what to do.
 """
 
+import codecs
 import contextlib
 import difflib
 import math
@@ -59,6 +60,12 @@ def format_line(text: str) -> str:
     """Return a message as one printable line, without the middle of one that is very long."""
     line = " ".join(escape_controls(text).split())
     return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} … {line[-MAX_LINE // 2 :]}"
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message that is not empty, cut at 160 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:160]
 
 
 def did_you_mean(name: str, choices: Iterable[str], cutoff: float = 0.65) -> str:
@@ -133,6 +140,11 @@ def describe_file(head: bytes) -> str:
     if start.startswith(WEB_PAGE):
         return "a web page; download the file itself"
     return next((what for known, what in SIGNATURES.items() if start.startswith(known)), "")
+
+
+def is_utf16(head: bytes) -> bool:
+    """Return whether a text file starts with a byte order mark of UTF-16."""
+    return head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
 
 
 # ---- XLA's out-of-memory errors, on CPU, GPU and TPU, while compiling and while running ----

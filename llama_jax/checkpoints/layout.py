@@ -22,7 +22,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from llama_jax.errors import UsageError, UserError
+from llama_jax.errors import UsageError, UserError, first_line
 
 FLOATS = {
     np.dtype(np.float32): "<f4",
@@ -294,9 +294,3 @@ def reason(error: Exception) -> str:
     """Return why an operation failed, in one line: the system's words if it was the system."""
     known = (os.strerror(code) for code in SYSTEM_ERRORS)
     return next((words for words in known if words in str(error)), "") or first_line(error)
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message that is not empty, cut at 160 characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:160]

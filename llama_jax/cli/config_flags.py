@@ -1,6 +1,5 @@
 """The `Config` of a run: a config file with the `--config.key=value` flags applied to it."""
 
-import codecs
 import difflib
 import re
 import runpy
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.config import Config, parse, type_name
-from llama_jax.errors import UsageError, UserError, did_you_mean, shown
+from llama_jax.errors import UsageError, UserError, did_you_mean, is_utf16, shown
 
 CONFIG_FLAG = re.compile(r"--(?P<no>no)?config\.(?P<key>[^=]+)(=(?P<value>.*))?", re.DOTALL)
 
@@ -106,7 +105,7 @@ def _load(path: str) -> Any:
         there = f"one of {', '.join(known.values())}" if known else "one like configs/demo.py"
         hint = did_you_mean(known.get(Path(path).stem, path), known.values())
         raise UsageError(f"config file {path!r} does not exist{hint or f'; expected {there}'}")
-    if Path(path).read_bytes()[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+    if is_utf16(Path(path).read_bytes()):
         raise UsageError(f"{path} is UTF-16; convert it to UTF-8")
     try:
         scope = runpy.run_path(path)

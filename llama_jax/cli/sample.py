@@ -6,7 +6,6 @@ chat, `--messages` answers one dialogue; `--score` and `--embed` print figures o
 instead of continuing them.
 """
 
-import codecs
 import dataclasses
 import json
 import logging
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama_jax.cli import main as cli
 from llama_jax.config import require
-from llama_jax.errors import UsageError, UserError
+from llama_jax.errors import UsageError, UserError, is_utf16
 from llama_jax.inference.request import MAX_COMPLETIONS, Delta, Request, SamplingParams
 
 if TYPE_CHECKING:  # JAX would make --help slow
@@ -235,7 +234,7 @@ def _read_text(flag: str, path: str) -> str:
     except OSError as error:
         raise UserError(f"{named}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        if error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        if is_utf16(error.object):
             raise UserError(f"{named} is UTF-16; convert it to UTF-8") from error
         raise UserError(f"{named} is not UTF-8 at byte {error.start}; convert it") from error
     return text.removeprefix("\ufeff")

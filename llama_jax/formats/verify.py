@@ -16,9 +16,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from llama_jax.checkpoints.layout import first_line
 from llama_jax.config import ModelConfig
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, first_line
 from llama_jax.formats.convert import FORMATS, Conversion, written_dtype
 from llama_jax.formats.weights import Weights
 from llama_jax.model.parameters import count_parameters, named_leaves

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import jax
 
-from llama_jax.checkpoints.layout import first_line
-from llama_jax.errors import UsageError, warn
+from llama_jax.errors import UsageError, first_line, warn
 
 FOLDER = "profile"  # in the run's folder
 EXPECTED = "expected START:STOP, such as 10:13 for steps 11 to 13"

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, is_utf16
 
 SUFFIXES = (".txt", ".jsonl", ".json")
 TEXT_FILES = ".txt, .jsonl or .json"  # the suffixes in messages
@@ -225,7 +225,7 @@ def _decode(data: bytes, file: Path, start: int, errors: str, final: bool) -> tu
         return codecs.utf_8_decode(data, errors, final)
     except UnicodeDecodeError as error:
         where = f"byte 0x{data[error.start]:02x} at position {start + error.start:,}"
-        if start == 0 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        if start == 0 and is_utf16(data):
             raise UserError(f"{file} is UTF-16; expected UTF-8: convert it") from error
         advice = "convert it, or pass --errors replace"
         raise UserError(f"{file} is not UTF-8: {where}; {advice}") from error
