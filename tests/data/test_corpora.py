@@ -23,13 +23,13 @@ from llama_jax.errors import UserError
 PLAY = "\n".join(f"Speaker {n}:\nWhat of the {n} boats, my lord?\n" for n in range(60)).encode()
 
 
-def archive(stories, name="data00.json"):
+def archive(stories, name="data00.json", kind=tarfile.REGTYPE):
     """Return a .tar.gz with one file of stories."""
     data = json.dumps([{"story": story} for story in stories]).encode()
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w:gz") as tar:
         info = tarfile.TarInfo(name)
-        info.size = len(data)
+        info.size, info.type, info.linkname = len(data), kind, "../../evil.json"
         tar.addfile(info, io.BytesIO(data))
     return stream.getvalue()
 
@@ -146,9 +146,10 @@ def test_damaged_archive_leaves_no_folder(cache, content):
     assert [path.name for path in cache.iterdir()] == ["a.tar.gz"]
 
 
-def test_archive_cannot_write_outside_the_folder(cache, tmp_path):
+@pytest.mark.parametrize("entry", [{"name": "../../evil.json"}, {"kind": tarfile.SYMTYPE}], ids=str)
+def test_archive_cannot_write_outside_the_folder(cache, tmp_path, entry):
     cache.mkdir()
-    (cache / "a.tar.gz").write_bytes(archive(["x"], name="../../evil.json"))
+    (cache / "a.tar.gz").write_bytes(archive(["x"], **entry))
     with pytest.raises(UserError, match="cannot be unpacked"):
         unpack(cache / "a.tar.gz", cache / "a")
     assert not list(tmp_path.rglob("evil.json"))

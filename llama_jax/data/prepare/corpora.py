@@ -10,6 +10,7 @@ import hashlib
 import http.client
 import itertools
 import os
+import shutil
 import tarfile
 import urllib.error
 import urllib.request
@@ -363,7 +364,7 @@ def _fetch(url: str, partial: Path) -> str:
 def unpack(archive: Path, folder: Path) -> Path:
     """Return the folder with the contents of a `.tar.gz` archive, unpacked if it is missing.
 
-    Extracts only plain files and folders that stay inside.
+    Extracts only plain files that stay inside.
 
     Raises:
       UserError: if the archive is damaged.
@@ -376,9 +377,24 @@ def unpack(archive: Path, folder: Path) -> Path:
                 size = archive.stat().st_size
                 with progress(f"unpacking {archive.name}", size) as show:
                     for member in tar:
-                        tar.extract(member, partial, filter="data")
+                        _extract(tar, member, partial)
                         show(raw.tell())
         except (tarfile.TarError, EOFError, OSError) as error:
             reason = f"{archive} cannot be unpacked: {error}"
             raise UserError(f"{reason}; delete it, and it is downloaded again") from error
     return folder
+
+
+def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
+    """Extract a plain file that stays inside `folder`; raise `TarError` for a link or any other.
+
+    The filters of `tarfile` do this too, but the first releases of Python 3.11 lack them.
+    """
+    target = (folder / member.name).resolve()
+    is_inside = target.is_relative_to(folder.resolve())
+    if not is_inside or not (member.isfile() or member.isdir()):
+        raise tarfile.TarError(f"{member.name!r} is not a plain file inside it")
+    if source := tar.extractfile(member):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with source, target.open("wb") as file:
+            shutil.copyfileobj(source, file)

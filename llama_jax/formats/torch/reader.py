@@ -167,12 +167,15 @@ def _checked(path: Path, archive: zipfile.ZipFile, file: io.FileIO) -> dict[str,
             raise UserError(f"{path} has {name} compressed; torch.save only stores; not read")
         if name in found:
             raise UserError(f"{path} holds {name} twice; torch.save writes it once")
+        beyond = f"{path}: {name} should be {info.file_size:,} bytes, more than it has"
+        if info.header_offset < archive.start_dir < info.header_offset + info.file_size:
+            raise UserError(beyond)  # before newer versions of `zipfile` call it an overlap
         archive.open(info).close()  # compares the entry's own header
         file.seek(info.header_offset)
         lengths = struct.unpack_from("<2H", file.read(LOCAL_HEADER), LOCAL_HEADER - 4)
         offset = info.header_offset + LOCAL_HEADER + sum(lengths)
         if offset + info.file_size > archive.start_dir:
-            raise UserError(f"{path}: {name} should be {info.file_size:,} bytes, more than it has")
+            raise UserError(beyond)
         found[name] = _Entry(path, name, offset, info.file_size, info.CRC)
         folders.add(folder)
     if len(folders) != 1:
