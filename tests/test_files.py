@@ -11,7 +11,7 @@ import pytest
 
 from llama_jax import files
 from llama_jax.errors import UserError
-from llama_jax.files import new_folder, new_path
+from llama_jax.files import cache_folder, new_folder, new_path
 
 DIE = """
 import os, sys
@@ -149,3 +149,14 @@ def test_progress_bar_on_a_terminal(capsys, monkeypatch):
         show(500_000)
         show(2_000_000)
     assert "counting:   0%" in capsys.readouterr().err
+
+
+def test_cache_folder_is_set_by_the_environment_or_in_the_home_directory(monkeypatch, tmp_path):
+    for variable in ("LLAMA_JAX_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "llama_jax"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "llama_jax"
+    monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path / "here"))
+    assert cache_folder() == tmp_path / "here"

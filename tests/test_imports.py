@@ -30,7 +30,7 @@ ROOMS = {  # what each may import, in an order in which rooms import only earlie
     "formats": "checkpoints quantization model text config errors files",
     "planning": "training inference data distributed hardware quantization kernels model config"
     " errors",
-    "llm": "inference checkpoints distributed text config errors",
+    "llm": "inference checkpoints formats distributed text config errors",
     "cli": "llm inference checkpoints training data formats planning quantization model hardware"
     " distributed text config errors files",
 }

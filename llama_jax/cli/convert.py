@@ -5,6 +5,7 @@ python convert.py --input ckpt/llama-2-7b --to hf --output my-llama      # for t
 python convert.py --input ckpt/ --to gguf --output my.gguf --dtype q8_0  # for llama.cpp
 python convert.py --input stories15M.bin --tokenizer tokenizer.bin --output ckpt/stories15M
 python convert.py --input ckpt/llama-2-7b --output ckpt/small --quantize int4    # to sample with
+python convert.py --input smollm2 --output ckpt/smollm2                          # to chat with
 """
 
 import argparse
@@ -31,12 +32,14 @@ def main(argv: list[str]) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing here needs an accelerator
 
     from llama_jax.formats.convert import Conversion, Options, format_of
+    from llama_jax.formats.named_models import find_named
     from llama_jax.quantization import QuantizationConfig
 
     quantization = None
     if flags.quantize:
         quantization = QuantizationConfig(flags.quantize, flags.group_size or 32)
-    source = Path(flags.input).expanduser()
+    named = find_named(flags.input)
+    source = named.fetch() if named else Path(flags.input).expanduser()
     job = Conversion(
         source=flags.source or format_of(source),
         input=source,
@@ -59,7 +62,7 @@ def main(argv: list[str]) -> None:
 def _parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--input", required=True, help="folder or file to read")
+    add("--input", required=True, help="folder or file to read, or smollm2, which is fetched")
     source_help = "its format (default: detected from the files)"
     add("--from", dest="source", choices=FORMATS, default="", help=source_help)
     add("--output", required=True, help="folder or file to create; must not exist yet")

@@ -79,7 +79,8 @@ def main() -> NoReturn:
 def run_command(name: str) -> NoReturn:
     """Run a command with the arguments in `sys.argv` and exit with its code."""
     if name == "chat":
-        sys.argv.insert(1, "--chat")
+        has_path = len(sys.argv) > 1 and not sys.argv[1].startswith("-")
+        sys.argv[1:1] = ["--chat", "--ckpt"] if has_path else ["--chat"]
     module = "sample" if name == "chat" else name.replace("-", "_")
 
     def main(argv: list[str]) -> int | None:

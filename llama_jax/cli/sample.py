@@ -40,7 +40,9 @@ def parser() -> cli.Parser:
     parser = cli.Parser("--prompt", description=__doc__.splitlines()[0])
     default = SamplingParams()
     model = parser.add_argument_group("model")
-    model.add_argument("--ckpt", default="ckpt", help="checkpoint folder of a run, or of one step")
+    model.add_argument(
+        "--ckpt", default="ckpt", help="checkpoint folder of a run, or of one step; or smollm2"
+    )
     model.add_argument("--dtype", default="", help="float32 or bfloat16; empty: by device")
     model.add_argument("--quantize", default=None, help="quantize the matrices to int8 or int4")
     model.add_argument("--cache_dtype", default="", help="int8: a smaller key/value cache")

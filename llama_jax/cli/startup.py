@@ -8,28 +8,30 @@ import sys
 import traceback
 from pathlib import Path
 
-from llama_jax.errors import format_line
+from llama_jax.errors import UserError, format_line
+from llama_jax.files import CACHE_VARIABLE, cache_folder
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled programs in `$LLAMA_JAX_CACHE`, by default ~/.cache/llama_jax.
+    """Keep compiled programs in the cache folder.
 
-    Where that folder cannot be written, as without a home directory, there is no cache, but a line.
+    Where that cannot be written, as without a home directory, there is no cache, but a line.
     """
     import jax
 
-    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "llama_jax"
-    folder = Path(os.environ.get("LLAMA_JAX_CACHE", default)) / "compiled"
     try:
-        folder = folder.expanduser()  # a RuntimeError for a user without a home directory
+        folder = cache_folder() / "compiled"
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except (OSError, RuntimeError) as error:
-        why = getattr(error, "strerror", None) or error
-        text = f"compiled programs are not kept, for {folder} cannot be written ({why})"
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    except (OSError, UserError) as error:
+        why = str(error)
+        if isinstance(error, OSError):
+            advice = f"set {CACHE_VARIABLE} to a folder"
+            why = f"{error.filename} cannot be written ({error.strerror}); {advice}"
         # Not `warn`: it asks JAX for the process, which may not have joined the others yet.
-        print(f"warning: {format_line(text)}; set LLAMA_JAX_CACHE to a folder", file=sys.stderr)
+        line = format_line(f"compiled programs are not kept: {why}")
+        print(f"warning: {line}", file=sys.stderr)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

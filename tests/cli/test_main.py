@@ -228,4 +228,4 @@ def test_without_a_home_directory_there_is_no_cache_but_a_line(home):
     environment = {name: value for name, value in os.environ.items() if name not in absent}
     done = run_command(body, env=environment | ({"HOME": home} if home else {}))
     assert (done.returncode, done.stdout) == (0, "None\n")
-    assert re.fullmatch("warning: compiled programs are not kept, for .*\n", done.stderr)
+    assert re.fullmatch("warning: compiled programs are not kept: .*\n", done.stderr)

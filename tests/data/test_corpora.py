@@ -77,12 +77,6 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def test_default_cache_folder(monkeypatch, tmp_path):
-    monkeypatch.delenv("LLAMA_JAX_CACHE")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert corpora.cache_folder() == tmp_path / ".cache" / "llama_jax"
-
-
 def test_file_is_downloaded_once(server, cache):
     for _ in range(2):
         path = download(f"{server.url}/play.txt", "play.txt", hashlib.sha256(PLAY).hexdigest())

@@ -29,7 +29,7 @@ from llama_jax.data.prepare.documents import (
     read_documents,
 )
 from llama_jax.errors import UserError, did_you_mean
-from llama_jax.files import new_folder, progress
+from llama_jax.files import cache_folder, new_folder, progress
 
 VALIDATION_FRACTION = 0.05  # of the text, unless set otherwise
 HELD_OUT_SEED = 0  # of the choice of documents for validation; changing it changes everyone's data
@@ -300,12 +300,6 @@ def truncate_start(story: str, seed: int) -> str:
 
 
 # ---- downloads ----
-
-
-def cache_folder() -> Path:
-    """Return the folder of downloads."""
-    default = Path.home() / ".cache" / "llama_jax"
-    return Path(os.environ.get("LLAMA_JAX_CACHE") or default)
 
 
 def download(url: str, name: str, sha256: str = "") -> Path:
