@@ -18,6 +18,7 @@ _HOMES = {
     "UserError": "errors",
     "fit": "training.run",
     "load": "checkpoints.load",
+    "load_tokenizer": "text.tokenizer",
     "unstack": "model.transformer",
 }
 __all__ = sorted(_HOMES)

@@ -20,7 +20,7 @@ from llama_jax.inference.completions import Completion
 from llama_jax.inference.request import Delta, SamplingParams
 from llama_jax.llm import LLM
 from llama_jax.text.chat import TruncationWarning
-from llama_jax.text.tokenizer import train_tokenizer
+from llama_jax.text.sentencepiece import train_tokenizer
 
 TEXTS = [f"Tim saw {n} red boats on the blue sea and Anna was glad." for n in range(60)]
 GREEDY = {"temperature": 0, "max_tokens": 12}

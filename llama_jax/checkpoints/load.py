@@ -24,7 +24,7 @@ from llama_jax.model.parameters import abstract, count_parameters, named_leaves
 from llama_jax.model.transformer import Llama, unstack
 from llama_jax.quantization import QuantizedMatrix, abstract_quantized, require_kind
 from llama_jax.quantization import quantize as quantize_model
-from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 MODEL = "model"  # the item of a step
 DTYPES = ("", "float32", "bfloat16")
@@ -83,7 +83,7 @@ def load(
     read = partial(_restore_model, description=description, mesh=mesh)
     restored = read_checkpoint(folder, step, read)
     require_tokenizer(folder, restored.meta)
-    tokenizer = Tokenizer(folder / TOKENIZER)
+    tokenizer = load_tokenizer(folder / TOKENIZER)
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(
             f"{folder / TOKENIZER} has {tokenizer.vocab_size} pieces and the model"

@@ -33,7 +33,7 @@ from llama_jax.data.prepare.tokenize import (
 )
 from llama_jax.errors import UsageError, UserError, did_you_mean
 from llama_jax.files import check_new_path
-from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import load_tokenizer
 
 OPTION_NAMES = tuple(field.name for field in dataclasses.fields(TokenOptions))
 LEAST = {"stories": 1, "vocab_size": 1, "shard_tokens": 1, "workers": 0}  # values of flags
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     output = Path(given.get("output", Path("data") / source))
     check_new_path(output)
     if options.tokenizer:
-        Tokenizer(options.tokenizer)  # checked before any text is read
+        load_tokenizer(options.tokenizer)  # checked before any text is read
     corpus = _corpus(given)
     folder = prepare(corpus, output, options)
     for line in (*corpus.notices, *summary(folder)):

@@ -32,7 +32,7 @@ from llama_jax.quantization import (
     abstract_quantized,
     quantize_kernel,
 )
-from llama_jax.text.tokenizer import read_model
+from llama_jax.text.tokenizer import read_file
 
 STEP, META = "0", "meta"
 Report = Callable[[int], None]
@@ -56,7 +56,7 @@ def read(path: Path) -> Weights:
     return Weights(
         config=description.model,
         tensors=tensors,
-        tokenizer=read_model(folder / TOKENIZER),
+        tokenizer=read_file(folder / TOKENIZER),
         bos=description.bos,
         is_rounded=description.quantization is not None,
         chat_template=description.chat_template,

@@ -1,82 +1,50 @@
-"""SentencePiece tokenizers: text to token ids, ids to text as they come, and training.
+"""The interface of tokenizers, and loading one from a file of either kind."""
 
-Decoding follows SentencePiece's rules for bytes and leading spaces exactly, at a constant cost per
-token, and never returns half a character.
-"""
-
-import codecs
-import functools
-import hashlib
-import io
-import operator
 import os
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from llama_jax.errors import UserError, describe_file
+from llama_jax.text.decoding import Decoder
+from llama_jax.text.sentencepiece import SentencePieceTokenizer
 
-SPACE = "▁"  # SentencePiece's symbol for a space in a piece (U+2581)
-LARGEST_MODEL = 64 * 2**20  # bytes; Llama 2's has 0.5 MB
-LONGEST_LINE = 4096  # characters given to the trainer at once
-MOST_LINES = 5_000_000  # the trainer holds them all in memory
+MODEL, JSON = "tokenizer.model", "tokenizer.json"
+LARGEST_FILE = 128 * 2**20  # bytes; Llama 3's tokenizer.json has 9 MB
 
 
-class Tokenizer:
-    """A SentencePiece model.
+class Tokenizer(Protocol):
+    """Text to token ids and back.
 
-    Text never becomes a control id: the literal "<s>" is encoded as three characters, and only
-    `bos=True` and `eos=True` add such ids. "▁" (U+2581) is decoded as a space, because that is its
-    meaning in SentencePiece.
+    Text never becomes a control id: a literal "<s>" is encoded as its characters, and only
+    `bos=True` and `eos=True` add such ids.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Load a model file; `UserError` if it is missing or not a SentencePiece model."""
-        from sentencepiece import SentencePieceProcessor
+    path: Path
+    sha256: str  # of the file
+    vocab_size: int
+    bos_id: int  # -1: none
+    eos_id: int  # -1: none
+    special_ids: Mapping[str, int]  # of each control token, such as "<|im_end|>", by its text
 
-        self.path = Path(path)
-        model = read_model(self.path)
-        self._processor = SentencePieceProcessor()
-        try:
-            self._processor.LoadFromSerializedProto(model)
-        except RuntimeError as error:
-            raise _not_a_model(self.path) from error
-        self.sha256: str = hashlib.sha256(model).hexdigest()
-        self.vocab_size: int = self._processor.vocab_size()
-        self.bos_id: int = self._processor.bos_id()
-        self.eos_id: int = self._processor.eos_id()
-        if min(self.bos_id, self.eos_id) < 0:
-            raise UserError(f"{path} has no <s> or no </s> piece; Llama 2 tokenizers have both")
-
-    def encode(self, text: str, *, bos: bool, eos: bool) -> list[int]:
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Return the ids of a text, after BOS if `bos`, before EOS if `eos`.
 
         Raises:
-          UserError: if the text has a lone surrogate, which UTF-8 cannot express.
+          UserError: if the text has a lone surrogate, or the vocabulary no such token.
         """
-        ids = self.encode_array(text).tolist()
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+        ...
 
     def encode_array(self, text: str, *, continues: bool = False) -> np.ndarray:
         """Return the ids of a text as int32, without BOS or EOS; can be called from many threads.
 
         Args:
           text: any text.
-          continues: it continues another text and begins with a space; it gets the ids that it has
-            there, without the space that SentencePiece adds before every text.
+          continues: it continues another text; it gets the ids that it has there.
         """
-        if continues and self._adds_space:
-            text = text.removeprefix(" ")
-        try:
-            return self._processor.encode_as_numpy(text)
-        except RuntimeError as error:
-            lone = re.search("[\ud800-\udfff]", text)
-            if lone is None:
-                raise
-            message = f"the text has a lone surrogate, U+{ord(lone[0]):04X}, at character"
-            raise UserError(f"{message} {lone.start()}; remove it") from error
+        ...
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids: nothing for control ids, U+FFFD for bytes that are not UTF-8.
@@ -84,222 +52,63 @@ class Tokenizer:
         Raises:
           UserError: for an id outside the vocabulary.
         """
-        decoder = self.decoder()
-        return decoder.push(ids) + decoder.flush()
+        ...
 
-    def decoder(self, after: Iterable[int] = ()) -> "Decoder":
-        """Return an incremental decoder for ids that follow the ids `after`, such as a prompt's.
-
-        The space that SentencePiece adds before a text is dropped at the start of the text; ids
-        after a prompt of more than BOS keep theirs.
-        """
-        decoder = Decoder(self._surfaces, self._adds_space, self._joins_spaces)
-        decoder.push(after)
-        decoder.flush()
-        return decoder
+    def decoder(self, after: Iterable[int] = ()) -> Decoder:
+        """Return an incremental decoder for ids that follow the ids `after`, such as a prompt's."""
+        ...
 
     def piece_text(self, token: int) -> str:
         """Return the text of an id by itself; U+FFFD for a byte that is not a whole character."""
-        surface = self._surfaces[token]
-        if isinstance(surface, bytes):
-            return surface.decode(errors="replace")
-        return surface.replace(SPACE, " ")
+        ...
 
-    @functools.cached_property
-    def _adds_space(self) -> bool:
-        """Whether the model adds a space before every text."""
-        return self._processor.normalize("a").startswith(SPACE)
-
-    @functools.cached_property
-    def _joins_spaces(self) -> bool:
-        """Whether the model strips a text and joins consecutive spaces."""
-        return SPACE * 2 not in self._processor.normalize("a  a")
-
-    @functools.cached_property
-    def _surfaces(self) -> list[str | bytes]:
-        """What each id adds to a text; see `Decoder`."""
-        return [self._surface(token) for token in range(self.vocab_size)]
-
-    def _surface(self, token: int) -> str | bytes:
-        piece = self._processor.id_to_piece(token)
-        if self._processor.is_byte(token):
-            return bytes([int(piece[1:-1], 16)])  # "<0x0A>"
-        if self._processor.is_unknown(token):
-            return self._processor.decode([token])
-        return "" if self._processor.is_control(token) else piece
+    def piece_bytes(self, token: int) -> bytes:
+        """Return the bytes that an id adds within a text; none for a control id."""
+        ...
 
 
-class Decoder:
-    """Turns ids into text as they come; made by `Tokenizer.decoder`."""
-
-    def __init__(self, surfaces: list[str | bytes], drops_space: bool, joins_spaces: bool) -> None:
-        """Start a text.
-
-        Args:
-          surfaces: for each id, its piece with `SPACE` for spaces, or one byte of a character.
-          drops_space: whether the first space of the text was added by SentencePiece.
-          joins_spaces: whether all spaces at the start of the text were.
-        """
-        self._surfaces = surfaces
-        self._joins_spaces = joins_spaces
-        self._at_start = drops_space
-        self._characters = codecs.getincrementaldecoder("utf-8")("replace_each_byte")
-
-    def push(self, ids: Iterable[int]) -> str:
-        """Return the text that these ids complete; bytes of an incomplete character are held back.
-
-        Raises:
-          UserError: for an id outside the vocabulary.
-        """
-        return "".join([self._push(operator.index(token)) for token in ids])
-
-    def flush(self) -> str:
-        """Return U+FFFD for each byte held back, when no more ids will come."""
-        return self._characters.decode(b"", final=True)
-
-    def _push(self, token: int) -> str:
-        if not 0 <= token < len(self._surfaces):
-            raise UserError(
-                f"token id {token} is outside the vocabulary of {len(self._surfaces)} pieces;"
-                f" expected 0 to {len(self._surfaces) - 1}"
-            )
-        surface = self._surfaces[token]
-        if isinstance(surface, bytes):
-            self._at_start = False
-            return self._characters.decode(surface)
-        if self._at_start and surface:
-            surface = surface.removeprefix(SPACE)
-            self._at_start = self._joins_spaces and not surface
-        return self.flush() + surface.replace(SPACE, " ")
+# ---- files ----
 
 
-def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
-    """Replace each invalid byte by U+FFFD, as SentencePiece does."""
-    assert isinstance(error, UnicodeDecodeError)
-    return "\ufffd" * (error.end - error.start), error.end
-
-
-codecs.register_error("replace_each_byte", _replace_each_byte)
-
-
-# ---- model files ----
-
-
-def read_model(path: Path) -> bytes:
-    """Return the bytes of a SentencePiece model file.
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """Load a tokenizer file, of the kind that its content says.
 
     Raises:
-      UserError: if it is missing, evidently another file, or truncated.
+      UserError: if it is missing, damaged, or of an unknown kind.
+    """
+    path = Path(path)
+    return parse_tokenizer(read_file(path), path)
+
+
+def parse_tokenizer(content: bytes, path: Path) -> Tokenizer:
+    """Return the tokenizer in the content of a file; errors, which name the path, as above."""
+    return SentencePieceTokenizer(content, path)
+
+
+def tokenizer_file_name(content: bytes) -> str:
+    """Return the name of a file with this content: tokenizer.model or tokenizer.json."""
+    return JSON if content.lstrip()[:1] == b"{" else MODEL
+
+
+def tokenizer_path(folder: Path) -> Path:
+    """Return the tokenizer file in a folder; where there is none, the path of tokenizer.model."""
+    path = folder / JSON
+    return path if path.is_file() and not (folder / MODEL).exists() else folder / MODEL
+
+
+def read_file(path: Path) -> bytes:
+    """Return the content of a tokenizer file.
+
+    Raises:
+      UserError: if it is missing, or evidently another file.
     """
     if path.is_dir():
-        raise UserError(f"tokenizer {path} is a folder; give the tokenizer.model in it")
+        raise UserError(f"tokenizer {path} is a folder; give the {MODEL} or {JSON} in it")
     if not path.is_file():
-        raise UserError(f"tokenizer {path} does not exist; expected a SentencePiece model file")
-    if path.stat().st_size > LARGEST_MODEL:
-        raise _not_a_model(path, f": it has {path.stat().st_size:,} bytes")
-    model = path.read_bytes()
-    if reason := describe_file(model[:512]):
+        raise UserError(f"tokenizer {path} does not exist; expected a {MODEL} or {JSON}")
+    if (size := path.stat().st_size) > LARGEST_FILE:
+        raise UserError(f"tokenizer {path} has {size:,} bytes; expected a {MODEL} or {JSON}")
+    content = path.read_bytes()
+    if reason := describe_file(content[:512]):
         raise UserError(f"tokenizer {path} is {reason}")
-    fields, is_complete = _protobuf_fields(model)
-    if 1 in fields and not (is_complete and fields >= {1, 2, 3}):
-        raise UserError(f"tokenizer {path} is cut short after {len(model):,} bytes; copy it again")
-    return model
-
-
-def _protobuf_fields(data: bytes) -> tuple[set[int], bool]:
-    """Return the top-level field numbers of a protobuf message, and whether the last is complete.
-
-    A SentencePiece model has pieces (1), then the settings of the trainer (2) and the normalizer
-    (3). A file that is truncated between two fields loads without an error, but encodes
-    differently.
-    """
-    fields, position = set(), 0
-    while position < len(data) and data[position] & 7 == 2:  # all its fields have a length
-        fields.add(data[position] >> 3)
-        length, shift = 0, 0
-        while (position := position + 1) < len(data) and shift < 63:
-            length |= (data[position] & 127) << shift
-            shift += 7
-            if data[position] < 128:
-                break
-        position += 1 + length
-    return fields, position == len(data)
-
-
-def _not_a_model(path: Path, reason: str = "") -> UserError:
-    return UserError(
-        f"tokenizer {path} is not a SentencePiece model{reason}; give a file like tokenizer.model"
-    )
-
-
-# ---- training ----
-
-
-def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, path: str | os.PathLike[str]
-) -> Tokenizer:
-    """Train a BPE model on texts and write it to `path` atomically.
-
-    The texts are held in memory, so pass a sample of a large corpus. As with SentencePiece's own
-    reader, the trainer gets single lines, so that no piece but the byte has a newline. The same
-    texts give the same file on every machine.
-
-    Raises:
-      UserError: if the texts are too short or have too many different characters for `vocab_size`.
-    """
-    from sentencepiece import SentencePieceTrainer
-
-    model = io.BytesIO()
-    try:
-        SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            character_coverage=1.0,
-            byte_fallback=True,
-            split_digits=True,
-            allow_whitespace_only_pieces=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,  # as in Llama 2's: decoding restores every text
-            unk_surface=" \u2047 ",
-            max_sentence_length=4 * LONGEST_LINE,  # in bytes; a longer line would be skipped
-            input_sentence_size=MOST_LINES,
-            shuffle_input_sentence=False,  # its shuffle is not reproducible
-            num_threads=16,  # written into the model, hence the same for every machine
-            minloglevel=3,
-        )
-    except RuntimeError as error:
-        raise UserError(_training_error(str(error), vocab_size)) from error
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(model.getvalue())
-    partial.replace(path)
-    return Tokenizer(path)
-
-
-def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """Yield the lines of texts, split where they are longer than the trainer accepts."""
-    for text in texts:
-        for line in text.split("\n"):
-            for start in range(0, len(line), LONGEST_LINE):
-                yield line[start : start + LONGEST_LINE]
-
-
-def _training_error(message: str, vocab_size: int) -> str:
-    """Return an error of SentencePiece in one line, with the vocabulary size that would work."""
-    if most := re.search(r"too high .* <= (\d+)", message):
-        return (
-            f"vocab_size={vocab_size} is too large for this text, which has at most"
-            f" {most[1]} pieces; use a vocab_size of {most[1]} or less, or more text"
-        )
-    if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        return (
-            f"vocab_size={vocab_size} is too small: bytes and single characters of this text"
-            f" alone are {least[1]} pieces; use a vocab_size of {least[1]} or more"
-        )
-    if "sentences_.empty()" in message or "all_chars_count" in message:
-        return "there is no text to train a tokenizer on; expected more than whitespace"
-    if "vocab_size() > (0)" in message or "vocab_size()) > (0)" in message:
-        return f"vocab_size={vocab_size} is out of range; expected some hundreds or thousands"
-    return f"SentencePiece cannot train on this text: {message}"
+    return content

@@ -34,7 +34,7 @@ from llama_jax.distributed.preemption import StopSignal, stop_of_all
 from llama_jax.distributed.processes import require_joined
 from llama_jax.errors import UsageError, UserError, catch_out_of_memory, warn
 from llama_jax.hardware.accelerators import memory_limit
-from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.training.profiling import Window
 from llama_jax.training.step import (
     Programs,
@@ -96,7 +96,7 @@ def open_session(
         catch_out_of_memory(memory_advice(config, mesh), memory_limit(mesh.devices.flat)),
     ):
         data = _open_data_on_all(config)
-        tokenizer = Tokenizer(data.tokenizer_path)
+        tokenizer = load_tokenizer(data.tokenizer_path)
         _require_fitting_prompt(config, tokenizer)
         seen = {"data.fingerprint": data.fingerprint[:16], "checkpoints": finished_steps(folder)}
         require_same(seen)

@@ -13,7 +13,7 @@ from tiny_weights import tiny_weights
 
 from llama_jax.formats import checkpoint as checkpoint_folder
 from llama_jax.text.chat import Message, resolve_template
-from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import load_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TIMEOUT = 240  # seconds; for a slow machine
@@ -93,7 +93,7 @@ def test_ctrl_c_stops_only_the_answer(terminal):
 @pytest.mark.parametrize("terminal", [1000], indirect=True)
 def test_a_line_may_be_longer_than_4095_bytes(terminal, tmp_path):
     question = "abc " * 1250 + "."  # 5,001 bytes; a terminal's line ends after 4,095
-    tokenizer = Tokenizer(tmp_path / "ckpt" / "tokenizer.model")
+    tokenizer = load_tokenizer(tmp_path / "ckpt" / "tokenizer.model")
     size = len(resolve_template("").encode([Message("user", question)], tokenizer))
     terminal.wait_for("> ")
     terminal.type(f"{question}\n")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llama_jax.data.token_folder import TokenFolder
-from llama_jax.text.tokenizer import train_tokenizer
+from llama_jax.text.sentencepiece import train_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOOR = [sys.executable, str(REPOSITORY / "prepare.py")]

@@ -24,7 +24,7 @@ from llama_jax.cli import sample as sample_command
 from llama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
 from llama_jax.inference.request import SamplingParams
 from llama_jax.model.transformer import Llama
-from llama_jax.text.tokenizer import train_tokenizer
+from llama_jax.text.sentencepiece import train_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOOR = [sys.executable, str(REPOSITORY / "sample.py")]

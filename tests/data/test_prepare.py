@@ -18,7 +18,8 @@ from llama_jax.data.prepare.tokenize import (
     summary,
 )
 from llama_jax.errors import UserError
-from llama_jax.text.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.text.sentencepiece import train_tokenizer
+from llama_jax.text.tokenizer import load_tokenizer
 
 STORIES = [f"Story {n} of a small boat with {n * 7} red sails.\nThe end." for n in range(41)]
 
@@ -48,7 +49,7 @@ def texts_of(corpus):
 def test_documents_are_concatenated_each_after_bos(text, tmp_path):
     corpus = corpus_from_files(text, validation=0.1)
     folder = prepare(corpus, tmp_path / "out", TokenOptions(vocab_size=300))
-    tokenizer = Tokenizer(folder.tokenizer_path)
+    tokenizer = load_tokenizer(folder.tokenizer_path)
     for split, stories in (("train", STORIES[:37]), ("validation", STORIES[37:])):
         ids = [tokenizer.encode(story, bos=True, eos=False) for story in stories]
         assert tokens_of(folder, split) == list(itertools.chain(*ids))
@@ -63,7 +64,7 @@ def test_documents_are_concatenated_each_after_bos(text, tmp_path):
 def test_bos_and_eos_options(text, tmp_path, bos, eos):
     options = TokenOptions(vocab_size=300, bos=bos, eos=eos)
     folder = prepare(corpus_from_files(text), tmp_path / "out", options)
-    tokenizer = Tokenizer(folder.tokenizer_path)
+    tokenizer = load_tokenizer(folder.tokenizer_path)
     ids = [tokenizer.encode(story, bos=bos, eos=eos) for story in STORIES]
     assert tokens_of(folder, "train") + tokens_of(folder, "validation") == list(
         itertools.chain(*ids)
@@ -93,7 +94,7 @@ def test_chunks_have_the_tokens_of_the_complete_document(tmp_path):
     chunked = corpus_from_files(path, validation=0.0, options=ReadOptions(chunk_characters=90))
     options = TokenOptions(tokenizer=os.fspath(whole.tokenizer_path), eos=True)
     parts = prepare(chunked, tmp_path / "parts", options)
-    tokenizer = Tokenizer(whole.tokenizer_path)
+    tokenizer = load_tokenizer(whole.tokenizer_path)
     assert tokens_of(parts, "train") == tokenizer.encode(text, bos=True, eos=True)
     assert tokens_of(parts, "train")[:-1] == tokens_of(whole, "train")
 
@@ -246,7 +247,7 @@ def test_tinystories_are_split_into_stories(shared_data, tmp_path):
     folder = prepare(corpus, tmp_path / "out", options)
     assert [split.documents for split in folder.splits.values()] == [7442, 392]
     stories = (shared_data / "tinystories.txt").read_text().split("<|endoftext|>")
-    tokenizer = Tokenizer(shared_data / "tok512.model")
+    tokenizer = load_tokenizer(shared_data / "tok512.model")
     tokens, starts = folder.arrays("train")[0], folder.document_starts("train")
     for index in (0, 1, 5000):
         expected = tokenizer.encode(stories[index].strip(), bos=True, eos=False)

@@ -251,12 +251,12 @@ def test_each_tensor_is_read_once_and_dropped(path):
 
 
 def test_the_vocabulary_of_a_file_without_tensors(shared_data, tmp_path):
-    from llama_jax.text.tokenizer import Tokenizer
+    from llama_jax.text.tokenizer import load_tokenizer
 
     source = shared_data / "llama-spm.gguf"
     vocabulary = read_vocabulary(read_header(source).keys)
     (tmp_path / "tokenizer.model").write_bytes(vocabulary.to_model())
-    tokenizer = Tokenizer(tmp_path / "tokenizer.model")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.model")
     texts = (shared_data / "llama-spm.inp").read_text().split("\n__ggml_vocab_test__\n")
     lines = (shared_data / "llama-spm.out").read_text().split("\n")
     assert len(texts) == len(lines) == 47

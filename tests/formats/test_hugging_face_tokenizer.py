@@ -12,7 +12,7 @@ from llama_jax.errors import UserError
 from llama_jax.formats.huggingface.tokenizer import read_tokenizer
 from llama_jax.formats.huggingface.tokenizer_writer import to_tokenizer_json, write_tokenizer
 from llama_jax.formats.vocabulary import Kind, Piece, Vocabulary
-from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import load_tokenizer
 
 TINY = tiny_vocabulary()
 ROWS = len(TINY.pieces)
@@ -99,7 +99,7 @@ def test_a_tokenizer_json_becomes_a_model_that_encodes_alike(tmp_path):
     assert [p.kind for p in vocabulary.pieces] == [p.kind for p in TINY.pieces]
     assert (vocabulary.unknown_id, vocabulary.bos_id, vocabulary.eos_id) == (0, 1, 2)
     (tmp_path / "tokenizer.model").write_bytes(model)
-    assert Tokenizer(tmp_path / "tokenizer.model").encode("abc", bos=True, eos=True)[-1] == 2
+    assert load_tokenizer(tmp_path / "tokenizer.model").encode("abc", bos=True, eos=True)[-1] == 2
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "tok512"])
@@ -231,7 +231,7 @@ def test_special_pieces_may_have_other_names(tmp_path):
     names = {"bos_token": "<|begin|>", "eos_token": {"content": "<|end|>"}}
     put(tmp_path, tokenizer_config=names | {"added_tokens_decoder": {}})
     (tmp_path / "own.model").write_bytes(read(tmp_path)[0])
-    tokenizer = Tokenizer(tmp_path / "own.model")
+    tokenizer = load_tokenizer(tmp_path / "own.model")
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
     put(tmp_path, tokenizer_config={"bos_token": "<|begin|>"})
     for eos in (None, 0, 7, 283, "2", True):  # 7 is a byte
@@ -370,4 +370,4 @@ def test_odd_values_are_refused_or_give_a_model_that_loads(tmp_path_factory, cha
     else:
         assert len(encodings(model)) == len(TEXTS)
         (folder / "own.model").write_bytes(model)
-        assert Tokenizer(folder / "own.model").vocab_size == ROWS
+        assert load_tokenizer(folder / "own.model").vocab_size == ROWS

@@ -7,7 +7,7 @@ from llama_jax.inference.completions import add_text, collect, stop_ids
 from llama_jax.inference.engine import Engine
 from llama_jax.inference.request import Delta, Request, SamplingParams, TokenLogprob
 from llama_jax.model.transformer import unstack
-from llama_jax.text.tokenizer import train_tokenizer
+from llama_jax.text.sentencepiece import train_tokenizer
 
 STORIES = [f"Tim had {n} red sails. The sea was blue and the sun was warm." for n in range(50)]
 PROMPTS = ["Tim had", "", "The sea was blue. Tim"]

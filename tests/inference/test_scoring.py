@@ -14,7 +14,7 @@ from llama_jax.inference.scoring import (
     token_logprobs,
 )
 from llama_jax.model.transformer import unstack
-from llama_jax.text.tokenizer import train_tokenizer
+from llama_jax.text.sentencepiece import train_tokenizer
 
 B, T = 5, 23
 STORIES = [f"Tim had {n} red sails. The sea was blue and the sun was warm." for n in range(50)]

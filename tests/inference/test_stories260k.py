@@ -9,7 +9,7 @@ from llama_jax.formats.llama2c import model as llama2c
 from llama_jax.inference.engine import Engine
 from llama_jax.inference.request import Request, SamplingParams
 from llama_jax.model.transformer import unstack
-from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import load_tokenizer
 
 LILY = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
@@ -44,7 +44,7 @@ def test_the_most_likely_first_tokens(model):
 
 
 def test_the_greedy_story(model, shared_data):
-    tokenizer = Tokenizer(shared_data / "tok512.model")
+    tokenizer = load_tokenizer(shared_data / "tok512.model")
     request = Request(
         prompts=[[tokenizer.bos_id]],
         params=[SamplingParams(temperature=0, max_tokens=80)],

@@ -20,7 +20,7 @@ from llama_jax.inference.xorshift import (
 from llama_jax.model.cache import KVCache
 from llama_jax.model.parameters import abstract, named_leaves
 from llama_jax.model.transformer import unstack
-from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import load_tokenizer
 
 # What `run` of llama2.c prints, compiled by gcc with -O3 or -Ofast, for (-t, -p, -s) and steps.
 RUNS = {
@@ -62,7 +62,7 @@ def model(shared_data):
 
 @pytest.mark.parametrize(("options", "text"), RUNS.items())
 def test_a_run_of_llama2c_is_reproduced(model, shared_data, options, text):
-    tokenizer = Tokenizer(shared_data / "tok512.model")
+    tokenizer = load_tokenizer(shared_data / "tok512.model")
     *numbers, steps = options
     sampler = XorshiftSampler(*numbers)
     step = jax.jit(lambda model, token, cache: model(token, cache), donate_argnums=2)

@@ -13,7 +13,7 @@ from tiny_weights import SIZES, built, same, tiny_vocabulary, tiny_weights
 
 from llama_jax.config import RopeScaling
 from llama_jax.formats.huggingface import model as hugging_face
-from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import load_tokenizer
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -159,7 +159,7 @@ def texts(folder, accents="\u0301"):
 @pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize(("name", "size"), [("tokenizer", 32_000), ("tok512", 512)])
 def test_their_tokenizer_encodes_and_decodes_like_ours(name, size, bos, shared_data, tmp_path):
-    ours = Tokenizer(shared_data / f"{name}.model")
+    ours = load_tokenizer(shared_data / f"{name}.model")
     model = (shared_data / f"{name}.model").read_bytes()
     weights = tiny_weights(vocab_size=size, tokenizer=model)
     hugging_face.write(dataclasses.replace(weights, bos=bos), tmp_path / "model")
@@ -186,11 +186,11 @@ def test_a_tokenizer_that_replaces_characters_encodes_like_ours(shared_data, tmp
     )  # NFKC, no spaces kept: SentencePiece's defaults
     model = (tmp_path / "own.model").read_bytes()
     hugging_face.write(tiny_weights(vocab_size=400, tokenizer=model), tmp_path / "model")
-    ours = Tokenizer(tmp_path / "own.model")
+    ours = load_tokenizer(tmp_path / "own.model")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     (tmp_path / "model" / "tokenizer.model").unlink()
     (tmp_path / "back.model").write_bytes(hugging_face.read(tmp_path / "model").tokenizer)
-    back = Tokenizer(tmp_path / "back.model")
+    back = load_tokenizer(tmp_path / "back.model")
     assert ours.encode("ﬁ  x", bos=False, eos=False) == ours.encode("fi x", bos=False, eos=False)
     for text in texts(shared_data, accents=""):  # theirs composes none across other marks
         ids = ours.encode(text, bos=True, eos=False)
@@ -211,7 +211,7 @@ def test_tokenizer_json_alone_is_read_as_it_encodes(source, shared_data, tmp_pat
         theirs = transformers.AutoTokenizer.from_pretrained(folder)
     (folder / "tokenizer.model").unlink()
     (tmp_path / "back.model").write_bytes(hugging_face.read(folder).tokenizer)
-    back = Tokenizer(tmp_path / "back.model")
+    back = load_tokenizer(tmp_path / "back.model")
     for text in texts(shared_data):
         if source == "ours" or not text.startswith((" ", "▁")):
             ids = back.encode(text, bos=True, eos=False)
@@ -243,7 +243,7 @@ def test_a_tokenizer_trained_by_their_library_is_read_as_it_encodes(shared_data,
     (folder / "tokenizer.json").write_text(json.dumps(values))
     (folder / "tokenizer.model").unlink()
     (tmp_path / "back.model").write_bytes(hugging_face.read(folder).tokenizer)
-    back = Tokenizer(tmp_path / "back.model")
+    back = load_tokenizer(tmp_path / "back.model")
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     for text in texts(shared_data):
         assert theirs(text)["input_ids"] == back.encode(text, bos=True, eos=False), repr(text)

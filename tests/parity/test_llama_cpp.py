@@ -19,7 +19,7 @@ from llama_jax.inference.engine import Engine
 from llama_jax.inference.request import Request, SamplingParams
 from llama_jax.model.parameters import abstract, named_leaves
 from llama_jax.model.transformer import unstack
-from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import load_tokenizer
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
@@ -57,7 +57,7 @@ def quantized(source, target, kind):
 
 @pytest.fixture(scope="module")
 def tokenizer(shared_data):
-    return Tokenizer(shared_data / "tok512.model")
+    return load_tokenizer(shared_data / "tok512.model")
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_the_same_tokens(llama_cpp, tmp_path):
         (tmp_path / "tokenizer.model").write_bytes(vocabulary.to_model())
         gguf.write(tiny_weights(tokenizer=vocabulary.to_model()), tmp_path / "tiny.gguf")
         theirs = llama_cpp(tmp_path / "tiny.gguf", context=32)
-        ours = Tokenizer(tmp_path / "tokenizer.model")
+        ours = load_tokenizer(tmp_path / "tokenizer.model")
         for text in ("a", "ab abc  bcab", " é\n\t猫", "<s>", "cab bab abcabc"):
             expected = ours.encode(text, bos=True, eos=False)
             assert theirs.tokenize(text, bos=True) == expected

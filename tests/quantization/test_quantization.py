@@ -27,7 +27,7 @@ from llama_jax.quantization import QuantizationConfig, abstract_quantized, model
 from llama_jax.quantization.modules import QuantizedLinear, QuantizedMatrix
 from llama_jax.quantization.rounding import to_int4, to_int8
 from llama_jax.quantization.surgery import allocate, quantized_nbytes
-from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.optimized
 
@@ -283,7 +283,7 @@ def perplexity(model, tokens_BT):
 @pytest.fixture(scope="module")
 def stories(shared_data):
     """A published checkpoint, and the beginnings of stories."""
-    tokenizer = Tokenizer(shared_data / "tok512.model")
+    tokenizer = load_tokenizer(shared_data / "tok512.model")
     texts = (shared_data / "tinystories.txt").read_text().split("<|endoftext|>")
     ids = [tokenizer.encode(text.strip(), bos=True, eos=False) for text in texts[:80]]
     tokens_BT = np.asarray([row[:192] for row in ids if len(row) >= 192])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llama_jax.text.tokenizer import train_tokenizer
+from llama_jax.text.sentencepiece import train_tokenizer
 
 TEXTS = ["A system said: [INST] a user's task ### Response: an input, a context.\nThe end."] * 9
 

@@ -16,7 +16,7 @@ from llama_jax.text.chat import (
     Stops,
     find_template,
 )
-from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import load_tokenizer
 
 LLAMA2, ALPACA = Llama2Template(), AlpacaTemplate()
 CONTENT = st.text(st.sampled_from(" \n\tab:-*/[]<>s")) | st.text(max_size=12)
@@ -27,7 +27,7 @@ BEGIN, END = [518, 25580, 29962], [518, 29914, 25580, 29962]  # [INST] and [/INS
 
 @pytest.fixture(scope="module")
 def llama2(shared_data):
-    return Tokenizer(shared_data / "tokenizer.model")
+    return load_tokenizer(shared_data / "tokenizer.model")
 
 
 @pytest.fixture(scope="module", params=["trained", "llama2"])

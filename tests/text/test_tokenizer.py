@@ -8,7 +8,8 @@ import sentencepiece
 from hypothesis import given, settings
 
 from llama_jax.errors import UserError
-from llama_jax.text.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.text.sentencepiece import train_tokenizer
+from llama_jax.text.tokenizer import load_tokenizer
 
 TEXTS = [
     "Once upon a time there was a small boat. The boat had a red sail.\nIt was happy.",
@@ -26,12 +27,12 @@ def trained(tmp_path_factory):
 def tokenizer(request, trained):
     if request.param == "trained":
         return trained
-    return Tokenizer(request.getfixturevalue("shared_data") / request.param)
+    return load_tokenizer(request.getfixturevalue("shared_data") / request.param)
 
 
 @pytest.fixture(scope="module")
 def llama2(shared_data):
-    return Tokenizer(shared_data / "tokenizer.model")
+    return load_tokenizer(shared_data / "tokenizer.model")
 
 
 def test_ids_are_the_recorded_ones(llama2, shared_data):
@@ -160,7 +161,7 @@ def test_error_of_a_file_that_is_not_a_model_is_one_line(tmp_path, kind):
     path = tmp_path / f"{kind}.model"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
-        Tokenizer(path)
+        load_tokenizer(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -168,7 +169,7 @@ def test_error_of_a_file_that_is_not_a_model_is_one_line(tmp_path, kind):
 @pytest.mark.parametrize("path", ["missing.model", "."])
 def test_missing_model_is_an_error(tmp_path, path):
     with pytest.raises(UserError, match=r"does not exist|is a folder"):
-        Tokenizer(tmp_path / path)
+        load_tokenizer(tmp_path / path)
 
 
 def test_truncated_model_is_an_error(trained, tmp_path):
@@ -177,7 +178,7 @@ def test_truncated_model_is_an_error(trained, tmp_path):
     for size in (*range(1, len(model), 37), *range(len(model) - 80, len(model))):
         path.write_bytes(model[:size])
         with pytest.raises(UserError, match=r"cut short|not a SentencePiece model"):
-            Tokenizer(path)
+            load_tokenizer(path)
 
 
 def test_training_is_reproducible_and_newlines_are_bytes(trained, tmp_path):

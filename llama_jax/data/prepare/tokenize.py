@@ -25,7 +25,8 @@ from llama_jax.data.prepare.documents import Chunk, ReadProgress
 from llama_jax.data.token_folder import SPLITS, TOKENIZER, TokenFolder, TokenWriter
 from llama_jax.errors import UserError
 from llama_jax.files import check_new_path, new_folder, progress
-from llama_jax.text.tokenizer import Tokenizer, train_tokenizer
+from llama_jax.text.sentencepiece import train_tokenizer
+from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 BATCH_CHARACTERS = 2**18  # that a worker tokenizes at a time
 SAMPLE_CHARACTERS = 64_000_000  # that a tokenizer is trained on, at most
@@ -122,7 +123,7 @@ def _tokenizer(corpus: Corpus, path: Path, options: TokenOptions) -> Tokenizer:
     """Train or copy the tokenizer to `path` and return it."""
     if not options.tokenizer:
         return train_tokenizer(corpus.training_sample(SAMPLE_CHARACTERS), options.vocab_size, path)
-    tokenizer = Tokenizer(options.tokenizer)
+    tokenizer = load_tokenizer(options.tokenizer)
     shutil.copyfile(options.tokenizer, path)
     return tokenizer
 

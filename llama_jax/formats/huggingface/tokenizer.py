@@ -23,7 +23,7 @@ from llama_jax.formats.json_files import Fields, read_object, shown
 from llama_jax.formats.llama2c.tokenizer import tokenizer_model
 from llama_jax.formats.vocabulary import Kind, Piece, Vocabulary
 from llama_jax.formats.weights import find_file
-from llama_jax.text.tokenizer import SPACE
+from llama_jax.text.decoding import SPACE
 
 MODEL = "tokenizer.model"
 JSON = "tokenizer.json"

@@ -12,7 +12,7 @@ from typing import Any
 from llama_jax.formats import vocabulary as bpe
 from llama_jax.formats.json_files import write_object
 from llama_jax.formats.vocabulary import Kind, Piece, Vocabulary
-from llama_jax.text.tokenizer import SPACE
+from llama_jax.text.decoding import SPACE
 
 SPECIAL = (Kind.UNKNOWN, Kind.CONTROL)
 TO_SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}

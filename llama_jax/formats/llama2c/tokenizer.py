@@ -12,7 +12,8 @@ from pathlib import Path
 
 from llama_jax.errors import UserError, describe_file
 from llama_jax.formats.vocabulary import Kind, Piece, Vocabulary
-from llama_jax.text.tokenizer import SPACE, Tokenizer
+from llama_jax.text.decoding import SPACE
+from llama_jax.text.tokenizer import load_tokenizer
 
 MAX_BYTES = 16 * 2**20  # Llama 2's has 0.4 MB
 CONTROLS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2
@@ -83,7 +84,7 @@ def tokenizer_model(path: Path, vocab_size: int) -> bytes:
         with path.open("rb") as file:
             head = file.read(4)
     if len(head) < 4 or head[2:] != b"\0\0":  # not a small int32
-        _check_size(path, Tokenizer(path).vocab_size, vocab_size)
+        _check_size(path, load_tokenizer(path).vocab_size, vocab_size)
         return path.read_bytes()
     from sentencepiece import SentencePieceProcessor
 

@@ -1,0 +1,236 @@
+"""SentencePiece models (tokenizer.model): encoding, decoding, and training a new one."""
+
+import functools
+import hashlib
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from llama_jax.errors import UserError
+from llama_jax.text.decoding import SPACE, Decoder
+
+LONGEST_LINE = 4096  # characters given to the trainer at once
+MOST_LINES = 5_000_000  # the trainer holds them all in memory
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model, as a `Tokenizer`.
+
+    "▁" (U+2581) is decoded as a space, because that is its meaning in SentencePiece.
+    """
+
+    def __init__(self, model: bytes, path: Path) -> None:
+        """Load a model, the content of the file at `path`.
+
+        Raises:
+          UserError: if it is cut short, or not a SentencePiece model.
+        """
+        from sentencepiece import SentencePieceProcessor
+
+        self.path = path
+        _require_complete(model, path)
+        self._processor = SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(model)
+        except RuntimeError as error:
+            raise UserError(
+                f"tokenizer {path} is not a SentencePiece model; give a file like tokenizer.model"
+            ) from error
+        self.sha256: str = hashlib.sha256(model).hexdigest()
+        self.vocab_size: int = self._processor.vocab_size()
+        self.bos_id: int = self._processor.bos_id()
+        self.eos_id: int = self._processor.eos_id()
+        if min(self.bos_id, self.eos_id) < 0:
+            raise UserError(f"{path} has no <s> or no </s> piece; Llama 2 tokenizers have both")
+        ids = filter(self._processor.is_control, range(self.vocab_size))
+        self.special_ids: Mapping[str, int] = {self._processor.id_to_piece(i): i for i in ids}
+
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
+        """Return the ids of a text, after BOS if `bos`, before EOS if `eos`.
+
+        Raises:
+          UserError: if the text has a lone surrogate, which UTF-8 cannot express.
+        """
+        ids = self.encode_array(text).tolist()
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def encode_array(self, text: str, *, continues: bool = False) -> np.ndarray:
+        """Return the ids of a text as int32, without BOS or EOS; can be called from many threads.
+
+        Args:
+          text: any text.
+          continues: it continues another text and begins with a space; it gets the ids that it has
+            there, without the space that SentencePiece adds before every text.
+        """
+        if continues and self._adds_space:
+            text = text.removeprefix(" ")
+        try:
+            return self._processor.encode_as_numpy(text)
+        except RuntimeError as error:
+            lone = re.search("[\ud800-\udfff]", text)
+            if lone is None:
+                raise
+            message = f"the text has a lone surrogate, U+{ord(lone[0]):04X}, at character"
+            raise UserError(f"{message} {lone.start()}; remove it") from error
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids: nothing for control ids, U+FFFD for bytes that are not UTF-8.
+
+        Raises:
+          UserError: for an id outside the vocabulary.
+        """
+        decoder = self.decoder()
+        return decoder.push(ids) + decoder.flush()
+
+    def decoder(self, after: Iterable[int] = ()) -> Decoder:
+        """Return an incremental decoder for ids that follow the ids `after`, such as a prompt's.
+
+        The space that SentencePiece adds before a text is dropped at the start of the text; ids
+        after a prompt of more than BOS keep theirs.
+        """
+        decoder = Decoder(self._surfaces, self._adds_space, self._joins_spaces)
+        decoder.push(after)
+        decoder.flush()
+        return decoder
+
+    def piece_text(self, token: int) -> str:
+        """Return the text of an id by itself; U+FFFD for a byte that is not a whole character."""
+        surface = self._surfaces[token]
+        if isinstance(surface, bytes):
+            return surface.decode(errors="replace")
+        return surface.replace(SPACE, " ")
+
+    def piece_bytes(self, token: int) -> bytes:
+        """Return the bytes that an id adds within a text; none for a control id."""
+        surface = self._surfaces[token]
+        return surface if isinstance(surface, bytes) else surface.replace(SPACE, " ").encode()
+
+    @functools.cached_property
+    def _adds_space(self) -> bool:
+        """Whether the model adds a space before every text."""
+        return self._processor.normalize("a").startswith(SPACE)
+
+    @functools.cached_property
+    def _joins_spaces(self) -> bool:
+        """Whether the model strips a text and joins consecutive spaces."""
+        return SPACE * 2 not in self._processor.normalize("a  a")
+
+    @functools.cached_property
+    def _surfaces(self) -> list[str | bytes]:
+        """What each id adds to a text; see `Decoder`."""
+        return [self._surface(token) for token in range(self.vocab_size)]
+
+    def _surface(self, token: int) -> str | bytes:
+        piece = self._processor.id_to_piece(token)
+        if self._processor.is_byte(token):
+            return bytes([int(piece[1:-1], 16)])  # "<0x0A>"
+        if self._processor.is_unknown(token):
+            return self._processor.decode([token])
+        return "" if self._processor.is_control(token) else piece
+
+
+# ---- model files ----
+
+
+def _require_complete(model: bytes, path: Path) -> None:
+    """Raise `UserError` if a SentencePiece model is cut short."""
+    fields, is_complete = _protobuf_fields(model)
+    if 1 in fields and not (is_complete and fields >= {1, 2, 3}):
+        raise UserError(f"tokenizer {path} is cut short after {len(model):,} bytes; copy it again")
+
+
+def _protobuf_fields(data: bytes) -> tuple[set[int], bool]:
+    """Return the top-level field numbers of a protobuf message, and whether the last is complete.
+
+    A SentencePiece model has pieces (1), then the settings of the trainer (2) and the normalizer
+    (3). A file that is truncated between two fields loads without an error, but encodes
+    differently.
+    """
+    fields, position = set(), 0
+    while position < len(data) and data[position] & 7 == 2:  # all its fields have a length
+        fields.add(data[position] >> 3)
+        length, shift = 0, 0
+        while (position := position + 1) < len(data) and shift < 63:
+            length |= (data[position] & 127) << shift
+            shift += 7
+            if data[position] < 128:
+                break
+        position += 1 + length
+    return fields, position == len(data)
+
+
+# ---- training ----
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, path: str | os.PathLike[str]
+) -> SentencePieceTokenizer:
+    """Train a BPE model on texts and write it to `path` atomically.
+
+    The texts are held in memory, so pass a sample of a large corpus. As with SentencePiece's own
+    reader, the trainer gets single lines, so that no piece but the byte has a newline. The same
+    texts give the same file on every machine.
+
+    Raises:
+      UserError: if the texts are too short or have too many different characters for `vocab_size`.
+    """
+    from sentencepiece import SentencePieceTrainer
+
+    model = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=_lines(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            character_coverage=1.0,
+            byte_fallback=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,  # as in Llama 2's: decoding restores every text
+            unk_surface=" \u2047 ",
+            max_sentence_length=4 * LONGEST_LINE,  # in bytes; a longer line would be skipped
+            input_sentence_size=MOST_LINES,
+            shuffle_input_sentence=False,  # its shuffle is not reproducible
+            num_threads=16,  # written into the model, hence the same for every machine
+            minloglevel=3,
+        )
+    except RuntimeError as error:
+        raise UserError(_training_error(str(error), vocab_size)) from error
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(model.getvalue())
+    partial.replace(path)
+    return SentencePieceTokenizer(model.getvalue(), path)
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    """Yield the lines of texts, split where they are longer than the trainer accepts."""
+    for text in texts:
+        for line in text.split("\n"):
+            for start in range(0, len(line), LONGEST_LINE):
+                yield line[start : start + LONGEST_LINE]
+
+
+def _training_error(message: str, vocab_size: int) -> str:
+    """Return an error of SentencePiece in one line, with the vocabulary size that would work."""
+    if most := re.search(r"too high .* <= (\d+)", message):
+        return (
+            f"vocab_size={vocab_size} is too large for this text, which has at most"
+            f" {most[1]} pieces; use a vocab_size of {most[1]} or less, or more text"
+        )
+    if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return (
+            f"vocab_size={vocab_size} is too small: bytes and single characters of this text"
+            f" alone are {least[1]} pieces; use a vocab_size of {least[1]} or more"
+        )
+    if "sentences_.empty()" in message or "all_chars_count" in message:
+        return "there is no text to train a tokenizer on; expected more than whitespace"
+    if "vocab_size() > (0)" in message or "vocab_size()) > (0)" in message:
+        return f"vocab_size={vocab_size} is out of range; expected some hundreds or thousands"
+    return f"SentencePiece cannot train on this text: {message}"
