@@ -122,6 +122,8 @@ def format_of(path: Path) -> str:
             except (ValueError, RecursionError, TypeError):
                 is_ours = True
             return "ckpt" if is_ours else "hf"
+    if (path / "adapter_config.json").is_file():  # whose reader says what to do with an adapter
+        return "hf"
     expected = "; ".join(f"{name}: {each.what}" for name, each in FORMATS.items())
     raise UserError(f"the format of {path} is not recognised; give --from ({expected})")
 

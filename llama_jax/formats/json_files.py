@@ -3,7 +3,7 @@
 import json
 import math
 import reprlib
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,6 +51,11 @@ def shown(value: object) -> str:
     text = str(value) if isinstance(value, Exception) else SHORT.repr(value)
     text = " ".join(text.split())
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
+
+
+def shown_key(key: str) -> str:
+    """Return a key as part of a message: as it is if it reads like a name."""
+    return key if key.isidentifier() and len(key) <= MAX_SHOWN else shown(key)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -111,12 +116,18 @@ class Fields:
         """Note that the key's value is not as expected."""
         self.problems.append(f"{self._prefix}{key} = {shown(self.values.get(key))} ({expected})")
 
-    def refuse_others(self, harmless: Container[str] = ()) -> None:
-        """Note a problem for each key that was never looked up and is not known to be harmless."""
-        for key, value in self.values.items():
-            if key not in self._known and key not in harmless:
-                name = key if key.isidentifier() and len(key) <= MAX_SHOWN else shown(key)
-                self.problems.append(f"{self._prefix}{name} = {shown(value)}")
+    def others(self) -> list[str]:
+        """Return the keys that were never looked up and are set: null, false, 0 or [] are not."""
+        return [key for key, value in self.values.items() if key not in self._known and value]
+
+    def refuse_others(self) -> None:
+        """Note a problem for each of `others`."""
+        for key in self.others():
+            self.refuse(key)
+
+    def refuse(self, key: str) -> None:
+        """Note that a key of any name is not understood."""
+        self.problems.append(f"{self._prefix}{shown_key(key)} = {shown(self.values[key])}")
 
     def raise_problems(self, what: str) -> None:
         """Raise `UserError` with all problems in a line that begins with `what`, if any."""

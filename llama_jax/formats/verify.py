@@ -88,7 +88,8 @@ def verify(job: Conversion, source: Weights) -> Iterator[str]:
 
 def _answer(job: Conversion, source: Weights) -> Answer:
     """Run the source on random tokens, and let it continue them."""
-    if job.source == "hf" and not missing("torch", "transformers"):
+    is_pickle = not any(job.input.glob("*.safetensors"))  # which transformers is not given
+    if job.source == "hf" and not is_pickle and not missing("torch", "transformers"):
         name, logits = "transformers", transformers_logits(job.input)
     elif job.source == "meta" and not missing("torch"):
         name, logits = "Meta's forward pass in torch", meta_logits(job.input, source.config)

@@ -9,6 +9,7 @@ from tiny_weights import SIZES, same, tiny_vocabulary, tiny_weights
 
 from llama_jax.config import RopeScaling
 from llama_jax.errors import UserError
+from llama_jax.formats.convert import format_of
 from llama_jax.formats.huggingface import model as hugging_face
 from llama_jax.formats.huggingface import safetensors as safetensors_file
 from llama_jax.formats.huggingface.model import EMBEDDING, OUTPUT
@@ -190,12 +191,39 @@ def test_all_tensors_that_do_not_fit_are_named(folder):
     refused(folder, "model.norm.weight is missing", "up_proj.bias is unknown", f"{name} is [24, 8]")
 
 
-def test_frequencies_in_old_files_are_ignored(folder):
-    for dtype in (np.float32, np.int64):
-        arrays = stored(folder)
-        name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-        store(folder, arrays | {name: np.ones(2, dtype)})
-        same(hugging_face.read(folder), tiny_weights())
+@pytest.mark.parametrize("dtype", [np.float32, np.int64])
+def test_rotary_tables_in_old_files_are_ignored(dtype, folder):
+    names = [f"layers.0.self_attn.rotary_emb.{name}" for name in ("inv_freq", "cos_cached")]
+    names += ["model.layers.1.self_attn.rotary_emb.sin_cached", "rotary_emb.inv_freq"]
+    store(folder, stored(folder) | {name: np.ones(2, dtype) for name in names})
+    same(hugging_face.read(folder), tiny_weights())
+
+
+@pytest.mark.parametrize(
+    "renamed",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: name.replace("layers.", "layers._orig_mod."),
+        lambda name: name.removeprefix("model."),
+        lambda name: f"model.{name}",
+    ],
+)
+def test_prefixes_of_names_do_not_matter(renamed, untied):
+    store(untied, {renamed(name): array for name, array in stored(untied).items()})
+    same(hugging_face.read(untied), tiny_weights(tied_embeddings=False))
+
+
+def test_a_tensor_under_two_prefixes_is_refused(folder):
+    arrays = stored(folder)
+    store(folder, arrays | {f"module.{EMBEDDING}": arrays[EMBEDDING]})
+    refused(folder, f"{EMBEDDING} twice")
+
+
+def test_a_folder_of_an_adapter_says_what_to_do(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    refused(tmp_path, "holds an adapter", "merge_and_unload")
+    assert format_of(tmp_path) == "hf"
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int64, np.float64])

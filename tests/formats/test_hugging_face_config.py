@@ -121,14 +121,24 @@ def test_every_form_of_rope_settings_is_read(said, theta, scaling):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM is not a Llama 2"),
-        ({"architectures": ["LlamaForCausalLM", "x"]}, "is not a Llama 2"),
-        ({"architectures": "LlamaForCausalLM"}, "is not a Llama 2"),
-        ({"architectures": ["a\nb"]}, r"'a\\nb' is not a Llama 2"),
+        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM is not supported"),
+        ({"architectures": ["LlamaForCausalLM", "x"]}, "is not supported"),
+        ({"architectures": "LlamaForCausalLM"}, "is not supported"),
+        ({"architectures": ["a\nb"]}, r"'a\\nb' is not supported"),
+        ({"architectures": [["a"]]}, "is not supported; expected LlamaForCausalLM"),
+        ({"architectures": ["LLaMAForCausalLM"]}, None),
         ({"architectures": ...}, None),
-        ({"model_type": "mixtral"}, "model_type 'mixtral' is not a Llama 2"),
-        ({"model_type": ..., "architectures": ...}, "model_type None is not a Llama 2"),
-        ({"hidden_act": "gelu"}, r"hidden_act = 'gelu' \(expected 'silu'\)"),
+        ({"model_type": "mixtral"}, "model_type 'mixtral' is not supported"),
+        ({"model_type": ..., "architectures": ...}, "model_type None is not supported"),
+        ({"hidden_act": "gelu"}, r"hidden_act = 'gelu' \(expected 'silu' or"),
+        ({"hidden_act": "swish"}, None),
+        ({"sliding_window": None, "quantization_config": None, "rope_interleaved": False}, None),
+        ({"partial_rotary_factor": None, "layer_types": None, "num_local_experts": 0}, None),
+        ({"layer_types": ["full_attention"] * 3}, None),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = "),
+        ({"layer_types": "full_attention"}, "layer_types = "),
+        ({"rope_interleaved": True}, " rope_interleaved = True"),
+        ({"final_logit_softcapping": 30.0}, " final_logit_softcapping = 30.0"),
         ({"attention_bias": True}, "attention_bias = True"),
         ({"attention_bias": 0}, "attention_bias = 0"),
         ({"mlp_bias": True}, "mlp_bias = True"),
@@ -192,8 +202,26 @@ def test_all_problems_are_listed():
 
 def test_many_problems_are_one_line():
     with pytest.raises(UserError, match="and 994 more") as caught:
-        read(**{f"key{number}": "x" * 10_000 for number in range(1000)})
+        read(**{f"rope{number}": "x" * 10_000 for number in range(1000)})
     assert len(str(caught.value)) < 1000
+
+
+def test_keys_that_change_no_logit_are_listed_once(capsys):
+    assert read(_commit_hash="ab", unk_token_id=0, is_llama_config=True, other=None) == TINY
+    warned = capsys.readouterr().err
+    assert warned.count("\n") == 1 and "other" not in warned
+    assert "config.json: ignored _commit_hash, is_llama_config, with which Llama" in warned
+    assert read(**{"transformers.js_config": {"dtype": "q4"}, "temperature": 0.6}) == TINY
+    assert "ignored 'transformers.js_config', temperature, with" in capsys.readouterr().err
+    assert read(**{f"key{number}": "x" * 10_000 for number in range(1000)}) == TINY
+    warned = capsys.readouterr().err
+    assert "and 994 more" in warned and len(warned) < 500
+
+
+def test_an_original_context_does_not_matter_in_linear_scaling():
+    linear = {"rope_type": "linear", "factor": 4.0, "original_max_position_embeddings": 16}
+    config = read(rope_scaling=linear | {"low_freq_factor": None})
+    assert config.rope_scaling == RopeScaling(kind="linear", factor=4.0)
 
 
 @settings(max_examples=60, deadline=None)

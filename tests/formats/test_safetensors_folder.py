@@ -7,6 +7,7 @@ import pytest
 from llama_jax.errors import UserError
 from llama_jax.formats.huggingface import safetensors as safetensors_file
 from llama_jax.formats.huggingface.safetensors import INDEX, read_folder, write_folder
+from llama_jax.formats.torch.writer import Writer
 from llama_jax.formats.weights import Tensor, find_file
 
 
@@ -25,6 +26,16 @@ def put(folder, shards, places=...):
         places = {name: f"model-{n}.safetensors" for n, names in shards.items() for name in names}
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
     return folder
+
+
+def put_torch(path, *names):
+    """A file as torch.save writes it."""
+    lazy = tensors(*names)
+    with Writer(
+        path, {name: (tensor.shape, tensor.dtype) for name, tensor in lazy.items()}
+    ) as file:
+        for tensor in lazy.values():
+            file.add(tensor.read())
 
 
 def refused(folder, reason):
@@ -132,10 +143,25 @@ def test_an_index_of_very_many_shards_is_refused(tmp_path):
     refused(put(tmp_path / "model", {1: "a"}, places), "names 10,001 files")
 
 
-def test_old_files_are_distinguished_from_missing_ones(tmp_path):
+def test_files_of_torch_are_read_where_there_is_no_safetensors(tmp_path):
     refused(tmp_path, "neither model.safetensors nor model.safetensors.index.json")
-    (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
-    refused(tmp_path, "only pytorch_model.bin, which may hold code; .* save_pretrained")
+    put_torch(tmp_path / "pytorch_model.bin", *"ab")
+    assert sorted(read_folder(tmp_path)) == ["a", "b"]
+    safetensors_file.write(tmp_path / "model.safetensors", tensors("c"))
+    assert sorted(read_folder(tmp_path)) == ["c"]
+
+
+def test_shards_of_torch_have_an_index_too(tmp_path):
+    places = {}
+    for number, names in {1: "ab", 2: "c"}.items():
+        name = f"pytorch_model-{number:05}-of-00002.bin"
+        put_torch(tmp_path / name, *names)
+        places |= dict.fromkeys(names, name)
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    assert sorted(read_folder(tmp_path)) == ["a", "b", "c"]
+    index.write_text(json.dumps({"weight_map": places | {"c": "model.safetensors"}}))
+    refused(tmp_path, "expected the bare name of a .bin file")
 
 
 def test_a_link_out_of_the_folder_is_refused(tmp_path):

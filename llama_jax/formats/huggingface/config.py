@@ -1,20 +1,22 @@
 """The config.json of a Hugging Face Llama and our `ModelConfig`, in both directions.
 
-Every key is understood, or known to change no logit, or refused by name: one that is silently
-ignored would give a model that runs and is wrong. Absent keys mean what they mean to
-`transformers.LlamaConfig`.
+A key is understood, or known to change no logit, or refused by name if it may change the
+mathematics; any other is ignored, as transformers does, and listed in a warning. Absent keys mean
+what they mean to `transformers.LlamaConfig`.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from llama_jax.config import ModelConfig, RopeScaling
-from llama_jax.errors import UsageError, UserError
-from llama_jax.formats.json_files import Fields, shown
+from llama_jax.errors import UsageError, UserError, warn
+from llama_jax.formats.json_files import MAX_LISTED, Fields, shown, shown_key
 
-ARCHITECTURE = "LlamaForCausalLM"
-MODEL_TYPE = "llama"
+ARCHITECTURES = {  # by model_type: transformers' class, and its spelling in early conversions
+    "llama": ("LlamaForCausalLM", "LLaMAForCausalLM"),
+}
 SIZES = {  # theirs: ours, the default, the maximum
     "vocab_size": ("vocab_size", 32_000, 2**24),
     "hidden_size": ("dim", 4096, 2**20),
@@ -22,8 +24,8 @@ SIZES = {  # theirs: ours, the default, the maximum
     "num_attention_heads": ("num_heads", 32, 2**16),
     "max_position_embeddings": ("context_length", 2048, 2**31 - 1),
 }
-FIXED = {  # the only values that are supported
-    "hidden_act": "silu",
+ACTIVATIONS = ("silu", "swish")  # two names of one function
+FIXED = {  # the only values that are supported, beside null
     "attention_bias": False,
     "mlp_bias": False,
     "partial_rotary_factor": 1.0,
@@ -38,8 +40,11 @@ HARMLESS = {  # of training, generation, storage and output: they change no logi
     *("attention_dropout", "chunk_size_feed_forward", "pretraining_tp", "use_cache"),
     *("id2label", "label2id", "problem_type", "return_dict"),
     *("output_attentions", "output_hidden_states", "unsloth_fixed", "unsloth_version"),
-    *("architectures", "model_type"),  # checked by `_check_architecture`
+    *("architectures", "model_type"),  # checked by `_model_type`
 }
+MATHEMATICS = re.compile(  # in the name of a key that may change what the model computes
+    "expert|softcap|norm|rope|rotary|scal|multiplier|alibi|window|bias|_act|quant|lora|residual"
+)
 ROPE_THETA = 10_000.0  # the default
 ROPE_TYPES = {"default": "none", "linear": "linear", "llama3": "llama3"}  # theirs: ours
 ORIGINAL = "original_max_position_embeddings"
@@ -54,10 +59,16 @@ def from_hugging_face(values: Mapping[str, Any], source: object) -> ModelConfig:
     Raises:
       UserError: one line with every key that is not understood or has an absurd value.
     """
-    _check_architecture(values, source)
+    model_type = _model_type(values, source)
     fields = Fields(values)
     for key, expected in FIXED.items():
-        fields.require(key, expected)
+        if fields.value(key, None) is not None:
+            fields.require(key, expected)
+    if fields.value("hidden_act", ACTIVATIONS[0]) not in ACTIVATIONS:
+        fields.complain("hidden_act", f"expected {' or '.join(map(repr, ACTIVATIONS))}")
+    kinds = fields.value("layer_types", None) or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        fields.complain("layer_types", "expected 'full_attention' for each layer")
     ours: dict[str, Any] = {
         name: fields.size(key, default, largest) for key, (name, default, largest) in SIZES.items()
     }
@@ -70,8 +81,17 @@ def from_hugging_face(values: Mapping[str, Any], source: object) -> ModelConfig:
     if head_dim * ours["num_heads"] != ours["dim"]:
         ours["head_dim"] = head_dim
     ours["rope_theta"], scaling = read_rope(fields, ours["context_length"])
-    fields.refuse_others(HARMLESS)
-    fields.raise_problems(f"{source} cannot be read as a Llama 2:")
+    others = [key for key in fields.others() if key not in HARMLESS]
+    unused = [key for key in others if not MATHEMATICS.search(key.lower())]
+    for key in others:
+        if key not in unused:
+            fields.refuse(key)
+    fields.raise_problems(f"{source} cannot be read as a Llama:")
+    if unused:
+        more = f" and {len(unused) - MAX_LISTED} more" if len(unused) > MAX_LISTED else ""
+        listed = ", ".join(map(shown_key, unused[:MAX_LISTED]))
+        name = ARCHITECTURES[model_type][0]
+        warn(f"{source}: ignored {listed}{more}, with which {name} does not compute")
     try:
         config = ModelConfig(**ours, rope_scaling=RopeScaling(**scaling))
     except UsageError as error:
@@ -84,13 +104,13 @@ def to_hugging_face(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """Return the keys of a config.json; `dtype` is the name of the stored matrices' dtype."""
     sizes = {key: getattr(config, name) for key, (name, _, _) in SIZES.items()}
     return {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
         **sizes,
         "intermediate_size": config.ffn_dim,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_size,
-        "hidden_act": FIXED["hidden_act"],
+        "hidden_act": ACTIVATIONS[0],
         "rms_norm_eps": config.norm_eps,
         **rope_keys(config.rope_theta, config.rope_scaling),
         "tie_word_embeddings": config.tied_embeddings,
@@ -104,17 +124,18 @@ def to_hugging_face(config: ModelConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-def _check_architecture(values: Mapping[str, Any], source: object) -> None:
-    names = values.get("architectures")
-    kind = values.get("model_type")
-    if names not in (None, [ARCHITECTURE]):
-        name = names[0] if isinstance(names, list) and len(names) == 1 else names
-    elif kind not in (None, MODEL_TYPE) or (names is None and kind is None):
+def _model_type(values: Mapping[str, Any], source: object) -> str:
+    """Return a key of `ARCHITECTURES`; `UserError` for a model of another class."""
+    names, kind = values.get("architectures"), values.get("model_type")
+    for known, spellings in ARCHITECTURES.items() if (names, kind) != (None, None) else ():
+        if kind in (None, known) and names in (None, *([name] for name in spellings)):
+            return known
+    name = names[0] if isinstance(names, list) and len(names) == 1 else names
+    if names is None or any(name in spellings for spellings in ARCHITECTURES.values()):
         name = f"a model of model_type {shown(kind)}"
-    else:
-        return
     name = name if isinstance(name, str) and name.isprintable() else shown(name)
-    raise UserError(f"{source}: {name} is not a Llama 2; expected {ARCHITECTURE}")
+    expected = " or ".join(names[0] for names in ARCHITECTURES.values())
+    raise UserError(f"{source}: {name} is not supported; expected {expected}")
 
 
 def _size_or_null(fields: Fields, key: str, default: int) -> int:
@@ -169,8 +190,9 @@ def _read_scaling(inner: Fields, context: int) -> dict[str, Any]:
         if key not in inner.values:
             inner.complain(key, "expected a number")
         fields[ours] = inner.number(key, 1.0)
+    original = inner.size(ORIGINAL, context, 2**31 - 1)  # in some linear ones too, unused
     if kind == "llama3":
-        fields["original_context"] = inner.size(ORIGINAL, context, 2**31 - 1)
+        fields["original_context"] = original
     return fields
 
 

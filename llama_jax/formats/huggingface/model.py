@@ -5,6 +5,7 @@ permutation here.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,12 @@ TABLE = make_table(
     },
     interleaved=False,
 )
-IGNORED = ".rotary_emb.inv_freq"  # the end of a tensor's name in old files
+WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|module)\."
+)  # of torch.compile and data parallelism
+PREFIX = re.compile(r"(?:model\.)*(?=(embed_tokens|layers|norm|lm_head)\.)")
+IGNORED = re.compile(r"(.*\.)?rotary_emb\.\w+")  # tables in old files
+ADAPTER = "adapter_config.json"
 CHUNK = 1024  # rows of two tables compared at a time
 
 
@@ -55,11 +61,16 @@ def read(folder: Path, tokenizer: Path | None = None) -> Weights:
       UserError: if it is not a complete Llama, or has a config that is not understood.
     """
     path = find_file(folder, "config.json")
+    if path is None and find_file(folder, ADAPTER):
+        raise UserError(
+            f"{folder} holds an adapter, not a model; merge it into its base model first, with"
+            " PEFT's merge_and_unload and save_pretrained, and give the folder of the result"
+        )
     if path is None:
         raise UserError(f"{folder} has no config.json; give a Hugging Face model's folder")
     values = read_object(path)
     config = from_hugging_face(values, path)
-    tensors = _import(read_folder(folder), config, folder)
+    tensors = _import(_plain_names(read_folder(folder), folder), config, folder)
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES.values():
             expected = f"expected {', '.join(DTYPES)}; convert the model to one of them"
@@ -68,6 +79,23 @@ def read(folder: Path, tokenizer: Path | None = None) -> Weights:
     config = dataclasses.replace(config, compute_dtype="float32" if is_full else "bfloat16")
     model, bos = read_tokenizer(folder, tokenizer, values, config.vocab_size)
     return Weights(config=config, tensors=tensors, tokenizer=model, bos=bos)
+
+
+def _plain_names(foreign: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Return the tensors by the names that transformers gives them.
+
+    Training code leaves prefixes of wrappers in names, and `model.` is missing where the body of
+    the model was saved without its head, or doubled.
+    """
+    plain: dict[str, Tensor] = {}
+    for name, tensor in foreign.items():
+        new = WRAPPERS.sub("", name)
+        if match := PREFIX.match(new):
+            new = ("" if match[1] == "lm_head" else "model.") + new[match.end() :]
+        if new in plain:
+            raise UserError(f"{folder} holds {new} twice, under names with and without a prefix")
+        plain[new] = tensor
+    return plain
 
 
 def _import(foreign: dict[str, Tensor], config: ModelConfig, folder: Path) -> dict[str, Tensor]:
@@ -81,7 +109,9 @@ def _import(foreign: dict[str, Tensor], config: ModelConfig, folder: Path) -> di
             )
         foreign = {EMBEDDING: other} | foreign
         del foreign[OUTPUT]
-    return import_tensors(TABLE, config, foreign, folder, lambda name: name.endswith(IGNORED))
+    return import_tensors(
+        TABLE, config, foreign, folder, lambda name: bool(IGNORED.fullmatch(name))
+    )
 
 
 def _are_equal(one: Tensor, other: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: one, or several with an index.
+"""Tensors in safetensors files: one, or several with an index; those of torch.save in folders too.
 
 A file is a JSON header with names, shapes and offsets, then the numbers. Nothing in a header is
 trusted: tensors are inside the file and do not overlap. Writing needs no tensor in memory before
@@ -20,11 +20,13 @@ import numpy as np
 
 from llama_jax.errors import UserError, describe_file
 from llama_jax.formats.json_files import parse_object, read_object, shown, write_object
+from llama_jax.formats.torch import reader as torch_reader
 from llama_jax.formats.weights import Tensor, find_file, mapped
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-FILE_NAME = re.compile(r"[\w. -]{1,200}\.safetensors", re.ASCII)
+FILE_NAME = re.compile(r"[\w. -]{1,200}\.(safetensors|bin)", re.ASCII)
+TORCH_SINGLE = "pytorch_model.bin"  # read by `formats.torch.reader`, which runs nothing in it
 MAX_SHARDS = 10_000
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 MAX_NAME = 200  # characters
@@ -49,22 +51,26 @@ Report = Callable[[int], None]
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
-    """Return every tensor of the folder's safetensors by name.
+    """Return every tensor of a folder by name: of its safetensors, else of its pytorch_model.bin.
 
     Raises:
       UserError: if there are none, or an index and its shards disagree.
     """
-    if single := find_file(folder, SINGLE):
-        return read(single)
-    index = find_file(folder, INDEX)
-    if index is None:
-        if any(find_file(folder, f"pytorch_model.bin{end}") for end in ("", ".index.json")):
-            raise UserError(
-                f"{folder} has only pytorch_model.bin, which may hold code; load it in transformers"
-                " and save it again with save_pretrained, which writes safetensors"
-            )
-        expected = "give a folder with a model's safetensors"
-        raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}; {expected}")
+    for name in (SINGLE, TORCH_SINGLE):
+        if single := find_file(folder, name):
+            return _read_file(single)
+        if index := find_file(folder, f"{name}.index.json"):
+            return _read_shards(folder, index)
+    expected = "give a folder with a model's safetensors"
+    raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}; {expected}")
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    return torch_reader.read(path) if path.suffix == ".bin" else read(path)
+
+
+def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
+    """Return the tensors of all files that an index names."""
     listed = collections.defaultdict(set)
     for name, file_name in _weight_map(index).items():
         listed[file_name].add(name)
@@ -73,16 +79,16 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     paths = {name: find_file(folder, name) for name in sorted(listed)}
     if missing := [name for name, path in paths.items() if path is None]:
         raise UserError(
-            f"{folder} lacks {_some(missing)} of the {len(listed)} shards that {INDEX} names;"
+            f"{folder} lacks {_some(missing)} of the {len(listed)} shards that {index.name} names;"
             " download them too"
         )
     tensors: dict[str, Tensor] = {}
     for path in filter(None, paths.values()):
-        shard = read(path)
+        shard = _read_file(path)
         if twice := tensors.keys() & shard.keys():
             raise UserError(f"{path} and an earlier shard both hold {_some(twice)}; expected one")
         if absent := listed[path.name] - shard.keys():
-            raise UserError(f"{path} lacks {_some(absent)}, which {INDEX} says it holds")
+            raise UserError(f"{path} lacks {_some(absent)}, which {index.name} says it holds")
         tensors |= shard
     return tensors
 
@@ -92,9 +98,10 @@ def _weight_map(index: Path) -> dict[str, str]:
     places = read_object(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise UserError(f"{index}: weight_map is {shown(places)}; expected a file name by tensor")
+    kind = ".bin" if index.name.startswith(TORCH_SINGLE) else ".safetensors"
     for name in places.values():
-        if not isinstance(name, str) or not FILE_NAME.fullmatch(name):
-            expected = "expected the bare name of a .safetensors file beside it"
+        if not isinstance(name, str) or not FILE_NAME.fullmatch(name) or not name.endswith(kind):
+            expected = f"expected the bare name of a {kind} file beside it"
             raise UserError(f"{index}: weight_map names the file {shown(name)}; {expected}")
     return places
 
