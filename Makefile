@@ -8,10 +8,11 @@ PIP = $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 AS_USED = JAX_DISABLE_MOST_OPTIMIZATIONS=0
 CODE = llama_jax configs tests benchmarks docs $(wildcard *.py)
 
-.PHONY: help demo test test-slow test-parity lint types clean
+.PHONY: help demo chat test test-slow test-parity lint types clean
 
 help:
 	@echo "make demo         train a small model on stories and let it write (5 minutes)"
+	@echo "make chat         talk to SmolLM2, a small model of the package index (2 minutes)"
 	@echo "make test         lint, types and tests, as CI runs them"
 	@echo "make test-slow    what takes longer; all programs compiled as users compile them"
 	@echo "make test-parity  comparisons with PyTorch and transformers"
@@ -42,6 +43,9 @@ demo: $(VENV)/.installed
 	$(RUN) train.py --config configs/demo.py
 	@echo; echo "The loss curve is in ckpt/loss.png. Three stories:"; echo
 	@$(RUN) sample.py --ckpt ckpt --prompt "Once upon a time" --num_samples 3 --temperature 0.7
+
+chat: $(VENV)/.installed
+	@$(RUN) sample.py --ckpt smollm2 --chat
 
 lint: $(VENV)/.installed-test
 	$(RUN) -m ruff check $(CODE)

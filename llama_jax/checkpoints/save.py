@@ -7,6 +7,7 @@ array is read.
 
 import contextlib
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from llama_jax.model.parameters import named_leaves
 from llama_jax.model.transformer import Llama
 
 PART = 2**18  # elements summed at once on the host, to hold little beside the array
+SECONDS_TO_REMOVE = 5.0  # of a failed step, while its other arrays are still being written
 ITEMS = ("model", "optimizer")  # flat mappings from a dotted name to an array
 
 
@@ -97,6 +99,7 @@ class CheckpointWriter:
         tokenizer = folder / TOKENIZER
         self._tokenizer = {TOKENIZER: file_checksum(tokenizer)} if tokenizer.exists() else {}
         self._step = -1  # the one being saved
+        self._has_failed = False
         self._names: dict[str, set[str]] = {}  # of its arrays, by item
         try:
             self._manager = ocp.CheckpointManager(
@@ -166,6 +169,17 @@ class CheckpointWriter:
         """Wait, then release files and threads."""
         with self._errors_of_saving():
             self._manager.close()
+        if self._has_failed:  # other arrays of the step may have been written since
+            self._remove_partial()
+
+    def _remove_partial(self) -> None:
+        """Remove what was written of the failed step, also while other arrays are being written."""
+        deadline = time.monotonic() + SECONDS_TO_REMOVE
+        while jax.process_index() == 0 and self._partial.exists():
+            shutil.rmtree(self._partial, ignore_errors=True)
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.01)
 
     @contextlib.contextmanager
     def _errors_of_saving(self) -> Iterator[None]:
@@ -173,8 +187,8 @@ class CheckpointWriter:
         try:
             yield
         except Exception as error:
-            if jax.process_index() == 0:
-                shutil.rmtree(self._partial, ignore_errors=True)
+            self._has_failed = True
+            self._remove_partial()
             steps = finished_steps(self._folder) if self._folder.is_dir() else []
             after = f"goes on from step {steps[-1]}" if steps else "begins again: there is none yet"
             raise UserError(
