@@ -41,6 +41,7 @@ ONLY_IN = {  # libraries that one room, or a few modules, may import
     "grain": {"data"},
     "optax": {"training"},
     "sentencepiece": {"text", "formats"},
+    "tokenizers": {"text"},
     "gguf": {"formats"},
     "safetensors": set(),
     "absl": {"config", "cli.config_flags", "configs"},

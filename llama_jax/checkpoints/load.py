@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from llama_jax.checkpoints import layout
 from llama_jax.checkpoints.metadata import Description, read_description
 from llama_jax.checkpoints.restore import Restored, folder_and_step, read_checkpoint, restore
-from llama_jax.checkpoints.run_folder import TOKENIZER, require_tokenizer
+from llama_jax.checkpoints.run_folder import require_tokenizer
 from llama_jax.config import MeshConfig, ModelConfig, require
 from llama_jax.distributed.mesh import make_mesh, placed, shardings
 from llama_jax.errors import UsageError, UserError, whole_number
@@ -24,7 +24,7 @@ from llama_jax.model.parameters import abstract, count_parameters, named_leaves
 from llama_jax.model.transformer import Llama, unstack
 from llama_jax.quantization import QuantizedMatrix, abstract_quantized, require_kind
 from llama_jax.quantization import quantize as quantize_model
-from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_path
 
 MODEL = "model"  # the item of a step
 DTYPES = ("", "float32", "bfloat16")
@@ -85,10 +85,10 @@ def load(
     read = partial(_restore_model, description=description, mesh=mesh)
     restored = read_checkpoint(folder, step, read)
     require_tokenizer(folder, restored.meta)
-    tokenizer = load_tokenizer(folder / TOKENIZER)
+    tokenizer = load_tokenizer(tokenizer_path(folder))
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(
-            f"{folder / TOKENIZER} has {tokenizer.vocab_size} pieces and the model"
+            f"{tokenizer.path} has {tokenizer.vocab_size} pieces and the model"
             f" {config.vocab_size}; restore the tokenizer it was trained with"
         )
     model = restored.trees.pop(MODEL)

@@ -1,7 +1,7 @@
 """The folder of a run: which run it belongs to, and the lock that one process holds on it.
 
     config.json        written by `checkpoints.metadata`
-    tokenizer.model    a copy, so that sampling needs nothing else
+    tokenizer.model    a copy, or tokenizer.json, so that sampling needs nothing else
     metrics.jsonl      written by `training.metrics`
     profile/           written by `training.profiling`, with --profile
     <step>/            written by `checkpoints.save`
@@ -29,8 +29,9 @@ from llama_jax.config import Config
 from llama_jax.distributed.consistency import gathered, together
 from llama_jax.errors import UsageError, UserError, warn
 from llama_jax.files import lock
+from llama_jax.text.tokenizer import TOKENIZER_FILES, tokenizer_file_name, tokenizer_path
 
-TOKENIZER, METRICS, LOCK = "tokenizer.model", "metrics.jsonl", ".lock"
+METRICS, LOCK = "metrics.jsonl", ".lock"
 MARK = LOCK + "-"  # prefix of a file that tests whether all processes see the folder
 PATIENCE = 10.0  # seconds that a network disk may take to show a new file
 OTHER_FOLDER = "choose another folder with --config.run.checkpoint_dir=…"
@@ -66,7 +67,7 @@ def require_same_run(folder: Path, run: Run, tokenizer: Path) -> dict[str, tuple
                 f"{folder} holds another run: {key} is {old[key]!r} there and {value!r} here;"
                 f" {OTHER_FOLDER}, or the same settings"
             )
-    ours = folder / TOKENIZER
+    ours = tokenizer_path(folder)
     if ours.exists() and ours.read_bytes() != tokenizer.read_bytes():
         raise UserError(
             f"the data's tokenizer is not the one that {folder} was trained with; prepare the data"
@@ -97,7 +98,8 @@ def settings(config: Config) -> dict[str, Any]:
 def write_metadata(folder: Path, run: Run, tokenizer: Path) -> None:
     """Write a run's config and tokenizer into its folder, which this process has locked."""
     write_run(folder, run)
-    write_atomically(folder / TOKENIZER, tokenizer.read_bytes())
+    content = tokenizer.read_bytes()
+    write_atomically(folder / tokenizer_file_name(content), content)
 
 
 def require_tokenizer(folder: Path, meta: dict[str, Any]) -> None:
@@ -106,7 +108,8 @@ def require_tokenizer(folder: Path, meta: dict[str, Any]) -> None:
     Args:
       meta: of the step; steps of earlier versions have no checksum of the tokenizer.
     """
-    path, expected = folder / TOKENIZER, meta.get(TOKENIZER)
+    path = tokenizer_path(folder)
+    expected = next((meta[name] for name in TOKENIZER_FILES if name in meta), "")
     if expected and path.is_file() and file_checksum(path) != expected:
         raise UserError(
             f"{path} is not the file that the checkpoint was saved with (its checksum differs);"

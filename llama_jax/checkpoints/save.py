@@ -25,11 +25,12 @@ from llama_jax.checkpoints.layout import (
     reason,
     with_checksum,
 )
-from llama_jax.checkpoints.run_folder import TOKENIZER, require_space
+from llama_jax.checkpoints.run_folder import require_space
 from llama_jax.distributed.consistency import together
 from llama_jax.errors import UserError
 from llama_jax.model.parameters import named_leaves
 from llama_jax.model.transformer import Llama
+from llama_jax.text.tokenizer import tokenizer_path
 
 PART = 2**18  # elements summed at once on the host, to hold little beside the array
 SECONDS_TO_REMOVE = 5.0  # of a failed step, while its other arrays are still being written
@@ -96,8 +97,8 @@ class CheckpointWriter:
             async_options=ocp.AsyncOptions(post_finalization_callback=self._require_arrays),
         )
         self._folder, self._ocp = folder, ocp
-        tokenizer = folder / TOKENIZER
-        self._tokenizer = {TOKENIZER: file_checksum(tokenizer)} if tokenizer.exists() else {}
+        path = tokenizer_path(folder)
+        self._tokenizer = {path.name: file_checksum(path)} if path.exists() else {}
         self._step = -1  # the one being saved
         self._has_failed = False
         self._names: dict[str, set[str]] = {}  # of its arrays, by item

@@ -26,6 +26,7 @@ from llama_jax.data.prepare.corpora import (
 from llama_jax.data.prepare.documents import ReadOptions
 from llama_jax.data.prepare.tokenize import (
     TokenOptions,
+    chosen_tokenizer,
     default_options,
     prepare,
     split_warning,
@@ -33,7 +34,6 @@ from llama_jax.data.prepare.tokenize import (
 )
 from llama_jax.errors import UsageError, UserError, did_you_mean
 from llama_jax.files import check_new_path
-from llama_jax.text.tokenizer import load_tokenizer
 
 OPTION_NAMES = tuple(field.name for field in dataclasses.fields(TokenOptions))
 LEAST = {"stories": 1, "vocab_size": 1, "shard_tokens": 1, "workers": 0}  # values of flags
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     output = Path(given.get("output", Path("data") / source))
     check_new_path(output)
     if options.tokenizer:
-        load_tokenizer(options.tokenizer)  # checked before any text is read
+        chosen_tokenizer(options)  # checked before any text is read
     corpus = _corpus(given)
     folder = prepare(corpus, output, options)
     for line in (*corpus.notices, *summary(folder)):
@@ -70,7 +70,7 @@ def _parser() -> cli.Parser:
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("inputs", nargs="+", metavar="input", help=f"text files and folders, or one of {names}")
     add("--output", help="folder to create; required for your own text (data/INPUT)")
-    add("--tokenizer", help="SentencePiece model to use instead of training one")
+    add("--tokenizer", help="tokenizer.model or tokenizer.json to use instead of training one")
     vocab_help = f"size of the tokenizer to train ({defaults.vocab_size}; 2048 for stories,"
     add("--vocab_size", type=int, help=f"{vocab_help} shakespeare)")
     add(

@@ -1,7 +1,7 @@
 """Token folders: the tokens of a corpus on disk, read memory-mapped.
 
     meta.json                    counts, hashes and settings, and a fingerprint of them
-    tokenizer.model              the SentencePiece model that made the tokens
+    tokenizer.model              what made the tokens; or tokenizer.json
     train-00000.bin              tokens: uint16 (vocabulary up to 65,536) or uint32, little-endian
     train-00000.documents.npy    uint64: positions in that shard at which documents start
     validation-00000.bin         ...
@@ -21,8 +21,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from llama_jax.errors import UserError
+from llama_jax.text.tokenizer import tokenizer_path
 
-META, TOKENIZER = "meta.json", "tokenizer.model"
+META = "meta.json"
 KIND, VERSION = "llama_jax tokens", 1
 SPLITS: tuple[str, ...] = ("train", "validation")
 # Folders without hashes of the document starts keep the fingerprint that runs have recorded.
@@ -100,8 +101,8 @@ class TokenFolder:
 
     @property
     def tokenizer_path(self) -> Path:
-        """The SentencePiece model of the tokens."""
-        return self.path / TOKENIZER
+        """The file of the tokenizer that made the tokens."""
+        return tokenizer_path(self.path)
 
     def arrays(self, split: str) -> tuple[np.ndarray, ...]:
         """Return the tokens of each shard of a split, memory-mapped and read-only.
@@ -260,7 +261,7 @@ class TokenWriter:
     """Writes a token folder shard by shard; `finish` writes meta.json, which completes it."""
 
     def __init__(self, folder: Path, vocab_size: int, shard_tokens: int) -> None:
-        """Start writing to a folder that has its tokenizer.model, in shards of `shard_tokens`."""
+        """Start writing to a folder that has its tokenizer, in shards of `shard_tokens`."""
         self._folder = folder
         self._vocab_size = vocab_size
         self._dtype = np.dtype("<u2" if vocab_size <= LARGEST_UINT16_VOCAB else "<u4")
@@ -295,7 +296,7 @@ class TokenWriter:
         """Close the shards and write meta.json."""
         for split in list(self._open):
             self._close_shard(split)
-        tokenizer = (self._folder / TOKENIZER).read_bytes()
+        tokenizer = tokenizer_path(self._folder).read_bytes()
         meta = {
             "kind": KIND,
             "version": VERSION,

@@ -19,7 +19,7 @@ from llama_jax.checkpoints.layout import damaged
 from llama_jax.checkpoints.load import MODEL, abstract_model
 from llama_jax.checkpoints.metadata import Description, read_description, write_description
 from llama_jax.checkpoints.restore import folder_and_step, read_checkpoint
-from llama_jax.checkpoints.run_folder import TOKENIZER, require_tokenizer
+from llama_jax.checkpoints.run_folder import require_tokenizer
 from llama_jax.checkpoints.save import partial_checksum
 from llama_jax.errors import UserError
 from llama_jax.formats.weights import BLOCKS, DTYPES, Tensor, Weights, of_layer, tensor_shapes
@@ -32,7 +32,7 @@ from llama_jax.quantization import (
     abstract_quantized,
     quantize_kernel,
 )
-from llama_jax.text.tokenizer import read_file
+from llama_jax.text.tokenizer import read_file, tokenizer_file_name, tokenizer_path
 
 STEP, META = "0", "meta"
 Report = Callable[[int], None]
@@ -56,7 +56,7 @@ def read(path: Path) -> Weights:
     return Weights(
         config=description.model,
         tensors=tensors,
-        tokenizer=read_file(folder / TOKENIZER),
+        tokenizer=read_file(tokenizer_path(folder)),
         bos=description.bos,
         is_rounded=description.quantization is not None,
         chat_template=description.chat_template,
@@ -181,7 +181,8 @@ def write(
         generation=dict(weights.generation),
     )
     write_description(path, description)
-    (path / TOKENIZER).write_bytes(weights.tokenizer)
+    tokenizer = tokenizer_file_name(weights.tokenizer)
+    (path / tokenizer).write_bytes(weights.tokenizer)
     parts = _float_parts(weights) if quantization is None else _int_parts(weights, quantization)
     shapes: dict[str, tuple[int, ...]] = {}
     sums: dict[str, int] = {}
@@ -196,8 +197,8 @@ def write(
         report(done := done + size)
         del array
     layout.write_names(item, shapes)
-    tokenizer = layout.file_checksum(path / TOKENIZER)
-    layout.write_json(path / STEP / META, {"checksums": {MODEL: sums}, TOKENIZER: tokenizer})
+    meta = {"checksums": {MODEL: sums}, tokenizer: layout.file_checksum(path / tokenizer)}
+    layout.write_json(path / STEP / META, meta)
 
 
 # What is written at a time: the name and shape of a stored array, a layer of it or None for all,

@@ -19,6 +19,8 @@ from llama_jax.checkpoints.run_folder import require_space
 from llama_jax.config import require
 from llama_jax.errors import UserError, warn
 from llama_jax.files import check_new_path, new_path, progress
+from llama_jax.formats.llama2c import tokenizer as tokenizer_bin
+from llama_jax.formats.tokenizer_files import fit_rows, read_tokenizer_file
 from llama_jax.formats.vocabulary import Vocabulary
 from llama_jax.formats.weights import DTYPES, Tensor, Weights, is_finite
 from llama_jax.quantization import QuantizationConfig
@@ -94,6 +96,7 @@ FORMATS = {
         "a GGUF file",
         "gguf.model",
         lambda options: {"dtype": options.dtype},
+        takes_tokenizer=True,
         dtypes=(*DTYPES, "q8_0"),
         casts=True,
     ),
@@ -190,11 +193,10 @@ def convert(job: Conversion) -> Weights:
     with contextlib.ExitStack() as stack:
         place = stack.enter_context(new_path(job.output))
         beside = job.output.parent / TOKENIZER_BIN
-        if job.target == "llama2c" and weights.tokenizer and not beside.exists():
-            from llama_jax.formats.llama2c import tokenizer
-
+        if job.target == "llama2c" and weights.tokenizer:
             vocabulary = Vocabulary.from_model(weights.tokenizer)
-            tokenizer.write(vocabulary, stack.enter_context(new_path(beside)))
+            if not beside.exists():
+                tokenizer_bin.write(vocabulary, stack.enter_context(new_path(beside)))
         watched, report = stack.enter_context(_watched(weights, job))
         FORMATS[job.target].write(watched, place, job.options, report)
     return source
@@ -207,21 +209,15 @@ def read_source(job: Conversion) -> Weights:
         raise UserError(f"{path} does not exist; expected {source.what}")
     weights = source.read(path, tokenizer)
     if tokenizer is not None and not source.takes_tokenizer:
-        from llama_jax.formats.llama2c.tokenizer import tokenizer_model
-
-        model = tokenizer_model(tokenizer, weights.config.vocab_size)
-        weights = dataclasses.replace(weights, tokenizer=model)
-    if weights.tokenizer:
-        pieces = len(Vocabulary.from_model(weights.tokenizer).pieces)
-        if pieces != weights.config.vocab_size:
-            raise UserError(
-                f"the tokenizer of {path} has {pieces} pieces and the model"
-                f" {weights.config.vocab_size}; name the one it was trained with by --tokenizer"
-            )
+        content = read_tokenizer_file(tokenizer, weights.config.vocab_size)
+        weights = dataclasses.replace(weights, tokenizer=content)
+    elif weights.tokenizer:
+        content = fit_rows(weights.tokenizer, weights.config.vocab_size, path)
+        weights = dataclasses.replace(weights, tokenizer=content)
     elif FORMATS[job.target].needs_tokenizer:
         raise UserError(
             f"{path} has no tokenizer, and {FORMATS[job.target].what} needs one; name its"
-            " tokenizer.model or tokenizer.bin with --tokenizer"
+            " tokenizer.model, .json or .bin with --tokenizer"
         )
     if job.options.quantization and weights.is_rounded:
         raise UserError(f"{path} is quantised already; quantise the model that it was made from")

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Collection, Mapping, Sequence
 
 from llama_jax.errors import UserError
+from llama_jax.text.tokenizer import JSON, tokenizer_file_name
 
 
 class Kind(enum.IntEnum):
@@ -17,6 +18,9 @@ class Kind(enum.IntEnum):
     USER_DEFINED = 4
     UNUSED = 5
     BYTE = 6
+
+
+LOWEST = -1e10  # a score below all others; Llama 2's lowest is -1e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +48,11 @@ class Vocabulary:
     @classmethod
     def from_model(cls, model: bytes) -> "Vocabulary":
         """Return the vocabulary of a SentencePiece model; `UserError` if it is none, or not BPE."""
+        if tokenizer_file_name(model) == JSON:
+            raise UserError(
+                "the format holds SentencePiece vocabularies alone, and this model has a"
+                " tokenizer.json; convert it to ckpt, hf or gguf"
+            )
         proto = _proto()
         try:
             proto.ParseFromString(model)

@@ -77,7 +77,8 @@ class _Text:
 
 def stop_ids(tokenizer: Tokenizer, starts_with_bos: bool) -> tuple[int, ...]:
     """Return the ids that end a text: EOS, and BOS if the training documents began with it."""
-    return (tokenizer.eos_id, tokenizer.bos_id) if starts_with_bos else (tokenizer.eos_id,)
+    ids = (tokenizer.eos_id, tokenizer.bos_id) if starts_with_bos else (tokenizer.eos_id,)
+    return tuple(token for token in ids if token >= 0)
 
 
 @dataclasses.dataclass(frozen=True)

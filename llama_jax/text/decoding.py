@@ -16,18 +16,26 @@ SPACE = "▁"  # SentencePiece's symbol for a space in a piece (U+2581)
 class Decoder:
     """Turns ids into text as they come; made by `Tokenizer.decoder`."""
 
-    def __init__(self, surfaces: list[str | bytes], drops_space: bool, joins_spaces: bool) -> None:
+    def __init__(
+        self,
+        surfaces: list[str | bytes],
+        drops_space: bool,
+        joins_spaces: bool,
+        errors: str = "replace_each_byte",
+    ) -> None:
         """Start a text.
 
         Args:
           surfaces: for each id, its piece with `SPACE` for spaces, or one byte of a character.
           drops_space: whether the first space of the text was added by SentencePiece.
           joins_spaces: whether all spaces at the start of the text were.
+          errors: how U+FFFD replaces bytes that are not UTF-8: "replace_each_byte" as in
+            SentencePiece, or "replace", once for each part of a character, as in byte-level BPE.
         """
         self._surfaces = surfaces
         self._joins_spaces = joins_spaces
         self._at_start = drops_space
-        self._characters = codecs.getincrementaldecoder("utf-8")("replace_each_byte")
+        self._characters = codecs.getincrementaldecoder("utf-8")(errors)
 
     def push(self, ids: Iterable[int]) -> str:
         """Return the text that these ids complete; bytes of an incomplete character are held back.
@@ -38,7 +46,7 @@ class Decoder:
         return "".join([self._push(operator.index(token)) for token in ids])
 
     def flush(self) -> str:
-        """Return U+FFFD for each byte held back, when no more ids will come."""
+        """Return U+FFFD for the bytes held back, when no more ids will come."""
         return self._characters.decode(b"", final=True)
 
     def _push(self, token: int) -> str:

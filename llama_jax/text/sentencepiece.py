@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, first_line
 from llama_jax.text.decoding import SPACE, Decoder
 
 LONGEST_LINE = 4096  # characters given to the trainer at once
@@ -37,9 +37,8 @@ class SentencePieceTokenizer:
         try:
             self._processor.LoadFromSerializedProto(model)
         except RuntimeError as error:
-            raise UserError(
-                f"tokenizer {path} is not a SentencePiece model; give a file like tokenizer.model"
-            ) from error
+            message = f"tokenizer {path} is not a SentencePiece model: {first_line(error)}"
+            raise UserError(f"{message}; give a tokenizer.model or tokenizer.json") from error
         self.sha256: str = hashlib.sha256(model).hexdigest()
         self.vocab_size: int = self._processor.vocab_size()
         self.bos_id: int = self._processor.bos_id()

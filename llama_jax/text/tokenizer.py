@@ -9,9 +9,10 @@ import numpy as np
 
 from llama_jax.errors import UserError, describe_file
 from llama_jax.text.decoding import Decoder
+from llama_jax.text.huggingface import HuggingFaceTokenizer
 from llama_jax.text.sentencepiece import SentencePieceTokenizer
 
-MODEL, JSON = "tokenizer.model", "tokenizer.json"
+TOKENIZER_FILES = MODEL, JSON = "tokenizer.model", "tokenizer.json"
 LARGEST_FILE = 128 * 2**20  # bytes; Llama 3's tokenizer.json has 9 MB
 
 
@@ -30,10 +31,10 @@ class Tokenizer(Protocol):
     special_ids: Mapping[str, int]  # of each control token, such as "<|im_end|>", by its text
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Return the ids of a text, after BOS if `bos`, before EOS if `eos`.
+        """Return the ids of a text, after BOS if `bos`, before EOS if `eos`, where they exist.
 
         Raises:
-          UserError: if the text has a lone surrogate, or the vocabulary no such token.
+          UserError: if the text has a lone surrogate, which UTF-8 cannot express.
         """
         ...
 
@@ -82,6 +83,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 def parse_tokenizer(content: bytes, path: Path) -> Tokenizer:
     """Return the tokenizer in the content of a file; errors, which name the path, as above."""
+    if tokenizer_file_name(content) == JSON:
+        return HuggingFaceTokenizer(content, path)
     return SentencePieceTokenizer(content, path)
 
 
@@ -91,7 +94,7 @@ def tokenizer_file_name(content: bytes) -> str:
 
 
 def tokenizer_path(folder: Path) -> Path:
-    """Return the tokenizer file in a folder; where there is none, the path of tokenizer.model."""
+    """Return the path of the tokenizer in a folder; of tokenizer.model if there is none."""
     path = folder / JSON
     return path if path.is_file() and not (folder / MODEL).exists() else folder / MODEL
 

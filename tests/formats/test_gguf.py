@@ -12,7 +12,8 @@ from llama_jax.config import RopeScaling
 from llama_jax.errors import UserError
 from llama_jax.formats.gguf import model as gguf
 from llama_jax.formats.gguf.header import read_header
-from llama_jax.formats.gguf.metadata import read_vocabulary
+from llama_jax.formats.gguf.vocabulary import read_tokenizer
+from llama_jax.formats.vocabulary import Vocabulary
 from llama_jax.formats.weights import DTYPES, Tensor
 
 D, N, K, H, F, L, V = 24, 6, 2, 4, 40, 3, 283
@@ -254,7 +255,7 @@ def test_the_vocabulary_of_a_file_without_tensors(shared_data, tmp_path):
     from llama_jax.text.tokenizer import load_tokenizer
 
     source = shared_data / "llama-spm.gguf"
-    vocabulary = read_vocabulary(read_header(source).keys)
+    vocabulary = Vocabulary.from_model(read_tokenizer(read_header(source).keys))
     (tmp_path / "tokenizer.model").write_bytes(vocabulary.to_model())
     tokenizer = load_tokenizer(tmp_path / "tokenizer.model")
     texts = (shared_data / "llama-spm.inp").read_text().split("\n__ggml_vocab_test__\n")
@@ -273,4 +274,4 @@ def test_vocabularies_keep_all_they_say(path):
         tiny_vocabulary(), pad_id=5, adds_space=False, joins_spaces=True, characters=b"\1\0\xff"
     )
     gguf.write(tiny_weights(tokenizer=vocabulary.to_model()), path)
-    assert read_vocabulary(read_header(path).keys) == vocabulary
+    assert Vocabulary.from_model(read_tokenizer(read_header(path).keys)) == vocabulary

@@ -12,7 +12,7 @@ from llama_jax.errors import UserError
 from llama_jax.formats.gguf import model as gguf
 from llama_jax.formats.gguf.files import lazy_tensors, write_file
 from llama_jax.formats.gguf.header import read_header
-from llama_jax.formats.gguf.metadata import vocabulary_keys
+from llama_jax.formats.gguf.vocabulary import tokenizer_keys
 from llama_jax.formats.weights import Tensor
 
 D, F, V = 24, 40, 283
@@ -51,7 +51,7 @@ def test_a_file_without_a_tokenizer(path):
 PIECES = "tokenizer.ggml."
 REFUSED = {  # keys, then what is said of them
     "experts": ({"llama.expert_count": 8}, "mixes 8 experts"),
-    "another tokenizer": ({f"{PIECES}model": "gpt2"}, "a tokenizer of kind 'gpt2'"),
+    "another tokenizer": ({f"{PIECES}model": "bert"}, "a tokenizer of kind 'bert'"),
     "an unknown key": ({"llama.attention.sliding_window": 7}, "sliding_window = 7"),
     "a head dim of its own": ({"llama.attention.key_length": 8}, "expected the head dim, 8"),
     "a part rotated": ({"llama.rope.dimension_count": 2}, "dimension_count = 2"),
@@ -85,7 +85,7 @@ REFUSED = {  # keys, then what is said of them
     "fewer blocks": ({"llama.block_count": 2}, "blk.2.attn_norm.weight, "),
     "more blocks": ({"llama.block_count": 4}, "blk.3.attn_norm.weight, "),
     "another width": ({"llama.feed_forward_length": 48}, "is [40, 24], expected [48, 24]"),
-    "fewer scores": ({f"{PIECES}scores": np.zeros(282, np.float32)}, "283 tokens, 282 scores"),
+    "fewer scores": ({f"{PIECES}scores": np.zeros(282, np.float32)}, "283 tokens and 282 scores"),
     "an endless score": ({f"{PIECES}scores": np.full(283, np.nan, np.float32)}, "not a number"),
     "a token type of 7": ({f"{PIECES}token_type": np.full(283, 7, np.int32)}, "other than 1 to 6"),
     "types in words": ({f"{PIECES}token_type": ["a"] * 283}, "= a list; expected a list of num"),
@@ -202,9 +202,9 @@ def test_the_vocabulary_must_fit_the_embedding(path):
     weights = dataclasses.replace(tiny_weights(), tokenizer=vocabulary)
     with pytest.raises(UserError, match="the tokenizer has 270 pieces and the model 283"):
         gguf.write(weights, path)
-    keys = vocabulary_keys(tiny_vocabulary(270), bos=True)
+    keys = tokenizer_keys(tiny_vocabulary(290).to_model(), bos=True)
     changed(path, tiny_weights(), keys=keys)
-    with pytest.raises(UserError, match="has 270 pieces in its vocabulary and 283 rows"):
+    with pytest.raises(UserError, match="has 290 pieces and the model 283 rows"):
         gguf.read(path)
 
 

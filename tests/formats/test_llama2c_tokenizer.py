@@ -38,9 +38,9 @@ def place(tmp_path):
     return put
 
 
-def refused(path, vocab_size=0):
+def refused(path):
     with pytest.raises(UserError) as caught:
-        read(path, vocab_size)
+        read(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -48,7 +48,7 @@ def refused(path, vocab_size=0):
 
 def test_a_file_made_by_hand_is_read_and_rewritten(place):
     path = place(packed(PIECES))
-    vocabulary = read(path, len(PIECES))
+    vocabulary = read(path)
     assert vocabulary.pieces[:3] == (
         Piece("<unk>", 0.0, Kind.UNKNOWN),
         Piece("<s>", 0.0, Kind.CONTROL),
@@ -91,14 +91,6 @@ def test_a_real_file_encodes_as_its_model_does(shared_data, name):
         else:  # its model drops superfluous spaces, which llama2.c never does
             assert ids == original.encode(text) or text.split(" ") != text.split(), text
         assert ours.decode(ids) == text
-
-
-def test_a_vocabulary_of_another_size_is_refused(place):
-    path = place(packed(PIECES))
-    assert len(read(path, 264).pieces) == 264
-    for size in (263, 265, 32000):
-        message = f"has 264 pieces and the model {size:,}; give the one it was trained with"
-        assert message in refused(path, size)
 
 
 @pytest.mark.parametrize(
@@ -163,20 +155,18 @@ def test_a_vocabulary_that_llama2c_would_misread_is_refused(tmp_path, changes):
 @given(
     flips=st.lists(st.tuples(st.integers(0, 3800), st.integers(0, 255)), max_size=4),
     length=st.none() | st.integers(0, 3800),
-    vocab_size=st.sampled_from([0, 264]),
 )
-def test_a_changed_file_is_refused_or_read_right(tmp_path_factory, flips, length, vocab_size):
+def test_a_changed_file_is_refused_or_read_right(tmp_path_factory, flips, length):
     path = tmp_path_factory.mktemp("changed") / "x.bin"
     changed = bytearray(packed(PIECES))
     for place, byte in flips:
         changed[place % len(changed)] = byte
     path.write_bytes(bytes(changed[:length]))
     try:
-        vocabulary = read(path, vocab_size)
+        vocabulary = read(path)
     except UserError as error:
         assert str(path) in str(error)
         assert "\n" not in str(error)
         return
-    assert vocab_size in (0, len(vocabulary.pieces))
     assert [piece.kind for piece in vocabulary.pieces[:3]] == [2, 3, 3]
     assert sum(len(piece.text.encode()) for piece in vocabulary.pieces) < 2 * len(changed)

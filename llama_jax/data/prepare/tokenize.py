@@ -1,13 +1,12 @@
 """Tokenization of a corpus into a token folder, in threads and in little memory.
 
 The result does not depend on the number of workers: they tokenize batches of text
-(SentencePiece releases the GIL), and their results are written in order.
+(the libraries release the GIL), and their results are written in order.
 """
 
 import collections
 import dataclasses
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,11 +21,11 @@ from llama_jax.data.prepare.corpora import (
     named_corpus,
 )
 from llama_jax.data.prepare.documents import Chunk, ReadProgress
-from llama_jax.data.token_folder import SPLITS, TOKENIZER, TokenFolder, TokenWriter
+from llama_jax.data.token_folder import SPLITS, TokenFolder, TokenWriter
 from llama_jax.errors import UserError
 from llama_jax.files import check_new_path, new_folder, progress
 from llama_jax.text.sentencepiece import train_tokenizer
-from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.text.tokenizer import MODEL, Tokenizer, load_tokenizer, tokenizer_file_name
 
 BATCH_CHARACTERS = 2**18  # that a worker tokenizes at a time
 SAMPLE_CHARACTERS = 64_000_000  # that a tokenizer is trained on, at most
@@ -38,7 +37,7 @@ Encoded = tuple[str, np.ndarray, np.ndarray, int]  # split, tokens, document sta
 class TokenOptions:
     """Settings of tokenization."""
 
-    tokenizer: str = ""  # path of a SentencePiece model; empty: train one
+    tokenizer: str = ""  # path of a tokenizer.model or tokenizer.json; empty: train one
     vocab_size: int = 4096  # of the tokenizer that is trained
     bos: bool = True  # put BOS before each document
     eos: bool = False  # put EOS after each document
@@ -75,7 +74,7 @@ def prepare(
         trained on this text, or the text is damaged.
     """
     with new_folder(output) as folder:
-        tokenizer = _tokenizer(corpus, folder / TOKENIZER, options)
+        tokenizer = _tokenizer(corpus, folder, options)
         writer = TokenWriter(folder, tokenizer.vocab_size, options.shard_tokens)
         state = ReadProgress()
         try:
@@ -119,12 +118,31 @@ def split_warning(folder: TokenFolder, validation: float) -> str:
     )
 
 
-def _tokenizer(corpus: Corpus, path: Path, options: TokenOptions) -> Tokenizer:
-    """Train or copy the tokenizer to `path` and return it."""
+def _tokenizer(corpus: Corpus, folder: Path, options: TokenOptions) -> Tokenizer:
+    """Train the tokenizer in `folder`, or copy it there, and return it."""
     if not options.tokenizer:
-        return train_tokenizer(corpus.training_sample(SAMPLE_CHARACTERS), options.vocab_size, path)
+        sample = corpus.training_sample(SAMPLE_CHARACTERS)
+        return train_tokenizer(sample, options.vocab_size, folder / MODEL)
+    tokenizer = chosen_tokenizer(options)
+    content = tokenizer.path.read_bytes()
+    (folder / tokenizer_file_name(content)).write_bytes(content)
+    return tokenizer
+
+
+def chosen_tokenizer(options: TokenOptions) -> Tokenizer:
+    """Load the tokenizer that the options name.
+
+    Raises:
+      UserError: if it is unusable, or has no token that should stand between documents.
+    """
     tokenizer = load_tokenizer(options.tokenizer)
-    shutil.copyfile(options.tokenizer, path)
+    for name, wanted, token in (
+        ("bos", options.bos, tokenizer.bos_id),
+        ("eos", options.eos, tokenizer.eos_id),
+    ):
+        if wanted and token < 0:
+            instead = "--no-bos --eos" if name == "bos" else "--no-eos"
+            raise UserError(f"{tokenizer.path} has no {name.upper()} token; use {instead}")
     return tokenizer
 
 

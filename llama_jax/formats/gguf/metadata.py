@@ -1,4 +1,4 @@
-"""The keys of a GGUF file that hold a model's shape and its vocabulary, in both directions."""
+"""The keys of a GGUF file that hold a model's shape, in both directions."""
 
 import dataclasses
 from typing import Any
@@ -8,7 +8,6 @@ import numpy as np
 from llama_jax.config import ModelConfig, RopeScaling
 from llama_jax.errors import UsageError, UserError
 from llama_jax.formats.gguf.header import Keys, Value
-from llama_jax.formats.vocabulary import Kind, Piece, Vocabulary
 from llama_jax.model.positions import frequencies
 
 SIZES = {  # ours, theirs
@@ -129,66 +128,3 @@ def _llama3_scaling(keys: Keys, config: ModelConfig, factors: np.ndarray) -> Rop
         f"{keys.path} has rope_freqs.weight of up to {largest:g}, which is not Llama 3's rule"
         f" for a factor and a context of {original}; convert another model"
     )
-
-
-PREFIX = "tokenizer.ggml."
-MODEL = f"{PREFIX}model"
-TOKENS, SCORES, KINDS = f"{PREFIX}tokens", f"{PREFIX}scores", f"{PREFIX}token_type"
-IDS = {  # ours, theirs
-    "unknown_id": f"{PREFIX}unknown_token_id",
-    "bos_id": f"{PREFIX}bos_token_id",
-    "eos_id": f"{PREFIX}eos_token_id",
-    "pad_id": f"{PREFIX}padding_token_id",
-}
-ADDS_SPACE, ADDS_BOS = f"{PREFIX}add_space_prefix", f"{PREFIX}add_bos_token"
-JOINS_SPACES = f"{PREFIX}remove_extra_whitespaces"
-CHARACTERS = f"{PREFIX}precompiled_charsmap"
-NO_ID = (-1, 2**32 - 1)  # what writers put for an id that does not exist
-
-
-def read_vocabulary(keys: Keys) -> Vocabulary:
-    """Return the vocabulary; `UserError` if there is none, or it is not SentencePiece's."""
-    if (model := keys.get(MODEL, str)) != "llama":
-        raise UserError(
-            f"{keys.path} has a tokenizer of kind {model[:64]!r}; expected 'llama', SentencePiece's"
-        )
-    texts, scores = keys.get(TOKENS, list), keys.get(SCORES, np.ndarray)
-    kinds = keys.get(KINDS, np.ndarray)
-    if not len(texts) == len(scores) == len(kinds):
-        sizes = f"{len(texts)} tokens, {len(scores)} scores and {len(kinds)} token types"
-        raise UserError(f"{keys.path} has {sizes}; expected as many of each")
-    if not set(kinds.tolist()) <= set(Kind):
-        raise UserError(f"{keys.path} has a token type other than 1 to 6 in {KINDS}")
-    if not np.isfinite(scores).all():
-        raise UserError(f"{keys.path} has a score in {SCORES} that is not a number")
-    ids: dict[str, Any] = {}
-    for ours, key in IDS.items():
-        token = keys.get(key, int, getattr(Vocabulary, ours))
-        ids[ours] = -1 if token in NO_ID else token
-        if not -1 <= ids[ours] < len(texts):
-            raise UserError(f"{keys.path} has {key} = {token}; expected 0 to {len(texts) - 1}")
-    pieces = zip(texts, scores.tolist(), kinds.tolist())
-    return Vocabulary(
-        pieces=tuple(Piece(text, float(score), Kind(kind)) for text, score, kind in pieces),
-        adds_space=keys.get(ADDS_SPACE, bool, True),
-        joins_spaces=keys.get(JOINS_SPACES, bool, False),
-        characters=(
-            keys.get(CHARACTERS, np.ndarray).tobytes() if CHARACTERS in keys.values else b""
-        ),
-        **ids,
-    )
-
-
-def vocabulary_keys(vocabulary: Vocabulary, bos: bool) -> dict[str, Value]:
-    """Return the keys that hold a vocabulary; `bos`: whether texts begin with BOS."""
-    pieces = vocabulary.pieces
-    keys: dict[str, Value] = {MODEL: "llama", f"{PREFIX}pre": "default"}
-    keys[TOKENS] = [piece.text for piece in pieces]
-    keys[SCORES] = np.array([piece.score for piece in pieces], np.float32)
-    keys[KINDS] = np.array([piece.kind for piece in pieces], np.int32)
-    keys |= {key: token for ours, key in IDS.items() if (token := getattr(vocabulary, ours)) >= 0}
-    keys |= {ADDS_BOS: bos, f"{PREFIX}add_eos_token": False, ADDS_SPACE: vocabulary.adds_space}
-    keys |= {JOINS_SPACES: vocabulary.joins_spaces}  # known to few readers
-    if vocabulary.characters:
-        keys[CHARACTERS] = np.frombuffer(vocabulary.characters, np.uint8)
-    return keys

@@ -11,18 +11,15 @@ from gguf import LlamaFileType
 from llama_jax.config import ModelConfig
 from llama_jax.errors import UserError
 from llama_jax.formats.gguf.files import lazy_tensors, read_headers, write_file
-from llama_jax.formats.gguf.header import Keys, Value
+from llama_jax.formats.gguf.header import Value
 from llama_jax.formats.gguf.metadata import (
-    ADDS_BOS,
-    MODEL,
     config_keys,
     read_config,
-    read_vocabulary,
     rope_factors,
-    vocabulary_keys,
 )
+from llama_jax.formats.gguf.vocabulary import TOKENS, adds_bos, read_tokenizer, tokenizer_keys
 from llama_jax.formats.rules import export_tensors, import_tensors, make_table
-from llama_jax.formats.vocabulary import Vocabulary
+from llama_jax.formats.tokenizer_files import fit_rows, read_tokenizer_file
 from llama_jax.formats.weights import Tensor, Weights
 
 ARCHITECTURE = "llama"
@@ -56,10 +53,13 @@ TABLE = make_table(
 )
 
 
-def read(path: Path) -> Weights:
+def read(path: Path, tokenizer: Path | None = None) -> Weights:
     """Return the model in a file, or in the files of which it is the first; blocks as float32.
 
     A model is untied if the file has an output matrix, even one that repeats the embedding.
+
+    Args:
+      tokenizer: to use instead of the file's own, which is not looked at then.
 
     Raises:
       UserError: if the file is broken, or holds something else than a Llama 2.
@@ -86,11 +86,15 @@ def read(path: Path) -> Weights:
         rope_factors=factors,
     )
     _check_sizes(path, config, foreign)
+    if tokenizer:
+        content = read_tokenizer_file(tokenizer, config.vocab_size)
+    else:
+        content = read_tokenizer(keys)
     return Weights(
         config=config,
         tensors=import_tensors(TABLE, config, foreign, path),
-        tokenizer=_read_tokenizer(keys, config.vocab_size),
-        bos=keys.get(ADDS_BOS, bool, True),
+        tokenizer=content and fit_rows(content, config.vocab_size, path),
+        bos=adds_bos(keys),
     )
 
 
@@ -121,11 +125,10 @@ def write(
     keys |= {"general.quantization_version": QUANTIZATION_VERSION, **config_keys(weights.config)}
     if not weights.tokenizer:
         raise UserError("GGUF holds the tokenizer and this model has none; name a --tokenizer")
-    vocabulary = Vocabulary.from_model(weights.tokenizer)
-    if len(vocabulary.pieces) != weights.config.vocab_size:
-        sizes = f"{len(vocabulary.pieces)} pieces and the model {weights.config.vocab_size}"
+    keys |= tokenizer_keys(weights.tokenizer, weights.bos)
+    if (pieces := len(np.atleast_1d(keys[TOKENS]))) != weights.config.vocab_size:
+        sizes = f"{pieces} pieces and the model {weights.config.vocab_size}"
         raise UserError(f"the tokenizer has {sizes}; use the one the model was trained with")
-    keys |= vocabulary_keys(vocabulary, weights.bos)
     tensors = export_tensors(TABLE, weights.config, weights.tensors)
     if weights.config.rope_scaling.kind == "llama3":
         factors = rope_factors(weights.config)
@@ -142,14 +145,3 @@ def _check_sizes(path: Path, config: ModelConfig, foreign: Mapping[str, Tensor])
         blocks = f"{config.num_layers:,} blocks of {matrices:,} numbers"
         message = f"describes {blocks} and holds {held:,} numbers in {len(foreign)} tensors"
         raise UserError(f"{path} {message}; copy or convert it again")
-
-
-def _read_tokenizer(keys: Keys, vocab_size: int) -> bytes:
-    """Return the vocabulary as a SentencePiece model; empty if there is none."""
-    if keys.get(MODEL, str, "no_vocab") == "no_vocab":
-        return b""
-    vocabulary = read_vocabulary(keys)
-    if len(vocabulary.pieces) != vocab_size:
-        pieces = f"{len(vocabulary.pieces)} pieces in its vocabulary"
-        raise UserError(f"{keys.path} has {pieces} and {vocab_size} rows in {EMBEDDING}")
-    return vocabulary.to_model()

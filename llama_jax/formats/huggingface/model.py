@@ -22,6 +22,7 @@ from llama_jax.formats.json_files import read_object, write_object
 from llama_jax.formats.rules import export_tensors, import_tensors, make_table
 from llama_jax.formats.vocabulary import Vocabulary
 from llama_jax.formats.weights import DTYPES, Tensor, Weights, find_file
+from llama_jax.text.tokenizer import MODEL, parse_tokenizer, tokenizer_file_name
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 LAYER = "model.layers.{layer}."
@@ -55,7 +56,7 @@ def read(folder: Path, tokenizer: Path | None = None) -> Weights:
     """Return the model in a folder.
 
     Args:
-      tokenizer: a SentencePiece model or tokenizer.json to use instead of the folder's own.
+      tokenizer: a tokenizer file to use instead of the folder's own.
 
     Raises:
       UserError: if it is not a complete Llama, or has a config that is not understood.
@@ -141,9 +142,12 @@ def write(
     write_folder(folder, export_tensors(TABLE, config, weights.tensors), max_shard_bytes, report)
     special: dict[str, Any] = {}
     if weights.tokenizer:
-        vocabulary = Vocabulary.from_model(weights.tokenizer)
-        special = {"bos_token_id": vocabulary.bos_id, "eos_token_id": vocabulary.eos_id}
-        special |= {"pad_token_id": vocabulary.pad_id if vocabulary.pad_id >= 0 else None}
+        tokenizer = parse_tokenizer(weights.tokenizer, folder)
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        ids["pad_token_id"] = -1
+        if tokenizer_file_name(weights.tokenizer) == MODEL:
+            ids["pad_token_id"] = Vocabulary.from_model(weights.tokenizer).pad_id
+        special = {key: token if token >= 0 else None for key, token in ids.items()}
         write_tokenizer(weights.tokenizer, weights.bos, config.context_length, folder)
     write_object(folder / "config.json", to_hugging_face(config, weights.dtype.name) | special)
     write_object(folder / "generation_config.json", special)

@@ -1,18 +1,21 @@
 """Reading the tokenizer of a Hugging Face folder: a SentencePiece model, or a tokenizer.json.
 
-Of tokenizer.json only the kind of Llama 2 is understood: BPE that falls back to bytes, with ▁ for a
-space. It becomes a SentencePiece model that encodes every text as the file describes (see
+A tokenizer.json of Llama 2's kind, BPE that falls back to bytes with ▁ for a space, becomes a
+SentencePiece model, which every format can hold. It encodes every text as the file describes (see
 `formats.vocabulary`), except a text that begins with a space if the file puts no other before it.
+Any other kind is kept as it is.
 """
 
 import base64
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llama_jax.errors import UserError
 from llama_jax.formats import vocabulary as bpe
+from llama_jax.formats.byte_level import added_token, unused_name
 from llama_jax.formats.huggingface.tokenizer_writer import (
     ONE_SPACE,
     PREPEND_SPACE,
@@ -20,16 +23,18 @@ from llama_jax.formats.huggingface.tokenizer_writer import (
     TO_SPACE,
 )
 from llama_jax.formats.json_files import Fields, read_object, shown
-from llama_jax.formats.llama2c.tokenizer import tokenizer_model
-from llama_jax.formats.vocabulary import Kind, Piece, Vocabulary
+from llama_jax.formats.llama2c.tokenizer import is_tokenizer_bin
+from llama_jax.formats.meta.ranks import is_ranks
+from llama_jax.formats.tokenizer_files import fit_rows, read_tokenizer_file, wrong_size
+from llama_jax.formats.vocabulary import LOWEST, Kind, Piece, Vocabulary
 from llama_jax.formats.weights import find_file
 from llama_jax.text.decoding import SPACE
+from llama_jax.text.huggingface import ROLE, adds_bos, parse_json, special_roles
+from llama_jax.text.huggingface import pieces as json_pieces
+from llama_jax.text.tokenizer import JSON, MODEL, parse_tokenizer, read_file, tokenizer_file_name
 
-MODEL = "tokenizer.model"
-JSON = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
 ADDED = "added_tokens.json"
-MULTIPLES = (8, 16, 32, 64, 128)  # embeddings are padded to one of these to run fast
 MAX_WORK = 10**8  # sum of squared lengths of pieces; 2 million for Llama 2
 BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 EXPECTED = {
@@ -40,19 +45,22 @@ EXPECTED = {
     "continuing_subword_prefix": None,
     "end_of_word_suffix": None,
 }
-LOWEST = -1e10  # a score below all others; Llama 2's lowest is -1e9
 Added = dict[int, tuple[str, bool]]  # by id, a text and whether it is a control piece
-INSTEAD = "give Llama 2's kind, or a SentencePiece model by --tokenizer"
+INSTEAD = "give a SentencePiece model by --tokenizer"
+
+
+class OtherKind(UserError):
+    """A tokenizer.json that is not of Llama 2's kind."""
 
 
 def read_tokenizer(
     folder: Path, given: Path | None, config: Mapping[str, Any], rows: int
 ) -> tuple[bytes, bool]:
-    """Return a SentencePiece model with a piece for each row of the embedding, and add_bos_token.
+    """Return a tokenizer file with a piece for each row, and whether texts begin with BOS.
 
-    The model is empty if the folder has no tokenizer and none is given. One with fewer pieces than
-    rows is extended by the tokens that the folder names, and by unused pieces if the number of rows
-    looks padded.
+    Its content is a SentencePiece model or a tokenizer.json, and empty if the folder has none and
+    none is given. If it has fewer pieces than rows, the tokens that the folder names are added,
+    then unused pieces.
 
     Args:
       given: a tokenizer.model, .json or .bin to use instead of the folder's.
@@ -63,28 +71,68 @@ def read_tokenizer(
     """
     settings_path = find_file(folder, SETTINGS)
     settings = read_object(settings_path) if settings_path else {}
-    bos = settings.get("add_bos_token")
-    bos = bos if isinstance(bos, bool) else True
     path = given or find_file(folder, MODEL) or find_file(folder, JSON)
+    bos = settings.get("add_bos_token")
+    bos = bos if isinstance(bos, bool) else None
     if path is None:
-        return b"", bos
-    model = b""
-    if path.suffix == ".json":
-        vocabulary, pieces = _from_json(path, settings, config, rows)
-    else:
-        model = tokenizer_model(path, vocab_size=0)
+        return b"", bos is not False
+    content = read_file(path)
+    if tokenizer_file_name(content) == JSON:
         try:
-            vocabulary = Vocabulary.from_model(model)
+            vocabulary, pieces = _from_json(path, settings, config, rows)
+        except OtherKind:
+            values = parse_json(content, path)
+            content = _with_roles(content, values, settings, config, path)
+            return fit_rows(content, rows, path), adds_bos(values) if bos is None else bos
+        content = b""
+    else:
+        if is_ranks(content) or is_tokenizer_bin(content):
+            return read_tokenizer_file(path, rows), bos is not False
+        parse_tokenizer(content, path)
+        try:
+            vocabulary = Vocabulary.from_model(content)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         _check_ids(vocabulary, path)
         pieces = dict(enumerate(vocabulary.pieces))
+    if (size := max(pieces) + 1) > rows:
+        raise wrong_size(path, size, rows)
     size = len(pieces)
-    _complete(pieces, rows, _named(folder, settings), path)
-    if model and size == rows:
-        return model, bos
-    whole = tuple(pieces[token] for token in range(rows))
-    return dataclasses.replace(vocabulary, pieces=whole).to_model(), bos
+    _add_named(pieces, rows, _named(folder, settings))
+    if not content or len(pieces) > size:
+        whole = tuple(pieces[token] for token in range(max(pieces) + 1))
+        content = dataclasses.replace(vocabulary, pieces=whole).to_model()
+    return fit_rows(content, rows, path), bos is not False
+
+
+def _with_roles(
+    content: bytes,
+    values: dict[str, Any],
+    settings: Mapping[str, Any],
+    config: Mapping[str, Any],
+    path: Path,
+) -> bytes:
+    """Return a tokenizer.json that records BOS and EOS, if they do not follow from it already."""
+    texts = json_pieces(values, path)
+    ids = {text: token for token, text in texts.items()}
+    found: dict[int, str] = {}
+    for role in ("bos", "eos"):
+        text = settings.get(f"{role}_token")
+        text = text.get("content") if isinstance(text, dict) else text
+        token = config.get(f"{role}_token_id")
+        token = token[0] if isinstance(token, list) and token else token
+        token = ids.get(text, token) if isinstance(text, str) else token
+        if type(token) is int and token in texts:
+            found[token] = role
+    known = special_roles(values, texts)
+    if all(known.get(role) == token for token, role in found.items()):
+        return content
+    added = {token["id"]: token for token in values["added_tokens"]}
+    for token, role in found.items():
+        entry = added.get(token) or added_token(token, texts[token], special=True)
+        added[token] = entry | {ROLE: role}
+    listed = [added[token] for token in sorted(added)]
+    return json.dumps(values | {"added_tokens": listed}, ensure_ascii=False).encode()
 
 
 def _check_ids(vocabulary: Vocabulary, path: Path) -> None:
@@ -111,23 +159,16 @@ def _named(folder: Path, settings: Mapping[str, Any]) -> Added:
     return _read_added(folder / ADDED, [{"id": v, "content": k} for k, v in plain]) | named
 
 
-def _complete(pieces: dict[int, Piece], rows: int, named: Added, path: Path) -> None:
-    """Add named and unused pieces until there is one for each row."""
-    taken = {piece.text for piece in pieces.values()}
+def _add_named(pieces: dict[int, Piece], rows: int, named: Added) -> None:
+    """Add the named tokens, and unused pieces between them."""
+    taken = {piece.text: None for piece in pieces.values()}
     for token, (text, is_control) in named.items():
         piece = Piece(text, 0.0, Kind.CONTROL) if is_control else _user_defined(text)
         if token < rows and token not in pieces and piece.text not in taken:
             pieces[token] = piece
-            taken.add(piece.text)
-    size = max(pieces) + 1
-    if rows != size and rows not in {-(-size // multiple) * multiple for multiple in MULTIPLES}:
-        sizes = f"{path} has {size:,} pieces, the model {rows:,} rows for them"
-        raise UserError(f"{sizes}; give the tokenizer that it was trained with by --tokenizer")
-    for token in set(range(rows)) - pieces.keys():
-        text = f"<unused_{token}>"
-        while text in taken:
-            text += "_"
-        pieces[token] = Piece(text, LOWEST, Kind.UNUSED)
+            taken[piece.text] = None
+    for token in set(range(min(rows, max(pieces)))) - pieces.keys():
+        pieces[token] = Piece(unused_name(token, taken), LOWEST, Kind.UNUSED)
 
 
 def _user_defined(text: str) -> Piece:
@@ -155,8 +196,7 @@ def _from_json(
         token: Any = ids.get(text, config.get(f"{name}_token_id"))
         piece = pieces.get(token) if type(token) is int else None
         if piece is None or piece.kind in (Kind.UNKNOWN, Kind.BYTE):
-            problem = f"{path} has no {shown(text)}, which should be {name.upper()}"
-            raise UserError(f"{problem}; give a SentencePiece model by --tokenizer")
+            raise OtherKind(f"{path} has no {shown(text)}, which should be {name.upper()}")
         pieces[token] = dataclasses.replace(piece, kind=Kind.CONTROL, score=0.0)
         special[f"{name}_id"] = token
     return Vocabulary(pieces=(), **normalization, **special), pieces
@@ -169,7 +209,8 @@ def read_pieces(path: Path, rows: int) -> tuple[dict[int, Piece], dict[str, Any]
       rows: of the model's embedding; tokens that were added beyond it are left out.
 
     Raises:
-      UserError: if the file is broken or its kind is not Llama 2's.
+      OtherKind: if its kind is not Llama 2's.
+      UserError: if the file is broken.
     """
     values = read_object(path)
     model = values.get("model")
@@ -178,14 +219,15 @@ def read_pieces(path: Path, rows: int) -> tuple[dict[int, Piece], dict[str, Any]
     fields = Fields({key: value for key, value in model.items() if value != ""}, within="model")
     for key, expected in EXPECTED.items():
         fields.require(key, expected)
-    fields.raise_problems(f"{path} is another kind of tokenizer; {INSTEAD}:")
+    if fields.problems:
+        raise OtherKind(f"{path} is another kind of tokenizer: {', '.join(fields.problems)}")
     normalization, keeps_words = _read_normalization(path, values)
     vocab = _read_vocab(path, model.get("vocab"))
     if missing := BYTES - vocab.keys():
-        raise UserError(f"{path} lacks {len(missing)} of the 256 byte pieces; {INSTEAD}")
+        raise OtherKind(f"{path} lacks {len(missing)} of the 256 byte pieces")
     unknown = model.get("unk_token") or "<unk>"
     if not isinstance(unknown, str) or unknown not in vocab or unknown in BYTES:
-        raise UserError(f"{path}: model.unk_token {shown(unknown)} is no piece for it; {INSTEAD}")
+        raise OtherKind(f"{path}: model.unk_token {shown(unknown)} is no piece for it")
     added = _read_added(path, values.get("added_tokens", []))
     kinds = {
         text: Kind.CONTROL if special else Kind.USER_DEFINED for text, special in added.values()
@@ -251,7 +293,7 @@ def _read_normalization(path: Path, values: Mapping[str, Any]) -> tuple[dict[str
     if splits or rest not in ([PREPEND_SPACE, TO_SPACE], [TO_SPACE]):
         steps = (*before, *splits)
         kinds = [step.get("type") if isinstance(step, dict) else step for step in steps]
-        raise UserError(f"{path} normalizes or splits texts by {shown(kinds)}; {INSTEAD}")
+        raise OtherKind(f"{path} normalizes or splits texts by {shown(kinds)}")
     fields = {"characters": characters, "joins_spaces": joins_spaces}
     return fields | {"adds_space": PREPEND_SPACE in rest}, False
 

@@ -6,6 +6,7 @@ pieces, and replaced characters with several accents on one letter.
 """
 
 import base64
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from llama_jax.formats import vocabulary as bpe
 from llama_jax.formats.json_files import write_object
 from llama_jax.formats.vocabulary import Kind, Piece, Vocabulary
 from llama_jax.text.decoding import SPACE
+from llama_jax.text.huggingface import ROLE, parse_json, pieces, special_roles
+from llama_jax.text.tokenizer import JSON, MODEL, tokenizer_file_name
 
 SPECIAL = (Kind.UNKNOWN, Kind.CONTROL)
 TO_SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
@@ -21,12 +24,34 @@ ONE_SPACE = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
 STRIP = {"type": "Replace", "pattern": {"Regex": "\\A +|[ ▁]+\\z"}, "content": ""}  # not of tabs
 
 
-def write_tokenizer(model: bytes, bos: bool, context: int, folder: Path) -> None:
-    """Write the files of a SentencePiece model; `bos`: encoded texts begin with BOS."""
-    vocabulary = Vocabulary.from_model(model)
-    ids = {"bos_token": vocabulary.bos_id, "eos_token": vocabulary.eos_id}
-    ids |= {"unk_token": vocabulary.unknown_id, "pad_token": vocabulary.pad_id}
-    names = {name: vocabulary.pieces[token].text for name, token in ids.items() if token >= 0}
+def write_tokenizer(content: bytes, bos: bool, context: int, folder: Path) -> None:
+    """Write the files of a tokenizer, given the content of its tokenizer.model or tokenizer.json.
+
+    A tokenizer.json is written as it is, a SentencePiece model also as a tokenizer.json.
+
+    Args:
+      bos: whether texts begin with BOS.
+      context: tokens that the model can take.
+    """
+    if tokenizer_file_name(content) == JSON:
+        values = parse_json(content, folder / JSON)
+        added = values["added_tokens"]
+        texts = pieces(values, folder / JSON)
+        roles = special_roles(values, texts)
+        names = {f"{role}_token": texts[token] for role, token in roles.items()}
+        plain = [{key: token[key] for key in token if key != ROLE} for token in added]
+        if plain != added:
+            content = json.dumps(values | {"added_tokens": plain}, ensure_ascii=False).encode()
+        (folder / JSON).write_bytes(content)
+        added = plain
+    else:
+        vocabulary = Vocabulary.from_model(content)
+        ids = {"bos_token": vocabulary.bos_id, "eos_token": vocabulary.eos_id}
+        ids |= {"unk_token": vocabulary.unknown_id, "pad_token": vocabulary.pad_id}
+        names = {name: vocabulary.pieces[token].text for name, token in ids.items() if token >= 0}
+        added = _added_tokens(vocabulary)
+        (folder / MODEL).write_bytes(content)
+        write_object(folder / JSON, to_tokenizer_json(vocabulary, bos))
     settings = {
         # Uses tokenizer.json as it is; LlamaTokenizer would build another one.
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -36,12 +61,10 @@ def write_tokenizer(model: bytes, bos: bool, context: int, folder: Path) -> None
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "added_tokens_decoder": {
-            str(entry.pop("id")): entry for entry in _added_tokens(vocabulary)
+            str(entry["id"]): {key: entry[key] for key in entry if key != "id"} for entry in added
         },
         **names,
     }
-    (folder / "tokenizer.model").write_bytes(model)
-    write_object(folder / "tokenizer.json", to_tokenizer_json(vocabulary, bos))
     write_object(folder / "tokenizer_config.json", settings)
     write_object(folder / "special_tokens_map.json", names)
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from llama_jax.errors import UserError, describe_file
 from llama_jax.formats.vocabulary import Kind, Piece, Vocabulary
 from llama_jax.text.decoding import SPACE
-from llama_jax.text.tokenizer import load_tokenizer
 
 MAX_BYTES = 16 * 2**20  # Llama 2's has 0.4 MB
 CONTROLS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2
@@ -22,15 +21,8 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # ids from 3 on
 ADVICE = "give llama2.c's tokenizer.bin or a tokenizer.model"
 
 
-def read(path: Path, vocab_size: int = 0) -> Vocabulary:
-    """Return the vocabulary in a file.
-
-    Args:
-      vocab_size: the expected number of pieces; 0: any.
-
-    Raises:
-      UserError: if the file is damaged, something else, or of another size.
-    """
+def read(path: Path) -> Vocabulary:
+    """Return the vocabulary in a file; `UserError` if it is damaged or something else."""
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"tokenizer {path} {what}; {ADVICE}")
@@ -42,7 +34,6 @@ def read(path: Path, vocab_size: int = 0) -> Vocabulary:
     pieces = tuple(_pieces(path, data))
     if tuple(piece.text for piece in pieces[:3]) != CONTROLS:
         raise UserError(f"tokenizer {path} does not begin with <unk>, <s>, </s>; {ADVICE}")
-    _check_size(path, len(pieces), vocab_size)
     return Vocabulary(pieces=pieces)
 
 
@@ -70,40 +61,9 @@ def write(vocabulary: Vocabulary, path: Path) -> None:
             file.write(struct.pack("<fi", piece.score, len(text)) + text)
 
 
-def tokenizer_model(path: Path, vocab_size: int) -> bytes:
-    """Return the SentencePiece model in a file, or one made from a tokenizer.bin.
-
-    Args:
-      vocab_size: of the model; 0: unknown.
-
-    Raises:
-      UserError: if the file is neither, is damaged, or has another number of pieces.
-    """
-    head = b""
-    if path.is_file():
-        with path.open("rb") as file:
-            head = file.read(4)
-    if len(head) < 4 or head[2:] != b"\0\0":  # not a small int32
-        _check_size(path, load_tokenizer(path).vocab_size, vocab_size)
-        return path.read_bytes()
-    from sentencepiece import SentencePieceProcessor
-
-    model = read(path, vocab_size).to_model()
-    try:  # which refuses missing bytes, and pieces that occur twice
-        SentencePieceProcessor().LoadFromSerializedProto(model)
-    except RuntimeError as error:
-        why = " ".join(str(error).split())
-        raise UserError(f"tokenizer {path} is damaged, says SentencePiece: {why}") from error
-    return model
-
-
-def _check_size(path: Path, pieces: int, vocab_size: int) -> None:
-    """Raise `UserError` if a tokenizer does not have `vocab_size` pieces; 0: any number."""
-    if vocab_size and pieces != vocab_size:
-        raise UserError(
-            f"tokenizer {path} has {pieces:,} pieces and the model {vocab_size:,}; give the one it"
-            " was trained with by --tokenizer"
-        )
+def is_tokenizer_bin(content: bytes) -> bool:
+    """Return whether a file begins as a tokenizer.bin does, with a small int32."""
+    return len(content) >= 4 and content[2:4] == b"\0\0"
 
 
 def _pieces(path: Path, data: bytes) -> Iterator[Piece]:

@@ -1,6 +1,6 @@
 """Meta's release folders: params.json and consolidated.NN.pth, in one to eight shards.
 
-Llama 1, Llama 2, Code Llama, and others with the same tensors.
+Llama 1, 2 and 3, Code Llama, and others with the same tensors.
 """
 
 import dataclasses
@@ -10,11 +10,13 @@ from pathlib import Path
 
 from llama_jax.errors import UserError
 from llama_jax.formats.json_files import write_object
-from llama_jax.formats.llama2c.tokenizer import tokenizer_model
 from llama_jax.formats.meta import params as meta_params
+from llama_jax.formats.meta import ranks
 from llama_jax.formats.meta import shards as meta_shards
 from llama_jax.formats.rules import export_tensors, import_tensors, make_table
+from llama_jax.formats.tokenizer_files import read_tokenizer_file
 from llama_jax.formats.weights import DTYPES, Weights, find_file
+from llama_jax.text.tokenizer import JSON, tokenizer_file_name
 
 TOKENIZER = "tokenizer.model"
 TABLE = make_table(
@@ -66,7 +68,7 @@ def read(path: Path, tokenizer: Path | None = None) -> Weights:
     folder = params_file.parent
     above = folder.resolve().parent
     found = tokenizer or find_file(folder, TOKENIZER) or find_file(above, TOKENIZER)
-    model = tokenizer_model(found, config.vocab_size) if found else b""
+    model = read_tokenizer_file(found, config.vocab_size) if found else b""
     return Weights(config=config, tensors=tensors, tokenizer=model)
 
 
@@ -92,10 +94,12 @@ def write(
     meta_shards.check_divisible(weights.config, shards)
     config = dataclasses.replace(weights.config, tied_embeddings=False)
     tensors = {"output": weights.tensors["embedding"], **weights.tensors}
+    is_json = tokenizer_file_name(weights.tokenizer) == JSON
+    tokenizer = ranks.from_json(weights.tokenizer) if is_json else weights.tokenizer
     folder.mkdir(parents=True, exist_ok=True)
     write_object(folder / meta_shards.PARAMS, params)
     if weights.tokenizer:
-        (folder / TOKENIZER).write_bytes(weights.tokenizer)
+        (folder / TOKENIZER).write_bytes(tokenizer)
     total = sum(tensor.nbytes for tensor in weights.tensors.values())
     foreign = export_tensors(TABLE, config, tensors)
     # What is written twice counts once.

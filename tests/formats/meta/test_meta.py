@@ -191,8 +191,8 @@ def test_the_current_folder_can_be_read(folder, monkeypatch):
 
 
 def test_tokenizers_that_do_not_fit_are_refused(folder):
-    (folder / "tokenizer.model").write_bytes(tiny_vocabulary(280).to_model())
-    refused(folder, "280", "283", "--tokenizer")
+    (folder / "tokenizer.model").write_bytes(tiny_vocabulary(290).to_model())
+    refused(folder, "290", "283", "--tokenizer")
     (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
-    refused(folder, "not a SentencePiece model")
+    refused(folder, "cut short", "2 pieces and 256 control tokens for 283 rows")
     refused(folder, "does not exist", tokenizer=folder / "absent.model")
