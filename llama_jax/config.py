@@ -101,14 +101,12 @@ class RopeScaling(Section):
     # in the original context than this, a wavelength is scaled in full
     high_frequency_factor: Annotated[float, Range(1e-3, 1e3)] = 4.0  # llama3: with more rotations
     # than this, a wavelength is not scaled
-    original_context: Positive = 8192  # llama3, yarn, dynamic: context length of the first
-    # training, tokens
-    beta_fast: Annotated[float, Range(1e-3, 1e6)] = 32.0  # yarn: with more rotations in the
-    # original context than this, a wavelength is not scaled
-    beta_slow: Annotated[float, Range(1e-3, 1e6)] = 1.0  # yarn: with fewer, it is scaled in full
-    truncate: bool = True  # yarn: the blend begins and ends at whole pairs
-    attention_factor: Annotated[float, Range(0, 1e3)] = 0.0  # yarn: of queries and keys each;
-    # 0: 0.1 · ln(factor) + 1
+    original_context: Positive = 8192  # llama3, yarn, dynamic: tokens of the first training
+    beta_fast: Annotated[float, Range(1e-3, 1e6)] = 32.0  # yarn: as high_frequency_factor
+    beta_slow: Annotated[float, Range(1e-3, 1e6)] = 1.0  # yarn: as low_frequency_factor
+    truncate: bool = True  # yarn: whether the blend begins and ends at whole pairs
+    attention_factor: Annotated[float, Range(0, 1e3)] = 0.0  # yarn: multiplies rotated queries and
+    # keys; 0: 0.1·ln(factor) + 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,11 +129,9 @@ class ModelConfig(Section):
     num_heads: Positive  # query heads (N)
     num_kv_heads: Positive  # key/value heads (K); equal to num_heads: no grouped-query attention
     head_dim: Count = 0  # width of one head (H); 0: dim / num_heads; read it as `head_size`
-    attention_bias: bool = False  # whether queries, keys, values and output of attention have one
-    mlp_bias: bool = False  # whether the feed-forward's linear layers have one
-    sliding_window: Count = (
-        0  # newest positions that a query attends to, its own among them; 0: all
-    )
+    attention_bias: bool = False  # add a bias to queries, keys, values and attention's output
+    mlp_bias: bool = False  # add a bias in each linear layer of the feed-forward
+    sliding_window: Count = 0  # positions that a query attends to, up to its own; 0: all
     context_length: Positive  # longest sequence the model is meant for, tokens
     hidden_dim: Count = 0  # width of the feed-forward (F); 0: computed, see `ffn_dim`
     multiple_of: Positive = 256  # a computed feed-forward width is rounded up to a multiple of this
@@ -170,12 +166,8 @@ class ModelConfig(Section):
         )
         kind = self.rope_scaling.kind
         require(
-            kind != "dynamic" or self.head_size > 2,
-            "model.rope_scaling.kind='dynamic' needs a model.head_dim of 4 or more",
-        )
-        require(
-            kind != "yarn" or self.rope_theta > 1,
-            "model.rope_scaling.kind='yarn' needs a model.rope_theta above 1",
+            kind not in ("yarn", "dynamic") or (self.head_size > 2 and self.rope_theta > 1),
+            f"model.rope_scaling.kind={kind!r} needs a head_dim above 2 and a rope_theta above 1",
         )
 
     @property

@@ -54,7 +54,9 @@ MATHEMATICS = re.compile(  # in the name of a key that may change what the model
 ROPE_THETA = 10_000.0  # the default
 ROPE_TYPES = {"default": "none"} | {kind: kind for kind in ROPE_SCALINGS[1:]}  # theirs: ours
 ORIGINAL = "original_max_position_embeddings"
-NUMBERS = {  # of a scaling, by its type: ours, theirs, and the default if it may be absent
+NUMBERS: dict[
+    str, dict[str, tuple[str, float | None]]
+] = {  # of a scaling, by its type: ours, theirs, and the default if it may be absent
     "llama3": {
         "low_frequency_factor": ("low_freq_factor", None),
         "high_frequency_factor": ("high_freq_factor", None),
@@ -194,7 +196,9 @@ def read_rope(fields: Fields, context: int) -> tuple[float, dict[str, Any]]:
       fields: of the whole config.
       context: of the model, the default of the original context.
     """
-    both = {key: fields.value(key, None) for key in ("rope_scaling", "rope_parameters")}
+    both: dict[str, Any] = {
+        key: fields.value(key, None) for key in ("rope_scaling", "rope_parameters")
+    }
     given = {key: value for key, value in both.items() if value}
     if len(given) == 2 and given["rope_scaling"] != given["rope_parameters"]:
         fields.complain("rope_scaling", "another one than rope_parameters; expected one of them")
