@@ -20,7 +20,7 @@ ATTENTION_BACKENDS = ("auto", "xla", "blockwise", "cudnn", "splash")
 MOMENT_DTYPES = ("float32", "bfloat16")
 PACKINGS = ("none", "documents")
 CORPORA = ("", "stories", "shakespeare", "tinystories")
-ROPE_SCALINGS = ("none", "linear", "llama3")
+ROPE_SCALINGS = ("none", "linear", "llama3", "yarn", "dynamic")
 
 
 def require(condition: bool, message: str) -> None:
@@ -88,8 +88,9 @@ class Section:
 class RopeScaling(Section):
     """Scaling of rotary wavelengths, for a context longer than that of the first training.
 
-    "linear" divides all frequencies by `factor` (Chen et al. 2023). "llama3" divides those that
-    rotate rarely within the original context, and blends towards those that rotate often.
+    "linear" divides all frequencies by `factor` (Chen et al. 2023). "llama3" and "yarn" (Peng et
+    al. 2023) divide those that rotate rarely within the original context, and blend towards those
+    that rotate often. "dynamic" (NTK-aware) raises the base with the length of the sequence.
     """
 
     section = "model.rope_scaling"
@@ -100,7 +101,12 @@ class RopeScaling(Section):
     # in the original context than this, a wavelength is scaled in full
     high_frequency_factor: Annotated[float, Range(1e-3, 1e3)] = 4.0  # llama3: with more rotations
     # than this, a wavelength is not scaled
-    original_context: Positive = 8192  # llama3: context length of the first training, tokens
+    original_context: Positive = 8192  # llama3, yarn, dynamic: tokens of the first training
+    beta_fast: Annotated[float, Range(1e-3, 1e6)] = 32.0  # yarn: as high_frequency_factor
+    beta_slow: Annotated[float, Range(1e-3, 1e6)] = 1.0  # yarn: as low_frequency_factor
+    truncate: bool = True  # yarn: whether the blend begins and ends at whole pairs
+    attention_factor: Annotated[float, Range(0, 1e3)] = 0.0  # yarn: multiplies rotated queries and
+    # keys; 0: 0.1·ln(factor) + 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,6 +129,9 @@ class ModelConfig(Section):
     num_heads: Positive  # query heads (N)
     num_kv_heads: Positive  # key/value heads (K); equal to num_heads: no grouped-query attention
     head_dim: Count = 0  # width of one head (H); 0: dim / num_heads; read it as `head_size`
+    attention_bias: bool = False  # add a bias to queries, keys, values and attention's output
+    mlp_bias: bool = False  # add a bias in each linear layer of the feed-forward
+    sliding_window: Count = 0  # positions that a query attends to, up to its own; 0: all
     context_length: Positive  # longest sequence the model is meant for, tokens
     hidden_dim: Count = 0  # width of the feed-forward (F); 0: computed, see `ffn_dim`
     multiple_of: Positive = 256  # a computed feed-forward width is rounded up to a multiple of this
@@ -154,6 +163,11 @@ class ModelConfig(Section):
             self.head_size % 2 == 0,
             f"{source}model.head_dim={self.head_size} is odd; RoPE rotates pairs, so it must be"
             " even",
+        )
+        kind = self.rope_scaling.kind
+        require(
+            kind not in ("yarn", "dynamic") or (self.head_size > 2 and self.rope_theta > 1),
+            f"model.rope_scaling.kind={kind!r} needs a head_dim above 2 and a rope_theta above 1",
         )
 
     @property

@@ -3,7 +3,8 @@
 Touvron et al. 2023, section 2.2. One sequence at a time. Weights are a dict of arrays: `embedding`
 and `output` [V, D] (without `output` the embedding writes logits), `norm` [D]; with a leading
 layer dim `attention_norm`, `ffn_norm` [D], `wq` [D, N, H], `wk`, `wv` [D, K, H], `wo` [N, H, D],
-`gate`, `up` [D, F] and `down` [F, D]. The members of a rotated pair lie H/2 apart.
+`gate`, `up` [D, F] and `down` [F, D]; and perhaps biases, such as `wq_bias` [N, H]. The members of
+a rotated pair lie H/2 apart.
 """
 
 import math
@@ -32,43 +33,51 @@ def rope(head, position, theta):
     return out
 
 
-def attention(q, k, v):
-    """Causal attention of q [T, N, H] over k and v [T, K, H]; head n uses kv head n // (N/K)."""
+def attention(q, k, v, window=0):
+    """Causal attention of q [T, N, H] over k and v [T, K, H]; head n uses kv head n // (N/K).
+
+    With a window each query attends to that many positions at most, the newest.
+    """
     T, N, H = q.shape
     out = np.zeros((T, N, H))
     for n in range(N):
         kv = n // (N // k.shape[1])
         for t in range(T):
-            scores = np.array([q[t, n] @ k[s, kv] / math.sqrt(H) for s in range(t + 1)], np.float64)
+            seen = range(max(0, t + 1 - window) if window else 0, t + 1)
+            scores = np.array([q[t, n] @ k[s, kv] / math.sqrt(H) for s in seen], np.float64)
             weights = np.exp(scores - scores.max())
             weights /= weights.sum()
-            out[t, n] = sum(weights[s] * v[s, kv] for s in range(t + 1))
+            out[t, n] = sum(weight * v[s, kv] for weight, s in zip(weights, seen))
     return out
 
 
-def attention_layer(x, layer, theta):
+def attention_layer(x, layer, theta, window=0):
     """Queries, keys and values of x [T, D], attention over them, and the way back."""
-    q, k, v = (np.einsum("TD,DNH->TNH", x, layer[name]) for name in ("wq", "wk", "wv"))
+    q, k, v = (
+        np.einsum("TD,DNH->TNH", x, layer[name]) + layer.get(f"{name}_bias", 0)
+        for name in ("wq", "wk", "wv")
+    )
     for rotated in (q, k):
         for t, n in np.ndindex(rotated.shape[:2]):
             rotated[t, n] = rope(rotated[t, n], t, theta)
-    return np.einsum("TNH,NHD->TD", attention(q, k, v), layer["wo"])
+    mixed = np.einsum("TNH,NHD->TD", attention(q, k, v, window), layer["wo"])
+    return mixed + layer.get("wo_bias", 0)
 
 
 def feed_forward(x, layer):
     """SwiGLU: silu(x·gate) · (x·up), then down."""
-    gate = x @ layer["gate"]
-    return (gate / (1 + np.exp(-gate)) * (x @ layer["up"])) @ layer["down"]
+    gate, up = (x @ layer[name] + layer.get(f"{name}_bias", 0) for name in ("gate", "up"))
+    return (gate / (1 + np.exp(-gate)) * up) @ layer["down"] + layer.get("down_bias", 0)
 
 
-def forward(weights, tokens, *, theta=10000.0, eps=1e-5):
+def forward(weights, tokens, *, theta=10000.0, eps=1e-5, window=0):
     """Logits [T, V] of tokens [T]."""
     weights = {name: np.asarray(array, np.float64) for name, array in weights.items()}
     x = weights["embedding"][np.asarray(tokens)]
     shared = ("embedding", "norm", "output")
     for i in range(len(weights["wq"])):
         layer = {name: array[i] for name, array in weights.items() if name not in shared}
-        x = x + attention_layer(norm(x, layer["attention_norm"], eps), layer, theta)
+        x = x + attention_layer(norm(x, layer["attention_norm"], eps), layer, theta, window)
         x = x + feed_forward(norm(x, layer["ffn_norm"], eps), layer)
     return norm(x, weights["norm"], eps) @ weights.get("output", weights["embedding"]).T
 

@@ -78,7 +78,7 @@ REFUSED = [  # class, field, value, part of the message
     (RunConfig, "remat", "all", "run.remat='all' is unknown; expected one of 'none', 'block', 'save-qkv'"),
     (RunConfig, "checkpoint_dir", "", "run.checkpoint_dir is empty"),
     (RopeScaling, "factor", 0.5, "model.rope_scaling.factor=0.5 is out of range; expected from 1"),
-    (RopeScaling, "kind", "yarn", "model.rope_scaling.kind='yarn' is unknown"),
+    (RopeScaling, "kind", "longrope", "model.rope_scaling.kind='longrope' is unknown"),
 ]  # fmt: skip
 
 

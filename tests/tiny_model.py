@@ -13,8 +13,10 @@ TINY |= {"num_layers": 3, "context_length": 32}
 def parameters(model):
     """Return the parameters by their names in `reference`; those of blocks are stacked, [L, …]."""
     attention, ffn = model.blocks.attention, model.blocks.ffn
-    named = {name: getattr(attention, name).kernel for name in ("wq", "wk", "wv", "wo")}
-    named |= {name: getattr(ffn, name).kernel for name in ("gate", "up", "down")}
+    linears = {name: getattr(attention, name) for name in ("wq", "wk", "wv", "wo")}
+    linears |= {name: getattr(ffn, name) for name in ("gate", "up", "down")}
+    named = {name: linear.kernel for name, linear in linears.items()}
+    named |= {f"{name}_bias": x.bias for name, x in linears.items() if hasattr(x, "bias")}
     named |= {name: getattr(model.blocks, name).scale for name in ("attention_norm", "ffn_norm")}
     named |= {"embedding": model.embedding, "norm": model.norm.scale}
     return named if model.config.tied_embeddings else named | {"output": model.output}

@@ -250,17 +250,19 @@ def shard_heads(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """An attention kernel of which each device computes its own sequences and heads.
 
     For kernels that XLA cannot partition by itself: a loop, a custom call. The result takes
-    queries, keys and values [B, T, heads, H] and perhaps the documents of positions [B, T]. Heads
+    queries, keys and values [B, T, heads, H], perhaps the documents of positions [B, T], and the
+    kernel's options by keyword. Heads
     that the tensor axis does not divide are repeated where that helps (8 kv heads on 16 devices:
     each serves half a group of queries), else every device computes all of them.
     """
 
-    def sharded(*arrays: jax.Array | None) -> jax.Array:
+    def sharded(*arrays: jax.Array | None, **options: Any) -> jax.Array:
         present = tuple(x for x in arrays if x is not None)
+        compute = functools.partial(kernel, **options) if options else kernel
         mesh = jax.sharding.get_abstract_mesh()
         sizes = automatic(mesh)
         if mesh.empty or math.prod(sizes.values()) == 1:
-            return kernel(*present)
+            return compute(*present)
         shards, most = mesh.shape["tensor"], max(x.shape[2] for x in present if x.ndim == 4)
         repeated = tuple(_repeated_heads(x, shards, most) if x.ndim == 4 else x for x in present)
         divides = all(x.shape[2] % shards == 0 for x in repeated if x.ndim == 4)
@@ -268,7 +270,7 @@ def shard_heads(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         spec = PartitionSpec(batch, None, "tensor" if divides else None, None)
         documents = PartitionSpec(batch, None)
         return jax.shard_map(
-            kernel,
+            compute,
             in_specs=tuple(spec if x.ndim == 4 else documents for x in present),
             out_specs=spec,
             axis_names=set(sizes),

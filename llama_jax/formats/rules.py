@@ -60,10 +60,26 @@ def to_interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
+def _bias(interleaved: bool = False) -> Layout:
+    """Theirs is [outputs]; ours has the outputs' dims."""
+
+    def to_ours(array: np.ndarray, shape: Shape) -> np.ndarray:
+        rows = to_halves(array[:, None], shape[-1]) if interleaved else array
+        return rows.reshape(shape)
+
+    def to_theirs(array: np.ndarray, shape: Shape) -> np.ndarray:
+        rows = array.reshape(-1, 1)
+        return (to_interleaved(rows, shape[-1]) if interleaved else rows).reshape(-1)
+
+    return Layout(lambda shape: (math.prod(shape),), to_ours, to_theirs)
+
+
 AS_IS = Layout(lambda shape: shape, lambda array, _: array, lambda array, _: array)
 MATRIX = _matrix(1)
 HEADS_IN = _matrix(2)  # of `wo`, whose inputs are [N, H]
 INTERLEAVED = _matrix(1, interleaved=True)
+BIAS, INTERLEAVED_BIAS = _bias(), _bias(interleaved=True)
+KERNEL, WEIGHT = ".kernel", ".weight"  # in place of which a bias's name has ".bias"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,20 +97,36 @@ Table = tuple[Rule, ...]
 def make_table(names: Mapping[str, str], interleaved: bool) -> Table:
     """Return the rules of a format that stores linear layers as [outputs, inputs].
 
+    A linear layer has a rule for its bias too, which is used where a model has one.
+
     Args:
       names: theirs by ours, in the order of the format.
       interleaved: whether rotary pairs are, in `wq` and `wk`.
     """
-    rotated = INTERLEAVED if interleaved else MATRIX
-    layouts = {"wq.kernel": rotated, "wk.kernel": rotated, "wo.kernel": HEADS_IN}
-    return tuple(
-        Rule(
-            ours,
-            theirs,
-            layouts.get(ours.split(".", 3)[-1], MATRIX if ours.endswith(".kernel") else AS_IS),
-        )
-        for ours, theirs in names.items()
-    )
+    rotated = (INTERLEAVED, INTERLEAVED_BIAS) if interleaved else (MATRIX, BIAS)
+    layouts = {"wq": rotated, "wk": rotated, "wo": (HEADS_IN, BIAS)}
+    rules = []
+    for ours, theirs in names.items():
+        if not ours.endswith(KERNEL):
+            rules.append(Rule(ours, theirs))
+            continue
+        matrix, bias = layouts.get(ours.split(".")[-2], (MATRIX, BIAS))
+        rules.append(Rule(ours, theirs, matrix))
+        rules.append(Rule(ours.replace(KERNEL, ".bias"), theirs.replace(WEIGHT, ".bias"), bias))
+    return tuple(rules)
+
+
+def beyond_llama2(config: ModelConfig) -> list[str]:
+    """Return what a config has that Llama 2 has not, as "name=value", for formats without it."""
+    found = []
+    if config.head_size * config.num_heads != config.dim:
+        found.append(f"head_dim={config.head_size}")
+    if config.rope_scaling.kind != "none":
+        found.append(f"rope_scaling={config.rope_scaling.kind}")
+    found += [f"{name}=True" for name in ("attention_bias", "mlp_bias") if vars(config)[name]]
+    if 0 < config.sliding_window < config.context_length:
+        found.append(f"sliding_window={config.sliding_window}")
+    return found
 
 
 def expanded(table: Table, config: ModelConfig) -> list[Rule]:

@@ -2,8 +2,9 @@
 
 Each takes queries [B, T, N, H], keys and values [B, T, K, H] with K dividing N and, for sequences
 packed with several documents, `segments_BT`: the index of each position's document. A query attends
-to positions up to its own, of its own document. `choose_kernel` decides which one runs; none falls
-back to another by itself.
+to positions up to its own, of its own document; with a sliding `window` (Beltagy et al. 2020) to
+the newest `window` of them, its own included; 0: no window. `choose_kernel` decides which one runs;
+none falls back to another by itself.
 
 Masks are boolean, True where a query may attend.
 """
@@ -19,14 +20,20 @@ from llama_jax.kernels import cudnn
 from llama_jax.kernels.blockwise import blockwise_attention
 from llama_jax.kernels.splash import splash_attention
 
-# (q_BTNH, k_BTKH, v_BTKH, segments_BT or None, dropout of weights or None) -> [B, T, N, H]
+# (q_BTNH, k_BTKH, v_BTKH, segments_BT or None, dropout of weights or None, *, window=0)
+# -> [B, T, N, H]
 AttentionKernel = Callable[..., jax.Array]
 Dropout = Callable[[jax.Array], jax.Array]
 
 
-def causal_mask(positions_BT: jax.Array, key_length: int) -> jax.Array:
-    """[B, T, S]: True where slot s holds a token at or before the query's position."""
-    return jnp.arange(key_length)[None, None] <= positions_BT[:, :, None]
+def causal_mask(positions_BT: jax.Array, key_length: int, window: int = 0) -> jax.Array:
+    """[B, T, S]: True where slot s holds a token at or before the query's position.
+
+    With a `window` the token is also less than `window` positions before it.
+    """
+    slots_S = jnp.arange(key_length)[None, None]
+    mask_BTS = slots_S <= positions_BT[:, :, None]
+    return mask_BTS & (slots_S > positions_BT[:, :, None] - window) if window else mask_BTS
 
 
 def merge_heads_and_batch(x_BTKH: jax.Array) -> jax.Array:
@@ -74,10 +81,12 @@ def xla_attention(
     v_BTKH: jax.Array,
     segments_BT: jax.Array | None = None,
     dropout: Dropout | None = None,
+    *,
+    window: int = 0,
 ) -> jax.Array:
     """The reference: holds all scores at once. Runs everywhere; the only one with dropout."""
     T = q_BTNH.shape[1]
-    mask_BTS = causal_mask(jnp.arange(T)[None], T)
+    mask_BTS = causal_mask(jnp.arange(T)[None], T, window)
     if segments_BT is not None:
         mask_BTS = mask_BTS & (segments_BT[:, :, None] == segments_BT[:, None, :])
     keys_RSH, values_RSH = merge_heads_and_batch(k_BTKH), merge_heads_and_batch(v_BTKH)

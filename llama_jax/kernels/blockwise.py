@@ -1,9 +1,9 @@
 """Causal self-attention a block of queries at a time (Dao 2023, FlashAttention-2).
 
 Equal to `kernels.attention.attend` under a causal mask, but scores exist only for one sequence and
-one block of queries, and those above the diagonal are never computed. On CPU this is several times
-faster than the whole [T, S] matrix, because a block stays in the processor's cache: 8 times at
-B=32, T=256, eight heads of 8.
+one block of queries, and those above the diagonal or before a window are never computed. On CPU
+this is several times faster than the whole [T, S] matrix, because a block stays in the processor's
+cache: 8 times at B=32, T=256, eight heads of 8.
 """
 
 import math
@@ -21,32 +21,40 @@ def blockwise_attention(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     segments_BT: jax.Array | None = None,
+    *,
+    window: int = 0,
 ) -> jax.Array:
     """Causal softmax attention [B, T, N, H] of T queries over the same T positions.
 
-    With `segments_BT`, the index of each position's document, no document attends to another.
+    With `segments_BT`, the index of each position's document, no document attends to another; with
+    a `window`, a query attends to the newest `window` positions.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    out_BKGTH = _sequences(q_BKGTH, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), segments_BT)
+    k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+    out_BKGTH = _sequences(window, q_BKGTH, k_BKSH, v_BKSH, segments_BT)
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sequences(
-    q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, segments_BT: jax.Array | None
+    window: int,
+    q_BKGTH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    segments_BT: jax.Array | None,
 ) -> jax.Array:
-    return _sequences_forward(q_BKGTH, k_BKSH, v_BKSH, segments_BT)[0]
+    return _sequences_forward(window, q_BKGTH, k_BKSH, v_BKSH, segments_BT)[0]
 
 
-def _sequences_forward(q, k, v, segments):  # type: ignore[no-untyped-def]
-    out, log_sum = jax.lax.map(lambda one: _forward(*one), (q, k, v, segments))
+def _sequences_forward(window, q, k, v, segments):  # type: ignore[no-untyped-def]
+    out, log_sum = jax.lax.map(lambda one: _forward(window, *one), (q, k, v, segments))
     return out, (q, k, v, segments, out, log_sum)
 
 
-def _sequences_backward(saved, out_gradient):  # type: ignore[no-untyped-def]
-    return *jax.lax.map(lambda one: _backward(*one), (*saved, out_gradient)), None
+def _sequences_backward(window, saved, out_gradient):  # type: ignore[no-untyped-def]
+    return *jax.lax.map(lambda one: _backward(window, *one), (*saved, out_gradient)), None
 
 
 _sequences.defvjp(_sequences_forward, _sequences_backward)
@@ -58,6 +66,11 @@ def _blocks(T: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, T)) for start in range(0, T, size)]
 
 
+def _keys(start: int, end: int, window: int) -> slice:
+    """The keys that some query of a block attends to."""
+    return slice(max(0, start - window + 1) if window else 0, end)
+
+
 def _merge(x_KGTH: jax.Array, start: int, end: int) -> jax.Array:
     """One block's queries of all heads of a group, in one dim: [K, G·t, H]."""
     block = x_KGTH[:, :, start:end]
@@ -65,39 +78,49 @@ def _merge(x_KGTH: jax.Array, start: int, end: int) -> jax.Array:
 
 
 def _scores(
-    q_KRH: jax.Array, k_KSH: jax.Array, segments_T: jax.Array | None, start: int, end: int
+    q_KRH: jax.Array,
+    k_KSH: jax.Array,
+    segments_T: jax.Array | None,
+    start: int,
+    end: int,
+    window: int,
 ) -> jax.Array:
-    """Masked float32 scores [K, R, S] of a block with the keys up to its end; R = G·t."""
+    """Masked float32 scores [K, R, S] of a block with its `_keys`; R = G·t."""
+    keys = _keys(start, end, window)
     scale = 1.0 / math.sqrt(q_KRH.shape[-1])
-    scores_KRS = _matmul("KRH,KSH->KRS", q_KRH * scale, k_KSH[:, :end])
+    scores_KRS = _matmul("KRH,KSH->KRS", q_KRH * scale, k_KSH[:, keys])
     query_R = start + jnp.arange(q_KRH.shape[1]) % (end - start)
-    seen_RS = jnp.arange(end)[None] <= query_R[:, None]
+    key_S = jnp.arange(keys.start, end)
+    seen_RS = key_S[None] <= query_R[:, None]
+    if window:
+        seen_RS &= key_S[None] > query_R[:, None] - window
     if segments_T is not None:
         # A gather: a tile would be fused, its indices computed anew for each score; twice as slow.
-        seen_RS &= segments_T[None, :end] == segments_T[query_R][:, None]
+        seen_RS &= segments_T[None, keys] == segments_T[query_R][:, None]
     return jnp.where(seen_RS[None], scores_KRS, -jnp.inf)
 
 
 _matmul = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def _forward(q_KGTH, k_KSH, v_KSH, segments_T):  # type: ignore[no-untyped-def]
+def _forward(window, q_KGTH, k_KSH, v_KSH, segments_T):  # type: ignore[no-untyped-def]
     """One sequence's output [K, G, T, H] and the log of its softmax denominators [K, G, T, 1]."""
     K, G, T, H = q_KGTH.shape
     outs, log_sums = [], []
     for start, end in _blocks(T):
-        scores_KRS = _scores(_merge(q_KGTH, start, end), k_KSH, segments_T, start, end)
+        keys = _keys(start, end, window)
+        scores_KRS = _scores(_merge(q_KGTH, start, end), k_KSH, segments_T, start, end, window)
         highest_KR1 = scores_KRS.max(axis=-1, keepdims=True)
         weights_KRS = jnp.exp(scores_KRS - highest_KR1)
         sum_KR1 = weights_KRS.sum(axis=-1, keepdims=True)
-        out_KRH = _matmul("KRS,KSH->KRH", weights_KRS.astype(v_KSH.dtype), v_KSH[:, :end])
+        out_KRH = _matmul("KRS,KSH->KRH", weights_KRS.astype(v_KSH.dtype), v_KSH[:, keys])
         outs.append((out_KRH / sum_KR1).astype(q_KGTH.dtype).reshape(K, G, end - start, H))
         log_sums.append((highest_KR1 + jnp.log(sum_KR1)).reshape(K, G, end - start, 1))
     return jnp.concatenate(outs, axis=2), jnp.concatenate(log_sums, axis=2)
 
 
 def _backward(  # type: ignore[no-untyped-def]
-    q_KGTH, k_KSH, v_KSH, segments_T, out_KGTH, log_sum_KGT1, gradient_KGTH
+    window, q_KGTH, k_KSH, v_KSH, segments_T, out_KGTH, log_sum_KGT1, gradient_KGTH
 ):
     """The gradients of q, k and v of one sequence, from that of its output."""
     K, G, T, H = q_KGTH.shape
@@ -109,19 +132,20 @@ def _backward(  # type: ignore[no-untyped-def]
     k_gradient_KHS = jnp.zeros((K, H, T), jnp.float32)
     v_gradient_KHS = jnp.zeros((K, H, T), jnp.float32)
     for start, end in _blocks(T):
+        keys = _keys(start, end, window)
         part = partial(_merge, start=start, end=end)
         q_KRH, gradient_KRH = part(q_KGTH), part(gradient_KGTH)
-        scores_KRS = _scores(q_KRH, k_KSH, segments_T, start, end)
+        scores_KRS = _scores(q_KRH, k_KSH, segments_T, start, end, window)
         weights_KRS = jnp.exp(scores_KRS - part(log_sum_KGT1))
-        weight_gradient_KRS = _matmul("KRH,KSH->KRS", gradient_KRH, v_KSH[:, :end])
+        weight_gradient_KRS = _matmul("KRH,KSH->KRS", gradient_KRH, v_KSH[:, keys])
         score_gradient_KRS = weights_KRS * (weight_gradient_KRS - part(shared_KGT1)) * scale
         score_gradient_KRS = score_gradient_KRS.astype(dtype)
-        q_gradient_KRH = _matmul("KRS,KSH->KRH", score_gradient_KRS, k_KSH[:, :end])
+        q_gradient_KRH = _matmul("KRS,KSH->KRH", score_gradient_KRS, k_KSH[:, keys])
         q_gradients.append(q_gradient_KRH.astype(dtype).reshape(K, G, end - start, H))
         k_part_KHS = _matmul("KRS,KRH->KHS", score_gradient_KRS, q_KRH)
         v_part_KHS = _matmul("KRS,KRH->KHS", weights_KRS.astype(dtype), gradient_KRH)
-        k_gradient_KHS = k_gradient_KHS.at[:, :, :end].add(k_part_KHS)
-        v_gradient_KHS = v_gradient_KHS.at[:, :, :end].add(v_part_KHS)
+        k_gradient_KHS = k_gradient_KHS.at[:, :, keys].add(k_part_KHS)
+        v_gradient_KHS = v_gradient_KHS.at[:, :, keys].add(v_part_KHS)
     k_gradient_KSH = k_gradient_KHS.swapaxes(1, 2).astype(dtype)
     v_gradient_KSH = v_gradient_KHS.swapaxes(1, 2).astype(dtype)
     return jnp.concatenate(q_gradients, axis=2), k_gradient_KSH, v_gradient_KSH

@@ -19,6 +19,8 @@ def cudnn_attention(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     segments_BT: jax.Array | None = None,
+    *,
+    window: int = 0,
 ) -> jax.Array:
     """Causal softmax attention [B, T, N, H] of T queries over the same T positions.
 
@@ -27,6 +29,7 @@ def cudnn_attention(
       k_BTKH: keys, K dividing N.
       v_BTKH: values.
       segments_BT: int32, the index of each position's document; None: one document.
+      window: newest positions that a query attends to; 0: all.
 
     Raises:
       UsageError: when the library refuses; it never computes in another way instead.
@@ -40,7 +43,13 @@ def cudnn_attention(
         mask_B1TS = (filled_BT[:, :, None] == filled_BT[:, None, :])[:, None]
     try:
         out_BTNH = jax.nn.dot_product_attention(
-            q, k, v, mask=mask_B1TS, is_causal=True, implementation="cudnn"
+            q,
+            k,
+            v,
+            mask=mask_B1TS,
+            is_causal=True,
+            local_window_size=(window - 1, 0) if window else None,
+            implementation="cudnn",
         )
     except RuntimeError as error:  # NotImplementedError too: shapes, versions; no cuDNN at all
         reason = str(error).split("\n")[0]

@@ -25,6 +25,7 @@ def splash_attention(
     v_BTKH: jax.Array,
     segments_BT: jax.Array | None = None,
     *,
+    window: int = 0,
     interpret: bool = False,
 ) -> jax.Array:
     """Causal softmax attention [B, T, N, H] of T queries over the same T positions.
@@ -34,6 +35,7 @@ def splash_attention(
       k_BTKH: keys, K dividing N.
       v_BTKH: values.
       segments_BT: int32, the index of each position's document; None: one document.
+      window: newest positions that a query attends to; 0: all.
       interpret: interpret the kernel on any device, for tests.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
@@ -51,11 +53,11 @@ def splash_attention(
     if segments_BT is not None:
         padded_BT = jnp.pad(segments_BT, ((0, 0), (0, padding)))
         ids = SegmentIds(padded_BT, padded_BT)
-    out_BNTH = jax.vmap(_kernel(T + padding, N, block, interpret))(q, k, v, ids)
+    out_BNTH = jax.vmap(_kernel(T + padding, N, block, window, interpret))(q, k, v, ids)
     return out_BNTH.swapaxes(1, 2)[:, :T]
 
 
-def _kernel(T: int, N: int, block: int, interpret: bool):  # type: ignore[no-untyped-def]
+def _kernel(T: int, N: int, block: int, window: int, interpret: bool):  # type: ignore[no-untyped-def]
     """The kernel of one sequence: ([N, T, H], [K, T, H], [K, T, H], segment ids) → [N, T, H]."""
     from jax.experimental.pallas.ops.tpu import splash_attention as library
 
@@ -67,5 +69,6 @@ def _kernel(T: int, N: int, block: int, interpret: bool):  # type: ignore[no-unt
         block_q_dq=block,
         block_kv_dq=block,
     )
-    mask = library.MultiHeadMask([library.CausalMask((T, T))] * N)
+    one = library.LocalMask((T, T), (window - 1, 0), 0) if window else library.CausalMask((T, T))
+    mask = library.MultiHeadMask([one] * N)
     return library.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)

@@ -29,6 +29,8 @@ def parameter(
 class Linear(nnx.Module):
     """A linear map from one group of dims to another, such as [D] to [N, H], in x's dtype.
 
+    `bias`: whether a vector, zero at first, is added to the outputs.
+
     The kernel keeps its dims apart for sharding and conversion; the matmul merges them. As a plain
     2-D matmul, forward and gradients run up to three times as fast on CPU as an einsum.
     """
@@ -41,14 +43,27 @@ class Linear(nnx.Module):
         *,
         std: float,
         rngs: nnx.Rngs,
+        bias: bool = False,
     ):
         self.inputs, self.outputs = inputs, outputs
         self.kernel = parameter(inputs + outputs, axes, std, rngs)
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32), axes=axes[len(inputs) :])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype).reshape(math.prod(self.inputs), -1)
         rows = x.shape[: x.ndim - len(self.inputs)]
-        return (x.reshape(-1, kernel.shape[0]) @ kernel).reshape(rows + self.outputs)
+        return add_bias(
+            self, (x.reshape(-1, kernel.shape[0]) @ kernel).reshape(rows + self.outputs)
+        )
+
+
+def add_bias(layer: nnx.Module, y: jax.Array) -> jax.Array:
+    """`y`, whose last dims are a linear layer's outputs, plus the layer's bias if it has one."""
+    if not hasattr(layer, "bias"):
+        return y
+    bias = layer.bias[...].astype(y.dtype)
+    return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
 
 
 class OutputsFirstLinear(nnx.Module):
@@ -63,12 +78,15 @@ class OutputsFirstLinear(nnx.Module):
         kernel_OI = linear.kernel[...].reshape(math.prod(self.inputs), -1).T
         shape = self.outputs + self.inputs
         self.kernel = nnx.Param(kernel_OI.reshape(shape), axes=axes[split:] + axes[:split])
+        if hasattr(linear, "bias"):
+            self.bias = linear.bias
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel_OI = self.kernel[...].astype(x.dtype).reshape(-1, math.prod(self.inputs))
         rows = x.shape[: x.ndim - len(self.inputs)]
         x_RI = x.reshape(-1, kernel_OI.shape[1])
-        return times_transposed(x_RI, kernel_OI, x.dtype).reshape(rows + self.outputs)
+        y = times_transposed(x_RI, kernel_OI, x.dtype).reshape(rows + self.outputs)
+        return add_bias(self, y)
 
 
 class Table(Protocol):

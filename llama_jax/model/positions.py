@@ -17,27 +17,72 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray
     """Radians per position of each of the H/2 pairs, float32 [H/2].
 
     `scaling` of kind "linear" divides them all (Chen et al. 2023, position interpolation); "llama3"
-    divides those of long wavelengths only (Llama 3.1's `apply_scaling`).
+    divides those of long wavelengths only (Llama 3.1's `apply_scaling`), and so does "yarn" (Peng
+    et al. 2023, as transformers computes it). "dynamic" leaves them within the original context.
     """
     plain = np.float32(theta) ** -(np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
-    if scaling.kind == "none":
+    if scaling.kind in ("none", "dynamic"):
         return plain
     scaled = plain / np.float32(scaling.factor)
     if scaling.kind == "linear":
         return scaled
+    if scaling.kind == "yarn":
+        kept = _yarn_kept(head_dim, theta, scaling)
+        return kept * plain + (1 - kept) * scaled
     rotations = scaling.original_context * plain / (2 * math.pi)  # over the original context
     low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
     kept = np.clip((rotations - low) / (high - low), 0.0, 1.0).astype(np.float32)
     return kept * plain + (1 - kept) * scaled
 
 
+def _yarn_kept(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """How much of each pair's frequency YaRN keeps, float32 [H/2]: from 1, linearly, to 0."""
+
+    def pair(rotations: float) -> float:
+        """The index, a fraction, of the pair that rotates so often in the original context."""
+        wavelength = scaling.original_context / (2 * math.pi * rotations)
+        return head_dim * math.log(wavelength) / (2 * math.log(theta))
+
+    first, last = pair(scaling.beta_fast), pair(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    width = last - first or 0.001
+    ramp = (np.arange(head_dim // 2, dtype=np.float32) - np.float32(first)) / np.float32(width)
+    return 1 - np.clip(ramp, 0.0, 1.0)
+
+
+def attention_factor(scaling: RopeScaling) -> float:
+    """What a scaling multiplies cosines and sines by, so that it appears squared in the scores."""
+    if scaling.kind != "yarn":
+        return 1.0
+    return scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
+
+
 def rotary_embedding(
     positions_BT: jax.Array, head_dim: int, theta: float, scaling: RopeScaling
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, float32 [B, T, 1, H/2], of the angle of each pair at each position."""
+    """Cosines and sines, float32 [B, T, 1, H/2], of the angle of each pair at each position.
+
+    In a "dynamic" scaling they depend on the length of the sequence, by which transformers means
+    its last position here plus 1, padding included: all angles of a longer sequence differ. Keys in
+    a cache keep the angles of the call that wrote them, there and here, so that beyond the original
+    context decoding with a cache is not what a call with the whole sequence computes.
+    """
     frequencies_H = frequencies(head_dim, theta, scaling)
-    angles = positions_BT.astype(jnp.float32)[:, :, None, None] * frequencies_H[None, None, None]
-    return jnp.cos(angles), jnp.sin(angles)
+    positions = positions_BT.astype(jnp.float32)[:, :, None, None]
+    if scaling.kind == "dynamic":
+        length_B1 = positions_BT.max(axis=1, keepdims=True).astype(jnp.float32) + 1
+        ratio_B1 = scaling.factor * length_B1 / scaling.original_context - (scaling.factor - 1)
+        # The base becomes theta · ratio^(H/(H-2)), which divides pair i by ratio^(2i/(H-2)).
+        exponents_H = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim - 2)
+        divisors_BH = jnp.maximum(ratio_B1, 1.0) ** exponents_H[None]
+        angles = positions * (frequencies_H[None] / divisors_BH)[:, None, None]
+    else:
+        angles = positions * frequencies_H[None, None, None]
+    cosine, sine = jnp.cos(angles), jnp.sin(angles)
+    factor = attention_factor(scaling)
+    return (cosine, sine) if factor == 1.0 else (factor * cosine, factor * sine)
 
 
 def rotate(x_BTNH: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:

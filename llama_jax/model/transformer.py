@@ -47,10 +47,11 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, *, std: float, residual_std: float, rngs: nnx.Rngs):
         D, N, K, H = config.dim, config.num_heads, config.num_kv_heads, config.head_size
         queries, keys = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
-        self.wq = Linear((D,), (N, H), queries, std=std, rngs=rngs)
-        self.wk = Linear((D,), (K, H), keys, std=std, rngs=rngs)
-        self.wv = Linear((D,), (K, H), keys, std=std, rngs=rngs)
-        self.wo = Linear((N, H), (D,), ("heads", "head_dim", "embed"), std=residual_std, rngs=rngs)
+        linear = partial(Linear, rngs=rngs, bias=config.attention_bias)
+        self.wq = linear((D,), (N, H), queries, std=std)
+        self.wk = linear((D,), (K, H), keys, std=std)
+        self.wv = linear((D,), (K, H), keys, std=std)
+        self.wo = linear((N, H), (D,), ("heads", "head_dim", "embed"), std=residual_std)
 
     def __call__(
         self,
@@ -69,9 +70,11 @@ class Attention(nnx.Module):
         return self.wo(mixed_BTNH), cache
 
 
-def update_cache_and_attend(cache: KVCache, positions_BT: jax.Array) -> AttentionFunction:
+def update_cache_and_attend(
+    cache: KVCache, positions_BT: jax.Array, window: int
+) -> AttentionFunction:
     """Attention over a cache, after writing the new keys and values behind those it holds."""
-    mask_BTS, start_B = causal_mask(positions_BT, cache.slots), cache.length_B
+    mask_BTS, start_B = causal_mask(positions_BT, cache.slots, window), cache.length_B
 
     def attention(q_BTNH, k_BTKH, v_BTKH, layer, _key):  # type: ignore[no-untyped-def]
         layer = layer.write(k_BTKH, v_BTKH, start_B)
@@ -81,17 +84,18 @@ def update_cache_and_attend(cache: KVCache, positions_BT: jax.Array) -> Attentio
 
 
 def attend_within(
-    segments_BT: jax.Array | None, rate: float, execution: Execution
+    segments_BT: jax.Array | None, rate: float, window: int, execution: Execution
 ) -> AttentionFunction:
     """Attention among the tokens themselves, with a fraction `rate` of the weights dropped."""
+    kernel = partial(execution.attention, window=window) if window else execution.attention
 
     def attention(q_BTNH, k_BTKH, v_BTKH, _cache, key):  # type: ignore[no-untyped-def]
         arrays = (q_BTNH, k_BTKH, v_BTKH, segments_BT)
         if key is None or not rate:
-            return execution.attention(*arrays), None
+            return kernel(*arrays), None
         ids = execution.example_ids
         drop = partial(dropout, rate=rate, key=key, example_ids=ids, batch_dim=1)
-        return execution.attention(*arrays, drop), None
+        return kernel(*arrays, drop), None
 
     return attention
 
@@ -101,9 +105,10 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, std: float, residual_std: float, rngs: nnx.Rngs):
         D, F = config.dim, config.ffn_dim
-        self.gate = Linear((D,), (F,), ("embed", "mlp"), std=std, rngs=rngs)
-        self.up = Linear((D,), (F,), ("embed", "mlp"), std=std, rngs=rngs)
-        self.down = Linear((F,), (D,), ("mlp", "embed"), std=residual_std, rngs=rngs)
+        linear = partial(Linear, rngs=rngs, bias=config.mlp_bias)
+        self.gate = linear((D,), (F,), ("embed", "mlp"), std=std)
+        self.up = linear((D,), (F,), ("embed", "mlp"), std=std)
+        self.down = linear((F,), (D,), ("mlp", "embed"), std=residual_std)
 
     def __call__(self, x_BTD: jax.Array, execution: Execution) -> jax.Array:
         hidden_BTF = jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD)
@@ -188,11 +193,12 @@ class Llama(nnx.Module):
         positions_BT = jnp.arange(T, dtype=jnp.int32)[None]
         if cache is not None:
             positions_BT = cache.length_B[:, None] + positions_BT
-            attention = update_cache_and_attend(cache, positions_BT)
+            attention = update_cache_and_attend(cache, positions_BT, config.sliding_window)
         else:
             if segments_BT is not None:
                 positions_BT = positions_within(segments_BT)
-            attention = attend_within(segments_BT, config.dropout, execution)
+            window = config.sliding_window
+            attention = attend_within(segments_BT, config.dropout, window, execution)
         rotary = rotary_embedding(
             positions_BT, config.head_size, config.rope_theta, config.rope_scaling
         )

@@ -178,4 +178,4 @@ def _flash_attention(is_tpu: bool, fsdp: bool) -> Callable[..., jax.Array]:
         return gradient_BTNH, kept[1][..., :H], kept[2][..., :H]
 
     attend.defvjp(forward, backward)
-    return lambda q_BTNH, k_BTKH, v_BTKH, *_: attend(q_BTNH, k_BTKH, v_BTKH)
+    return lambda q_BTNH, k_BTKH, v_BTKH, *_, **__: attend(q_BTNH, k_BTKH, v_BTKH)

@@ -12,6 +12,7 @@ from flax import nnx
 
 from llama_jax.kernels.int4 import Quantized
 from llama_jax.kernels.matmul import FLOAT32, times_quantized
+from llama_jax.model.layers import add_bias
 from llama_jax.quantization.rounding import to_int4, to_int8
 
 Dims = tuple[int, ...]
@@ -73,12 +74,18 @@ def quantize_kernel(kernel: jax.Array, outputs: Dims, group_size: int) -> dict[s
 
 
 class QuantizedLinear(QuantizedMatrix):
-    """A `model.layers.Linear` with a quantized kernel; the matmul runs in the dtype of x."""
+    """A `model.layers.Linear` with a quantized kernel; the matmul runs in the dtype of x.
+
+    A bias stays float32.
+    """
+
+    bias: nnx.Param[jax.Array]  # where the layer has one
 
     def __call__(self, x: jax.Array) -> jax.Array:
         rows = x.shape[: x.ndim - len(self.inputs)]
         x_RI = x.reshape(-1, math.prod(self.inputs))
-        return times_quantized(x_RI, self.merged(), x.dtype).reshape(rows + self.outputs)
+        y = times_quantized(x_RI, self.merged(), x.dtype).reshape(rows + self.outputs)
+        return add_bias(self, y)
 
 
 class QuantizedTable(QuantizedMatrix):

@@ -162,7 +162,10 @@ def _quantize_linear(
     if isinstance(layer, Linear):
         layer = OutputsFirstLinear(layer)
     size = sizes.of(name, is_last)
-    return QuantizedLinear(layer.kernel[...], layer.outputs, layer.kernel.axes, size)
+    quantized = QuantizedLinear(layer.kernel[...], layer.outputs, layer.kernel.axes, size)
+    if hasattr(layer, "bias"):
+        quantized.bias = layer.bias
+    return quantized
 
 
 def _shallow_copy(tree: Any) -> Any:

@@ -80,10 +80,16 @@ def _cast(tree: Tree, dtype: Any) -> Tree:
 def is_matrix(model: Tree) -> Tree:
     """Return True for each parameter with at least two logical axes: those with weight decay.
 
-    The layer dim of stacked blocks is not an axis, so norm scales are never taken for matrices.
+    The layer dim of stacked blocks is not an axis, so norm scales are never taken for matrices;
+    nor are biases, whose outputs may have two.
     """
-    return jax.tree.map(
-        lambda parameter: len(parameter.axes) >= 2,
+
+    def decays(path: tuple[Any, ...], parameter: nnx.Variable) -> bool:
+        is_bias = jax.tree_util.keystr(path[-1:], simple=True) == "bias"
+        return len(parameter.axes) >= 2 and not is_bias
+
+    return jax.tree_util.tree_map_with_path(
+        decays,
         model,
         is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
     )

@@ -18,6 +18,7 @@ from llama_jax.formats.weights import DTYPES, Tensor
 
 D, N, K, H, F, L, V = 24, 6, 2, 4, 40, 3, 283
 WIDE = {"dim": 96, "hidden_dim": 40}  # rows of down are no whole blocks, all others are
+YARN = RopeScaling(kind="yarn", factor=4.0, original_context=8)
 LONG = {**WIDE, "rope_theta": 5e5}  # wavelengths on both sides of Llama 3's edges
 
 
@@ -27,9 +28,9 @@ def path(tmp_path):
 
 
 def as_written(weights):
-    """What a file without rounding holds: norms in float32, and a dtype to compute in."""
+    """What a file without rounding holds: vectors in float32, and a dtype to compute in."""
     tensors = {
-        name: tensor.astype(DTYPES["float32"]) if "norm" in name else tensor
+        name: tensor.astype(DTYPES["float32"]) if "norm" in name or "bias" in name else tensor
         for name, tensor in weights.tensors.items()
     }
     compute = "float32" if weights.dtype == np.float32 else "bfloat16"
@@ -47,8 +48,13 @@ def as_written(weights):
         {**LONG, "rope_scaling": RopeScaling(kind="llama3", factor=8.0)},
         {**LONG, "rope_scaling": RopeScaling(kind="llama3", factor=32.0, original_context=4096)},
         {**LONG, "rope_scaling": RopeScaling(kind="llama3", factor=5.5)},
+        {"attention_bias": True, "mlp_bias": True, "rope_scaling": YARN},
+        {"rope_scaling": dataclasses.replace(YARN, beta_fast=16.0, attention_factor=0.7)},
     ],
-    ids=["plain", "untied", "linear", "llama3", "llama3 of another context", "llama3 by 5.5"],
+    ids=[
+        *("plain", "untied", "linear", "llama3", "llama3 of another context", "llama3 by 5.5"),
+        *("biases and yarn", "yarn with factors"),
+    ],
 )
 def test_what_is_written_is_read(path, dtype, changes):
     weights = tiny_weights(dtype=dtype, **changes)
@@ -205,7 +211,7 @@ def test_several_files_must_be_one_model(parts, tmp_path):
     with pytest.raises(UserError, match=r"-00003-of-00004\.gguf holds blk.*00002-of-00004\.gguf"):
         gguf.read(paths[0])
     paths[2].unlink()
-    with pytest.raises(UserError, match=r"-00003-of-00004\.gguf is not a file"):
+    with pytest.raises(UserError, match=r"of which model-00003-of-00004\.gguf is missing; dow"):
         gguf.read(paths[0])
     paths[2].write_bytes(third)
     first, total = paths[0].read_bytes(), b"split.tensors.count"

@@ -8,6 +8,7 @@ import pytest
 from gguf import GGMLQuantizationType as BlockType
 from tiny_weights import tiny_vocabulary, tiny_weights
 
+from llama_jax.config import RopeScaling
 from llama_jax.errors import UserError
 from llama_jax.formats.gguf import model as gguf
 from llama_jax.formats.gguf.files import lazy_tensors, write_file
@@ -52,10 +53,12 @@ PIECES = "tokenizer.ggml."
 REFUSED = {  # keys, then what is said of them
     "experts": ({"llama.expert_count": 8}, "mixes 8 experts"),
     "another tokenizer": ({f"{PIECES}model": "bert"}, "a tokenizer of kind 'bert'"),
-    "an unknown key": ({"llama.attention.sliding_window": 7}, "sliding_window = 7"),
+    "an unknown key": ({"llama.attention.scale": 0.5}, "attention.scale = 0.5, which is not"),
     "a head dim of its own": ({"llama.attention.key_length": 8}, "expected the head dim, 8"),
     "a part rotated": ({"llama.rope.dimension_count": 2}, "dimension_count = 2"),
-    "yarn": ({"llama.rope.scaling.type": "yarn"}, "'yarn'; expected linear"),
+    "longrope": ({"llama.rope.scaling.type": "longrope"}, "'longrope'; expected none, linear"),
+    "no causal mask": ({"llama.attention.causal": False}, "attention.causal = False"),
+    "a part of yarn": ({"llama.rope.scaling.yarn_ext_factor": 0.5}, "yarn_ext_factor = 0.5"),
     "a shrinking context": (
         {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 0.5},
         "factor=0.5 is out of range",
@@ -127,6 +130,44 @@ def test_harmless_keys_are_ignored(path):
     assert gguf.read(path).config == tiny_weights().config
 
 
+@pytest.mark.parametrize(
+    ("changes", "lost"),
+    [
+        ({"sliding_window": 9}, "model.sliding_window=9"),
+        ({"rope_scaling": RopeScaling(kind="dynamic", factor=2.0)}, "kind='dynamic'"),
+        ({"rope_scaling": RopeScaling(kind="yarn", truncate=False)}, "truncate=False"),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise_is_not_written(path, changes, lost):
+    with pytest.raises(UserError, match=f"{lost} has no place in a GGUF file"):
+        gguf.write(tiny_weights(**changes), path)
+    assert not path.exists()
+
+
+def test_a_window_of_the_whole_context_is_none(path):
+    gguf.write(tiny_weights(sliding_window=32), path)
+    assert gguf.read(path).config == tiny_weights().config
+
+
+def test_keys_of_other_writers_are_read(path):
+    keys = {"llama.attention.sliding_window": 9, "llama.attention.causal": True}
+    keys |= {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+    keys |= {"llama.rope.scaling.yarn_ext_factor": 1.0, "llama.rope.freq_base": 5e5}
+    changed(path, tiny_weights(), keys=keys)
+    config = gguf.read(path).config
+    assert (config.sliding_window, config.rope_theta) == (9, 5e5)
+    assert config.rope_scaling == RopeScaling(kind="yarn", factor=4.0, original_context=32)
+
+
+def test_a_bias_that_is_missing_is_zero(path):
+    weights = tiny_weights(attention_bias=True)
+    changed(path, weights, without=["blk.1.attn_output.bias"])
+    found = gguf.read(path)
+    assert found.config == weights.config
+    assert (found.tensors["blocks.1.attention.wo.bias"].read() == 0).all()
+    assert (found.tensors["blocks.0.attention.wo.bias"].read() != 0).all()
+
+
 def test_another_architecture_is_refused(path):
     changed(path, tiny_weights(), architecture="qwen2")
     with pytest.raises(UserError, match="a model of kind 'qwen2'; expected 'llama'"):
@@ -135,24 +176,24 @@ def test_another_architecture_is_refused(path):
 
 def test_long_values_are_cut_in_messages(path):
     changed(path, tiny_weights(), keys={"llama.attention.scale": "long" * 999})
-    with pytest.raises(UserError, match="which is not Llama 2's") as caught:
+    with pytest.raises(UserError, match="which is not Llama's") as caught:
         gguf.read(path)
     one_line(caught)
 
 
 def test_tensors_must_be_those_of_a_llama(path):
-    bias = lazy(np.zeros(24, np.float32))
+    norm = lazy(np.zeros(4, np.float32))
     changed(
         path,
         tiny_weights(),
-        tensors={"blk.0.attn_q.bias": bias},
+        tensors={"blk.0.attn_q_norm.weight": norm},
         without=["blk.1.ffn_up.weight", "output_norm.weight"],
     )
     with pytest.raises(UserError) as caught:
         gguf.read(path)
     message = one_line(caught)
     assert "blk.1.ffn_up.weight, output_norm.weight are missing" in message
-    assert "blk.0.attn_q.bias is unknown" in message
+    assert "blk.0.attn_q_norm.weight is unknown" in message
 
 
 def test_a_file_without_an_embedding(path):

@@ -139,9 +139,7 @@ def test_every_form_of_rope_settings_is_read(said, theta, scaling):
         ({"layer_types": "full_attention"}, "layer_types = "),
         ({"rope_interleaved": True}, " rope_interleaved = True"),
         ({"final_logit_softcapping": 30.0}, " final_logit_softcapping = 30.0"),
-        ({"attention_bias": True}, "attention_bias = True"),
         ({"attention_bias": 0}, "attention_bias = 0"),
-        ({"mlp_bias": True}, "mlp_bias = True"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         ({"partial_rotary_factor": 1}, None),
         ({"sliding_window": 4096}, " sliding_window = 4096"),
@@ -167,8 +165,9 @@ def test_every_form_of_rope_settings_is_read(said, theta, scaling):
         ({"tie_word_embeddings": 1}, "tie_word_embeddings = 1"),
         ({"rope_theta": 0}, "rope_theta=0.0 is out of range"),
         ({"rope_theta": None}, "rope_theta = None"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.type = 'dynamic'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type = 'yarn'"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "scaling.type = 'longrope'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "alpha": 1}}, "scaling.alpha = 1"),
+        ({"rope_scaling": {"rope_type": "yarn", "truncate": 1}}, "scaling.truncate = 1"),
         ({"rope_scaling": {"rope_type": ["linear"]}}, "rope_type = "),
         ({"rope_scaling": {"type": "linear", "rope_type": "llama3"}}, "scaling.type = 'linear'"),
         ({"rope_scaling": {"type": "linear"}}, r"rope_scaling.factor = None \(expected a number\)"),
@@ -192,6 +191,75 @@ def test_unknown_keys_are_refused_by_name(changes, reason):
         read(**changes)
     assert str(caught.value).startswith("config.json") and "\n" not in str(caught.value)
     assert caught.value.exit_code == 1  # of a file, not of the command line
+
+
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+MISTRAL |= {"attention_bias": ..., "mlp_bias": ..., "pretraining_tp": ...}
+
+
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [
+        ({"sliding_window": 9, "layer_types": ["sliding_attention"] * 3}, 9),
+        ({"sliding_window": None}, 0),
+        ({}, 4096),
+    ],
+)
+def test_mistral_is_a_llama_with_a_window(changes, window):
+    assert read(**MISTRAL | changes) == dataclasses.replace(TINY, sliding_window=window)
+
+
+def test_absent_keys_of_mistral_mean_what_they_mean_to_transformers():
+    config = from_hugging_face({"model_type": "mistral"}, "config.json")
+    assert (config.num_kv_heads, config.ffn_dim, config.context_length) == (8, 14_336, 131_072)
+    assert config.sliding_window == 4096
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"attention_bias": True}, "attention_bias = True"),
+        ({"sliding_window": 0}, "sliding_window = 0"),
+        ({"sliding_window": "9"}, "sliding_window = '9'"),
+        ({"sliding_window": 9, "layer_types": ["full_attention"]}, "layer_types = "),
+    ],
+)
+def test_what_mistral_has_not_is_refused(changes, reason):
+    with pytest.raises(UserError, match=reason):
+        read(**MISTRAL | changes)
+
+
+def test_a_window_with_biases_has_no_class_in_transformers():
+    config = dataclasses.replace(TINY, sliding_window=9, mlp_bias=True)
+    with pytest.raises(UserError, match=r"model.sliding_window=9 and biases: "):
+        to_hugging_face(config, "float32")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"factor": 4.0, "finetuned": True}, {"factor": 4.0, "original_context": 32}),
+        ({"original_max_position_embeddings": 8}, {"factor": 4.0, "original_context": 8}),
+        ({"factor": 2.0, "mscale": 1.0, "mscale_all_dim": 1.0}, {"attention_factor": 1.0}),
+        ({"factor": 2.0, "beta_fast": 8, "beta_slow": None}, {"beta_fast": 8.0, "beta_slow": 1.0}),
+    ],
+)
+def test_yarn_is_read_with_its_defaults(changes, expected):
+    scaling = read(rope_scaling={"rope_type": "yarn"} | changes).rope_scaling
+    assert scaling.kind == "yarn" and expected.items() <= vars(scaling).items()
+
+
+def test_an_original_context_beside_the_scaling_wins():
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8}
+    assert read(rope_scaling=yarn, original_max_position_embeddings=16).rope_scaling == (
+        RopeScaling(kind="yarn", factor=2.0, original_context=16)
+    )
+
+
+def test_dynamic_scaling_extends_the_context_by_its_factor():
+    config = read(rope_scaling={"type": "dynamic", "factor": 2.0})
+    assert config.context_length == 64
+    assert config.rope_scaling == RopeScaling(kind="dynamic", factor=2.0, original_context=32)
 
 
 def test_all_problems_are_listed():
@@ -233,16 +301,22 @@ def test_an_original_context_does_not_matter_in_linear_scaling():
     tied=st.booleans(),
     eps=st.sampled_from([1e-5, 1e-6, 1e-12]),
     std=st.floats(0, 1),
-    theta=st.floats(1, 1e7),
+    theta=st.floats(1.001, 1e7),
     scaling=st.sampled_from(
         [
             RopeScaling(),
             RopeScaling(kind="linear", factor=3.5),
             RopeScaling(kind="llama3", factor=32.0, low_frequency_factor=0.5, original_context=9),
+            RopeScaling(kind="yarn", factor=4.0, beta_fast=16.0, original_context=9),
+            RopeScaling(kind="yarn", factor=2.5, attention_factor=0.7, truncate=False),
+            RopeScaling(kind="dynamic", factor=3.0, original_context=11),
         ]
     ),
+    variant=st.sampled_from(
+        [{}, {"sliding_window": 7}, {"attention_bias": True}, {"mlp_bias": True}]
+    ),
 )
-def test_a_config_comes_back(heads, groups, half, width, tied, eps, std, theta, scaling):
+def test_a_config_comes_back(heads, groups, half, width, tied, eps, std, theta, scaling, variant):
     config = ModelConfig(
         vocab_size=41,
         dim=2 * half * heads * groups,
@@ -256,6 +330,8 @@ def test_a_config_comes_back(heads, groups, half, width, tied, eps, std, theta, 
         rope_scaling=scaling,
         tied_embeddings=tied,
         init_std=std,
+        head_dim=0 if half > 1 else 6,
+        **variant,
     )
     back = from_hugging_face(json.loads(json.dumps(to_hugging_face(config, "float32"))), "x")
     assert back.ffn_dim == config.ffn_dim

@@ -207,6 +207,7 @@ def test_tensors_are_read_lazily(place):
         ({"norm_eps": 1e-6}, "norm_eps=1e-06"),
         ({"rope_theta": 500000.0}, "rope_theta=500000.0"),
         ({"rope_scaling": RopeScaling(kind="linear", factor=2.0)}, "rope_scaling=linear"),
+        ({"attention_bias": True, "sliding_window": 9}, "attention_bias=True, sliding_window=9"),
         ({"norm_eps": 1e-6, "rope_theta": 1e6}, "norm_eps=1e-06, rope_theta=1000000.0"),
     ],
 )

@@ -25,6 +25,7 @@ from llama_jax.model.parameters import named_leaves
 from llama_jax.quantization import QuantizationConfig, model_nbytes, quantize
 
 SIZES = {"dim": 128, "num_heads": 8, "hidden_dim": 192, "num_layers": 2, "context_length": 64}
+SIZES |= {"attention_bias": True, "mlp_bias": True}
 KINDS = {
     "int8": QuantizationConfig("int8"),
     "int4": QuantizationConfig("int4"),

@@ -9,8 +9,10 @@ from llama_jax.config import ModelConfig
 from llama_jax.errors import UserError
 from llama_jax.formats.rules import (
     AS_IS,
+    BIAS,
     HEADS_IN,
     INTERLEAVED,
+    INTERLEAVED_BIAS,
     MATRIX,
     Rule,
     expanded,
@@ -29,6 +31,8 @@ SHAPES = {
     "heads out": (MATRIX, (D, N, H), (N * H, D)),
     "heads in": (HEADS_IN, (N, H, D), (D, N * H)),
     "interleaved": (INTERLEAVED, (D, N, H), (N * H, D)),
+    "bias": (BIAS, (N, H), (N * H,)),
+    "interleaved bias": (INTERLEAVED_BIAS, (N, H), (N * H,)),
 }
 TABLE = (
     Rule("embedding", "table"),
@@ -89,6 +93,13 @@ def test_interleaved_pairs_become_halves():
             for pair in range(H // 2):
                 assert ours[d, n, pair] == theirs[n * H + 2 * pair, d]
                 assert ours[d, n, pair + H // 2] == theirs[n * H + 2 * pair + 1, d]
+
+
+def test_a_bias_is_ordered_like_the_rows_of_its_matrix():
+    shape = (1, N, H)
+    column = numbers((N * H, 1))
+    expected = INTERLEAVED.to_ours(column, shape)[0]
+    np.testing.assert_array_equal(INTERLEAVED_BIAS.to_ours(column[:, 0], (N, H)), expected)
 
 
 def test_halves_and_interleaved_rows_by_hand():

@@ -35,9 +35,9 @@ SEGMENTS_BT = np.stack(
 ).astype(np.int32)
 
 
-def splash_here(q, k, v, segments=None):
+def splash_here(q, k, v, segments=None, window=0):
     """The TPU's kernel, step by step on CPU."""
-    return splash_attention(q, k, v, segments, interpret=True)
+    return splash_attention(q, k, v, segments, window=window, interpret=True)
 
 
 KERNELS = {
@@ -68,7 +68,7 @@ def arrays(K, dtype="float32", heads=N, rows=B):
     return [jnp.asarray(random.standard_normal(shape), dtype) for shape in shapes]
 
 
-def oracle(q, k, v, slope, segments):
+def oracle(q, k, v, slope, segments, window=T):
     """Output and gradients of q, k, v in NumPy float64, each document of each row by itself."""
     q, k, v, slope = (np.asarray(x, np.float64) for x in (q, k, v, slope))
     results = [np.zeros(x.shape) for x in (q, q, k, v)]
@@ -78,15 +78,16 @@ def oracle(q, k, v, slope, segments):
             at = np.flatnonzero(segments[b] == document)
             kv = n // group
             parts = q[b, at, n], k[b, at, kv], v[b, at, kv], slope[b, at, n]
-            for result, head, part in zip(results, (n, n, kv, kv), one_head(*parts)):
+            for result, head, part in zip(results, (n, n, kv, kv), one_head(*parts, window)):
                 result[b, at, head] += part
     return results
 
 
-def one_head(q, k, v, slope):
+def one_head(q, k, v, slope, window):
     """The same of one head and one document, [t, H] each (Dao 2023, section 2.1)."""
     scale = 1 / np.sqrt(q.shape[1])
-    scores = np.where(np.tri(len(q), dtype=bool), q @ k.T * scale, -np.inf)
+    mask = np.tri(len(q), dtype=bool) & ~np.tri(len(q), k=-window, dtype=bool)
+    scores = np.where(mask, q @ k.T * scale, -np.inf)
     weights = np.exp(scores - scores.max(axis=1, keepdims=True))
     weights /= weights.sum(axis=1, keepdims=True)
     weight_slope = slope @ v.T
@@ -96,9 +97,10 @@ def one_head(q, k, v, slope):
 
 
 @functools.cache
-def compiled(name):
+def compiled(name, **options):
     """(q, k, v, slope, segments or none) → output and gradients, by a kernel that runs here."""
-    return jax.jit(partial(value_and_gradients, KERNELS[name]), compiler_options=QUICK)
+    kernel = partial(KERNELS[name], **options) if options else KERNELS[name]
+    return jax.jit(partial(value_and_gradients, kernel), compiler_options=QUICK)
 
 
 def value_and_gradients(kernel, q, k, v, slope, segments):
@@ -125,6 +127,16 @@ def test_each_kernel_agrees_with_the_oracle(name, K, packed):
     given = arrays(K)
     results = compiled(name)(*given, jnp.asarray(SEGMENTS_BT) if packed else None)
     check(results, oracle(*given, SEGMENTS_BT if packed else np.zeros((B, T))))
+
+
+@pytest.mark.parametrize(
+    ("name", "window", "packed"),
+    [(name, *case) for name in HERE for case in [(1, False), (37, True), (90, False)]],
+)
+def test_each_kernel_has_a_sliding_window(name, window, packed):
+    given = arrays(2)
+    results = compiled(name, window=window)(*given, jnp.asarray(SEGMENTS_BT) if packed else None)
+    check(results, oracle(*given, SEGMENTS_BT if packed else np.zeros((B, T)), window))
 
 
 @pytest.mark.parametrize("name", HERE)
@@ -306,16 +318,23 @@ def test_the_cudnn_kernels_run_on_a_gpu(with_cudnn, segments, length):
     assert "dot_general" not in text
 
 
-@pytest.mark.parametrize("length", [150, 149])
-def test_what_cudnn_is_asked_for_is_what_the_oracle_computes(monkeypatch, length):
+def test_cudnn_is_given_the_window(with_cudnn):
+    kernel = partial(shard_heads(cudnn_attention), window=37)
+    text = program(kernel, "cuda", segments=False)
+    assert text.count("sliding_window_length\\22: 37") == 2
+
+
+@pytest.mark.parametrize(("length", "window"), [(150, 0), (149, 0), (149, 20)])
+def test_what_cudnn_is_asked_for_is_what_the_oracle_computes(monkeypatch, length, window):
     """The same request, answered by the library's plain implementation, which runs here."""
     whole = jax.nn.dot_product_attention
     monkeypatch.setattr(
         jax.nn, "dot_product_attention", lambda *a, implementation, **more: whole(*a, **more)
     )
     given, segments = [x[:, :length] for x in arrays(2)], SEGMENTS_BT[:, :length]
-    run = jax.jit(partial(value_and_gradients, cudnn_attention), compiler_options=QUICK)
-    check(run(*given, jnp.asarray(segments)), oracle(*given, segments))
+    kernel = partial(cudnn_attention, window=window)
+    run = jax.jit(partial(value_and_gradients, kernel), compiler_options=QUICK)
+    check(run(*given, jnp.asarray(segments)), oracle(*given, segments, window or T))
 
 
 def test_cudnn_never_computes_in_another_way():

@@ -26,15 +26,33 @@ TOKENS_BT = np.random.default_rng(1).integers(0, V, (B, T))
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"rope_type": "llama3", "original_max_position_embeddings": 16}
 THETA_AND_EPS = {"rope_theta": 5e5, "rms_norm_eps": 1e-6}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
 MODELS = {  # by name: their config where it differs, as config.json spelled it over the years
     "untied": {},
     "tied, no groups": {"tie_word_embeddings": True, "num_key_value_heads": 6} | THETA_AND_EPS,
     "linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
-    "llama3": {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}},
+    "llama 3.2": {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}, "tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "yarn": {"rope_scaling": YARN},
+    "yarn, by hand": {"rope_scaling": YARN | {"attention_factor": 0.8, "beta_fast": 2.0}},
+    "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 8},
+    "wide heads": {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 48},
+    "one more token": {"vocab_size": 32_001, "num_hidden_layers": 1},
+    "mistral": {"sliding_window": 5},
 }
 OURS = {  # by name: our config where it differs
     "tied": {"rope_theta": 5e5, "norm_eps": 1e-6},
     "linear, no groups": {"rope_scaling": RopeScaling(kind="linear", factor=4), "num_kv_heads": 6},
+    "biases": {"attention_bias": True, "mlp_bias": True, "tied_embeddings": False},
+    "yarn": {"rope_scaling": RopeScaling(kind="yarn", factor=4.0, original_context=8)},
+    "yarn, by hand": {
+        "rope_scaling": RopeScaling(
+            kind="yarn", factor=3.0, original_context=9, attention_factor=1.3, truncate=False
+        )
+    },
+    "dynamic": {"rope_scaling": RopeScaling(kind="dynamic", factor=3.0, original_context=10)},
+    "wide heads": {"dim": 64, "num_heads": 2, "head_dim": 48},
+    "mistral": {"sliding_window": 5},
     "llama3, untied": {
         "rope_scaling": RopeScaling(kind="llama3", factor=8.0, original_context=16),
         "tied_embeddings": False,
@@ -46,16 +64,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def their_model(seed=0, **changes):
     """A random model of theirs whose every tensor matters."""
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=V,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        max_position_embeddings=32,
-        **{"num_key_value_heads": 2} | changes,
-    )
-    model = transformers.LlamaForCausalLM(config)
+    keys = {"vocab_size": V, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
+    keys |= {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 32}
+    is_mistral = "sliding_window" in changes
+    config = transformers.MistralConfig if is_mistral else transformers.LlamaConfig
+    model = transformers.AutoModelForCausalLM.from_config(config(**keys | changes))
     with torch.no_grad():
         for name, param in model.named_parameters():
             param.normal_(std=0.2).add_(1.0 if "norm" in name else 0.0)

@@ -41,8 +41,15 @@ def read_headers(path: Path) -> Header:
         expected = f"name the first, which ends in -00001-of-{count:05}.gguf"
         raise UserError(f"{path} is one of {count} files of a model; {expected}")
     tensors = dict(first.tensors)
-    for number in range(2, count + 1):
-        part = path.with_name(f"{match[1]}-{number:05}-of-{count:05}.gguf")
+    names = [f"{match[1]}-{number:05}-of-{count:05}.gguf" for number in range(2, count + 1)]
+    parts = [path.with_name(name) for name in names]
+    if missing := [part.name for part in parts if not part.is_file()]:
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise UserError(
+            f"{path} is one of {count} files of a model, of which {missing[0]}{more} is missing;"
+            " download all of them into one folder"
+        )
+    for part in parts:
         for name, tensor in read_header(part).tensors.items():
             if name in tensors:
                 raise UserError(f"{part} holds {name}, which {tensors[name].path} holds as well")

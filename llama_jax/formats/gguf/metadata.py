@@ -1,6 +1,7 @@
 """The keys of a GGUF file that hold a model's shape, in both directions."""
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from llama_jax.config import ModelConfig, RopeScaling
 from llama_jax.errors import UsageError, UserError
 from llama_jax.formats.gguf.header import Keys, Value
-from llama_jax.model.positions import frequencies
+from llama_jax.model.positions import attention_factor, frequencies
 
 SIZES = {  # ours, theirs
     "dim": "llama.embedding_length",
@@ -28,19 +29,26 @@ SCALING = "llama.rope.scaling.type"
 FACTOR = "llama.rope.scaling.factor"
 OLD_FACTOR = "llama.rope.scale_linear"  # in files of 2023
 ORIGINAL = "llama.rope.scaling.original_context_length"
+BETAS = {  # ours, theirs
+    "beta_fast": "llama.rope.scaling.yarn_beta_fast",
+    "beta_slow": "llama.rope.scaling.yarn_beta_slow",
+}
+ATTENTION_FACTOR = "llama.rope.scaling.attn_factor"  # times YaRN's 0.1·ln(factor) + 1
+ATTENTION_FACTORS = (ATTENTION_FACTOR, "llama.rope.scaling.yarn_attn_factor")  # both multiply
+WINDOW = "llama.attention.sliding_window"
+FIXED = {"llama.attention.causal": True, "llama.rope.scaling.yarn_ext_factor": 1.0}
 HARMLESS = (VOCAB_SIZE, "llama.tensor_data_layout", "llama.rope.scaling.finetuned")
 KNOWN = {*SIZES.values(), EPS, THETA, *HEAD_DIMS, SCALING, FACTOR, OLD_FACTOR, ORIGINAL, *HARMLESS}
+KNOWN |= {*BETAS.values(), *ATTENTION_FACTORS, WINDOW}
 USUAL_FACTORS = (8.0, 32.0)  # of Llama 3.1 and 3.2
 
 
-def read_config(
-    keys: Keys, vocab_size: int, tied: bool, compute_dtype: str, rope_factors: np.ndarray
-) -> ModelConfig:
+def read_config(keys: Keys, rope_factors: np.ndarray, **others: Any) -> ModelConfig:
     """Return the config that the keys describe.
 
     Args:
-      keys: of a file whose tensors give the other arguments.
       rope_factors: what `rope_freqs.weight` holds, float32 [H/2]; empty if there is none.
+      others: fields that the tensors give, such as `vocab_size`.
 
     Raises:
       UserError: if keys are missing, or describe something that our model cannot do.
@@ -48,8 +56,10 @@ def read_config(
     for key, value in keys.values.items():
         # A zero or an empty list switches a feature off.
         is_set = len(value) > 0 if isinstance(value, list | np.ndarray) else bool(value)
+        if key in FIXED:
+            is_set = value != FIXED[key]
         if key.startswith("llama.") and key not in KNOWN and is_set:
-            unknown = f"{key} = {keys.shown(key)}, which is not Llama 2's"
+            unknown = f"{key} = {keys.shown(key)}, which is not Llama's"
             raise UserError(f"{keys.path} has {unknown}; convert another model")
     defaults = {"num_kv_heads": keys.get(SIZES["num_heads"], int)}
     sizes: dict[str, Any] = {
@@ -62,34 +72,51 @@ def read_config(
     try:
         config = ModelConfig(
             **sizes,
-            vocab_size=vocab_size,
+            **others,
             norm_eps=eps,
             rope_theta=theta,
-            tied_embeddings=tied,
-            compute_dtype=compute_dtype,
+            sliding_window=keys.get(WINDOW, int, 0),
         )
         scaling = _read_scaling(keys, config, rope_factors)
+        config = dataclasses.replace(config, rope_scaling=scaling)
     except UsageError as error:
         raise UserError(f"{keys.path} describes no Llama that can run: {error}") from error
     for key in HEAD_DIMS:
         if keys.get(key, int, config.head_size) != config.head_size:
             wrong = f"{key} = {keys.shown(key)}; expected the head dim, {config.head_size}"
             raise UserError(f"{keys.path} has {wrong}")
-    return dataclasses.replace(config, rope_scaling=scaling)
+    return config
 
 
 def config_keys(config: ModelConfig) -> dict[str, Value]:
-    """Return the keys that describe a config; the scaling of Llama 3 needs a tensor as well."""
+    """Return the keys that describe a config; the scaling of Llama 3 needs a tensor as well.
+
+    Raises:
+      UserError: if llama.cpp would compute something else than the config says.
+    """
+    scaling, lost = config.rope_scaling, ""
+    if 0 < config.sliding_window < config.context_length:
+        lost = f"model.sliding_window={config.sliding_window}"
+    elif scaling.kind == "dynamic":
+        lost = f"model.rope_scaling.kind={scaling.kind!r}"
+    elif scaling.kind == "yarn" and not scaling.truncate:
+        lost = "model.rope_scaling.truncate=False"
+    if lost:
+        raise UserError(f"{lost} has no place in a GGUF file of a Llama; choose another format")
     keys: dict[str, Value] = {key: getattr(config, ours) for ours, key in SIZES.items()}
     keys |= {SIZES["hidden_dim"]: config.ffn_dim, VOCAB_SIZE: config.vocab_size}
     keys |= {ROTATED: config.head_size, EPS: config.norm_eps, THETA: float(config.rope_theta)}
     if config.head_size * config.num_heads != config.dim:
         keys |= {KEY_LENGTH: config.head_size, VALUE_LENGTH: config.head_size}
-    scaling = config.rope_scaling
-    if scaling.kind == "linear":
-        keys |= {SCALING: "linear", FACTOR: float(scaling.factor)}
-    if scaling.kind == "llama3":
+    if scaling.kind in ("linear", "yarn"):
+        keys |= {SCALING: scaling.kind, FACTOR: float(scaling.factor)}
+    if scaling.kind in ("llama3", "yarn"):
         keys |= {ORIGINAL: scaling.original_context}
+    if scaling.kind == "yarn":
+        keys |= {key: float(getattr(scaling, ours)) for ours, key in BETAS.items()}
+        usual = dataclasses.replace(scaling, attention_factor=0.0)
+        if scaling.attention_factor:
+            keys[ATTENTION_FACTOR] = scaling.attention_factor / attention_factor(usual)
     return keys
 
 
@@ -103,14 +130,28 @@ def rope_factors(config: ModelConfig) -> np.ndarray:
 def _read_scaling(keys: Keys, config: ModelConfig, factors: np.ndarray) -> RopeScaling:
     kind = keys.get(SCALING, str, "")
     factor = keys.get(FACTOR, float, keys.get(OLD_FACTOR, float, 0.0))
-    if kind not in ("", "none", "linear"):
-        raise UserError(f"{keys.path} has {SCALING} = {keys.shown(SCALING)}; expected linear")
+    if kind not in ("", "none", "linear", "yarn"):
+        expected = "expected none, linear or yarn"
+        raise UserError(f"{keys.path} has {SCALING} = {keys.shown(SCALING)}; {expected}")
     is_linear = kind == "linear" or (kind == "" and factor not in (0, 1))
-    if factors.size and is_linear:
+    if factors.size and (is_linear or kind == "yarn"):
         raise UserError(f"{keys.path} scales positions twice, by {FACTOR} and by rope_freqs.weight")
     if factors.size:
         return _llama3_scaling(keys, config, factors)
+    if kind == "yarn":
+        return _yarn_scaling(keys, config, factor or 1.0)
     return RopeScaling(kind="linear", factor=factor or 1.0) if is_linear else RopeScaling()
+
+
+def _yarn_scaling(keys: Keys, config: ModelConfig, factor: float) -> RopeScaling:
+    betas = {ours: keys.get(key, float, getattr(RopeScaling, ours)) for ours, key in BETAS.items()}
+    original = keys.get(ORIGINAL, int, config.context_length)
+    scaling = RopeScaling(kind="yarn", factor=factor, original_context=original, **betas)
+    factors = math.prod(keys.get(key, float, 1.0) for key in ATTENTION_FACTORS)
+    if factors == 1:
+        return scaling
+    stored = float(f"{factors * attention_factor(scaling):.6g}")  # a quotient, in float32
+    return dataclasses.replace(scaling, attention_factor=stored)
 
 
 def _llama3_scaling(keys: Keys, config: ModelConfig, factors: np.ndarray) -> RopeScaling:

@@ -18,12 +18,13 @@ from llama_jax.formats.gguf.metadata import (
     rope_factors,
 )
 from llama_jax.formats.gguf.vocabulary import TOKENS, adds_bos, read_tokenizer, tokenizer_keys
-from llama_jax.formats.rules import export_tensors, import_tensors, make_table
+from llama_jax.formats.rules import expanded, export_tensors, import_tensors, make_table
 from llama_jax.formats.tokenizer_files import fit_rows, read_tokenizer_file
-from llama_jax.formats.weights import Tensor, Weights
+from llama_jax.formats.weights import Tensor, Weights, tensor_shapes
 
 ARCHITECTURE = "llama"
 EMBEDDING, OUTPUT, ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
+BIAS = ".bias"
 QUANTIZATION_VERSION = 2  # of ggml's blocks
 MAX_RATIO = 1000  # of the numbers that a header describes to those that a file holds
 WRITTEN = {
@@ -67,9 +68,12 @@ def read(path: Path, tokenizer: Path | None = None) -> Weights:
     header = read_headers(path)
     keys = header.keys
     if (found := keys.get("general.architecture", str)) != ARCHITECTURE:
-        raise UserError(f"{path} is a model of kind {found[:64]!r}; expected {ARCHITECTURE!r}")
+        raise UserError(
+            f"{path} is a model of kind {found[:64]!r}; expected {ARCHITECTURE!r}, as which Llama,"
+            " Mistral, TinyLlama, SmolLM2 and their like are stored"
+        )
     if experts := keys.get("llama.expert_count", int, 0):
-        raise UserError(f"{path} mixes {experts} experts, as Mixtral does; Llama 2 has none")
+        raise UserError(f"{path} mixes {experts} experts, as Mixtral does; Llama has none")
     foreign = lazy_tensors(path, header.tensors)
     if EMBEDDING not in foreign:
         raise UserError(f"{path} holds no {EMBEDDING}; expected a whole model")
@@ -80,12 +84,16 @@ def read(path: Path, tokenizer: Path | None = None) -> Weights:
     embedding = foreign[EMBEDDING]
     config = read_config(
         keys,
+        factors,
         vocab_size=embedding.shape[0],
-        tied=OUTPUT not in foreign,
+        tied_embeddings=OUTPUT not in foreign,
+        attention_bias=any(".attn_" in name and name.endswith(BIAS) for name in foreign),
+        mlp_bias=any(".ffn_" in name and name.endswith(BIAS) for name in foreign),
         compute_dtype="float32" if embedding.dtype == np.float32 else "bfloat16",
-        rope_factors=factors,
     )
     _check_sizes(path, config, foreign)
+    if config.attention_bias or config.mlp_bias:  # each of them is optional in llama.cpp
+        foreign = _zero_biases(config) | foreign
     if tokenizer:
         content = read_tokenizer_file(tokenizer, config.vocab_size)
     else:
@@ -134,6 +142,17 @@ def write(
         factors = rope_factors(weights.config)
         tensors[ROPE_FACTORS] = Tensor(factors.shape, factors.dtype, lambda: factors)
     write_file(path, ARCHITECTURE, keys, tensors, kind, report)
+
+
+def _zero_biases(config: ModelConfig) -> dict[str, Tensor]:
+    """Return a zero for each bias that the config has, by their names."""
+    shapes = tensor_shapes(config)
+    found = {}
+    for rule in expanded(TABLE, config):
+        if rule.theirs.endswith(BIAS):
+            zero = np.zeros(rule.layout.their_shape(shapes[rule.ours]), np.float32)
+            found[rule.theirs] = Tensor(zero.shape, zero.dtype, lambda zero=zero: zero)  # type: ignore[misc]
+    return found
 
 
 def _check_sizes(path: Path, config: ModelConfig, foreign: Mapping[str, Tensor]) -> None:

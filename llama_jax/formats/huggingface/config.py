@@ -2,20 +2,22 @@
 
 A key is understood, or known to change no logit, or refused by name if it may change the
 mathematics; any other is ignored, as transformers does, and listed in a warning. Absent keys mean
-what they mean to `transformers.LlamaConfig`.
+what they mean to `transformers.LlamaConfig` or `MistralConfig`.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from llama_jax.config import ModelConfig, RopeScaling
+from llama_jax.config import ROPE_SCALINGS, ModelConfig, RopeScaling
 from llama_jax.errors import UsageError, UserError, warn
 from llama_jax.formats.json_files import MAX_LISTED, Fields, shown, shown_key
 
 ARCHITECTURES = {  # by model_type: transformers' class, and its spelling in early conversions
     "llama": ("LlamaForCausalLM", "LLaMAForCausalLM"),
+    "mistral": ("MistralForCausalLM",),  # a Llama with a sliding window and without biases
 }
 SIZES = {  # theirs: ours, the default, the maximum
     "vocab_size": ("vocab_size", 32_000, 2**24),
@@ -24,10 +26,14 @@ SIZES = {  # theirs: ours, the default, the maximum
     "num_attention_heads": ("num_heads", 32, 2**16),
     "max_position_embeddings": ("context_length", 2048, 2**31 - 1),
 }
+WIDTH, KV_HEADS, WINDOW = "intermediate_size", "num_key_value_heads", "sliding_window"
+DEFAULTS = {  # of keys that may be absent, by model_type
+    "llama": {WIDTH: 11_008},
+    "mistral": {WIDTH: 14_336, KV_HEADS: 8, WINDOW: 4096, "max_position_embeddings": 2**17},
+}
+BIASES = ("attention_bias", "mlp_bias")
 ACTIVATIONS = ("silu", "swish")  # two names of one function
 FIXED = {  # the only values that are supported, beside null
-    "attention_bias": False,
-    "mlp_bias": False,
     "partial_rotary_factor": 1.0,
     "is_decoder": False,
     "is_encoder_decoder": False,
@@ -46,8 +52,21 @@ MATHEMATICS = re.compile(  # in the name of a key that may change what the model
     "expert|softcap|norm|rope|rotary|scal|multiplier|alibi|window|bias|_act|quant|lora|residual"
 )
 ROPE_THETA = 10_000.0  # the default
-ROPE_TYPES = {"default": "none", "linear": "linear", "llama3": "llama3"}  # theirs: ours
+ROPE_TYPES = {"default": "none"} | {kind: kind for kind in ROPE_SCALINGS[1:]}  # theirs: ours
 ORIGINAL = "original_max_position_embeddings"
+NUMBERS: dict[
+    str, dict[str, tuple[str, float | None]]
+] = {  # of a scaling, by its type: ours, theirs, and the default if it may be absent
+    "llama3": {
+        "low_frequency_factor": ("low_freq_factor", None),
+        "high_frequency_factor": ("high_freq_factor", None),
+    },
+    "yarn": {
+        "beta_fast": ("beta_fast", 32.0),
+        "beta_slow": ("beta_slow", 1.0),
+        "attention_factor": ("attention_factor", 0.0),
+    },
+}
 
 
 def from_hugging_face(values: Mapping[str, Any], source: object) -> ModelConfig:
@@ -60,20 +79,30 @@ def from_hugging_face(values: Mapping[str, Any], source: object) -> ModelConfig:
       UserError: one line with every key that is not understood or has an absurd value.
     """
     model_type = _model_type(values, source)
-    fields = Fields(values)
+    fields = Fields(DEFAULTS[model_type] | dict(values))
     for key, expected in FIXED.items():
         if fields.value(key, None) is not None:
             fields.require(key, expected)
     if fields.value("hidden_act", ACTIVATIONS[0]) not in ACTIVATIONS:
         fields.complain("hidden_act", f"expected {' or '.join(map(repr, ACTIVATIONS))}")
-    kinds = fields.value("layer_types", None) or []
-    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-        fields.complain("layer_types", "expected 'full_attention' for each layer")
+    window = _size_or_null(fields, WINDOW, 0, 2**31 - 1) if model_type == "mistral" else 0
+    if model_type == "llama" and values.get(WINDOW) is not None:
+        fields.complain(WINDOW, "expected null; a MistralForCausalLM has one")
+    only = "sliding_attention" if window else "full_attention"
+    kinds: Any = fields.value("layer_types", None) or []
+    if not isinstance(kinds, list) or any(kind != only for kind in kinds):
+        fields.complain("layer_types", f"expected {only!r} for each layer")
     ours: dict[str, Any] = {
         name: fields.size(key, default, largest) for key, (name, default, largest) in SIZES.items()
     }
-    ours["num_kv_heads"] = _size_or_null(fields, "num_key_value_heads", ours["num_heads"])
-    ours["hidden_dim"] = fields.size("intermediate_size", 11_008, 2**24)
+    ours["num_kv_heads"] = _size_or_null(fields, KV_HEADS, ours["num_heads"])
+    ours["hidden_dim"] = fields.size(WIDTH, 1, 2**24)
+    ours["sliding_window"] = window
+    for key in BIASES:
+        if fields.value(key, None) is not None:
+            ours[key] = fields.flag(key, False)
+            if model_type == "mistral":
+                fields.require(key, False)
     ours["norm_eps"] = fields.number("rms_norm_eps", 1e-6)
     ours["init_std"] = fields.number("initializer_range", 0.02)
     ours["tied_embeddings"] = fields.flag("tie_word_embeddings", False)
@@ -81,6 +110,9 @@ def from_hugging_face(values: Mapping[str, Any], source: object) -> ModelConfig:
     if head_dim * ours["num_heads"] != ours["dim"]:
         ours["head_dim"] = head_dim
     ours["rope_theta"], scaling = read_rope(fields, ours["context_length"])
+    if scaling.get("kind") == "dynamic":  # their context is the one that is scaled from
+        factor = min(max(scaling["factor"], 1.0), 1e6)
+        ours["context_length"] = int(factor * ours["context_length"])
     others = [key for key in fields.others() if key not in HARMLESS]
     unused = [key for key in others if not MATHEMATICS.search(key.lower())]
     for key in others:
@@ -101,24 +133,36 @@ def from_hugging_face(values: Mapping[str, Any], source: object) -> ModelConfig:
 
 
 def to_hugging_face(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """Return the keys of a config.json; `dtype` is the name of the stored matrices' dtype."""
+    """Return the keys of a config.json; `dtype` is the name of the stored matrices' dtype.
+
+    Raises:
+      UserError: if no class of transformers has both the model's window and its biases.
+    """
     sizes = {key: getattr(config, name) for key, (name, _, _) in SIZES.items()}
+    if config.rope_scaling.kind == "dynamic":
+        sizes["max_position_embeddings"] = config.rope_scaling.original_context
+    biases = {key: getattr(config, key) for key in BIASES}
+    if config.sliding_window and any(biases.values()):
+        raise UserError(
+            f"model.sliding_window={config.sliding_window} and biases: transformers has no such"
+            " Llama; choose another format"
+        )
+    model_type = "mistral" if config.sliding_window else "llama"
+    of_llama = {**biases, "pretraining_tp": 1}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [ARCHITECTURES[model_type][0]],
+        "model_type": model_type,
         **sizes,
-        "intermediate_size": config.ffn_dim,
-        "num_key_value_heads": config.num_kv_heads,
+        WIDTH: config.ffn_dim,
+        KV_HEADS: config.num_kv_heads,
         "head_dim": config.head_size,
         "hidden_act": ACTIVATIONS[0],
         "rms_norm_eps": config.norm_eps,
         **rope_keys(config.rope_theta, config.rope_scaling),
         "tie_word_embeddings": config.tied_embeddings,
-        "attention_bias": FIXED["attention_bias"],
-        "mlp_bias": FIXED["mlp_bias"],
+        **({WINDOW: config.sliding_window} if config.sliding_window else of_llama),
         "attention_dropout": 0.0,
         "initializer_range": config.init_std,
-        "pretraining_tp": 1,
         "use_cache": True,
         "torch_dtype": dtype,
     }
@@ -138,8 +182,8 @@ def _model_type(values: Mapping[str, Any], source: object) -> str:
     raise UserError(f"{source}: {name} is not supported; expected {expected}")
 
 
-def _size_or_null(fields: Fields, key: str, default: int) -> int:
-    return default if fields.value(key, None) is None else fields.size(key, default, 2**20)
+def _size_or_null(fields: Fields, key: str, default: int, largest: int = 2**20) -> int:
+    return default if fields.value(key, None) is None else fields.size(key, default, largest)
 
 
 def read_rope(fields: Fields, context: int) -> tuple[float, dict[str, Any]]:
@@ -152,7 +196,9 @@ def read_rope(fields: Fields, context: int) -> tuple[float, dict[str, Any]]:
       fields: of the whole config.
       context: of the model, the default of the original context.
     """
-    both = {key: fields.value(key, None) for key in ("rope_scaling", "rope_parameters")}
+    both: dict[str, Any] = {
+        key: fields.value(key, None) for key in ("rope_scaling", "rope_parameters")
+    }
     given = {key: value for key, value in both.items() if value}
     if len(given) == 2 and given["rope_scaling"] != given["rope_parameters"]:
         fields.complain("rope_scaling", "another one than rope_parameters; expected one of them")
@@ -160,19 +206,22 @@ def read_rope(fields: Fields, context: int) -> tuple[float, dict[str, Any]]:
     if not isinstance(value, dict):
         fields.complain(key, "expected null or an object")
         value = {}
-    inner = Fields(value, within=key)
+    inner = Fields({name: each for name, each in value.items() if each is not None}, within=key)
     outside = fields.number("rope_theta", ROPE_THETA)
     theta = inner.number("rope_theta", outside)
     if "rope_theta" in fields.values and theta != outside:
         inner.complain("rope_theta", f"but rope_theta = {outside:g} outside; expected one")
-    scaling = _read_scaling(inner, context)
+    # One beside the rope settings wins, as in transformers.
+    original = _size_or_null(fields, ORIGINAL, 0, 2**31 - 1)
+    within = inner.size(ORIGINAL, context, 2**31 - 1)
+    scaling = _read_scaling(inner, context, original or within)
     if scaling:
         inner.refuse_others()
     fields.problems += inner.problems
     return theta, scaling
 
 
-def _read_scaling(inner: Fields, context: int) -> dict[str, Any]:
+def _read_scaling(inner: Fields, context: int, original: int) -> dict[str, Any]:
     kind = inner.value("rope_type", inner.value("type", "default"))
     if inner.value("type", kind) != kind:
         inner.complain("type", "another one than rope_type; expected one of them")
@@ -181,27 +230,37 @@ def _read_scaling(inner: Fields, context: int) -> dict[str, Any]:
         key = "rope_type" if "rope_type" in inner.values else "type"
         inner.complain(key, f"expected one of {', '.join(ROPE_TYPES)}")
         return {}
-    needed = {"factor": "factor"} if kind != "default" else {}
-    if kind == "llama3":
-        needed["low_frequency_factor"] = "low_freq_factor"
-        needed["high_frequency_factor"] = "high_freq_factor"
     fields: dict[str, Any] = {"kind": ROPE_TYPES[kind]}
-    for ours, key in needed.items():
-        if key not in inner.values:
+    if kind == "default":
+        return fields
+    if kind in ("llama3", "yarn", "dynamic"):
+        fields["original_context"] = context if kind == "dynamic" else original
+    implied = max(context / original, 1.0) if kind == "yarn" else None
+    for ours, (key, default) in ({"factor": ("factor", implied)} | NUMBERS.get(kind, {})).items():
+        if key not in inner.values and default is None:
             inner.complain(key, "expected a number")
-        fields[ours] = inner.number(key, 1.0)
-    original = inner.size(ORIGINAL, context, 2**31 - 1)  # in some linear ones too, unused
-    if kind == "llama3":
-        fields["original_context"] = original
+        fields[ours] = inner.number(key, 1.0 if default is None else default)
+    if kind == "yarn":
+        fields["truncate"] = inner.flag("truncate", True)
+        inner.value("finetuned", False)  # says what was done to the model
+        scales = [inner.number(key, 0.0) for key in ("mscale", "mscale_all_dim")]
+        if all(scales) and not fields["attention_factor"] and fields["factor"] > 1:
+            one, other = (0.1 * scale * math.log(fields["factor"]) + 1 for scale in scales)
+            fields["attention_factor"] = one / other if other else 0.0
     return fields
 
 
 def rope_keys(theta: float, scaling: RopeScaling) -> Mapping[str, Any]:
     """Return the keys of a config in the form that every version of transformers reads."""
+    keys: dict[str, Any] = {"rope_theta": float(theta), "rope_scaling": None}
+    if scaling.kind == "none":
+        return keys
     values: dict[str, Any] = {"rope_type": scaling.kind, "factor": float(scaling.factor)}
-    if scaling.kind == "llama3":
-        values["low_freq_factor"] = float(scaling.low_frequency_factor)
-        values["high_freq_factor"] = float(scaling.high_frequency_factor)
+    for ours, (key, default) in NUMBERS.get(scaling.kind, {}).items():
+        if getattr(scaling, ours) != default:
+            values[key] = float(getattr(scaling, ours))
+    if scaling.kind in ("llama3", "yarn"):
         values[ORIGINAL] = scaling.original_context
-    is_plain = scaling.kind == "none"
-    return {"rope_theta": float(theta), "rope_scaling": None if is_plain else values}
+    if scaling.kind == "yarn" and not scaling.truncate:
+        values["truncate"] = False
+    return keys | {"rope_scaling": values}

@@ -9,6 +9,7 @@ from typing import Any
 from llama_jax.config import ModelConfig
 from llama_jax.errors import UserError, describe_file
 from llama_jax.formats.llama2c.int8 import quantized_bytes
+from llama_jax.formats.rules import beyond_llama2
 
 MAGIC = 0x616B3432  # of all versions but 0, which has none
 LENGTHS = (28, 256, 256)  # bytes of the header, by version
@@ -72,14 +73,11 @@ def pack_header(config: ModelConfig, version: int, group_size: int) -> bytes:
     """
     found = {name: getattr(config, name) for name in FIXED}
     lost = [f"{name}={value}" for name, value in found.items() if value != FIXED[name]]
-    if config.rope_scaling.kind != "none":
-        lost.append(f"rope_scaling={config.rope_scaling.kind}")
-    if config.head_size * config.num_heads != config.dim:
-        lost.append(f"head_dim={config.head_size}")
+    lost += beyond_llama2(config)
     if lost:
         raise UserError(
             f"llama2.c has no place for {', '.join(lost)}: its code has norm_eps=1e-05,"
-            " rope_theta=10000, no rope scaling and heads of dim / n_heads; choose another format"
+            " rope_theta=10000 and nothing beyond Llama 2; choose another format"
         )
     sizes = {theirs: getattr(config, ours) for theirs, ours in SIZES.items()}
     _check_sizes(sizes, "llama2.c has no place for this model")

@@ -11,6 +11,7 @@ from llama_jax.config import ModelConfig, RopeScaling, parse
 from llama_jax.errors import UsageError, UserError
 from llama_jax.formats.json_files import read_object
 from llama_jax.formats.meta.shards import EMBEDDING
+from llama_jax.formats.rules import beyond_llama2
 from llama_jax.formats.weights import Tensor
 
 MAX_CONTEXT = 2**24  # tokens
@@ -119,18 +120,13 @@ def from_config(config: ModelConfig) -> dict[str, Any]:
     accept it there.
 
     Raises:
-      UserError: if there are no params for the model's head_dim, rope scaling or hidden_dim.
+      UserError: if there are no params for what the model has beyond Llama 2, or its hidden_dim.
     """
     scaling = config.rope_scaling
-    if config.head_size * config.num_heads != config.dim:
+    plain = scaling if scaling != LLAMA3_SCALING else RopeScaling()
+    if lost := beyond_llama2(dataclasses.replace(config, rope_scaling=plain)):
         raise UserError(
-            f"model.head_dim={config.head_size} has no place in Meta's params.json, whose heads are"
-            " dim / n_heads wide; choose another format"
-        )
-    if scaling.kind != "none" and scaling != LLAMA3_SCALING:
-        raise UserError(
-            f"model.rope_scaling.kind={scaling.kind!r} has no place in Meta's params.json; choose"
-            " another format"
+            f"{', '.join(lost)} has no place in Meta's params.json; choose another format"
         )
     multiple_of, multiplier = _width_rule(config)
     params = Params(
