@@ -1,23 +1,25 @@
 """What a forward pass keeps on one device for the backward pass, read off the traced program.
 
 The model itself is traced with the sizes of one device's shard, and JAX reports the residuals: a
-change of the model or of its rematerialisation shows here by itself. Nothing is computed.
+change of the model or of its rematerialisation shows here by itself. What XLA makes of a residual
+follows from where it comes from and what reads it, never from its shape. Nothing is computed.
 """
 
 import dataclasses
 import functools
 import math
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Literal, jaxprs_in_params
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from llama_jax.config import ModelConfig
 from llama_jax.distributed.fsdp import example_ids, gather, lookup
-from llama_jax.distributed.mesh import MESH_AXES, constrain, shardings
+from llama_jax.distributed.mesh import MESH_AXES, shardings
 from llama_jax.kernels.attention import xla_attention
 from llama_jax.kernels.splash import LANES
 from llama_jax.model.execution import Execution
@@ -55,104 +57,165 @@ def residual_bytes(step: DeviceStep) -> int:
     """Return the bytes of the residuals of all blocks and of the loss."""
 
     def traced(batch: int) -> int:
-        few = dataclasses.replace(step, batch=batch)
-        arrays = _residuals(dataclasses.replace(few, sequence_shards=1))  # of no consequence
-        return sum(_bytes(array, copies, few) for array, copies in arrays.items())
+        # The trace is the same for every sharding of the stream.
+        residuals = _residuals(dataclasses.replace(step, batch=batch, sequence_shards=1))
+        return sum(_kept_bytes(value, step) for value in residuals)
 
     few = min(step.batch, 2)
     first, last = traced(max(1, few - 1)), traced(few)
     return last + (step.batch - few) * (last - first)  # each further one adds as much as the second
 
 
+@dataclasses.dataclass(eq=False)
+class Value:
+    """An array of the traced program; reshaped, it is the same value."""
+
+    nbytes: int
+    dtype: Any
+    is_stream: bool = False  # the residual stream, or computed from it without a matmul
+    readers: set[str] = dataclasses.field(default_factory=set)  # primitives that take it as input
+    stacked: "Value | None" = None  # of the body of a scan: the values of all iterations
+
+
+def _kept_bytes(value: Value, step: DeviceStep) -> int:
+    """Return the bytes that one device keeps of a residual.
+
+    What only matmuls read, XLA keeps as they read it: gathered, and on TPU in bfloat16. With
+    sharded parameters it cannot, since `Execution.rematerialized` puts blocks in `jax.checkpoint`.
+    """
+    as_read = value.readers == {"dot_general"} and step.fsdp == 1
+    if as_read and step.is_tpu and value.dtype == jnp.float32:
+        return value.nbytes // 2
+    if value.is_stream and not as_read:
+        return value.nbytes // step.sequence_shards
+    return value.nbytes
+
+
 @functools.cache
-def _residuals(step: DeviceStep) -> Counter[jax.ShapeDtypeStruct]:
-    """Return how many arrays of each kind differentiating the loss keeps, parameters aside."""
+def _residuals(step: DeviceStep) -> list[Value]:
+    """Return what differentiating the loss keeps, parameters and tokens aside.
+
+    The program that is read returns the residuals, and runs the backward pass that reads them.
+    """
     config = step.model
-    tokens_BT, weights_BT = (
-        jax.ShapeDtypeStruct((step.batch, step.length), dtype) for dtype in (jnp.int32, jnp.float32)
-    )
-    flash = _flash_attention(step.is_tpu, step.fsdp > 1)
     execution = Execution(
-        attention=xla_attention if step.attention == "xla" else flash,
+        attention=xla_attention if step.attention == "xla" else _flash_attention(step),
         # Offloaded residuals are in the host's memory: the device keeps as much as without them.
         remat="block" if step.remat == "offload" else step.remat,
         unroll=UNROLLED_ON_CPU if step.remat == "none" else 1,
-        constrain=constrain,
+        constrain=_named,
         gather=gather if step.fsdp > 1 else None,
         lookup=lookup,
         example_ids=example_ids,
     )
 
-    def residuals(model: Any, tokens_BT: jax.Array, weights_BT: jax.Array) -> list[Any]:
-        def loss(model: Any) -> jax.Array:
-            hidden_BTD, _ = model.hidden(
+    def program(model: Any, tokens_BT: jax.Array, weights_BT: jax.Array) -> tuple[list[Any], Any]:
+        def hidden(model: Any) -> jax.Array:
+            return model.hidden(
                 tokens_BT,
                 segments_BT=tokens_BT if step.packed else None,
                 dropout_key=jax.random.key(0) if config.dropout else None,
                 execution=execution,
-            )
-            return summed_nll(hidden_BTD, model.output_VD, tokens_BT, weights_BT)
+            )[0]
 
-        return jax.tree.leaves(jax.vjp(loss, model)[1])
+        hidden_BTD, backward = jax.vjp(hidden, model)
+        # The loss keeps nothing but its gradients, which it computes together with its value.
+        loss_gradients = jax.grad(summed_nll, argnums=(0, 1))
+        gradient_BTD, gradient_VD = loss_gradients(
+            hidden_BTD, model.output_VD, tokens_BT, weights_BT
+        )
+        gradient_BTD = _named(gradient_BTD, STREAM)
+        kept = [*jax.tree.leaves(backward), gradient_BTD, gradient_VD]
+        return kept, backward(gradient_BTD)
 
-    program = _trace(residuals, step, tokens_BT, weights_BT)
-    inputs = {id(variable) for variable in program.invars}
-    new = {id(v): v.aval for v in program.outvars if id(v) not in inputs and hasattr(v, "aval")}
-    kept = Counter(jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in new.values())
-    if step.remat == "none" and step.fsdp == 1:
-        # JAX lists three times more what XLA keeps once: queries, keys and values read one input,
-        # gate and up another. With sharded parameters it lists nothing that is only reshaped.
-        shape = (config.num_layers, step.batch * step.length, config.dim)
-        kept -= Counter({jax.ShapeDtypeStruct(shape, jnp.dtype(config.compute_dtype)): 3})
-    return kept
-
-
-_model = functools.cache(abstract)
-
-
-def _trace(function: Callable[..., Any], step: DeviceStep, *batch: Any) -> Any:
-    """Return the program of a function of a model and its batch on one of `step.fsdp` devices."""
-    model = _model(step.model)
-    if step.fsdp == 1:
-        return jax.make_jaxpr(function)(model, *batch).jaxpr
     axis_types = (AxisType.Auto,) * len(MESH_AXES)
     mesh = AbstractMesh((1, step.fsdp, 1), MESH_AXES, axis_types=axis_types)
+    model = _model(config)
     shards = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(place.shard_shape(leaf.shape), leaf.dtype),
         model,
         shardings(model, mesh),
     )
+    batch = [
+        jax.ShapeDtypeStruct((step.batch, step.length), dtype) for dtype in (jnp.int32, jnp.float32)
+    ]
     replicated = PartitionSpec()  # the inputs are one device's shards already
     on_one = jax.shard_map(
-        function, mesh=mesh, in_specs=replicated, out_specs=replicated, check_vma=False
+        program, mesh=mesh, in_specs=replicated, out_specs=replicated, check_vma=False
     )
-    (equation,) = jax.make_jaxpr(on_one)(shards, *batch).jaxpr.eqns
-    return equation.params["jaxpr"]
+    traced, (kept, _) = jax.make_jaxpr(on_one, return_shape=True)(shards, *batch)
+    inputs = [_value(variable.aval) for variable in traced.jaxpr.invars]
+    residuals = dict.fromkeys(_outputs(traced.jaxpr, inputs)[: len(kept)])
+    return [value for value in residuals if value not in inputs]
 
 
-def _bytes(array: jax.ShapeDtypeStruct, copies: int, step: DeviceStep) -> int:
-    """Return the bytes that one device keeps of `copies` arrays."""
-    B, T, L, D = step.batch, step.length, step.model.num_layers, step.model.dim
-    size = math.prod(array.shape) * (getattr(array.dtype, "itemsize", None) or 4)  # a key has 4
-    if array.ndim == 5 and array.shape[-2:] == (T, T):
-        return 0  # [K, B, G, T, S] without layers: the mask of all blocks, which XLA recomputes
-    if array.shape[-2:] == (T, D):
-        return copies * size // step.sequence_shards
-    if array.shape[-2:] == (B * T, D) and step.sequence_shards > 1:
-        size = (size + size // step.sequence_shards) // 2  # half the matmul inputs stay gathered
-    if step.is_tpu and array.dtype == jnp.float32:
-        # What only a matmul reads is kept in bfloat16: sequences merged with positions or with
-        # heads, and of scores those after dropout.
-        merged = {3: (L, B * T), 4: (L, B * step.model.num_kv_heads)}
-        if array.shape[:2] == merged.get(array.ndim):
-            return copies * size // 2
-        if array.ndim == 6 and array.shape[-2:] == (T, T):
-            return size + (copies - 1) * size // 2
-    return copies * size
+_model = functools.cache(abstract)
 
 
-@functools.cache
-def _flash_attention(is_tpu: bool, fsdp: bool) -> Callable[..., jax.Array]:
+# ---- the traced program ----
+
+STREAM = "residual"  # the last logical axis of the residual stream where the model constrains it
+# Primitives whose output is their input in another layout (`jax.checkpoint` adds the fifth): XLA
+# keeps the input, once for all of them.
+VIEWS = {"reshape", "transpose", "squeeze", "broadcast_in_dim", "reduce_precision", "name"}
+
+
+def _named(x: jax.Array, *axes: str) -> jax.Array:
+    """Return `x`, named in the program by its last logical axis."""
+    return checkpoint_name(x, axes[-1])
+
+
+def _outputs(jaxpr: Any, inputs: list[Value]) -> list[Value]:
+    """Return the outputs of a program for its inputs, and add to each value what reads it."""
+    values = dict(zip(jaxpr.invars, inputs))
+    values |= {variable: _value(variable.aval) for variable in jaxpr.constvars}
+
+    def of(atoms: list[Any]) -> list[Value]:
+        return [_value(atom.aval) if isinstance(atom, Literal) else values[atom] for atom in atoms]
+
+    for equation in jaxpr.eqns:
+        name, arguments = equation.primitive.name, of(equation.invars)
+        inner = next(jaxprs_in_params(equation.params), None)
+        if name == "scan":
+            results = _scanned(equation.params, inner, arguments)
+        elif inner is not None and len(inner.invars) == len(arguments):
+            results = _outputs(inner, arguments)
+        elif name in VIEWS:
+            results = arguments[:1]
+            results[0].is_stream |= equation.params.get("name") == STREAM
+        else:
+            is_stream = name != "dot_general" and any(value.is_stream for value in arguments)
+            results = [_value(variable.aval, is_stream) for variable in equation.outvars]
+            for value in arguments:
+                value.readers.add(name)
+        values |= zip(equation.outvars, results)
+    return of(jaxpr.outvars)
+
+
+def _scanned(params: Any, body: Any, arguments: list[Value]) -> list[Value]:
+    """Return the outputs of a scan: the final carry, and the stacked outputs of its body."""
+    first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
+    carry = [
+        _value(variable.aval, value.is_stream)
+        for variable, value in zip(body.invars[first:last], arguments[first:last])
+    ]
+    inputs = [*arguments[:first], *carry, *arguments[last:]]
+    results = _outputs(body, inputs)
+    for index, value in enumerate(results[len(carry) :], len(carry)):
+        if value in carry or value not in inputs:  # other inputs are parameters, stacked already
+            if value.stacked is None:
+                nbytes = value.nbytes * params["length"]
+                value.stacked = Value(nbytes, value.dtype, value.is_stream)
+            results[index] = value.stacked
+    return results
+
+
+def _value(aval: Any, is_stream: bool = False) -> Value:
+    itemsize = getattr(aval.dtype, "itemsize", None) or 4  # a key has 4
+    return Value(math.prod(aval.shape) * itemsize, aval.dtype, is_stream)
+
+
+def _flash_attention(step: DeviceStep) -> Callable[..., jax.Array]:
     """Return a function that keeps what every flash attention does (Dao 2023), computing nothing.
 
     That is its inputs, its output and the log of its denominators. On TPU they are padded to the
@@ -160,7 +223,7 @@ def _flash_attention(is_tpu: bool, fsdp: bool) -> Callable[..., jax.Array]:
     kept as they were before the rotary embedding.
     """
 
-    def padded(x_BTNH: jax.Array, pads: bool = is_tpu) -> jax.Array:
+    def padded(x_BTNH: jax.Array, pads: bool = step.is_tpu) -> jax.Array:
         padding = -x_BTNH.shape[-1] % LANES
         return jnp.pad(x_BTNH, [(0, 0)] * 3 + [(0, padding)]) if pads and padding else x_BTNH
 
@@ -169,13 +232,17 @@ def _flash_attention(is_tpu: bool, fsdp: bool) -> Callable[..., jax.Array]:
         return q_BTNH
 
     def forward(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, Any]:
-        inputs = (*(padded(x, is_tpu and not fsdp) for x in (q_BTNH, k_BTKH)), padded(v_BTKH))
-        denominators_BTN = jnp.zeros(q_BTNH.shape[:3], jnp.float32)
+        inputs = (
+            *(padded(x, step.is_tpu and step.fsdp == 1) for x in (q_BTNH, k_BTKH)),
+            padded(v_BTKH),
+        )
+        denominators_BTN = jnp.sum(q_BTNH, axis=-1, dtype=jnp.float32)
         return q_BTNH + 0, (*inputs, padded(q_BTNH + 0), denominators_BTN)
 
     def backward(kept: Any, gradient_BTNH: jax.Array) -> tuple[jax.Array, ...]:
-        H = gradient_BTNH.shape[-1]
-        return gradient_BTNH, kept[1][..., :H], kept[2][..., :H]
+        # Additions, lest the inputs look as if matmuls alone read them.
+        q_BTNH, k_BTKH, v_BTKH = (x[..., : gradient_BTNH.shape[-1]] for x in kept[:3])
+        return gradient_BTNH + q_BTNH, k_BTKH + 0, v_BTKH + 0
 
     attend.defvjp(forward, backward)
     return lambda q_BTNH, k_BTKH, v_BTKH, *_, **__: attend(q_BTNH, k_BTKH, v_BTKH)

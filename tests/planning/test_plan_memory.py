@@ -113,15 +113,28 @@ def test_streams_sharded_along_the_sequence_are_gathered_within_a_block():
     assert cut.temporary - whole.temporary == pytest.approx(GATHERED_STREAMS * stream)
 
 
-def test_half_of_the_inputs_of_matmuls_is_kept_gathered():
-    model = make_config(model__compute_dtype="bfloat16").model
-    stream = 2 * 32 * D * 2  # bytes in bfloat16
-    of_a_block = 2 + 2 * 2 + 2 * 2  # two in bfloat16; two of each norm in float32, wide and normed
-    at_the_end = 1 + 1 + 2 * 2  # the last stream, the loss's gradient, and the last norm's
-    inputs = 3  # of matmuls: one of queries, keys and values, one of the output, one of gate and up
-    saved = kept(model=model) - kept(model=model, sequence_shards=4)
-    streams = L * (of_a_block + inputs / 2) + at_the_end
-    assert saved == pytest.approx(streams * stream * 3 / 4, rel=0.2)
+@pytest.mark.parametrize("length", [32, D])  # D: two dims that no shape tells apart
+def test_the_sharded_stream_is_kept_gathered_where_matmuls_read_it(length):
+    model = make_config(model__compute_dtype="bfloat16", model__context_length=D).model
+    step = {"model": model, "length": length}
+    stream = length * D * 2  # bytes in bfloat16
+    # Of a block, each norm keeps its input in float32, once as it is and once normed, and the
+    # latter in bfloat16. Then the last norm's, and the gradient of the loss.
+    streams = L * 2 * (2 + 2 + 1) + (2 + 2 + 1) + 1
+    scalars = (L * 2 + 1) * 2 * length * 4  # the norms' statistics
+    for batch in (1, 2, 5):
+        saved = kept(batch, **step) - kept(batch, **step, sequence_shards=4)
+        assert saved == batch * (streams * stream + scalars) * 3 / 4
+
+
+def test_a_tpu_keeps_in_bfloat16_what_only_matmuls_read():
+    step = {"attention": "xla", "is_tpu": True}
+    float32 = 2 * 32 * 4  # bytes of one number for each token
+    inputs = 2 * D + (D + 2 * D * K // N) + N * 32 + D + F  # norms', q, k, v, weights, wo's, down's
+    halved = kept(**step | {"is_tpu": False}) - kept(**step)
+    assert halved == L * inputs * float32 / 2
+    # `jax.checkpoint`, where parameters are sharded, keeps them as they are.
+    assert kept(**step | {"is_tpu": False}, fsdp=2) == kept(**step, fsdp=2)
 
 
 def test_short_of_memory_fewer_streams_are_gathered_at_once():
