@@ -8,7 +8,7 @@ PIP = $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 AS_USED = JAX_DISABLE_MOST_OPTIMIZATIONS=0
 CODE = llama_jax configs tests benchmarks docs $(wildcard *.py)
 
-.PHONY: help demo chat test test-slow test-parity lint types clean
+.PHONY: help demo chat test test-slow test-parity test-faults lint types clean
 
 help:
 	@echo "make demo         train a small model on stories and let it write (5 minutes)"
@@ -16,6 +16,7 @@ help:
 	@echo "make test         lint, types and tests, as CI runs them"
 	@echo "make test-slow    what takes longer; all programs compiled as users compile them"
 	@echo "make test-parity  comparisons with PyTorch and transformers"
+	@echo "make test-faults  kills, full disks, damaged files; FAULTS=long takes hours (5 minutes)"
 	@echo "make clean        remove the virtual environment"
 
 $(RUN):
@@ -55,13 +56,16 @@ types: $(VENV)/.installed-test
 	$(RUN) -m mypy
 
 test: lint types
-	$(RUN) -m pytest -n 2 --dist loadfile -m "not parity and not slow"
+	$(RUN) -m pytest -n 2 --dist loadfile -m "not parity and not slow and not faults"
 
 test-slow: $(VENV)/.installed-slow
 	$(AS_USED) $(RUN) -m pytest -n 2 --dist loadfile -m slow
 
 test-parity: $(VENV)/.installed-parity
 	$(AS_USED) $(RUN) -m pytest -m parity
+
+test-faults: $(VENV)/.installed-test
+	$(RUN) -m pytest -n 2 -m faults tests/faults
 
 clean:
 	rm -rf $(VENV)

@@ -47,7 +47,7 @@ def finished_steps(folder: Path) -> list[int]:
 
 def with_checksum(tree: dict[str, Any]) -> dict[str, Any]:
     """Return a tree that JSON can hold with a checksum of itself, for `read_json`."""
-    return tree | {CHECKSUM: _json_checksum(tree)}
+    return tree | {CHECKSUM: json_checksum(tree)}
 
 
 def write_json(item: Path, tree: dict[str, Any]) -> None:
@@ -68,12 +68,13 @@ def read_json(item: Path) -> dict[str, Any]:
         raise ValueError(f"{item.name} is nested too deeply") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{item.name} is not a mapping")
-    if (found := tree.pop(CHECKSUM, None)) and found != _json_checksum(tree):
+    if (found := tree.pop(CHECKSUM, None)) and found != json_checksum(tree):
         raise ValueError(f"checksum of {item.name} differs")
     return tree
 
 
-def _json_checksum(tree: dict[str, Any]) -> str:
+def json_checksum(tree: dict[str, Any]) -> str:
+    """Return the SHA-256 of a JSON tree, in hexadecimal, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 

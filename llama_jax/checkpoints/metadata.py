@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from llama_jax.checkpoints.layout import CHECKSUM, json_checksum, with_checksum
 from llama_jax.config import Config, ModelConfig, parse
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, warn
 from llama_jax.quantization import QuantizationConfig
 
 CONFIG = "config.json"
@@ -23,7 +24,7 @@ class Description:
     bos: bool  # documents in training began with BOS
     eos: bool  # they ended with EOS
     quantization: QuantizationConfig | None = None  # how matrices are stored; None: as floats
-    # A key of `text.chat_formats.TEMPLATES`, "none", or the source of a Jinja template; "": unknown.
+    # A key of `text.chat_formats.TEMPLATES`, "none", or a Jinja template's source; "": unknown.
     chat_template: str = ""
     stop_ids: tuple[int, ...] = ()  # tokens that end a text; (): the tokenizer's EOS
     generation: dict[str, float] = dataclasses.field(default_factory=dict)  # keys of `SAMPLING`
@@ -87,10 +88,15 @@ def _read(folder: Path) -> Run | Description | None:
         )
     try:
         tree = json.loads(path.read_bytes())
-        is_foreign = "model_type" in tree and "kind" not in tree
-        return None if is_foreign else _parse(tree)
+        if "model_type" in tree and "kind" not in tree:
+            return None
+        checksum = tree.pop(CHECKSUM, None)
+        found = _parse(tree)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}; restore it from a copy") from error
+    if checksum and checksum != json_checksum(tree):
+        warn(f"{path} was edited or damaged after it was written; results may differ")
+    return found
 
 
 def _parse(tree: dict[str, Any]) -> Run | Description:
@@ -120,7 +126,7 @@ def _parse(tree: dict[str, Any]) -> Run | Description:
 
 def _write(path: Path, kind: str, content: Run | Description) -> None:
     tree = {"kind": kind, "version": VERSION, **dataclasses.asdict(content)}
-    write_atomically(path, (json.dumps(tree, indent=1) + "\n").encode())
+    write_atomically(path, (json.dumps(with_checksum(tree), indent=1) + "\n").encode())
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -36,7 +36,7 @@ class SentencePieceTokenizer:
         self._processor = SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(model)
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeDecodeError) as error:
             message = f"tokenizer {path} is not a SentencePiece model: {first_line(error)}"
             raise UserError(f"{message}; give a tokenizer.model or tokenizer.json") from error
         self.sha256: str = hashlib.sha256(model).hexdigest()
@@ -124,11 +124,15 @@ class SentencePieceTokenizer:
         return [self._surface(token) for token in range(self.vocab_size)]
 
     def _surface(self, token: int) -> str | bytes:
-        piece = self._processor.id_to_piece(token)
+        try:
+            piece = self._processor.id_to_piece(token)
+            if self._processor.is_unknown(token):
+                return self._processor.decode([token])
+        except UnicodeDecodeError as error:
+            message = f"piece {token} of tokenizer {self.path} is not UTF-8; copy the file again"
+            raise UserError(message) from error
         if self._processor.is_byte(token):
             return bytes([int(piece[1:-1], 16)])  # "<0x0A>"
-        if self._processor.is_unknown(token):
-            return self._processor.decode([token])
         return "" if self._processor.is_control(token) else piece
 
 

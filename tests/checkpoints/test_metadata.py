@@ -69,8 +69,18 @@ def test_files_are_plain_json(tmp_path):
     write_description(tmp_path, MODEL)
     tree = json.loads((tmp_path / "config.json").read_text())
     keys = {"kind", "version", "model", "bos", "eos", "quantization", "chat_template"}
-    assert tree.keys() == keys | {"stop_ids", "generation"}
+    assert tree.keys() == keys | {"stop_ids", "generation", "checksum"}
     assert (tree["kind"], tree["model"]["rope_scaling"]["kind"]) == ("llama_jax model", "none")
+
+
+def test_edited_file_is_read_with_a_warning(tmp_path, capsys):
+    write_description(tmp_path, MODEL)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text())))  # other spaces
+    assert (read_description(tmp_path), capsys.readouterr().err) == (MODEL, "")
+    path.write_text(path.read_text().replace('"eos": true', '"eos": false'))
+    assert not read_description(tmp_path).eos
+    assert capsys.readouterr().err.startswith(f"warning: {path} was edited or damaged")
 
 
 def test_run_without_a_newer_field_is_read(tmp_path):
