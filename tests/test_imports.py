@@ -42,6 +42,7 @@ ONLY_IN = {  # libraries that one room, or a few modules, may import
     "optax": {"training"},
     "sentencepiece": {"text", "formats"},
     "gguf": {"formats"},
+    "jinja2": {"text.jinja_template"},
     "safetensors": set(),
     "absl": {"config", "cli.config_flags", "configs"},
     "ml_collections": {"config", "cli.config_flags", "configs"},
