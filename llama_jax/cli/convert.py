@@ -68,7 +68,7 @@ def _parser() -> cli.Parser:
     add("--output", required=True, help="folder or file to create; must not exist yet")
     target_help = "its format (default: ckpt); llama2c writes a tokenizer.bin beside it if missing"
     add("--to", dest="target", choices=FORMATS, default="ckpt", help=target_help)
-    tokenizer_help = "tokenizer.model, or llama2.c's tokenizer.bin (default: that of the input)"
+    tokenizer_help = "tokenizer.model, tokenizer.json or tokenizer.bin (default: that of the input)"
     add("--tokenizer", default="", help=tokenizer_help)
     dtype_help = "of the output (default: that of the input); q8_0 only with --to gguf"
     add("--dtype", choices=DTYPES, default="", help=dtype_help)

@@ -247,8 +247,8 @@ def _without_special(values: Mapping[str, Any], special: set[str]) -> dict[str, 
     Other added tokens go into the vocabulary, which keeps their ids.
     """
     model = dict(values["model"])
-    special = special - {model.get("unk_token")}
     kept = [token for token in values["added_tokens"] if token["content"] not in special]
+    special = special - {model.get("unk_token")}  # which the model needs
     for key, value in (("single_word", False), ("lstrip", False), ("rstrip", False)):
         kept = [{key: value} | token for token in kept]
 
