@@ -39,7 +39,9 @@ class Loaded:
     tokenizer: Tokenizer
     step: int
     bos: bool  # documents in training began with BOS
-    chat_template: str  # as in `checkpoints.metadata.Description`
+    chat_template: str  # this and the next as in `checkpoints.metadata.Description`
+    stop_ids: tuple[int, ...]
+    generation: dict[str, float]
 
 
 def load(
@@ -94,7 +96,14 @@ def load(
         model = quantize_model(model, quantize)
     model = _cast(model, jnp.dtype(compute_dtype), cast_all=bool(dtype))
     return Loaded(
-        model, config, tokenizer, restored.step, description.bos, description.chat_template
+        model=model,
+        config=config,
+        tokenizer=tokenizer,
+        step=restored.step,
+        bos=description.bos,
+        chat_template=description.chat_template,
+        stop_ids=description.stop_ids,
+        generation=description.generation,
     )
 
 

@@ -11,6 +11,7 @@ from llama_jax.errors import UserError
 from llama_jax.quantization import QuantizationConfig
 
 CONFIG = "config.json"
+SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")  # that a model recommends
 RUN_KIND, MODEL_KIND, VERSION = "llama_jax run", "llama_jax model", 1
 
 
@@ -22,7 +23,10 @@ class Description:
     bos: bool  # documents in training began with BOS
     eos: bool  # they ended with EOS
     quantization: QuantizationConfig | None = None  # how matrices are stored; None: as floats
-    chat_template: str = ""  # a key of `text.chat.TEMPLATES`, or "none"; "": unknown
+    # A key of `text.chat_formats.TEMPLATES`, "none", or the source of a Jinja template; "": unknown.
+    chat_template: str = ""
+    stop_ids: tuple[int, ...] = ()  # tokens that end a text; (): the tokenizer's EOS
+    generation: dict[str, float] = dataclasses.field(default_factory=dict)  # keys of `SAMPLING`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,10 +102,18 @@ def _parse(tree: dict[str, Any]) -> Run | Description:
     quantization, template = tree.get("quantization"), tree.get("chat_template", "")
     if not isinstance(template, str):
         raise ValueError(f"chat_template={template!r} is not text")
+    stop_ids, generation = tree.get("stop_ids", []), tree.get("generation", {})
+    if not all(type(token) is int and 0 <= token < 2**31 for token in stop_ids):
+        raise ValueError(f"stop_ids={stop_ids!r:.60} are not token ids")
+    for name, value in generation.items():
+        if name not in SAMPLING or type(value) not in (int, float) or not 0 <= value < 2**31:
+            raise ValueError(f"generation.{name}={value!r:.60} is not a sampling parameter")
     return Description(
         model=parse(ModelConfig, tree["model"], "model."),
         quantization=quantization and parse(QuantizationConfig, quantization, "quantization."),
         chat_template=template,
+        stop_ids=tuple(stop_ids),
+        generation=generation,
         **separators,
     )
 

@@ -60,6 +60,8 @@ def read(path: Path) -> Weights:
         bos=description.bos,
         is_rounded=description.quantization is not None,
         chat_template=description.chat_template,
+        stop_ids=description.stop_ids,
+        generation=description.generation,
     )
 
 
@@ -175,6 +177,8 @@ def write(
         eos=False,  # only runs record it, and their documents have no EOS by default
         quantization=quantization,
         chat_template=weights.chat_template,
+        stop_ids=weights.stop_ids,
+        generation=dict(weights.generation),
     )
     write_description(path, description)
     tokenizer = tokenizer_file_name(weights.tokenizer)

@@ -57,9 +57,11 @@ class Weights:
     config: ModelConfig
     tensors: Mapping[str, Tensor]  # the keys of `tensor_shapes(config)`, in any order
     tokenizer: bytes  # a SentencePiece model; empty if the source has none
-    bos: bool = True  # training documents began with BOS
+    bos: bool = True  # training documents began with BOS, so a prompt does
     is_rounded: bool = False  # dequantised from the int8 or int4 of our checkpoints
-    chat_template: str = ""  # see `checkpoints.metadata.Description`
+    chat_template: str = ""  # this and the next as in `checkpoints.metadata.Description`
+    stop_ids: tuple[int, ...] = ()
+    generation: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def dtype(self) -> np.dtype:

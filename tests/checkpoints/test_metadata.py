@@ -42,14 +42,21 @@ def test_model_is_written_and_read_and_is_no_run(tmp_path):
     assert "holds a converted model, not a run; choose" in error_of(read_run, tmp_path)
 
 
-def test_quantisation_and_template_are_stored(tmp_path):
+def test_quantisation_and_what_a_conversion_knows_are_stored(tmp_path):
     int4 = QuantizationConfig("int4", 64)
-    expected = dataclasses.replace(MODEL, quantization=int4, chat_template="alpaca")
+    expected = dataclasses.replace(
+        MODEL,
+        quantization=int4,
+        chat_template="{{ messages }}",
+        stop_ids=(2, 7),
+        generation={"temperature": 0.6, "top_k": 20},
+    )
     write_description(tmp_path, expected)
     assert read_description(tmp_path) == expected
     tree = json.loads((tmp_path / "config.json").read_text())
     assert tree["quantization"] == {"kind": "int4", "group_size": 64}
-    del tree["quantization"], tree["chat_template"]  # as earlier versions wrote
+    for newer in ("quantization", "chat_template", "stop_ids", "generation"):
+        del tree[newer]  # as earlier versions wrote
     (tmp_path / "config.json").write_text(json.dumps(tree))
     assert read_description(tmp_path) == MODEL
 
@@ -62,7 +69,7 @@ def test_files_are_plain_json(tmp_path):
     write_description(tmp_path, MODEL)
     tree = json.loads((tmp_path / "config.json").read_text())
     keys = {"kind", "version", "model", "bos", "eos", "quantization", "chat_template"}
-    assert tree.keys() == keys
+    assert tree.keys() == keys | {"stop_ids", "generation"}
     assert (tree["kind"], tree["model"]["rope_scaling"]["kind"]) == ("llama_jax model", "none")
 
 
@@ -93,6 +100,11 @@ DAMAGED = {
     "an unknown key": changed(model={"width": 3}),
     "a wrong size": changed(model={"vocab_size": -1}),
     "a run without a config": changed(kind="llama_jax run"),
+    "stop ids that are none": changed(stop_ids=[-1]),
+    "stop ids that are no list": changed(stop_ids=3),
+    "an unknown sampling parameter": changed(generation={"warmth": 1}),
+    "a sampling parameter that is no number": changed(generation={"temperature": float("nan")}),
+    "sampling parameters that are no mapping": changed(generation=[1]),
 }
 
 
