@@ -21,13 +21,8 @@ from llama_jax.inference.completions import Completion, add_text, collect, stop_
 from llama_jax.inference.engine import Engine
 from llama_jax.inference.request import Delta, Request, SamplingOptions, SamplingParams
 from llama_jax.inference.scoring import Score, embed_texts, score_texts
-from llama_jax.text.chat import (
-    TruncationWarning,
-    find_template,
-    fit,
-    parse_messages,
-    resolve_template,
-)
+from llama_jax.text.chat import TruncationWarning, fit, parse_messages
+from llama_jax.text.chat_formats import find_template, resolve_template
 from llama_jax.text.tokenizer import Tokenizer
 
 Method = TypeVar("Method", bound=Callable[..., Any])

@@ -103,7 +103,7 @@ def test_imports_inside_functions_too_name_what_exists(path):
 
 def test_dead_references_are_found():
     text = "`model.cache.KVCache`, `model.caches`, `model.cache.Cash`, `jax.jit`"
-    text += " `text.chat.TEMPLATES` `model.py`"
+    text += " `text.chat_formats.TEMPLATES` `model.py`"
     assert dead(text) == ["model.caches", "model.cache.Cash"]
 
 

@@ -221,8 +221,8 @@ def test_a_checkpoint_chooses_its_chat_format(folder, llm, tmp_path):
     assert none.chat(DIALOGUE, template="alpaca", **ONE_TOKEN).usage.prompt_tokens == long
     with pytest.raises(UserError, match="trained on no chat format; choose a template"):
         none.chat(DIALOGUE)
-    with pytest.raises(UsageError, match="template='chatml' is unknown"):
-        loaded("chatml").chat(DIALOGUE)
+    with pytest.raises(UsageError, match="template='chatm' is unknown"):
+        loaded("chatm").chat(DIALOGUE)
 
 
 @pytest.mark.slow
@@ -321,7 +321,7 @@ def test_a_chat_takes_as_many_stops_as_a_completion(llm):
         ({"max_context": 50.5}, "max_context=50.5 is not an integer"),
         ({"max_context": "50"}, "max_context='50' is not an integer"),
         ({"template": 5}, "template=5 is not text; expected one of llama2, alpaca"),
-        ({"template": "chatml"}, "template='chatml' is unknown"),
+        ({"template": "chatm"}, "template='chatm' is unknown"),
         ({"cache_dtype": "int4"}, "cache_dtype='int4' is unknown"),
         ({"quantize": "int2"}, "quantize='int2' is unknown"),
         ({"tensor": 9}, "tensor=9 is out of range"),

@@ -23,7 +23,7 @@ class Description:
     bos: bool  # documents in training began with BOS
     eos: bool  # they ended with EOS
     quantization: QuantizationConfig | None = None  # how matrices are stored; None: as floats
-    # A key of `text.chat_formats.TEMPLATES`, "none", or the source of a Jinja template; "": unknown.
+    # A key of `text.chat_formats.TEMPLATES`, "none", or a Jinja template itself; "": unknown.
     chat_template: str = ""
     stop_ids: tuple[int, ...] = ()  # tokens that end a text; (): the tokenizer's EOS
     generation: dict[str, float] = dataclasses.field(default_factory=dict)  # keys of `SAMPLING`

@@ -1,7 +1,6 @@
-"""Chat messages, and the templates that turn a dialogue into the ids of a prompt.
+"""Chat messages, and what a chat format does: turn a dialogue into the ids of a prompt.
 
-Llama 2's template gives exactly the ids of Meta's reference implementation, Alpaca's those of its
-training code.
+`text.chat_formats` has the formats known by name, `text.jinja_template` those of a checkpoint.
 """
 
 import abc
@@ -10,9 +9,8 @@ import dataclasses
 import reprlib
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
-from llama_jax.errors import UsageError, UserError, did_you_mean
+from llama_jax.errors import UserError, did_you_mean
 from llama_jax.text.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
@@ -116,140 +114,25 @@ class Stops:
 
 
 class Template(abc.ABC):
-    """A chat format.
+    """A chat format."""
 
-    Content never becomes a control id, and content with one of the template's own tags is refused.
-    An answer ends at such a tag too, so that every answer can be sent back in the next prompt.
-    """
-
-    name: ClassVar[str]
-    tags: ClassVar[tuple[str, ...]]
+    name: str
+    source: str  # a Jinja template that writes the same text
 
     @abc.abstractmethod
-    def prompts(self, system: str | None, users: Sequence[str]) -> list[str]:
-        """Return for each user message the text that the assistant's answer follows."""
-
-    @abc.abstractmethod
-    def encode_exchange(self, prompt: str, answer: str, tokenizer: Tokenizer) -> list[int]:
-        """Return the ids of a prompt and its answer; they begin with those of the prompt."""
-
-    def encode_prompt(self, prompt: str, tokenizer: Tokenizer) -> list[int]:
-        """Return the ids of a prompt that is to be answered."""
-        return tokenizer.encode(prompt, bos=True, eos=False)
-
     def encode(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
         """Return the ids whose continuation is the assistant's answer to the last message.
 
-        They begin with the ids of the dialogue up to any earlier user message.
+        Content never becomes a control id.
 
         Raises:
-          UserError: for roles out of order, and for content with a tag of the template.
+          UserError: for a dialogue that does not end with a user message, or that the format
+            refuses.
         """
-        for index, message in enumerate(messages):
-            for tag in self.tags:
-                if tag in message.content:
-                    raise UserError(
-                        f"messages[{index}].content has {tag!r}, which the {self.name} template"
-                        " uses to mark who speaks; remove it or spell it differently"
-                    )
-        system, users, answers = split_dialogue(messages)
-        *past, last = self.prompts(system, users)
-        ids = []
-        for prompt, answer in zip(past, answers):
-            ids += self.encode_exchange(prompt, answer, tokenizer)
-        return ids + self.encode_prompt(last, tokenizer)
 
+    @abc.abstractmethod
     def stops(self, tokenizer: Tokenizer) -> Stops:
         """Return what ends an answer."""
-        return Stops(ids=(tokenizer.eos_id,), strings=self.tags)
-
-
-class Llama2Template(Template):
-    """The template of Llama-2-chat: each exchange between BOS and EOS, the tags as plain text.
-
-    As in Meta's reference, a system message (even an empty one) is a part of the first exchange,
-    and whitespace around the messages of user and assistant is dropped.
-    """
-
-    name = "llama2"
-    tags = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
-
-    def prompts(self, system: str | None, users: Sequence[str]) -> list[str]:
-        first, *rest = users
-        if system is not None:
-            first = f"<<SYS>>\n{system}\n<</SYS>>\n\n{first}"
-        return [f"[INST] {user.strip()} [/INST]" for user in (first, *rest)]
-
-    def encode_exchange(self, prompt: str, answer: str, tokenizer: Tokenizer) -> list[int]:
-        return tokenizer.encode(f"{prompt} {answer.strip()} ", bos=True, eos=True)
-
-
-class AlpacaTemplate(Template):
-    """The template of Stanford Alpaca: an instruction, an optional input, and a response.
-
-    A user message is an instruction. With a system message that is not empty, that is the
-    instruction and the user message its input. The format has no dialogues: earlier exchanges
-    precede the last as complete examples, each between BOS and EOS, as in training.
-    """
-
-    name = "alpaca"
-    tags = ("### Instruction:", "### Input:", "### Response:")
-
-    def prompts(self, system: str | None, users: Sequence[str]) -> list[str]:
-        return [alpaca_prompt(system, user) if system else alpaca_prompt(user) for user in users]
-
-    def encode_exchange(self, prompt: str, answer: str, tokenizer: Tokenizer) -> list[int]:
-        # Encoded separately: a piece such as ':"' would span both, and the ids of the prompt, after
-        # which the answer was generated, would change.
-        after = _encode_without_space(answer, tokenizer)
-        return [*self.encode_prompt(prompt, tokenizer), *after, tokenizer.eos_id]
-
-
-def _encode_without_space(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Return the ids of a text without the space that SentencePiece adds, where possible."""
-    texts = ("\n", "\n" + text, text)
-    line, both, alone = (tokenizer.encode(part, bos=False, eos=False) for part in texts)
-    return both[len(line) :] if both[: len(line)] == line else alone
-
-
-def alpaca_prompt(instruction: str, input: str = "") -> str:
-    """Return the text that Alpaca's response follows directly; without an input if it is empty."""
-    paired = ", paired with an input that provides further context" if input else ""
-    context = f"### Input:\n{input}\n\n" if input else ""
-    return (
-        f"Below is an instruction that describes a task{paired}. Write a response that"
-        f" appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n{context}"
-        "### Response:"
-    )
-
-
-NO_TEMPLATE = "none"  # recorded in a checkpoint of a model without a chat format
-TEMPLATES: dict[str, Template] = {each.name: each for each in (Llama2Template(), AlpacaTemplate())}
-
-
-def find_template(name: str) -> Template:
-    """Return the template of a name; `UsageError` with the nearest name if there is none."""
-    expected = f"expected one of {', '.join(TEMPLATES)}"
-    if not isinstance(name, str):
-        raise UsageError(f"template={name!r} is not text; {expected}")
-    if name not in TEMPLATES:
-        hint = did_you_mean(name, TEMPLATES)
-        raise UsageError(f"template={name!r} is unknown; {expected}{hint}")
-    return TEMPLATES[name]
-
-
-def resolve_template(name: str) -> Template:
-    """Return the template that a user or a checkpoint names, by default ("") Llama 2's.
-
-    Raises:
-      UserError: for "none", the template of a model that was trained on no chat format.
-    """
-    if name == NO_TEMPLATE:
-        raise UserError(
-            "the checkpoint's model was trained on no chat format; choose a template, one of"
-            f" {', '.join(TEMPLATES)}, or complete texts instead"
-        )
-    return find_template(name or Llama2Template.name)
 
 
 # ---- dialogues longer than the context ----
@@ -289,13 +172,14 @@ def fit(
         return Fitted(ids, 0, "")
     size = f"the dialogue has {len(ids)} tokens, but the context has room for {room}"
     has_system = messages[0].role == "system"
-    exchanges = (len(messages) - has_system) // 2
+    questions = [place for place, message in enumerate(messages) if message.role == "user"]
+    exchanges = len(questions) - 1
     if not truncate:
         advice = ", or set truncate to leave out its oldest exchanges" if exchanges else ""
         raise UserError(f"{size}; shorten it{advice}")
 
     def encode_without(oldest: int) -> list[int]:
-        kept = [*messages[:has_system], *messages[has_system + 2 * oldest :]]
+        kept = [*messages[:has_system], *messages[questions[oldest] :]]
         return template.encode(kept, tokenizer)
 
     if (least := len(encode_without(exchanges))) > room:

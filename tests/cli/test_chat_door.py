@@ -12,7 +12,8 @@ import pytest
 from tiny_weights import tiny_weights
 
 from llama_jax.formats import checkpoint as checkpoint_folder
-from llama_jax.text.chat import Message, resolve_template
+from llama_jax.text.chat import Message
+from llama_jax.text.chat_formats import resolve_template
 from llama_jax.text.tokenizer import load_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]

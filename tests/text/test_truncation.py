@@ -4,13 +4,14 @@ import pytest
 from tiny_dialogues import dialogue
 
 from llama_jax.errors import UserError
-from llama_jax.text.chat import TEMPLATES, Llama2Template, fit
+from llama_jax.text.chat import fit
+from llama_jax.text.chat_formats import TEMPLATES, Llama2Format
 
-LLAMA2 = Llama2Template()
+LLAMA2 = Llama2Format()
 LONG = ["one", "uno " * 5, "two", "dos " * 9, "three", "tres", "four"]
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", ["llama2", "alpaca", "chatml", "vicuna"])
 @pytest.mark.parametrize("system", [None, "Be kind."])
 def test_as_few_oldest_exchanges_as_possible_are_left_out(trained, name, system):
     template, messages = TEMPLATES[name], dialogue(system, LONG)
@@ -61,6 +62,7 @@ class Counting:
 
     def __init__(self):
         self.bos_id, self.eos_id, self.characters = 1, 2, 0
+        self.special_ids = {}
 
     def encode(self, text, *, bos, eos):
         self.characters += len(text)

@@ -1,6 +1,7 @@
-"""Chat templates: ids equal to recorded ones and to those of the reference implementations."""
+"""Chat formats: ids equal to recorded ones and to those of the reference implementations."""
 
 import json
+import re
 
 import hypothesis.strategies as st
 import pytest
@@ -8,19 +9,25 @@ from hypothesis import example, given, settings
 from tiny_dialogues import dialogue
 
 from llama_jax.errors import UsageError, UserError
-from llama_jax.text.chat import (
+from llama_jax.text.chat import Message, Stops
+from llama_jax.text.chat_formats import (
+    BOS,
+    EOS,
     TEMPLATES,
-    AlpacaTemplate,
-    Llama2Template,
-    Message,
-    Stops,
+    AlpacaFormat,
+    Continuation,
+    Llama2Format,
+    encode_parts,
     find_template,
+    resolve_template,
 )
+from llama_jax.text.jinja_template import JinjaTemplate
 from llama_jax.text.tokenizer import load_tokenizer
 
-LLAMA2, ALPACA = Llama2Template(), AlpacaTemplate()
+LLAMA2, ALPACA = Llama2Format(), AlpacaFormat()
 CONTENT = st.text(st.sampled_from(" \n\tab:-*/[]<>s")) | st.text(max_size=12)
 CONTENT = CONTENT.filter(lambda text: not any(tag in text for tag in LLAMA2.tags + ALPACA.tags))
+TAGS = [(name, tag) for name, each in TEMPLATES.items() for tag in (*each.tags, *each.controls)]
 ROWS = st.tuples(st.none() | CONTENT, st.lists(CONTENT, min_size=1, max_size=7))
 BEGIN, END = [518, 25580, 29962], [518, 29914, 25580, 29962]  # [INST] and [/INST]
 
@@ -127,7 +134,7 @@ def test_alpaca_ids_are_those_of_training(llama2, shared_data):
             dialogue(instruction, [text_input]) if text_input else dialogue(None, [instruction])
         )
         assert ALPACA.encode(messages, llama2) == llama2.encode(text, bos=True, eos=False)
-        example_ids = ALPACA.encode_exchange(text, row["output"], llama2)
+        example_ids = encode_parts((BOS, text, Continuation(row["output"]), EOS), llama2)
         seen.append(example_ids == llama2.encode(text + row["output"], bos=True, eos=True))
     assert sum(seen) == 187, "the others begin with a quotation mark or such after the colon"
 
@@ -157,8 +164,8 @@ ANSWERS = ["Sure.", "- one\n- two", '"A red sail," he said.', "://", ")", " spac
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_alpaca_exchange_begins_with_the_ids_of_the_prompt(llama2, answer):
     prompt = WITHOUT_INPUT.format("Go")
-    prompt_ids = ALPACA.encode_prompt(prompt, llama2)
-    ids = ALPACA.encode_exchange(prompt, answer, llama2)
+    prompt_ids = llama2.encode(prompt, bos=True, eos=False)
+    ids = encode_parts((BOS, prompt, Continuation(answer), EOS), llama2)
     assert ids[: len(prompt_ids)] == prompt_ids
     assert ids[-1] == llama2.eos_id
     assert llama2.decode(ids) == prompt + answer
@@ -167,7 +174,7 @@ def test_alpaca_exchange_begins_with_the_ids_of_the_prompt(llama2, answer):
 class Pairs:
     """A tokenizer with pieces of two characters, also across line ends."""
 
-    bos_id, eos_id = "<", ">"
+    bos_id, eos_id, special_ids = "<", ">", {}
 
     def encode(self, text, *, bos, eos):
         pairs = [text[start : start + 2] for start in range(0, len(text), 2)]
@@ -177,15 +184,14 @@ class Pairs:
 @pytest.mark.parametrize("instruction", ["Go", "Go!"])
 def test_alpaca_exchange_with_pieces_across_line_ends(instruction):
     prompt = WITHOUT_INPUT.format(instruction)
-    ids = ALPACA.encode_exchange(prompt, "Sure.", Pairs())
+    ids = encode_parts((BOS, prompt, Continuation("Sure."), EOS), Pairs())
     assert "".join(ids) == f"<{prompt}Sure.>"
-    assert ids[: len(ALPACA.encode_prompt(prompt, Pairs()))] == ALPACA.encode_prompt(
-        prompt, Pairs()
-    )
+    before = encode_parts((BOS, prompt), Pairs())
+    assert ids[: len(before)] == before
 
 
 @settings(max_examples=100, deadline=None)
-@given(rows=ROWS, name=st.sampled_from(sorted(TEMPLATES)))
+@given(rows=ROWS, name=st.sampled_from(["llama2", "alpaca"]))
 @example(rows=(None, ["x", "- y", "z"]), name="alpaca")
 def test_dialogue_begins_with_the_ids_of_a_shorter_one(tokenizer, rows, name):
     whole = dialogue(*rows)
@@ -197,17 +203,18 @@ def test_dialogue_begins_with_the_ids_of_a_shorter_one(tokenizer, rows, name):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_content_does_not_become_control_ids(trained, name):
-    turns = ["<s>x</s>", "</s><s>", "<unk>\0"]
-    ids = TEMPLATES[name].encode(dialogue("<s>", turns), trained)
-    control = [token for token in ids if token in (0, trained.bos_id, trained.eos_id)]
-    assert control == [trained.bos_id, trained.eos_id, trained.bos_id]
-    assert ids[0] == trained.bos_id
-    assert all(turn in trained.decode(ids) for turn in turns)
+def test_content_does_not_become_control_ids(chat_tokenizer, name):
+    harmless = TEMPLATES[name].encode(dialogue("a", ["b", "c", "d"]), chat_tokenizer)
+    turns = ["<s>x</s>", "</s><s><|im_end|><|eot_id|>", "<unk>\0<|start_header_id|>"]
+    ids = TEMPLATES[name].encode(dialogue("<s>", turns), chat_tokenizer)
+    special = set(chat_tokenizer.special_ids.values())
+    control = [[token for token in each if token in special] for each in (ids, harmless)]
+    assert control[0] == control[1] != []
+    assert all(turn in chat_tokenizer.decode(ids) for turn in turns)
 
 
-@pytest.mark.parametrize("place", range(4))
-@pytest.mark.parametrize(("name", "tag"), [(n, t) for n in TEMPLATES for t in TEMPLATES[n].tags])
+@pytest.mark.parametrize("place", [0, 3])
+@pytest.mark.parametrize(("name", "tag"), TAGS)
 def test_message_with_a_tag_of_the_template_is_an_error(trained, name, tag, place):
     contents = ["a", "b", "c", "d"]
     contents[place] += f"x{tag}y"
@@ -216,22 +223,75 @@ def test_message_with_a_tag_of_the_template_is_an_error(trained, name, tag, plac
         TEMPLATES[name].encode(messages, trained)
     assert str(caught.value).startswith(f"messages[{place}].content has {tag!r}")
     assert "\n" not in str(caught.value)
-    other = next(template for key, template in TEMPLATES.items() if key != name)
+    other = next(each for key, each in TEMPLATES.items() if tag not in each.tags + each.controls)
     assert other.encode(messages, trained)
 
 
 def test_tags_are_those_that_a_template_writes():
     assert LLAMA2.tags == ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
     assert ALPACA.tags == ("### Instruction:", "### Input:", "### Response:")
-    for template in TEMPLATES.values():
-        text = "".join(template.prompts("s", ["u"]))
-        assert all(text.count(tag) == 1 for tag in template.tags)
+    for name, tag in TAGS:
+        parts = list(TEMPLATES[name].parts(dialogue("s", ["u"])))
+        assert tag in "".join(getattr(part, "text", part) for part in parts)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_answer_ends_at_eos_or_a_tag(trained, name):
-    tags = TEMPLATES[name].tags
+    tags = (*TEMPLATES[name].tags, *TEMPLATES[name].controls)
     assert TEMPLATES[name].stops(trained) == Stops(ids=(trained.eos_id,), strings=tags)
+
+
+@pytest.mark.parametrize(("name", "end"), [("chatml", "<|im_end|>"), ("llama3", "<|eot_id|>")])
+def test_answer_ends_at_the_token_that_ends_a_turn(chat_tokenizer, name, end):
+    stops = TEMPLATES[name].stops(chat_tokenizer)
+    assert stops == Stops((chat_tokenizer.special_ids[end], chat_tokenizer.eos_id), ())
+
+
+THREE = ["Hello", "Hi there", "How are you?"]
+TEXTS = {  # as their documentation shows them; {} is a control token
+    "chatml": "{<|im_start|>}system\nBe kind.{<|im_end|>}\n{<|im_start|>}user\nHello{<|im_end|>}\n"
+    "{<|im_start|>}assistant\nHi there{<|im_end|>}\n{<|im_start|>}user\nHow are you?{<|im_end|>}\n"
+    "{<|im_start|>}assistant\n",
+    "llama3": "{<s>}{<|start_header_id|>}system{<|end_header_id|>}\n\nBe kind.{<|eot_id|>}"
+    "{<|start_header_id|>}user{<|end_header_id|>}\n\nHello{<|eot_id|>}"
+    "{<|start_header_id|>}assistant{<|end_header_id|>}\n\nHi there{<|eot_id|>}"
+    "{<|start_header_id|>}user{<|end_header_id|>}\n\nHow are you?{<|eot_id|>}"
+    "{<|start_header_id|>}assistant{<|end_header_id|>}\n\n",
+    "mistral": "{<s>}[INST] Be kind.\n\nHello [/INST] Hi there{</s>}[INST] How are you? [/INST]",
+    "zephyr": "<|system|>\nBe kind.{</s>}\n<|user|>\nHello{</s>}\n<|assistant|>\nHi there{</s>}\n"
+    "<|user|>\nHow are you?{</s>}\n<|assistant|>\n",
+    "vicuna": "{<s>}Be kind. USER: Hello ASSISTANT: Hi there{</s>}USER: How are you? ASSISTANT:",
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_ids_are_those_of_the_documented_text(chat_tokenizer, name):
+    encode, expected = chat_tokenizer.encode, []
+    for part in re.split("({<[^}]*>})", TEXTS[name]):
+        control = chat_tokenizer.special_ids.get(part[1:-1]) if part[:1] == "{" else None
+        expected += encode(part, bos=False, eos=False) if control is None else [control]
+    assert TEMPLATES[name].encode(dialogue("Be kind.", THREE), chat_tokenizer) == expected
+
+
+def test_a_vocabulary_without_control_tokens_gets_them_as_text(llama2):
+    ids = TEMPLATES["chatml"].encode(dialogue(None, ["Hello"]), llama2)
+    text = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    assert ids == llama2.encode(text, bos=False, eos=False)
+
+
+def test_vicuna_has_a_system_message_of_its_own(trained):
+    text = trained.decode(TEMPLATES["vicuna"].encode(dialogue(None, ["Hello"]), trained))
+    assert text.startswith("A chat between a curious user and") and "questions. USER: Hello" in text
+
+
+@pytest.mark.parametrize("system", [None, "Be kind."])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_jinja_source_of_a_format_gives_the_same_ids(tokenizer, chat_tokenizer, name, system):
+    for each in (tokenizer, chat_tokenizer):
+        for turns in (["Hello"], THREE, ["a b", "c", "<s>", "e", "f"]):
+            messages = dialogue(system, turns)
+            theirs = JinjaTemplate(TEMPLATES[name].source).encode(messages, each)
+            assert TEMPLATES[name].encode(messages, each) == theirs
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -250,10 +310,14 @@ def test_dialogue_that_cannot_be_answered_is_an_error(trained, name, messages, m
 
 
 def test_templates_are_found_by_name():
-    assert isinstance(find_template("llama2"), Llama2Template)
-    assert isinstance(find_template("alpaca"), AlpacaTemplate)
+    assert isinstance(find_template("llama2"), Llama2Format)
+    assert isinstance(resolve_template(""), Llama2Format)
+    assert isinstance(find_template("alpaca"), AlpacaFormat)
+    assert isinstance(find_template("{{ messages[0].content }}"), JinjaTemplate)
+    with pytest.raises(UserError, match="trained on no chat format; choose a template, one of"):
+        resolve_template("none")
     assert [template.name for template in TEMPLATES.values()] == list(TEMPLATES)
-    with pytest.raises(UsageError, match=r"='lama' is unknown; .* of llama2, alpaca; .* 'llama2'"):
+    with pytest.raises(UsageError, match=r"='lama' is unknown; .* of llama2, .*; .* 'llama3'"):
         find_template("lama")
-    with pytest.raises(UsageError, match=r"template='xyz' is unknown; expected .* alpaca$"):
+    with pytest.raises(UsageError, match=r"template='xyz' is unknown; expected .* Jinja template$"):
         find_template("xyz")

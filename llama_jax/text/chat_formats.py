@@ -1,0 +1,350 @@
+"""The chat formats known by name, encoded id for id as their authors do.
+
+Llama 2's gives the ids of Meta's reference implementation, Alpaca's those of its training code;
+the others give those of `apply_chat_template` of transformers for their published templates.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+
+from llama_jax.errors import UsageError, UserError, did_you_mean
+from llama_jax.text.chat import Message, Stops, Template, split_dialogue
+from llama_jax.text.jinja_template import jinja_template
+from llama_jax.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """A control token of a format; plain text for a vocabulary without such a token."""
+
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """Text encoded separately from the text before it, as the model generated it after a prompt."""
+
+    text: str
+
+
+BOS, EOS = Control("<bos>"), Control("<eos>")  # whatever their text is in a vocabulary
+Part = str | Control | Continuation
+
+
+class NamedFormat(Template):
+    """A format that writes a dialogue as text and control tokens.
+
+    Content with a tag of the format, which is not a control token, is refused. An answer ends at
+    such a tag too, so that every answer can be sent back in the next prompt.
+    """
+
+    tags: tuple[str, ...] = ()  # plain text
+    controls: tuple[str, ...] = ()  # tags if the vocabulary has no such tokens
+    end = ""  # the control token after an answer, if not EOS
+
+    @abc.abstractmethod
+    def parts(self, messages: Sequence[Message]) -> Iterator[Part]:
+        """Yield what the ids of a dialogue are made of; its roles are in order."""
+
+    def encode(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+        """Return the ids of a prompt, which begin with those for any earlier user message.
+
+        Raises:
+          UserError: for roles out of order, and for content with a tag of the format.
+        """
+        for index, message in enumerate(messages):
+            for tag in self._plain_tags(tokenizer):
+                if tag in message.content:
+                    raise UserError(
+                        f"messages[{index}].content has {tag!r}, which the {self.name} template"
+                        " uses to mark who speaks; remove it or spell it differently"
+                    )
+        split_dialogue(messages)
+        return encode_parts(self.parts(messages), tokenizer)
+
+    def stops(self, tokenizer: Tokenizer) -> Stops:
+        ids = (tokenizer.special_ids.get(self.end, -1), tokenizer.eos_id)
+        return Stops(tuple(token for token in ids if token >= 0), self._plain_tags(tokenizer))
+
+    def _plain_tags(self, tokenizer: Tokenizer) -> tuple[str, ...]:
+        return *self.tags, *(each for each in self.controls if each not in tokenizer.special_ids)
+
+
+def encode_parts(parts: Iterable[Part], tokenizer: Tokenizer) -> list[int]:
+    """Return the ids of parts; texts that follow each other directly are encoded as one."""
+    ids, text = list[int](), ""
+
+    def encoded() -> list[int]:
+        return tokenizer.encode(text, bos=False, eos=False) if text else []
+
+    for part in parts:
+        if isinstance(part, str):
+            text += part
+        elif isinstance(part, Continuation):
+            ids += encoded() + _encode_without_space(part.text, tokenizer)
+            text = ""
+        elif part in (BOS, EOS) or part.text in tokenizer.special_ids:
+            own = {BOS: tokenizer.bos_id, EOS: tokenizer.eos_id}
+            token = own[part] if part in own else tokenizer.special_ids[part.text]
+            ids += encoded() + [token] * (token != -1)
+            text = ""
+        else:
+            text += part.text
+    return ids + encoded()
+
+
+def _encode_without_space(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Return the ids of a text without the space that SentencePiece adds, where possible."""
+    texts = ("\n", "\n" + text, text)
+    line, both, alone = (tokenizer.encode(part, bos=False, eos=False) for part in texts)
+    return both[len(line) :] if both[: len(line)] == line else alone
+
+
+# ---- Jinja templates that write the same ----
+
+ORDER = "the roles must alternate user/assistant/user/assistant, after an optional system message"
+MESSAGES = (  # each as `message`, after the variable `system`
+    "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
+    "{% set turns = messages[1:] %}{% else %}{% set turns = messages %}{% endif %}"
+    "{% for message in turns %}{% set content = message['content'] %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('" + ORDER + "') }}{% endif %}"
+)
+
+
+def _source(user: str, assistant: str, before: str = "", after: str = "") -> str:
+    """Return a template of what precedes and follows a dialogue, and each of its messages is."""
+    either = f"{{% if message['role'] == 'user' %}}{user}{{% else %}}{assistant}{{% endif %}}"
+    return f"{before}{MESSAGES}{either}{{% endfor %}}{after}"
+
+
+def _each_role(message: str, before: str, after: str) -> str:
+    """Return a template in which a message is the same whoever wrote it."""
+    prompt = f"{{% if add_generation_prompt %}}{after}{{% endif %}}"
+    return f"{before}{{% for message in messages %}}{message}{{% endfor %}}{prompt}"
+
+
+# ---- formats ----
+
+
+class Llama2Format(NamedFormat):
+    """The format of Llama-2-chat: each exchange between BOS and EOS, the tags as plain text.
+
+    As in Meta's reference, a system message (even an empty one) is a part of the first exchange,
+    and whitespace around the messages of user and assistant is dropped.
+    """
+
+    name = "llama2"
+    tags = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+    source = _source(
+        "{% if loop.first and system is defined %}"
+        "{% set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + content %}{% endif %}"
+        "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}",
+        "{{ ' ' + content.strip() + ' ' + eos_token }}",
+    )
+
+    def parts(self, messages: Sequence[Message]) -> Iterator[Part]:
+        system, users, answers = split_dialogue(messages)
+        if system is not None:
+            users[0] = f"<<SYS>>\n{system}\n<</SYS>>\n\n{users[0]}"
+        prompts = [f"[INST] {user.strip()} [/INST]" for user in users]
+        for prompt, answer in zip(prompts, answers):
+            yield from (BOS, f"{prompt} {answer.strip()} ", EOS)
+        yield from (BOS, prompts[-1])
+
+
+class AlpacaFormat(NamedFormat):
+    """The format of Stanford Alpaca: an instruction, an optional input, and a response.
+
+    A user message is an instruction. With a system message that is not empty, that is the
+    instruction and the user message its input. The format has no dialogues: earlier exchanges
+    precede the last as complete examples, each between BOS and EOS, as in training.
+    """
+
+    name = "alpaca"
+    tags = ("### Instruction:", "### Input:", "### Response:")
+
+    def parts(self, messages: Sequence[Message]) -> Iterator[Part]:
+        system, users, answers = split_dialogue(messages)
+        prompts = [alpaca_prompt(system, each) if system else alpaca_prompt(each) for each in users]
+        for prompt, answer in zip(prompts, answers):
+            # Encoded separately: a piece such as ':"' would span both, and the ids of the prompt,
+            # after which the answer was generated, would change.
+            yield from (BOS, prompt, Continuation(answer), EOS)
+        yield from (BOS, prompts[-1])
+
+
+def alpaca_prompt(instruction: str, input: str = "") -> str:
+    """Return the text that Alpaca's response follows directly; without an input if it is empty."""
+    paired = ", paired with an input that provides further context" if input else ""
+    context = f"### Input:\n{input}\n\n" if input else ""
+    return (
+        f"Below is an instruction that describes a task{paired}. Write a response that"
+        f" appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n{context}"
+        "### Response:"
+    )
+
+
+def _alpaca_source() -> str:
+    alone = repr(alpaca_prompt("{}")).replace("{}", "' + content + '")
+    paired = repr(alpaca_prompt("{}", "[]")).replace("{}", "' + system + '")
+    paired = paired.replace("[]", "' + content + '")
+    user = f"{{% if system %}}{{{{ {paired} }}}}{{% else %}}{{{{ {alone} }}}}{{% endif %}}"
+    return _source("{{ bos_token }}" + user, "{{ content + eos_token }}")
+
+
+AlpacaFormat.source = _alpaca_source()
+
+
+class ChatMLFormat(NamedFormat):
+    """ChatML of OpenAI, which many models use: each message between two control tokens."""
+
+    name = "chatml"
+    controls = ("<|im_start|>", "<|im_end|>")
+    end = "<|im_end|>"
+    source = _each_role(
+        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}",
+        "",
+        "{{ '<|im_start|>assistant\\n' }}",
+    )
+
+    def parts(self, messages: Sequence[Message]) -> Iterator[Part]:
+        start, end = map(Control, self.controls)
+        for each in messages:
+            yield from (start, f"{each.role}\n{each.content}", end, "\n")
+        yield from (start, "assistant\n")
+
+
+class Llama3Format(NamedFormat):
+    """The format of Llama 3 Instruct: control tokens around the role and after the message."""
+
+    name = "llama3"
+    controls = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    end = "<|eot_id|>"
+    source = _each_role(
+        "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'"
+        " + message['content'] | trim + '<|eot_id|>' }}",
+        "{{ bos_token }}",
+        "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}",
+    )
+
+    def parts(self, messages: Sequence[Message]) -> Iterator[Part]:
+        start, header_end, end = map(Control, self.controls)
+        yield BOS
+        for each in messages:
+            yield from (start, each.role, header_end, f"\n\n{each.content.strip()}", end)
+        yield from (start, "assistant", header_end, "\n\n")
+
+
+class MistralFormat(NamedFormat):
+    """The format of Mistral 7B Instruct: BOS once, EOS after each answer.
+
+    A system message precedes the first user message, two line ends between them.
+    """
+
+    name = "mistral"
+    controls = ("[INST]", "[/INST]")
+    source = _source(
+        "{% if loop.first and system is defined %}"
+        "{% set content = system + '\\n\\n' + content %}{% endif %}"
+        "{{ '[INST] ' + content + ' [/INST]' }}",
+        "{{ ' ' + content + eos_token }}",
+        "{{ bos_token }}",
+    )
+
+    def parts(self, messages: Sequence[Message]) -> Iterator[Part]:
+        system, users, answers = split_dialogue(messages)
+        if system is not None:
+            users[0] = f"{system}\n\n{users[0]}"
+        start, end = map(Control, self.controls)
+        yield BOS
+        for user, answer in zip(users, answers):
+            yield from (start, f" {user} ", end, f" {answer}", EOS)
+        yield from (start, f" {users[-1]} ", end)
+
+
+class ZephyrFormat(NamedFormat):
+    """The format of Zephyr and TinyLlama Chat: the role as plain text, EOS after each message."""
+
+    name = "zephyr"
+    controls = ("<|system|>", "<|user|>", "<|assistant|>")
+    source = _each_role(
+        "{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}",
+        "",
+        "{{ '<|assistant|>\\n' }}",
+    )
+
+    def parts(self, messages: Sequence[Message]) -> Iterator[Part]:
+        for each in messages:
+            yield from (Control(f"<|{each.role}|>"), f"\n{each.content}", EOS, "\n")
+        yield from (Control("<|assistant|>"), "\n")
+
+
+class VicunaFormat(NamedFormat):
+    """The format of Vicuna 1.1 and later, as FastChat writes it: plain text, EOS after answers."""
+
+    name = "vicuna"
+    tags = ("USER:", "ASSISTANT:")
+    SYSTEM = (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant"
+        " gives helpful, detailed, and polite answers to the user's questions."
+    )
+    source = _source(
+        "{% if loop.first %}{{ (system if system is defined else default) + ' ' }}{% endif %}"
+        "{{ 'USER: ' + content + ' ASSISTANT:' }}",
+        "{{ ' ' + content + eos_token }}",
+        f'{{{{ bos_token }}}}{{% set default = "{SYSTEM}" %}}',
+    )
+
+    def parts(self, messages: Sequence[Message]) -> Iterator[Part]:
+        system, users, answers = split_dialogue(messages)
+        yield from (BOS, f"{self.SYSTEM if system is None else system} ")
+        for user, answer in zip(users, answers):
+            yield from (f"USER: {user} ASSISTANT: {answer}", EOS)
+        yield f"USER: {users[-1]} ASSISTANT:"
+
+
+NO_TEMPLATE = "none"  # recorded in a checkpoint of a model without a chat format
+FORMATS: tuple[NamedFormat, ...] = (
+    Llama2Format(),
+    AlpacaFormat(),
+    ChatMLFormat(),
+    Llama3Format(),
+    MistralFormat(),
+    ZephyrFormat(),
+    VicunaFormat(),
+)
+TEMPLATES = {each.name: each for each in FORMATS}
+
+
+def find_template(name: str) -> Template:
+    """Return the template of a name, or of a Jinja source.
+
+    Raises:
+      UsageError: with the nearest name if there is none.
+      UserError: for a Jinja template that does not parse.
+    """
+    expected = f"expected one of {', '.join(TEMPLATES)}, or a Jinja template"
+    if not isinstance(name, str):
+        raise UsageError(f"template={name!r} is not text; {expected}")
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    if "{{" in name or "{%" in name:
+        return jinja_template(name)
+    raise UsageError(f"template={name!r:.60} is unknown; {expected}{did_you_mean(name, TEMPLATES)}")
+
+
+def resolve_template(name: str) -> Template:
+    """Return the template that a user or a checkpoint names, by default ("") Llama 2's.
+
+    Raises:
+      UserError: for "none", the template of a model that was trained on no chat format; and as
+        `find_template` does.
+    """
+    if name == NO_TEMPLATE:
+        raise UserError(
+            "the checkpoint's model was trained on no chat format; choose a template, one of"
+            f" {', '.join(TEMPLATES)}, or complete texts instead"
+        )
+    return find_template(name or Llama2Format.name)

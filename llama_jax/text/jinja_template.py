@@ -1,0 +1,305 @@
+"""Jinja chat templates, as checkpoints from Hugging Face bring them, rendered in a sandbox.
+
+A template is a program of a stranger. Jinja's sandbox keeps it from everything but its variables;
+the limits here keep it from running for ever and from filling the memory.
+"""
+
+import contextlib
+import datetime
+import functools
+import json
+import math
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.visitor import NodeTransformer
+
+from llama_jax.errors import UserError, first_line
+from llama_jax.text.chat import Message, Stops, Template
+from llama_jax.text.tokenizer import Tokenizer
+
+MAX_SOURCE = 2**18  # characters; Llama 3.1's with its tools has 3,800
+MAX_TEXT = 2**22  # characters or items of any value
+MAX_NUMBER = 10**6  # of an argument, such as the width of a column
+MAX_WORK = 2**30  # product of the sizes that a function combines
+SECONDS = 10.0  # for one dialogue; usual templates take a few milliseconds
+NONCHARACTERS = range(0xFDD0, 0xFDF0)  # never part of a text, says Unicode
+WIDE_FIELD = re.compile(r"[0-9]{7,}")  # in a format string
+PROBE = "Hello"
+
+
+class JinjaTemplate(Template):
+    """A chat template in Jinja, with the variables and functions that transformers provides.
+
+    Its text becomes the ids that `apply_chat_template` of transformers returns: control tokens
+    where the template writes them, and everything between them encoded separately. A control token
+    in the content of a message stays plain text.
+    """
+
+    name = "jinja"
+
+    def __init__(self, source: str, seconds: float = SECONDS) -> None:
+        """Compile a template; `seconds` limits the time of each rendering.
+
+        Raises:
+          UserError: if it is not a template.
+        """
+        self.source = source
+        self._environment = _Environment(seconds)
+        if len(source) > MAX_SOURCE:
+            raise UserError(
+                f"the chat template has {len(source):,} characters; expected at most {MAX_SOURCE:,}"
+            )
+        try:
+            self._template = self._environment.compile_template(source)
+        except jinja2.TemplateSyntaxError as error:
+            line = f"line {error.lineno}: {first_line(error)}"
+            raise UserError(f"the chat template does not parse: {line}") from error
+        except (jinja2.TemplateError, RecursionError, SyntaxError, ValueError) as error:
+            raise UserError(f"the chat template does not compile: {first_line(error)}") from error
+
+    def encode(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+        if not messages or messages[-1].role != "user":
+            found = "no message" if not messages else f"a last message of {messages[-1].role}'s"
+            raise UserError(f"the dialogue has {found}; expected a user message at its end")
+        controls = [text for text in tokenizer.special_ids if len(text) > 1]
+        mark = _unused_character("".join(message.content for message in messages))
+        shielded = messages
+        if controls:
+            # A mark after the first character keeps a control token of the content apart from those
+            # that the template writes.
+            starts = re.compile(f"(?=(?:{_either(controls)})).", re.DOTALL)
+            shielded = [
+                Message(each.role, starts.sub(lambda found: found[0] + mark, each.content))
+                for each in messages
+            ]
+        text = self.render(shielded, tokenizer)
+        ids: list[int] = []
+        for part in re.split(f"({_either(controls)})", text) if controls else [text]:
+            if part in tokenizer.special_ids:
+                ids.append(tokenizer.special_ids[part])
+            elif part:
+                ids += tokenizer.encode(part.replace(mark, ""), bos=False, eos=False)
+        return ids
+
+    def stops(self, tokenizer: Tokenizer) -> Stops:
+        """Return EOS, and the control token that the template writes after an answer."""
+        ids = [tokenizer.eos_id] if tokenizer.eos_id >= 0 else []
+        with contextlib.suppress(UserError):
+            answered = [Message("user", "x"), Message("assistant", PROBE)]
+            text = self.render(answered, tokenizer, answers=False).rpartition(PROBE)[2].lstrip()
+            ids += [token for end, token in tokenizer.special_ids.items() if text.startswith(end)]
+        return Stops(ids=tuple(dict.fromkeys(ids)), strings=())
+
+    def render(
+        self, messages: Sequence[Message], tokenizer: Tokenizer, answers: bool = True
+    ) -> str:
+        """Return the text of a dialogue, up to where the assistant answers if `answers`.
+
+        Raises:
+          UserError: with the template's own words if it refuses the dialogue; if it fails, does
+            something that the sandbox forbids, or takes too long.
+        """
+        names = {token: text for text, token in tokenizer.special_ids.items()}
+        variables = {
+            "messages": [{"role": each.role, "content": each.content} for each in messages],
+            "bos_token": names.get(tokenizer.bos_id, ""),
+            "eos_token": names.get(tokenizer.eos_id, ""),
+            "add_generation_prompt": answers,
+            "tools": None,
+            "documents": None,
+        }
+        return self._environment.render_bounded(self._template, variables)
+
+
+@functools.lru_cache(maxsize=8)
+def jinja_template(source: str) -> JinjaTemplate:
+    """Return the template with this source; the last few are kept compiled."""
+    return JinjaTemplate(source)
+
+
+def _either(texts: Iterable[str]) -> str:
+    """Return a regular expression of any of the texts, the longest that fits."""
+    return "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
+
+
+def _unused_character(text: str) -> str:
+    for number in NONCHARACTERS:
+        if chr(number) not in text:
+            return chr(number)
+    raise UserError("the messages have all characters U+FDD0 to U+FDEF; remove them")
+
+
+# ---- the sandbox ----
+
+
+class _Refused(jinja2.TemplateError):
+    """A template called `raise_exception`."""
+
+
+class _TooMuch(jinja2.TemplateError):
+    """A template exceeds a limit."""
+
+
+class _Generation(Extension):
+    """The block `{% generation %}`, with which transformers finds the assistant's tokens."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Limited(NodeTransformer):
+    """Routes loops and the operator ~ through filters that observe the limits."""
+
+    def visit_For(self, node: nodes.For) -> nodes.For:
+        self.generic_visit(node)
+        node.iter = _filtered(node.iter, "_counted")
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
+        self.generic_visit(node)
+        return _filtered(nodes.List(node.nodes, lineno=node.lineno), "join")
+
+
+def _filtered(node: Any, name: str) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox as transformers sets it up, with limits of time and size."""
+
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def __init__(self, seconds: float) -> None:
+        extensions = ("jinja2.ext.loopcontrols", _Generation)
+        # Without the optimizer, which would compute constants such as "a" * 10**9.
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=extensions, optimized=False
+        )
+        self._seconds, self._threads = seconds, threading.local()
+        self.globals |= {"raise_exception": _refuse, "strftime_now": _strftime_now}
+        self.globals |= {"namespace": _Namespace, "dict": _make_dict}
+        self.filters["tojson"] = _to_json
+        self.filters = {name: self._limited(each) for name, each in self.filters.items()}
+        self.filters["_counted"] = self._counted
+
+    def compile_template(self, source: str) -> jinja2.Template:
+        """Compile a source so that its loops and texts observe the limits."""
+        tree = _Limited().visit(self.parse(source))
+        code = self.compile(tree)
+        return jinja2.Template.from_code(self, code, self.make_globals(None))
+
+    def render_bounded(self, template: jinja2.Template, variables: Mapping[str, Any]) -> str:
+        """Return what a template renders; errors as for `JinjaTemplate.render`."""
+        self._threads.end = time.monotonic() + self._seconds
+        try:
+            return template.render(variables)
+        except _Refused as error:
+            raise UserError(f"the chat template refuses the dialogue: {error}") from error
+        except (_TooMuch, MemoryError, OverflowError, RecursionError) as error:
+            reason = first_line(error)
+            raise UserError(f"the chat template does too much work: {reason}") from error
+        except SecurityError as error:
+            reason = first_line(error)
+            raise UserError(f"the chat template does what is forbidden: {reason}") from error
+        except Exception as error:  # what a stranger's program may raise
+            raise UserError(f"the chat template fails: {first_line(error)}") from error
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        context, function, *others = args
+        self._check(getattr(function, "__self__", None), *others, *kwargs.values())
+        return self._bounded(super().call(context, function, *others, **kwargs))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        self._check()
+        if operator in ("*", "**"):
+            self._check(*(each for each in (left, right) if isinstance(each, int)))
+            sizes = [len(each) if isinstance(each, Sized) else each for each in (left, right)]
+            if sizes != [left, right] and math.prod(sizes) > MAX_TEXT:
+                raise _TooMuch(f"a text of {math.prod(sizes):,} characters")
+            if operator == "**" and abs(right) > 64:
+                raise _TooMuch(f"a power of {right:,}")
+        if operator == "%" and isinstance(left, str) and WIDE_FIELD.search(left):
+            raise _TooMuch("a field of millions of characters")
+        return self._bounded(super().call_binop(context, operator, left, right))
+
+    def wrap_str_format(self, value: Any) -> Any:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is not None and WIDE_FIELD.search(value.__self__):
+            raise _TooMuch("a field of millions of characters")
+        return wrapped
+
+    def concat(self, parts: Iterable[str]) -> str:  # type: ignore[override]
+        """Return what the parts of a template wrote."""
+        kept, size = [], 0
+        for part in parts:
+            kept.append(part)
+            size += len(part)
+            if size > MAX_TEXT:
+                raise _TooMuch(f"a text of more than {MAX_TEXT:,} characters")
+        return "".join(kept)
+
+    def _limited(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)  # also copies that it takes the environment, or a context
+        def limited(*args: Any, **kwargs: Any) -> Any:
+            values = [each for each in args if not hasattr(each, "environment") and each != self]
+            self._check(*values, *kwargs.values())
+            return self._bounded(function(*args, **kwargs))
+
+        return limited
+
+    def _counted(self, values: Iterable[Any]) -> Iterator[Any]:
+        for value in values:
+            self._check()
+            yield value
+
+    def _check(self, *values: Any) -> None:
+        """Refuse more work after the time, or on such values."""
+        if time.monotonic() > self._threads.end:
+            raise _TooMuch(f"it takes more than {self._seconds:g} seconds")
+        if math.prod(len(each) or 1 for each in values if isinstance(each, Sized)) > MAX_WORK:
+            raise _TooMuch("its texts are too long")
+        for value in values:
+            if isinstance(value, int) and abs(value) > MAX_NUMBER:
+                raise _TooMuch(f"a number of {value:,}")
+
+    def _bounded(self, value: Any) -> Any:
+        if isinstance(value, Sized) and len(value) > MAX_TEXT:
+            raise _TooMuch(f"a text of {len(value):,} characters")
+        return value
+
+
+def _refuse(message: str) -> None:
+    raise _Refused(str(message))
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """Variables that a template sets in a loop; not `__call__`, which Jinja would obey."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            raise SecurityError(f"a namespace has no name such as {name!r}")
+        super().__setitem__(name, value)
+
+
+def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    return dict(*args, **kwargs)
+
+
+def _to_json(value: Any, **options: Any) -> str:
+    """Return JSON without HTML escapes, which Jinja's own filter of this name makes."""
+    return json.dumps(value, **{"ensure_ascii": False} | options)
