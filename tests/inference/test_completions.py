@@ -102,5 +102,5 @@ def test_log_probabilities_are_cut_with_their_ids_and_get_text(tokenizer):
 
 
 def test_the_ids_that_end_a_text(tokenizer):
-    assert stop_ids(tokenizer, starts_with_bos=False) == (tokenizer.eos_id,)
-    assert set(stop_ids(tokenizer, starts_with_bos=True)) == {tokenizer.eos_id, tokenizer.bos_id}
+    assert stop_ids(tokenizer, bos=False) == (tokenizer.eos_id,)
+    assert set(stop_ids(tokenizer, bos=True)) == {tokenizer.eos_id, tokenizer.bos_id}
