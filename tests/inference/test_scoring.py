@@ -91,7 +91,7 @@ def test_filler_sequences_are_not_nan(parts):
 
 
 def test_no_texts_have_no_scores(parts):
-    model, encode = parts
+    model, _ = parts
     assert score_sequences(model, []) == []
     assert embed_sequences(model, [], True).shape == (0, 24)
 
