@@ -16,18 +16,25 @@ import numpy as np
 from llama_jax.checkpoints.load import load_for_inference, tensor_mesh
 from llama_jax.config import require
 from llama_jax.distributed.mesh import on_mesh
-from llama_jax.errors import UsageError
+from llama_jax.errors import UsageError, UserError
 from llama_jax.formats.named_models import find_named
-from llama_jax.inference.completions import Completion, add_text, collect, stop_ids
+from llama_jax.inference.completions import (
+    Completion,
+    add_text,
+    collect,
+    encode_prompt,
+    stop_ids,
+)
 from llama_jax.inference.engine import Engine
 from llama_jax.inference.request import Delta, Request, SamplingOptions, SamplingParams
-from llama_jax.inference.scoring import Score, embed_texts, score_texts
+from llama_jax.inference.scoring import Score, embed_sequences, score_sequences
 from llama_jax.text.chat import TruncationWarning, fit, parse_messages
-from llama_jax.text.chat_formats import find_template, resolve_template
+from llama_jax.text.chat_formats import TEMPLATES, find_template, resolve_template
 from llama_jax.text.tokenizer import Tokenizer
 
 Method = TypeVar("Method", bound=Callable[..., Any])
-Texts = list[str] | tuple[str, ...]
+Prompt = str | list[int]  # a text, or token ids in a list of prompts
+Prompts = list[str] | list[list[int]] | list[Prompt] | tuple[Prompt, ...]
 Stream = Generator[Delta, None, None]
 
 
@@ -63,8 +70,8 @@ class LLM:
           dtype: of parameters and arithmetic, "float32" or "bfloat16"; "" chooses by device.
           max_context: tokens of prompt and completion together; 0 is the model's context.
           cache_dtype: "int8" for a key/value cache of a fourth of float32's memory.
-          template: the chat format, "llama2" or "alpaca"; "" is the checkpoint's, or "llama2" for
-            a checkpoint without one.
+          template: the chat format, a name such as "chatml" or a Jinja template; "" is the
+            checkpoint's, or "llama2" for a checkpoint without one.
           tensor: number of devices that the matrices are sharded over.
 
         Raises:
@@ -83,7 +90,9 @@ class LLM:
         )
         self.tokenizer: Tokenizer = loaded.tokenizer
         self.engine = Engine(loaded.model, cache_dtype, mesh)
-        self._stop_ids = stop_ids(loaded.tokenizer, loaded.bos)
+        self.generation = loaded.generation  # sampling that the model's authors recommend
+        self._bos = loaded.bos and self.tokenizer.bos_id >= 0
+        self._stop_ids = stop_ids(self.tokenizer, self._bos, loaded.stop_ids)
         self._template = template or loaded.chat_template
         self._name = f"{str(checkpoint)!r}" + (f", quantize={quantize!r}" if quantize else "")
 
@@ -97,6 +106,22 @@ class LLM:
         """Tokens that prompt and completion may have together."""
         return self.engine.model.config.context_length
 
+    @property
+    def chat_format(self) -> str:
+        """What `chat` writes dialogues in: a name, "jinja" or "none"; "" if it is not known."""
+        return self._template if self._template in ("", "none", *TEMPLATES) else "jinja"
+
+    def sampling_params(self, **params: Unpack[SamplingOptions]) -> SamplingParams:
+        """Return parameters as `complete` takes them: what is not set is as the model recommends.
+
+        llama2.c's sampler (`rng="xorshift"`) has its own defaults.
+        """
+        is_set = {name for name, value in params.items() if value is not None}
+        recommended = {} if params.get("rng") == "xorshift" else self.generation
+        others = {name: value for name, value in recommended.items() if name not in is_set}
+        merged: dict[str, Any] = {**params, **others}
+        return SamplingParams.of(**merged)
+
     @overload
     def complete(
         self, prompt: str, *, echo: bool = ..., **params: Unpack[SamplingOptions]
@@ -104,7 +129,7 @@ class LLM:
 
     @overload
     def complete(
-        self, prompt: Texts, *, n: int = ..., echo: bool = ..., **params: Unpack[SamplingOptions]
+        self, prompt: Prompts, *, n: int = ..., echo: bool = ..., **params: Unpack[SamplingOptions]
     ) -> list[Completion]: ...
 
     @overload
@@ -115,7 +140,7 @@ class LLM:
     @overload
     def complete(
         self,
-        prompt: str | Texts,
+        prompt: str | Prompts,
         *,
         n: int = ...,
         echo: bool = ...,
@@ -126,7 +151,7 @@ class LLM:
     @_with_sampling_params
     def complete(
         self,
-        prompt: str | Texts,
+        prompt: str | Prompts,
         *,
         n: int = 1,
         echo: bool = False,
@@ -136,11 +161,14 @@ class LLM:
         """Generate what follows a prompt.
 
         Args:
-          prompt: a text, or several; "" starts from nothing.
+          prompt: a text, or several; in a list, token ids may take the place of a text, as in
+            [[1, 2, 3]]. BOS is put before texts only, if the model wants it. "" starts from
+            nothing.
           n: completions of each prompt; completion j has `seed` + j.
           echo: begin each text with its prompt.
           stream: yield deltas as they are made.
           params: such as `max_tokens` and `temperature`; `SamplingParams` describes them all.
+            `generation` has what the model recommends instead of its defaults.
 
         Returns:
           A `Completion`; for a list of prompts, or `n` > 1, a list of them, prompt by prompt. With
@@ -150,7 +178,7 @@ class LLM:
           UsageError: naming an argument and its range.
           UserError: when a prompt does not leave room in the context.
         """
-        request = self.request(prompt, SamplingParams.of(**params), n=n, echo=echo)
+        request = self.request(prompt, self.sampling_params(**params), n=n, echo=echo)
         deltas = self.generate(request)
         if stream:
             return deltas
@@ -211,7 +239,7 @@ class LLM:
         """
         require("n" not in params, "a chat has one answer; leave n out, or use complete")
         chosen = resolve_template(template or self._template)
-        sampling = SamplingParams.of(**params)
+        sampling = self.sampling_params(**params)
         room = self.context_length - min(sampling.max_tokens, self.context_length // 4)
         fitted = fit(parse_messages(messages), chosen, self.tokenizer, room, truncate)
         if fitted.statement:
@@ -220,7 +248,7 @@ class LLM:
         request = Request(
             prompts=[fitted.ids],
             params=[sampling],
-            stop_ids=(*stops.ids, *self._stop_ids),
+            stop_ids=(*stops.ids, *self._stop_ids, *self._control_ids(sampling.stop)),
             stop_strings=stops.strings,
             strip=True,  # a format's prompt ends before the space that precedes the answer
         )
@@ -231,21 +259,51 @@ class LLM:
 
     def request(
         self,
-        prompt: str | Texts,
+        prompt: str | Prompts,
         params: SamplingParams,
         *,
         n: int = 1,
         echo: bool = False,
     ) -> Request:
         """Return a call of `complete` as a request for `generate`."""
-        prompts = _texts("prompt", prompt)
+        ids = self._encode("prompt", prompt)
+        listed = [prompt] if isinstance(prompt, str) else prompt
+        texts = [each if isinstance(each, str) else self.tokenizer.decode(each) for each in listed]
         return Request.same_params(
-            [self.tokenizer.encode(text, bos=True, eos=False) for text in prompts],
+            ids,
             params,
             n=n,
-            echo=prompts if echo else (),
-            stop_ids=self._stop_ids,
+            echo=texts if echo else (),
+            stop_ids=(*self._stop_ids, *self._control_ids(params.stop)),
         )
+
+    def _control_ids(self, stops: Sequence[str]) -> list[int]:
+        """Return the control tokens among stop strings, which no text has."""
+        special = self.tokenizer.special_ids
+        return [special[stop] for stop in stops if stop in special]
+
+    def _encode(self, name: str, prompts: str | Prompts) -> list[list[int]]:
+        """Return the token ids of the prompts or texts of an argument.
+
+        Raises:
+          UsageError: if it is something else.
+          UserError: for token ids outside the vocabulary.
+        """
+        listed = [prompts] if isinstance(prompts, str) else prompts
+        vocab_size, sequences = self.engine.model.config.vocab_size, list[list[int]]()
+        is_list = isinstance(listed, list | tuple) and listed
+        for each in listed if is_list else (None,):
+            if isinstance(each, str):
+                sequences.append(encode_prompt(self.tokenizer, each, self._bos))
+                continue
+            ids = list(each) if isinstance(each, list | tuple | np.ndarray) else []
+            if not ids or not all(isinstance(token, int | np.integer) for token in ids):
+                raise UsageError(f"{name}={prompts!r:.60} is not a text or a list of texts")
+            if not 0 <= min(ids) <= max(ids) < vocab_size:
+                wrong = max(ids) if max(ids) >= vocab_size else min(ids)
+                raise UserError(f"{name} has the token id {wrong}; expected 0 to {vocab_size - 1}")
+            sequences.append([int(token) for token in ids])
+        return sequences
 
     def generate(self, request: Request) -> Stream:
         """Return an iterator over the deltas of a request, with text; see `Engine.generate`."""
@@ -255,19 +313,21 @@ class LLM:
     def score(self, texts: str) -> Score: ...
 
     @overload
-    def score(self, texts: Texts) -> list[Score]: ...
+    def score(self, texts: Prompts) -> list[Score]: ...
 
-    def score(self, texts: str | Texts) -> Score | list[Score]:
+    def score(self, texts: str | Prompts) -> Score | list[Score]:
         """Return the log-probability of each token of a text: a `Score`, or a list for a list.
+
+        A list may also have token ids in place of a text.
 
         Raises:
           UserError: for a text longer than the context.
         """
         with on_mesh(self.engine.mesh):
-            scores = score_texts(self.engine.model, self.tokenizer, _texts("texts", texts))
+            scores = score_sequences(self.engine.model, self._encode("texts", texts))
         return scores[0] if isinstance(texts, str) else scores
 
-    def embed(self, texts: str | Texts, normalize: bool = True) -> np.ndarray:
+    def embed(self, texts: str | Prompts, normalize: bool = True) -> np.ndarray:
         """Return the mean hidden state of a text, float32 [D]; of a list of texts, [texts, D].
 
         `normalize` scales each to length 1, so that the dot product of two is their cosine.
@@ -275,16 +335,7 @@ class LLM:
         Raises:
           UserError: for a text longer than the context.
         """
-        listed = _texts("texts", texts)
+        sequences = self._encode("texts", texts)
         with on_mesh(self.engine.mesh):
-            vectors = embed_texts(self.engine.model, self.tokenizer, listed, normalize)
+            vectors = embed_sequences(self.engine.model, sequences, normalize)
         return vectors[0] if isinstance(texts, str) else vectors
-
-
-def _texts(name: str, texts: str | Texts) -> list[str]:
-    """Return the texts of an argument as a list."""
-    listed = [texts] if isinstance(texts, str) else texts
-    is_list = isinstance(listed, list | tuple) and all(isinstance(text, str) for text in listed)
-    if not is_list or not listed:
-        raise UsageError(f"{name}={texts!r:.60} is not a text or a list of texts")
-    return list(listed)

@@ -332,7 +332,71 @@ def test_an_invalid_setting_is_named(folder, options, message):
         LLM(folder, **options)
 
 
-@pytest.mark.parametrize("prompt", [3, [], [3], None, ["a", None]])
+def described(folder, place, **changes):
+    """Load a copy of a checkpoint with another description."""
+    copy = shutil.copytree(folder, place)
+    tree = json.loads((copy / "config.json").read_text()) | changes
+    (copy / "config.json").write_text(json.dumps(tree))
+    return LLM(copy)
+
+
+def test_prompts_of_token_ids(llm):
+    ids = llm.tokenizer.encode("Tim saw", bos=True)
+    text = llm.complete("Tim saw", **GREEDY)
+    both = llm.complete([ids, "Tim saw"], echo=True, **GREEDY)
+    assert both[0] == both[1] and both[0].text == "Tim saw" + text.text
+    assert llm.complete([ids[1:]], **ONE_TOKEN)[0].usage.prompt_tokens == len(ids) - 1
+    assert llm.score([ids]) == [llm.score("Tim saw")]
+    for wrong in (320, -1):
+        with pytest.raises(UserError, match=rf"the token id {wrong}; expected 0 to 319"):
+            llm.complete([[1, wrong]])
+
+
+def test_bos_is_put_before_texts_only_where_the_model_wants_it(folder, llm, tmp_path):
+    without = described(folder, tmp_path / "ckpt", bos=False)
+    ids = llm.tokenizer.encode("Tim saw")
+    assert without.complete("Tim saw", **ONE_TOKEN).usage.prompt_tokens == len(ids)
+    assert without.score("Tim saw").token_ids == tuple(ids)
+    assert llm.score("Tim saw").token_ids == (llm.tokenizer.bos_id, *ids)
+    assert without.score("").token_ids == (llm.tokenizer.eos_id,)
+    assert not np.allclose(without.embed("Tim saw"), llm.embed("Tim saw"))
+
+
+def test_stop_ids_are_those_of_the_description(folder, llm, tmp_path):
+    ids = llm.complete("Tim saw", **GREEDY).token_ids
+    stop = ids[3]
+    made = described(folder, tmp_path / "ckpt", stop_ids=[stop]).complete("Tim saw", **GREEDY)
+    assert made.token_ids == ids[: ids.index(stop)] and made.finish_reason == "stop"
+
+
+def test_a_stop_can_name_a_control_token(llm):
+    request = llm.request("Tim", SamplingParams(stop=["</s>", "x"]))
+    assert llm.tokenizer.special_ids["</s>"] in request.stop_ids
+    bare = llm.request("Tim", SamplingParams(stop="<s>")).stop_ids
+    assert bare[-1] == llm.tokenizer.bos_id
+
+
+def test_recommended_sampling_applies_where_nothing_is_set(folder, tmp_path):
+    recommended = {"temperature": 0, "repetition_penalty": 1.3}
+    llm = described(folder, tmp_path / "ckpt", generation=recommended)
+    options = {"max_tokens": 12}
+    assert llm.complete("Tim saw", **options) == llm.complete("Tim saw", **options, **recommended)
+    params = llm.sampling_params(temperature=0.5, top_k=None)
+    assert (params.temperature, params.repetition_penalty, params.top_k) == (0.5, 1.3, 0)
+    assert llm.sampling_params(rng="xorshift", seed=1).repetition_penalty == 1
+    assert llm.chat(DIALOGUE, **options) == llm.chat(DIALOGUE, **options, **recommended)
+
+
+def test_a_chat_in_the_checkpoints_own_jinja_template(folder, llm, tmp_path):
+    source = "{{ bos_token }}{% for m in messages %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+    own = described(folder, tmp_path / "ckpt", chat_template=source + "{% endfor %}")
+    assert (own.chat_format, llm.chat_format) == ("jinja", "")
+    assert own.chat(DIALOGUE, **GREEDY) == llm.chat(DIALOGUE, **GREEDY)
+    with pytest.raises(UserError, match="the chat template does not parse"):
+        llm.chat(DIALOGUE, template=source)
+
+
+@pytest.mark.parametrize("prompt", [3, [], [3], None, ["a", None], [["a"]], [[]]])
 def test_a_prompt_that_is_not_text_is_refused(llm, prompt):
     with pytest.raises(UsageError, match="prompt="):
         llm.complete(prompt)

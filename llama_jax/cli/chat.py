@@ -19,6 +19,17 @@ HELP = (
 )
 
 
+def print_format(llm: LLM) -> None:
+    """Say in which format the dialogue is written; warn if the checkpoint does not know it."""
+    used = {
+        "": "llama2, since the checkpoint records none; a model that was not trained on it"
+        " answers badly: choose another with --template, or complete texts with --prompt",
+        "jinja": "a Jinja template",
+    }
+    kind = "warning: " if llm.chat_format == "" else ""
+    print(f"[{kind}chat format: {used.get(llm.chat_format, llm.chat_format)}]", file=sys.stderr)
+
+
 class Conversation:
     """A dialogue with a model, with its history."""
 

@@ -17,7 +17,7 @@ from typing import Any
 from llama_jax.cli import main as cli
 
 FORMATS = ("ckpt", "meta", "hf", "llama2c", "gguf")
-KINDS, TEMPLATES = ("int8", "int4"), ("llama2", "alpaca", "none")
+KINDS = ("int8", "int4")
 DTYPES = ("float32", "bfloat16", "float16", "q8_0")
 NEXT = {  # what a user may want to run next
     "ckpt": "sample with: python sample.py --ckpt {}",
@@ -34,6 +34,7 @@ def main(argv: list[str]) -> None:
     from llama_jax.formats.convert import Conversion, Options, format_of
     from llama_jax.formats.named_models import find_named
     from llama_jax.quantization import QuantizationConfig
+    from llama_jax.text.chat_formats import NO_TEMPLATE, read_template
 
     quantization = None
     if flags.quantize:
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> None:
             group_size=64 if flags.group_size is None else flags.group_size,
             quantization=quantization,
         ),
-        template=flags.template,
+        template=flags.template if flags.template == NO_TEMPLATE else read_template(flags.template),
         strict=flags.strict,
     )
     convert_and_report(job, flags.verify)
@@ -79,8 +80,8 @@ def _parser() -> cli.Parser:
     add("--quantize", choices=KINDS, default="", help=quantize_help)
     group_help = "numbers per scale: for int4 32 or 64 (default: 32), for llama2c version 2 (64)"
     add("--group_size", type=int, help=group_help)
-    template_help = "chat template stored in a checkpoint (default: that of the input)"
-    add("--template", choices=TEMPLATES, default="", help=template_help)
+    template_help = "chat format by name, none, or a .jinja file (default: that of the input)"
+    add("--template", default="", help=template_help)
     verify_help = "run output and input, and compare (default: if memory allows)"
     add("--verify", action="store_true", default=None, help=verify_help)
     add("--no_verify", dest="verify", action="store_false", help="do not compare")

@@ -23,9 +23,10 @@ from llama_jax.inference.request import MAX_COMPLETIONS, Delta, Request, Samplin
 if TYPE_CHECKING:  # JAX would make --help slow
     from llama_jax.llm import LLM
 
+SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")  # that models recommend
 MODES = ("chat", "messages", "score", "embed")
 PARAMS = tuple(field.name for field in dataclasses.fields(SamplingParams))
-COMPLETION = ("prompt", "prompt_file", "num_samples", "no_echo", "logprobs")  # not for dialogues
+COMPLETION = ("prompt", "prompt_file", "prompt_ids", "num_samples", "no_echo", "logprobs")
 UNUSED = {  # flags that a mode does not use; "" is completion, which has no flag of its own
     "": ("system", "template", "truncate"),
     "chat": COMPLETION,
@@ -51,9 +52,12 @@ def parser() -> cli.Parser:
     text = parser.add_argument_group("text")
     text.add_argument("--prompt", action="append", help="text to continue; may be repeated")
     text.add_argument("--prompt_file", help="file with the prompt; - is stdin")
+    text.add_argument(
+        "--prompt_ids", action="append", help="prompt as token ids, such as '1 15043'; repeatable"
+    )
     text.add_argument("--max_tokens", type=int, default=default.max_tokens, help="new tokens")
     text.add_argument("--num_samples", type=int, default=1, help="completions of each prompt")
-    text.add_argument("--stop", action="append", default=[], help="stop string; may be repeated")
+    text.add_argument("--stop", action="append", default=[], help="stop string or control token")
     text.add_argument("--no_echo", action="store_true", help="print without the prompt")
     text.add_argument("--logprobs", type=int, help="log-probabilities, with so many top tokens")
     text.add_argument("--score", action="store_true", help="print the prompts' log-probabilities")
@@ -70,7 +74,11 @@ def parser() -> cli.Parser:
         "seed": "the same seed gives the same text",
     }.items():
         value = getattr(default, name)
-        sampling.add_argument(f"--{name}", type=type(value), default=value, help=meaning)
+        if name not in SAMPLING:
+            sampling.add_argument(f"--{name}", type=type(value), default=value, help=meaning)
+            continue
+        shown = f"{meaning} (default: the model's recommendation, or {value})"
+        sampling.add_argument(f"--{name}", type=type(value), help=shown)
     sampling.add_argument(
         "--logit_bias", action="append", default=[], metavar="ID=BIAS", help="may be repeated"
     )
@@ -87,7 +95,8 @@ def parser() -> cli.Parser:
     chat.add_argument("--chat", action="store_true", help="chat on stdin and stdout, line by line")
     chat.add_argument("--messages", help="JSON file with messages to answer; - is stdin")
     chat.add_argument("--system", default="", help="system prompt")
-    chat.add_argument("--template", default="", help="llama2 or alpaca; empty: the checkpoint's")
+    template_help = "chat format by name, or a .jinja file; empty: the checkpoint's"
+    chat.add_argument("--template", default="", help=template_help)
     chat.add_argument("--truncate", action="store_true", help="drop the oldest exchanges if full")
     return parser
 
@@ -116,18 +125,22 @@ def main(argv: list[str]) -> None:
     if is_timed:
         print(f"[--seed={sampling.seed}, from the clock]", file=sys.stderr)
     if mode == "chat":
-        from llama_jax.cli.chat import Conversation, run_chat
+        from llama_jax.cli.chat import Conversation, print_format, run_chat
 
-        run_chat(Conversation(_load(flags), flags.system, truncate=flags.truncate, **params))
+        llm = _load(flags)
+        print_format(llm)
+        _print_recommended(llm, params)
+        run_chat(Conversation(llm, flags.system, truncate=flags.truncate, **params))
     elif mode == "messages":
         from llama_jax.cli.chat import print_answer
 
-        messages = _read_messages(flags.messages)
-        print_answer(_load(flags), messages, truncate=flags.truncate, **params)
+        messages, llm = _read_messages(flags.messages), _load(flags)
+        _print_recommended(llm, params)
+        print_answer(llm, messages, truncate=flags.truncate, **params)
     elif mode == "score":
         prompts = _read_prompts(flags)
         require(any(prompts), "--score needs a text; add --prompt or --prompt_file")
-        print("logprob\ttokens\tperplexity", file=sys.stderr)  # tokens but BOS
+        print("logprob\ttokens\tperplexity", file=sys.stderr)  # tokens but the first, usually BOS
         for score in _load(flags).score(prompts):
             print(f"{score.total:.4f}\t{len(score.logprobs)}\t{score.perplexity:.4f}")
     elif mode == "embed":
@@ -137,6 +150,8 @@ def main(argv: list[str]) -> None:
             print(json.dumps(vector.tolist()))
     else:
         prompts, llm = _read_prompts(flags), _load(flags)
+        _print_recommended(llm, params)
+        sampling = llm.sampling_params(**params)
         request = llm.request(prompts, sampling, n=flags.num_samples, echo=not flags.no_echo)
         print_samples(llm, request, start=start)
 
@@ -145,6 +160,7 @@ def _load(flags: Any) -> "LLM":
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every file
     from llama_jax.cli.startup import use_compilation_cache
     from llama_jax.llm import LLM
+    from llama_jax.text.chat_formats import read_template
 
     use_compilation_cache()
     return LLM(
@@ -153,9 +169,18 @@ def _load(flags: Any) -> "LLM":
         dtype=flags.dtype,
         max_context=flags.max_context,
         cache_dtype=flags.cache_dtype,
-        template=flags.template,
+        template=read_template(flags.template),
         tensor=flags.tensor,
     )
+
+
+def _print_recommended(llm: "LLM", params: dict[str, Any]) -> None:
+    """Say which sampling parameters are the model's recommendation."""
+    chosen = llm.sampling_params(**params)
+    names = [name for name in llm.generation if params[name] is None]
+    if names and params["rng"] != "xorshift":
+        shown = ", ".join(f"{name} {getattr(chosen, name):g}" for name in names)
+        print(f"[as the model recommends: {shown}]", file=sys.stderr)
 
 
 def _check(flags: Any, mode: str, changed: Collection[str]) -> None:
@@ -169,7 +194,8 @@ def _check(flags: Any, mode: str, changed: Collection[str]) -> None:
         f"num_samples={flags.num_samples} is out of range; expected 1 to {MAX_COMPLETIONS}",
     )
     require(
-        flags.rng == "jax" or (flags.num_samples == 1 and len(flags.prompt or ()) < 2),
+        flags.rng == "jax"
+        or (flags.num_samples == 1 and len([*(flags.prompt or ()), *(flags.prompt_ids or ())]) < 2),
         "--rng=xorshift generates one sample of one prompt; leave out --num_samples and other"
         " prompts",
     )
@@ -195,16 +221,28 @@ def _parse_biases(words: Sequence[str]) -> dict[int, float]:
 # --- input ---
 
 
-def _read_prompts(flags: Any) -> list[str]:
+def _read_prompts(flags: Any) -> "list[str | list[int]]":
     """Return the prompts, "" if there is none."""
+    ids = [_parse_ids(words) for words in flags.prompt_ids or ()]
     if flags.prompt_file is None:
-        return flags.prompt or [""]
+        return [*(flags.prompt or ()), *ids] or [""]
+    require(not ids, "--prompt_file and --prompt_ids exclude each other; choose one")
     require(not flags.prompt, "--prompt and --prompt_file exclude each other; choose one")
     # The completion follows the last word, not the newline after it.
     text = _read_text("--prompt_file", flags.prompt_file).removesuffix("\n").removesuffix("\r")
     if not text:
         print(f"warning: --prompt_file={flags.prompt_file} is empty", file=sys.stderr)
     return [text]
+
+
+def _parse_ids(words: str) -> list[int]:
+    """Return the token ids in a text such as "1 15043", or with commas between."""
+    try:
+        ids = [int(word) for word in words.replace(",", " ").split()]
+    except ValueError:
+        ids = []
+    require(ids != [], f"--prompt_ids={words} is invalid; expected ids such as '1 15043'")
+    return ids
 
 
 def _read_messages(path: str) -> list[Any]:

@@ -158,7 +158,7 @@ class Conversion:
     output: Path  # does not exist yet
     tokenizer: Path | None = None  # instead of the source's own
     options: Options = dataclasses.field(default_factory=Options)
-    template: str = ""  # chat template of the model, "none" if it has none; empty: the source's
+    template: str = ""  # as in `checkpoints.metadata.Description`; empty: the source's
     strict: bool = False  # refuse NaN and infinity
 
     def __post_init__(self) -> None:
@@ -169,7 +169,8 @@ class Conversion:
         expected = f"{self.target} is written as one of {', '.join(known)}"
         require(dtype in ("", *known), f"dtype {dtype!r} does not fit: {expected}")
         is_ours = self.target == "ckpt"
-        require(is_ours or not self.template, "template is for checkpoints alone; use --to ckpt")
+        holds_template = self.target in ("ckpt", "hf", "gguf") or not self.template
+        require(holds_template, f"{self.target} holds no chat template; leave --template out")
         if self.options.quantization:
             require(is_ours, "quantize is for checkpoints alone; use --to ckpt")
             message = f"dtype {dtype!r} does not go with quantize; leave one of them out"

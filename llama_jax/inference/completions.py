@@ -1,7 +1,7 @@
 """From deltas to text: decoding, stop strings, and the completions that a library call returns."""
 
 import dataclasses
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 
 from llama_jax.inference.request import Delta, Request, TokenLogprob
 from llama_jax.text.stop_strings import StopStrings
@@ -75,17 +75,31 @@ class _Text:
         return dataclasses.replace(logprob, top=top, text=name(logprob.id))
 
 
-def stop_ids(tokenizer: Tokenizer, starts_with_bos: bool) -> tuple[int, ...]:
-    """Return the ids that end a text: EOS, and BOS if the training documents began with it."""
-    ids = (tokenizer.eos_id, tokenizer.bos_id) if starts_with_bos else (tokenizer.eos_id,)
-    return tuple(token for token in ids if token >= 0)
+def encode_prompt(tokenizer: Tokenizer, text: str, bos: bool) -> list[int]:
+    """Return the ids of a text to be continued; EOS alone for one without ids.
+
+    Args:
+      bos: whether training documents began with BOS; without it they follow the EOS of another.
+    """
+    return tokenizer.encode(text, bos=bos) or [max(tokenizer.eos_id, 0)]
+
+
+def stop_ids(tokenizer: Tokenizer, bos: bool, listed: Sequence[int] = ()) -> tuple[int, ...]:
+    """Return the ids that end a text.
+
+    Args:
+      bos: whether training documents began with BOS, which then ends the one before.
+      listed: the tokens of the model's description; none: EOS.
+    """
+    ids = (*(listed or [tokenizer.eos_id]), *([tokenizer.bos_id] if bos else []))
+    return tuple(dict.fromkeys(token for token in ids if token >= 0))
 
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
     """Token counts of a completion."""
 
-    prompt_tokens: int  # BOS included
+    prompt_tokens: int  # with BOS, if the model has one
     completion_tokens: int
 
     @property

@@ -15,7 +15,6 @@ from llama_jax.inference.decode import ON_MESH, attention_on_mesh, pad_sequences
 from llama_jax.kernels.attention import choose_kernel
 from llama_jax.model.execution import Execution
 from llama_jax.model.transformer import Llama
-from llama_jax.text.tokenizer import Tokenizer
 
 MAX_BATCH = 16  # texts per forward pass
 LOGITS_CHUNK = 64  # positions per sequence whose logits exist at once
@@ -74,20 +73,20 @@ def embeddings(
 class Score:
     """How likely a model finds a text."""
 
-    token_ids: tuple[int, ...]  # BOS first
+    token_ids: tuple[int, ...]  # BOS first, if the model has one
     logprobs: tuple[float, ...]  # nats of each id but the first, given those before it
     total: float  # their sum
     perplexity: float  # exp of minus their mean; 1 for a text without tokens
 
 
-def score_texts(model: Llama, tokenizer: Tokenizer, texts: Sequence[str]) -> list[Score]:
-    """Return the score of each text.
+def score_sequences(model: Llama, sequences: Sequence[Sequence[int]]) -> list[Score]:
+    """Return the score of each sequence of token ids, none of them empty.
 
     Raises:
-      UserError: for a text longer than the context.
+      UserError: for a sequence longer than the context.
     """
     scores: dict[int, Score] = {}
-    for batch in batches(model, tokenizer, texts):
+    for batch in batches(model, sequences):
         logprobs_BT = np.asarray(token_logprobs(model, batch.tokens_BT), np.float64)
         for place, ids_T, length, row_T in zip(
             batch.places, batch.tokens_BT, batch.length_B, logprobs_BT
@@ -96,19 +95,19 @@ def score_texts(model: Llama, tokenizer: Tokenizer, texts: Sequence[str]) -> lis
             total, mean = float(logprobs_T.sum()), logprobs_T.mean() if length > 1 else 0.0
             ids, logprobs = tuple(ids_T[:length].tolist()), tuple(logprobs_T.tolist())
             scores[place] = Score(ids, logprobs, total, math.exp(-mean))
-    return [scores[place] for place in range(len(texts))]
+    return [scores[place] for place in range(len(sequences))]
 
 
-def embed_texts(
-    model: Llama, tokenizer: Tokenizer, texts: Sequence[str], normalize: bool
+def embed_sequences(
+    model: Llama, sequences: Sequence[Sequence[int]], normalize: bool
 ) -> np.ndarray:
-    """Return the mean hidden state of each text, float32 [texts, D], of length 1 if `normalize`.
+    """Return the mean hidden state of each sequence, float32 [N, D], of length 1 if `normalize`.
 
     Raises:
-      UserError: for a text longer than the context.
+      UserError: for a sequence longer than the context.
     """
-    vectors_ND = np.zeros((len(texts), model.config.dim), np.float32)
-    for batch in batches(model, tokenizer, texts):
+    vectors_ND = np.zeros((len(sequences), model.config.dim), np.float32)
+    for batch in batches(model, sequences):
         vectors_BD = embeddings(model, batch.tokens_BT, batch.length_B, normalize)
         vectors_ND[batch.places] = np.asarray(vectors_BD)[: len(batch.places)]
     return vectors_ND
@@ -116,33 +115,32 @@ def embed_texts(
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Texts that are read together, padded, with filler sequences after them."""
+    """Sequences that are read together, padded, with filler after them."""
 
-    places: list[int]  # in the list of texts
+    places: list[int]  # in the list of sequences
     tokens_BT: np.ndarray
     length_B: np.ndarray  # ids; 1 for filler, since a mean over none would be NaN
 
 
-def batches(model: Llama, tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[Batch]:
-    """Yield texts of similar length together, in few shapes: little padding, few compilations.
+def batches(model: Llama, sequences: Sequence[Sequence[int]]) -> Iterator[Batch]:
+    """Yield sequences of similar length together, in few shapes: little padding, few compilations.
 
     Raises:
-      UserError: for a text longer than the context.
+      UserError: for a sequence longer than the context.
     """
-    rows = [tokenizer.encode(text, bos=True, eos=False) for text in texts]
     context = model.config.context_length
-    for ids in rows:
+    for ids in sequences:
         if len(ids) > context:
             raise UserError(
                 f"a text has {len(ids)} tokens; expected at most {context}, the model's context"
             )
-    widths = [sum(prefill_chunks(len(ids))) for ids in rows]
-    by_width = sorted(range(len(rows)), key=widths.__getitem__)
+    widths = [sum(prefill_chunks(len(ids))) for ids in sequences]
+    by_width = sorted(range(len(sequences)), key=widths.__getitem__)
     for width, group in itertools.groupby(by_width, key=widths.__getitem__):
         similar = list(group)
         for start in range(0, len(similar), MAX_BATCH):
             places = similar[start : start + MAX_BATCH]
-            batch = [rows[place] for place in places]
+            batch = [list(sequences[place]) for place in places]
             batch += [[]] * (2 ** (len(batch) - 1).bit_length() - len(batch))
             length_B = np.asarray([max(len(ids), 1) for ids in batch], np.int32)
             yield Batch(places, pad_sequences(batch, width), length_B)

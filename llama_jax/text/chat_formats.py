@@ -7,6 +7,7 @@ the others give those of `apply_chat_template` of transformers for their publish
 import abc
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 from llama_jax.errors import UsageError, UserError, did_you_mean
 from llama_jax.text.chat import Message, Stops, Template, split_dialogue
@@ -333,6 +334,35 @@ def find_template(name: str) -> Template:
     if "{{" in name or "{%" in name:
         return jinja_template(name)
     raise UsageError(f"template={name!r:.60} is unknown; {expected}{did_you_mean(name, TEMPLATES)}")
+
+
+def read_template(word: str) -> str:
+    """Return what a flag means: a name of a format, or the source in a file ending with .jinja.
+
+    Raises:
+      UsageError: for an unknown name.
+      UserError: when the file cannot be read, or its template does not parse.
+    """
+    if word.endswith(".jinja"):
+        try:
+            word = Path(word).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8"
+            raise UserError(f"template={word} cannot be read: {reason}") from error
+        return template_name(word)
+    if word:
+        find_template(word)
+    return word
+
+
+def template_name(source: str) -> str:
+    """Return what a checkpoint records for a Jinja template: a name if it is one of ours.
+
+    Raises:
+      UserError: if it does not parse.
+    """
+    jinja_template(source)
+    return next((name for name, each in TEMPLATES.items() if each.source == source), source)
 
 
 def resolve_template(name: str) -> Template:

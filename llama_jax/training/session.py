@@ -97,7 +97,7 @@ def open_session(
     ):
         data = _open_data_on_all(config)
         tokenizer = load_tokenizer(data.tokenizer_path)
-        _require_fitting_prompt(config, tokenizer)
+        _require_fitting_prompt(config, tokenizer, data.bos)
         seen = {"data.fingerprint": data.fingerprint[:16], "checkpoints": finished_steps(folder)}
         require_same(seen)
         run = Run(config=config, bos=data.bos, eos=data.eos)
@@ -165,12 +165,12 @@ def _restore(config: Config, folder: Path, data: TokenFolder, mesh: Mesh) -> Sta
     )
 
 
-def _require_fitting_prompt(config: Config, tokenizer: Tokenizer) -> None:
+def _require_fitting_prompt(config: Config, tokenizer: Tokenizer, bos: bool) -> None:
     """Refuse a prompt of validation samples that leaves no room in the context."""
     if not config.run.sample_tokens:
         return
     context = config.model.context_length
-    length = len(tokenizer.encode(config.run.sample_prompt, bos=True, eos=False))
+    length = len(tokenizer.encode(config.run.sample_prompt, bos=bos))
     if length >= context:
         raise UsageError(
             f"run.sample_prompt has {length} tokens and model.context_length={context}; expected"

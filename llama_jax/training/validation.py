@@ -4,7 +4,7 @@ import textwrap
 
 import jax
 
-from llama_jax.inference.completions import add_text, stop_ids
+from llama_jax.inference.completions import add_text, encode_prompt, stop_ids
 from llama_jax.inference.engine import Engine
 from llama_jax.inference.request import Request, SamplingParams
 from llama_jax.model.transformer import unstack
@@ -31,7 +31,7 @@ def sample(session: Session, state: TrainState, seed: int) -> str:
     """
     run, tokenizer = session.config.run, session.tokenizer
     request = Request(
-        prompts=[tokenizer.encode(run.sample_prompt, bos=True, eos=False)],
+        prompts=[encode_prompt(tokenizer, run.sample_prompt, session.data.bos)],
         params=[SamplingParams(temperature=0.8, max_tokens=run.sample_tokens, seed=seed)],
         stop_ids=stop_ids(tokenizer, session.data.bos),
         echo=[run.sample_prompt],

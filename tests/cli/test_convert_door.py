@@ -172,7 +172,11 @@ MISTAKES = {
     "--input in.ckpt --output x --quantize int4 --group_size 48": (2, "group_size=48 is not"),
     "--input in.ckpt --output x --quantize int8 --dtype float32": (2, "does not go with quantize"),
     "--input in.ckpt --to hf --output x --quantize int8": (2, "quantize is for checkpoints alone"),
-    "--input in.ckpt --to hf --output x --template none": (2, "template is for checkpoints alone"),
+    "--input in.ckpt --to meta --output x --template none": (2, "meta holds no chat template"),
+    "--input in.ckpt --output x --template lama": (
+        2,
+        "template='lama' is unknown; expected one of",
+    ),
 }
 
 

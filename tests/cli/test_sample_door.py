@@ -25,6 +25,7 @@ from llama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
 from llama_jax.inference.request import SamplingParams
 from llama_jax.model.transformer import Llama
 from llama_jax.text.sentencepiece import train_tokenizer
+from llama_jax.text.tokenizer import load_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOOR = [sys.executable, str(REPOSITORY / "sample.py")]
@@ -93,7 +94,8 @@ def test_flags_have_the_defaults_of_the_library():
     for field in dataclasses.fields(SamplingParams):
         value = parser.get_default(field.name)
         default = getattr(defaults, field.name)
-        assert value == default or not (value or default), field.name
+        is_recommended = field.name in sample_command.SAMPLING and value is None
+        assert value == default or not (value or default) or is_recommended, field.name
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +240,7 @@ USAGE = {
     ("--rng=xorshift", "--seed=1", "--speculate"): "speculate=True does not go with rng='xorshift'",
     ("--rng=xorshift", "--seed=1", "--logprobs=1"): "logprobs=1 does not go with rng='xorshift'",
     ("--tensor=3000",): "tensor=3000 is out of range; expected 1 to",
-    ("--template=chatml", "--chat"): "template='chatml' is unknown; expected one of llama2, alpaca",
+    ("--template=chatm", "--chat"): "template='chatm' is unknown; expected one of llama2, alpaca",
     ("--cache_dtype=int4",): "cache_dtype='int4' is unknown; expected 'int8' or ''",
 }
 
@@ -375,6 +377,36 @@ def test_a_chat_reads_lines_and_answers(sample, monkeypatch):
     first, again = text.splitlines()
     assert first == again, "the same question of a new dialogue"
     assert "[a new dialogue]" in stderr
+    assert stderr.startswith("[chat format: llama2]\n")
+
+
+def test_a_chat_with_a_checkpoint_without_a_format_warns_once(sample, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("/exit\n"))
+    code, _, stderr = sample("--chat")
+    assert code == 0 and stderr.count("warning: ") == 1
+    assert stderr.startswith("[warning: chat format: llama2, since the checkpoint records none;")
+
+
+def test_a_prompt_may_be_token_ids(sample, place):
+    code, text, _ = sample(*SHORT, "--temperature=0", "--prompt=Tim")
+    ids = load_tokenizer(place / "ckpt" / "tokenizer.model").encode("Tim", bos=True)
+    words = ", ".join(map(str, ids))
+    assert sample(*SHORT, "--temperature=0", f"--prompt_ids={words}")[:2] == (code, text)
+    code, _, stderr = sample("--prompt_ids=1 x")
+    assert (code, stderr.count("\n")) == (2, 1) and "--prompt_ids=1 x is invalid" in stderr
+
+
+def test_what_the_model_recommends_is_said_and_used(sample, place, tmp_path):
+    copy = shutil.copytree(place / "ckpt", tmp_path / "ckpt")
+    values = json.loads((copy / "config.json").read_text())
+    values |= {"kind": "llama_jax model", "model": values["config"]["model"]}
+    values |= {"generation": {"temperature": 0, "top_k": 5}}
+    (copy / "config.json").write_text(json.dumps(values))
+    words = ("--prompt=Tim", "--max_tokens=8", "--ckpt", str(copy))
+    code, text, stderr = sample(*words)
+    assert code == 0 and "[as the model recommends: temperature 0, top_k 5]\n" in stderr
+    assert sample(*words, "--temperature=0", "--top_k=0")[1] == text
+    assert "recommends: top_k 5]" in sample(*words, "--temperature=1")[2]
 
 
 def test_messages_of_a_file_are_answered(sample, tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 from tiny_model import make_model
 
-from llama_jax.inference.completions import add_text, collect, stop_ids
+from llama_jax.inference.completions import add_text, collect, encode_prompt, stop_ids
 from llama_jax.inference.engine import Engine
 from llama_jax.inference.request import Delta, Request, SamplingParams, TokenLogprob
 from llama_jax.model.transformer import unstack
@@ -102,5 +102,14 @@ def test_log_probabilities_are_cut_with_their_ids_and_get_text(tokenizer):
 
 
 def test_the_ids_that_end_a_text(tokenizer):
-    assert stop_ids(tokenizer, starts_with_bos=False) == (tokenizer.eos_id,)
-    assert set(stop_ids(tokenizer, starts_with_bos=True)) == {tokenizer.eos_id, tokenizer.bos_id}
+    assert stop_ids(tokenizer, bos=False) == (tokenizer.eos_id,)
+    assert set(stop_ids(tokenizer, bos=True)) == {tokenizer.eos_id, tokenizer.bos_id}
+    assert stop_ids(tokenizer, bos=True, listed=(7, 9)) == (7, 9, tokenizer.bos_id)
+
+
+def test_a_prompt_has_bos_only_if_the_model_wants_it(tokenizer):
+    ids = tokenizer.encode("Tim")
+    assert encode_prompt(tokenizer, "Tim", bos=True) == [tokenizer.bos_id, *ids]
+    assert encode_prompt(tokenizer, "Tim", bos=False) == ids
+    assert encode_prompt(tokenizer, "", bos=True) == [tokenizer.bos_id]
+    assert encode_prompt(tokenizer, "", bos=False) == [tokenizer.eos_id]

@@ -8,9 +8,9 @@ from tiny_model import make_model
 
 from llama_jax.inference.scoring import (
     batches,
-    embed_texts,
+    embed_sequences,
     embeddings,
-    score_texts,
+    score_sequences,
     token_logprobs,
 )
 from llama_jax.model.transformer import unstack
@@ -30,10 +30,11 @@ def model():
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    """A model and its tokenizer."""
+    """A model, and a function from texts to sequences of token ids."""
     tokenizer = train_tokenizer(STORIES, 290, tmp_path_factory.mktemp("tokenizer") / "t.model")
     vocab_size = tokenizer.vocab_size
-    return unstack(make_model(vocab_size=vocab_size, num_layers=1, context_length=256)), tokenizer
+    model = unstack(make_model(vocab_size=vocab_size, num_layers=1, context_length=256))
+    return model, lambda texts: [tokenizer.encode(text, bos=True) for text in texts]
 
 
 def tokens():
@@ -68,32 +69,42 @@ def test_an_embedding_is_the_mean_of_a_sequences_own_states(model):
 
 
 def test_texts_together_equal_each_alone_in_their_order(parts):
-    scores, vectors = score_texts(*parts, MIXED), embed_texts(*parts, MIXED, True)
+    model, encode = parts
+    scores, vectors = (
+        score_sequences(model, encode(MIXED)),
+        embed_sequences(model, encode(MIXED), True),
+    )
     assert len(scores) == len(vectors) == len(MIXED)
     for text, score, vector in list(zip(MIXED, scores, vectors))[::6]:
-        [alone] = score_texts(*parts, [text])
+        [alone] = score_sequences(model, encode([text]))
         assert score.token_ids == alone.token_ids
         np.testing.assert_allclose(score.logprobs, alone.logprobs, atol=1e-5)
-        np.testing.assert_allclose(vector, embed_texts(*parts, [text], True)[0], atol=1e-5)
+        np.testing.assert_allclose(
+            vector, embed_sequences(model, encode([text]), True)[0], atol=1e-5
+        )
 
 
 def test_filler_sequences_are_not_nan(parts):
+    model, encode = parts
     with jax.debug_nans(True):
-        embed_texts(*parts, MIXED, True)
+        embed_sequences(model, encode(MIXED), True)
 
 
 def test_no_texts_have_no_scores(parts):
-    assert score_texts(*parts, []) == []
-    assert embed_texts(*parts, [], True).shape == (0, 24)
+    model, _ = parts
+    assert score_sequences(model, []) == []
+    assert embed_sequences(model, [], True).shape == (0, 24)
 
 
 def test_different_numbers_of_texts_share_programs(parts):
-    shapes = {
-        batch.tokens_BT.shape for count in range(1, 20) for batch in batches(*parts, SHORT[:count])
-    }
+    model, encode = parts
+    rows = [encode(SHORT[:count]) for count in range(1, 20)]
+    shapes = {batch.tokens_BT.shape for each in rows for batch in batches(model, each)}
     assert {rows for rows, _ in shapes} == {1, 2, 4, 8, 16} and len(shapes) == 5
 
 
 def test_a_long_text_does_not_pad_short_ones(parts):
-    found = [batch.tokens_BT.shape for batch in batches(*parts, [*SHORT[:8], LONG, *SHORT[8:]])]
+    model, encode = parts
+    rows = encode([*SHORT[:8], LONG, *SHORT[8:]])
+    found = [batch.tokens_BT.shape for batch in batches(model, rows)]
     assert found == [(16, 32), (4, 32), (1, 256)]

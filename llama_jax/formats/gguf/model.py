@@ -18,6 +18,7 @@ from llama_jax.formats.gguf.metadata import (
     rope_factors,
 )
 from llama_jax.formats.gguf.vocabulary import TOKENS, adds_bos, read_tokenizer, tokenizer_keys
+from llama_jax.formats.prompting import prompting_keys, read_prompting_keys
 from llama_jax.formats.rules import expanded, export_tensors, import_tensors, make_table
 from llama_jax.formats.tokenizer_files import fit_rows, read_tokenizer_file
 from llama_jax.formats.weights import Tensor, Weights, tensor_shapes
@@ -103,6 +104,7 @@ def read(path: Path, tokenizer: Path | None = None) -> Weights:
         tensors=import_tensors(TABLE, config, foreign, path),
         tokenizer=content and fit_rows(content, config.vocab_size, path),
         bos=adds_bos(keys),
+        **read_prompting_keys(keys, config.vocab_size),
     )
 
 
@@ -137,6 +139,7 @@ def write(
     if (pieces := len(np.atleast_1d(keys[TOKENS]))) != weights.config.vocab_size:
         sizes = f"{pieces} pieces and the model {weights.config.vocab_size}"
         raise UserError(f"the tokenizer has {sizes}; use the one the model was trained with")
+    keys |= prompting_keys(weights)
     tensors = export_tensors(TABLE, weights.config, weights.tensors)
     if weights.config.rope_scaling.kind == "llama3":
         factors = rope_factors(weights.config)

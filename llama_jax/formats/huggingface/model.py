@@ -19,6 +19,7 @@ from llama_jax.formats.huggingface.safetensors import read_folder, write_folder
 from llama_jax.formats.huggingface.tokenizer import read_tokenizer
 from llama_jax.formats.huggingface.tokenizer_writer import write_tokenizer
 from llama_jax.formats.json_files import read_object, write_object
+from llama_jax.formats.prompting import read_prompting, write_prompting
 from llama_jax.formats.rules import export_tensors, import_tensors, make_table
 from llama_jax.formats.vocabulary import Vocabulary
 from llama_jax.formats.weights import DTYPES, Tensor, Weights, find_file
@@ -78,8 +79,9 @@ def read(folder: Path, tokenizer: Path | None = None) -> Weights:
             raise UserError(f"{folder} stores {name} as {tensor.dtype}; {expected}")
     is_full = tensors["embedding"].dtype == np.float32
     config = dataclasses.replace(config, compute_dtype="float32" if is_full else "bfloat16")
-    model, bos = read_tokenizer(folder, tokenizer, values, config.vocab_size)
-    return Weights(config=config, tensors=tensors, tokenizer=model, bos=bos)
+    model, _ = read_tokenizer(folder, tokenizer, values, config.vocab_size)
+    prompting = read_prompting(folder, values, model)
+    return Weights(config=config, tensors=tensors, tokenizer=model, **prompting)
 
 
 def _plain_names(foreign: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
@@ -150,4 +152,4 @@ def write(
         special = {key: token if token >= 0 else None for key, token in ids.items()}
         write_tokenizer(weights.tokenizer, weights.bos, config.context_length, folder)
     write_object(folder / "config.json", to_hugging_face(config, weights.dtype.name) | special)
-    write_object(folder / "generation_config.json", special)
+    write_prompting(weights, folder)
