@@ -402,6 +402,9 @@ llama2_model = functools.partial(
     tied_embeddings=False,
     compute_dtype="bfloat16",
 )
+llama3_model = functools.partial(
+    llama2_model, vocab_size=128_256, context_length=8192, rope_theta=500_000.0
+)
 llama2_data = functools.partial(DataConfig, batch_size=1024, sequence_length=4096)
 llama2_optimizer = functools.partial(  # Touvron et al. 2023, section 2.2
     OptimizerConfig, steps=500_000, warmup_steps=2000, eps=1e-5, accumulation_steps=16
