@@ -91,7 +91,8 @@ class RopeScaling(Section):
     "linear" divides all frequencies by `factor` (Chen et al. 2023). "llama3" divides those that
     rotate less than `low_frequency_factor` times within the original context, and none that rotate
     more than `high_frequency_factor` times; "yarn" (Peng et al. 2023) does so with `beta_slow` and
-    `beta_fast`. "dynamic" (NTK-aware) raises the base with the length of the sequence.
+    `beta_fast`, and multiplies cosines and sines by `attention_factor`, at 0 by 0.1·ln(factor) + 1.
+    "dynamic" (NTK-aware) raises the base with the length of the sequence.
     """
 
     section = "model.rope_scaling"
@@ -102,13 +103,9 @@ class RopeScaling(Section):
     high_frequency_factor: Annotated[float, Range(1e-3, 1e3)] = 4.0  # llama3: no scaling above it
     original_context: Positive = 8192  # llama3, yarn, dynamic: tokens of the first training
     beta_fast: Annotated[float, Range(1e-3, 1e6)] = 32.0  # yarn: no scaling above so many rotations
-    beta_slow: Annotated[float, Range(1e-3, 1e6)] = (
-        1.0  # yarn: full scaling below so many rotations
-    )
+    beta_slow: Annotated[float, Range(1e-3, 1e6)] = 1.0  # yarn: full scaling below so many
     truncate: bool = True  # yarn: whether the blend begins and ends at whole pairs
-    attention_factor: Annotated[float, Range(0, 1e3)] = (
-        0.0  # yarn: of cos, sin; 0: 0.1·ln(factor)+1
-    )
+    attention_factor: Annotated[float, Range(0, 1e3)] = 0.0  # yarn: of cosines; 0: by `factor`
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -392,7 +389,6 @@ _model = partial(ModelConfig, vocab_size=32_000, compute_dtype="bfloat16")
 llama2c_model = partial(_model, multiple_of=32)  # with Llama 2's tokenizer
 llama2c_data = partial(DataConfig, path="data/tinystories32k", corpus="tinystories")
 llama2c_run = partial(RunConfig, eval_every=2000, eval_batches=100, save_every=1000)
-
 llama2_model = partial(_model, context_length=4096, tied_embeddings=False)
 llama3_model = partial(llama2_model, vocab_size=128_256, context_length=8192, rope_theta=5e5)
 llama2_data = partial(DataConfig, batch_size=1024, sequence_length=4096)

@@ -88,5 +88,5 @@ def test_another_file_of_torch_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"expected a ckpt\.pt of llama2\.c's train\.py"):
         llama2c.read(tmp_path / "other.pt")
     torch.save({"model": {"a": 3}, "model_args": {}}, tmp_path / "number.pt")
-    with pytest.raises(UserError, match="holds 'a', a int; expected float32"):
+    with pytest.raises(UserError, match="holds 'a', int; expected float32"):
         llama2c.read(tmp_path / "number.pt")

@@ -50,7 +50,7 @@ def read(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     tensors = {str(name).removeprefix(COMPILED): tensor for name, tensor in state.items()}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES.values():
-            what = tensor.dtype if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+            what = tensor.dtype.name if isinstance(tensor, Tensor) else type(tensor).__name__
             raise UserError(f"{path} holds {shown(name)}, {what}; expected {', '.join(DTYPES)}")
     tensors = {name: tensor for name, tensor in tensors.items() if name not in TABLES}
     config = _config(path, args, tensors)
