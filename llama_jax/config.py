@@ -6,10 +6,10 @@ line gives its type, range, default, meaning and unit.
 """
 
 import dataclasses
-import functools
 import math
 import sys
 from collections.abc import Mapping
+from functools import cache, partial
 from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
 
 from llama_jax.errors import UsageError, did_you_mean, shown
@@ -64,7 +64,7 @@ Count = Annotated[int, Range(0)]
 Seed = Annotated[int, Range(0, 2**31 - 1)]
 
 
-@functools.cache
+@cache
 def _constraints(cls: type) -> dict[str, tuple[Range | Choice, ...]]:
     """Return the constraints of each annotated field of a section."""
     hints = get_type_hints(cls, include_extras=True)
@@ -88,25 +88,24 @@ class Section:
 class RopeScaling(Section):
     """Scaling of rotary wavelengths, for a context longer than that of the first training.
 
-    "linear" divides all frequencies by `factor` (Chen et al. 2023). "llama3" and "yarn" (Peng et
-    al. 2023) divide those that rotate rarely within the original context, and blend towards those
-    that rotate often. "dynamic" (NTK-aware) raises the base with the length of the sequence.
+    "linear" divides all frequencies by `factor` (Chen et al. 2023). "llama3" divides those that
+    rotate less than `low_frequency_factor` times within the original context, and none that rotate
+    more than `high_frequency_factor` times; "yarn" (Peng et al. 2023) does so with `beta_slow` and
+    `beta_fast`, and multiplies cosines and sines by `attention_factor`, at 0 by 0.1·ln(factor) + 1.
+    "dynamic" (NTK-aware) raises the base with the length of the sequence.
     """
 
     section = "model.rope_scaling"
 
     kind: Annotated[str, Choice(ROPE_SCALINGS)] = "none"  # "none": wavelengths are not scaled
     factor: Annotated[float, Range(1, 1e6)] = 1.0  # by which wavelengths are multiplied
-    low_frequency_factor: Annotated[float, Range(1e-3, 1e3)] = 1.0  # llama3: with fewer rotations
-    # in the original context than this, a wavelength is scaled in full
-    high_frequency_factor: Annotated[float, Range(1e-3, 1e3)] = 4.0  # llama3: with more rotations
-    # than this, a wavelength is not scaled
+    low_frequency_factor: Annotated[float, Range(1e-3, 1e3)] = 1.0  # llama3: full scaling below it
+    high_frequency_factor: Annotated[float, Range(1e-3, 1e3)] = 4.0  # llama3: no scaling above it
     original_context: Positive = 8192  # llama3, yarn, dynamic: tokens of the first training
-    beta_fast: Annotated[float, Range(1e-3, 1e6)] = 32.0  # yarn: as high_frequency_factor
-    beta_slow: Annotated[float, Range(1e-3, 1e6)] = 1.0  # yarn: as low_frequency_factor
+    beta_fast: Annotated[float, Range(1e-3, 1e6)] = 32.0  # yarn: no scaling above so many rotations
+    beta_slow: Annotated[float, Range(1e-3, 1e6)] = 1.0  # yarn: full scaling below so many
     truncate: bool = True  # yarn: whether the blend begins and ends at whole pairs
-    attention_factor: Annotated[float, Range(0, 1e3)] = 0.0  # yarn: multiplies rotated queries and
-    # keys; 0: 0.1·ln(factor) + 1
+    attention_factor: Annotated[float, Range(0, 1e3)] = 0.0  # yarn: of cosines; 0: by `factor`
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -161,8 +160,7 @@ class ModelConfig(Section):
         source = "" if self.head_dim else f"model.dim={self.dim} / num_heads={self.num_heads}: "
         require(
             self.head_size % 2 == 0,
-            f"{source}model.head_dim={self.head_size} is odd; RoPE rotates pairs, so it must be"
-            " even",
+            f"{source}model.head_dim={self.head_size} is odd; RoPE rotates pairs: make it even",
         )
         kind = self.rope_scaling.kind
         require(
@@ -254,10 +252,8 @@ class MeshConfig(Section):
         super().__post_init__()
         sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
         for name, size in sizes.items():
-            require(
-                size == -1 or size >= 1,
-                f"mesh.{name}={size} is out of range; expected 1 or more, or -1 for the rest",
-            )
+            message = f"mesh.{name}={size} is out of range; expected 1 or more, or -1 for the rest"
+            require(size == -1 or size >= 1, message)
         greedy = [name for name, size in sizes.items() if size == -1]
         require(
             len(greedy) <= 1,
@@ -389,23 +385,16 @@ def type_name(expected: Any) -> str:
 
 # ---- presets: settings that several config files share ----
 
-llama2c_model = functools.partial(  # llama2.c's models with Llama 2's tokenizer
-    ModelConfig, vocab_size=32000, multiple_of=32, compute_dtype="bfloat16"
-)
-llama2c_data = functools.partial(DataConfig, path="data/tinystories32k", corpus="tinystories")
-llama2c_run = functools.partial(RunConfig, eval_every=2000, eval_batches=100, save_every=1000)
-
-llama2_model = functools.partial(
-    ModelConfig,
-    vocab_size=32000,
-    context_length=4096,
-    tied_embeddings=False,
-    compute_dtype="bfloat16",
-)
-llama2_data = functools.partial(DataConfig, batch_size=1024, sequence_length=4096)
-llama2_optimizer = functools.partial(  # Touvron et al. 2023, section 2.2
+_model = partial(ModelConfig, vocab_size=32_000, compute_dtype="bfloat16")
+llama2c_model = partial(_model, multiple_of=32)  # with Llama 2's tokenizer
+llama2c_data = partial(DataConfig, path="data/tinystories32k", corpus="tinystories")
+llama2c_run = partial(RunConfig, eval_every=2000, eval_batches=100, save_every=1000)
+llama2_model = partial(_model, context_length=4096, tied_embeddings=False)
+llama3_model = partial(llama2_model, vocab_size=128_256, context_length=8192, rope_theta=5e5)
+llama2_data = partial(DataConfig, batch_size=1024, sequence_length=4096)
+llama2_optimizer = partial(  # Touvron et al. 2023, section 2.2
     OptimizerConfig, steps=500_000, warmup_steps=2000, eps=1e-5, accumulation_steps=16
 )
-llama2_run = functools.partial(
+llama2_run = partial(
     RunConfig, eval_every=1000, eval_batches=50, save_every=500, sample_tokens=0, remat="block"
 )

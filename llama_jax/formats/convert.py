@@ -85,7 +85,7 @@ FORMATS = {
         takes_tokenizer=True,
     ),
     "llama2c": Format(
-        "a model file of llama2.c",
+        "a model file of llama2.c, or the ckpt.pt of its train.py",
         "llama2c.model",
         lambda options: {"version": options.llama2c_version, "group_size": options.group_size},
         dtypes=("float32",),
@@ -111,8 +111,9 @@ def format_of(path: Path) -> str:
     """
     if not path.exists():
         raise UserError(f"{path} does not exist; expected a folder or file of a model")
-    if path.suffix in (".gguf", ".bin", ".pth"):
-        return {".gguf": "gguf", ".bin": "llama2c", ".pth": "meta"}[path.suffix]
+    suffixes = {".gguf": "gguf", ".bin": "llama2c", ".pt": "llama2c", ".pth": "meta"}
+    if path.suffix in suffixes:
+        return suffixes[path.suffix]
     if (path / "params.json").is_file():
         return "meta"
     for folder in (

@@ -38,6 +38,7 @@ QUICKEST = [(1, 1, 8), (2, 2, 2)]  # tied and untied; every axis is cut, and wit
 SEQUENCES = [(1, 1, 8), (2, 1, 4), (2, 2, 2)]
 # Two kv heads: fewer than a tensor axis of 4 or 8 has devices.
 SIZES = {"vocab_size": 56, "dim": 32, "num_heads": 8, "hidden_dim": 40, "num_layers": 3}
+VARIANT = {"attention_bias": True, "mlp_bias": True, "sliding_window": 7}
 B, T, D, V, L = 16, 24, 32, 56, 3
 
 
@@ -78,7 +79,8 @@ def make_batch(packing="none"):
 def compiled(shape, config):
     """The program for loss and gradients on a mesh, and what it computes."""
     mesh = make_mesh(MeshConfig(**dict(zip(AXES, shape))), jax.devices()[: math.prod(shape)])
-    changes = {name: getattr(config.model, name) for name in ("tied_embeddings", "dropout")}
+    names = ("tied_embeddings", "dropout", *VARIANT)
+    changes = {name: getattr(config.model, name) for name in names}
     model = make_model(**SIZES | changes)
     key = jax.random.key(5)
     # One block to compile instead of three, as on other devices than CPUs.
@@ -115,9 +117,10 @@ def test_on_every_mesh_loss_and_gradients_are_those_of_one_device(shape):
 
 @pytest.mark.parametrize("shape", slow_but([(2, 2, 2)], SEQUENCES), ids=str)
 def test_with_sequences_cut_too(shape):
+    """Of a model with biases and a sliding window."""
     tied = shape == (2, 1, 4)
-    config = make_config(sequence=True, tied_embeddings=tied)
-    assert_equal_to_one_device(shape, config, make_config(tied_embeddings=tied))
+    config = make_config(sequence=True, tied_embeddings=tied, **VARIANT)
+    assert_equal_to_one_device(shape, config, make_config(tied_embeddings=tied, **VARIANT))
 
 
 @pytest.mark.parametrize(

@@ -43,13 +43,15 @@ HARMLESS = {  # of training, generation, storage and output: they change no logi
     *("_attn_implementation", "_attn_implementation_autoset", "attn_implementation"),
     *("_name_or_path", "tokenizer_class", "transformers_version", "dtype", "torch_dtype"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "max_sequence_length"),
+    "max_window_layers",  # of Qwen, unused without use_sliding_window
     *("attention_dropout", "chunk_size_feed_forward", "pretraining_tp", "use_cache"),
     *("id2label", "label2id", "problem_type", "return_dict"),
     *("output_attentions", "output_hidden_states", "unsloth_fixed", "unsloth_version"),
     *("architectures", "model_type"),  # checked by `_model_type`
 }
 MATHEMATICS = re.compile(  # in the name of a key that may change what the model computes
-    "expert|softcap|norm|rope|rotary|scal|multiplier|alibi|window|bias|_act|quant|lora|residual"
+    "expert|softcap|clip|norm|rope|rotary|position_embedding|alibi|scal|multiplier|mup|window|bias"
+    "|_act|activation|quant|lora|residual|head_dim"
 )
 ROPE_THETA = 10_000.0  # the default
 ROPE_TYPES = {"default": "none"} | {kind: kind for kind in ROPE_SCALINGS[1:]}  # theirs: ours

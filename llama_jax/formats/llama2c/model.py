@@ -1,7 +1,8 @@
 """Model files of llama2.c (karpathy/llama2.c), in the three versions that its exporter writes.
 
 Version 0 is float32 with tables of cosines and sines, 1 float32 with a longer header, 2 int8 in
-groups. The tokenizer is another file, see `llama2c.tokenizer`.
+groups. The tokenizer is another file, see `llama2c.tokenizer`. The ckpt.pt of its train.py is read
+too.
 """
 
 import math
@@ -12,6 +13,7 @@ from typing import BinaryIO
 import numpy as np
 
 from llama_jax.errors import UserError
+from llama_jax.formats.llama2c import training_checkpoint
 from llama_jax.formats.llama2c.header import LENGTHS, Header, pack_header, read_header
 from llama_jax.formats.llama2c.int8 import (
     dequantized,
@@ -45,11 +47,15 @@ TABLES = [  # by version, in the order of the file
 
 
 def read(path: Path) -> Weights:
-    """Return the model in a file, float32, without a tokenizer.
+    """Return the model in a file, without a tokenizer: float32, or a training checkpoint's dtypes.
 
     Raises:
       UserError: if the file is not exactly as long as its header says, or is something else.
     """
+    if path.suffix == ".pt":
+        config, saved = training_checkpoint.read(path)
+        tensors = import_tensors(TABLES[0], config, saved, path)
+        return Weights(config=config, tensors=tensors, tokenizer=b"")
     header = read_header(path)
     foreign = dict(_foreign(path, header))
     tensors = import_tensors(TABLES[header.version], header.config, foreign, path)

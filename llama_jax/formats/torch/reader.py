@@ -58,6 +58,22 @@ def read(path: Path) -> dict[str, Tensor]:
     Raises:
       UserError: if the file is damaged, is something else, or holds anything but tensors by name.
     """
+    tensors = read_object(path)
+    if type(tensors) is not dict:
+        raise UserError(f"{path} holds a {type(tensors).__name__}; expected tensors by name")
+    for name, tensor in tensors.items():
+        if type(name) is not str or not isinstance(tensor, Tensor):
+            what = f"{str(name)[:80]!a}, a {type(tensor).__name__}"
+            raise UserError(f"{path} holds {what}; expected tensors by name and nothing else")
+    return tensors
+
+
+def read_object(path: Path) -> Any:
+    """Return the object in a file: tensors, numbers, strings, and dicts, lists and tuples of them.
+
+    Raises:
+      UserError: if the file is damaged, is something else, or names anything else.
+    """
     entries = _entries(path)
     pickled = entries.get("data.pkl")
     if pickled is None:
@@ -69,20 +85,13 @@ def read(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is not little-endian; save it again on an ordinary machine")
     unpickler = _Unpickler(path, entries, pickled.read())
     try:
-        tensors = unpickler.load()
+        return unpickler.load()
     except UserError:
         raise
     except Exception as error:  # whatever a damaged pickle makes the unpickler do
         where = f"before byte {unpickler.file.tell():,} of data.pkl"
         message = f"{path} is damaged or not a file of tensors: {type(error).__name__} {where}"
         raise UserError(message) from error
-    if type(tensors) is not dict:
-        raise UserError(f"{path} holds a {type(tensors).__name__}; expected tensors by name")
-    for name, tensor in tensors.items():
-        if type(name) is not str or not isinstance(tensor, Tensor):
-            what = f"{str(name)[:80]!a}, a {type(tensor).__name__}"
-            raise UserError(f"{path} holds {what}; expected tensors by name and nothing else")
-    return tensors
 
 
 # ---- the zip ----
