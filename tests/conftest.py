@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # "cuda,cpu" also runs what needs a GPU
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+from compilation import OPTIMIZATIONS, xla_flags
+
 # Most of a test's time is compilation. So XLA optimizes little, here and in child processes, except
 # in files marked `optimized`. "0" compiles everything as users do.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault(OPTIMIZATIONS, "1")
+os.environ["XLA_FLAGS"] = xla_flags(devices=8)
 
 import jax
 import pytest

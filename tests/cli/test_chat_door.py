@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from compilation import xla_flags
 from tiny_weights import tiny_weights
 
 from llama_jax.formats import checkpoint as checkpoint_folder
@@ -71,7 +72,10 @@ def terminal(tmp_path, request):
     context = getattr(request, "param", 30_000)
     checkpoint_folder.write(tiny_weights(num_layers=1, context_length=context), tmp_path / "ckpt")
     endless = ("--max_tokens=25000", "--logit_bias=1=-inf", "--logit_bias=2=-inf")
-    environment = os.environ | {"XLA_FLAGS": "", "LLAMA_JAX_CACHE": str(tmp_path / "cache")}
+    environment = os.environ | {
+        "XLA_FLAGS": xla_flags(),
+        "LLAMA_JAX_CACHE": str(tmp_path / "cache"),
+    }
     words = (str(REPOSITORY / "sample.py"), "--ckpt=ckpt", "--chat", *endless)
     terminal = Terminal(*words, cwd=tmp_path, env=environment)
     yield terminal

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from compilation import xla_flags
 from tiny_run import make_config, make_tokens
 from tiny_weights import same, tiny_weights
 
@@ -199,7 +200,7 @@ def test_help_needs_no_jax():
 
 def test_a_converted_model_is_sampled_and_not_trained_in(place, tmp_path):
     """The whole way in processes of their own: convert, sample, refuse to train."""
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": ""}
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": xla_flags()}
     environment |= {"LLAMA_JAX_CACHE": str(tmp_path / "cache")}
 
     def door(*words):

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from compilation import xla_flags
 from flax import nnx
 
 from llama_jax.checkpoints.run_folder import Run, write_metadata
@@ -76,7 +77,7 @@ def sample(place, monkeypatch, capsys, tmp_path):
 
 
 def in_another_process(place, *words, pipe=""):
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": ""}
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": xla_flags()}
     environment |= {"LLAMA_JAX_CACHE": str(place / "cache")}
     command = f"{shlex.join([*DOOR, *words])} {pipe}; exit ${{PIPESTATUS[0]}}"
     return subprocess.run(

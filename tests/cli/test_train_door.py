@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from compilation import xla_flags
 from tiny_run import DOOR, REPOSITORY, make_config, make_tokens, write_config
 
 from llama_jax.checkpoints.restore import finished_steps
@@ -54,7 +55,7 @@ def started(place, *words, devices=1, script="", **options):
         "PYTHONPATH": str(REPOSITORY),
         "LLAMA_JAX_CACHE": str(place / "cache"),
     }
-    environment |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    environment |= {"XLA_FLAGS": xla_flags(devices)}
     command = [*DOOR[:1], *(["-c", script] if script else []), *DOOR[1:], "--config", "tiny.py"]
     command += words
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from compilation import xla_flags
 from tiny_run import DOOR, REPOSITORY, make_config, make_tokens, write_config
 
 from llama_jax.checkpoints.restore import finished_steps
@@ -76,7 +77,7 @@ class Processes:
                 "PYTHONPATH": str(REPOSITORY),
                 "JAX_PLATFORMS": "cpu",
                 "LLAMA_JAX_CACHE": str(self.place / "cache"),
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={self.devices}",
+                "XLA_FLAGS": xla_flags(self.devices),
                 QUICKLY: os.environ[QUICKLY],  # or not; see conftest
                 "TF_CPP_MIN_LOG_LEVEL": "2",
             }

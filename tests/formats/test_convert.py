@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tqdm
+from compilation import xla_flags
 from tiny_weights import same, tiny_vocabulary, tiny_weights
 
 from llama_jax.checkpoints import run_folder
@@ -280,7 +281,7 @@ def test_an_interrupted_conversion_leaves_nothing_that_looks_finished(
 ):
     job = job_of(sources, "ckpt", target, tmp_path)
     words = [sys.executable, "-c", INTERRUPTED, str(job.input), target, str(job.output)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "XLA_FLAGS": ""}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "XLA_FLAGS": xla_flags()}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(words, env=environment, text=True, **pipes) as process:
         assert process.stdout.readline() == "begun\n"
