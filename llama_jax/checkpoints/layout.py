@@ -6,6 +6,7 @@ with a folder for each item: arrays in an OCDBT store, one Zarr array per name, 
 that lists the names; JSON in a file `metadata`.
 """
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -289,6 +290,16 @@ def damaged(checkpoint: Path, why: Exception | str) -> UserError:
     if why == os.strerror(errno.EACCES):
         return UserError(f"checkpoint {checkpoint} cannot be read: {why}; ask for access to it")
     return UserError(f"checkpoint {checkpoint} is damaged: {why}")
+
+
+@contextlib.contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Raise `UserError` where TensorStore cannot write what belongs to `path` in the block."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        message = f"{path.name} could not be written: {reason(error)}; make room or choose another"
+        raise UserError(f"{message} place") from error
 
 
 def reason(error: Exception) -> str:

@@ -190,9 +190,11 @@ def write(
     for name, shape, layer, array, size in parts:
         if name not in shapes:
             chunk = shape if layer is None else (1, *shape[1:])
-            stored = layout.create_array(item, name, shape, chunk, array.dtype)
+            with layout.write_errors(path):
+                stored = layout.create_array(item, name, shape, chunk, array.dtype)
             shapes[name], sums[name] = shape, 0
-        stored[... if layer is None else layer].write(array).result()
+        with layout.write_errors(path):
+            stored[... if layer is None else layer].write(array).result()
         sums[name] = (sums[name] + partial_checksum(array, (layer or 0) * array.size)) % 2**32
         report(done := done + size)
         del array

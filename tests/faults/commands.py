@@ -43,7 +43,7 @@ class Command:
     result: Callable[[Path], object]
     partial: str
     resumes: bool = False
-    kills: int = 8
+    kills: int = 5
 
 
 def _run_result(folder: Path) -> object:
@@ -72,12 +72,12 @@ COMMANDS = {
         _run_result,
         f"{OUT}/*tmp*",
         resumes=True,
-        kills=5,
     ),
     "prepare": Command(
         ("prepare.py", "text.txt", "--output", OUT, "--vocab_size", "320"),
         _tokens_result,
         f".{OUT}.partial-*",
+        kills=10,
     ),
     "convert to ckpt": Command((*CONVERT, "ckpt"), _model_result("ckpt"), f".{OUT}.partial-*"),
     "convert to gguf": Command((*CONVERT, "gguf"), _model_result("gguf"), f".{OUT}.partial-*"),

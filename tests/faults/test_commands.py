@@ -5,6 +5,7 @@ command ends with the result of an undisturbed one, to the bit. FAULTS=long dist
 often; FAULTS_SEED=1 at other moments.
 """
 
+import itertools
 import signal
 import time
 from random import Random
@@ -29,7 +30,7 @@ def place(tmp_path_factory):
 def undisturbed(request, place, tmp_path_factory):
     """A command, its result when nobody disturbs it, and the seconds that it takes then."""
     command = COMMANDS[request.param]
-    for _ in range(2):  # the first one compiles
+    for _ in range(1 + command.resumes):  # the first run of training compiles
         folder = commands.copy_inputs(place, tmp_path_factory.mktemp("undisturbed"))
         before = time.monotonic()
         assert ended(started(command, folder, place / "cache")) == (0, "")
@@ -66,12 +67,11 @@ def test_killed_at_random_moments(undisturbed, place, tmp_path):
     assert_finishes(command, folder, place, expected)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_signalled_at_random_moments(undisturbed, place, tmp_path, number):
+def test_signalled_at_random_moments(undisturbed, place, tmp_path):
     command, expected, seconds = undisturbed
     random = Random(SEED)
     folder = commands.copy_inputs(place, tmp_path / "folder")
-    for times in (1, 2) * ROUNDS:
+    for number, times in itertools.product(SIGNALS * ROUNDS, (1, 2)):
         process = started(command, folder, place / "cache")
         commands.wait_for_a_moment(random, command, process, folder, seconds)
         for _ in range(times):
