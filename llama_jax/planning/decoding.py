@@ -6,6 +6,7 @@ a chunk at a time and needs little more, is not planned.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,15 +20,23 @@ from llama_jax.distributed.mesh import partition_spec, placed, shardings
 from llama_jax.inference.decode import NO_TOKEN, ON_MESH, GenerationState, cache_slots, decode
 from llama_jax.inference.request import SamplingParams
 from llama_jax.inference.sampler import Sampler
+from llama_jax.kernels.matmul import FEW
 from llama_jax.kernels.splash import LANES
 from llama_jax.model.cache import KVCache
 from llama_jax.model.parameters import abstract, matmul_parameters
 from llama_jax.model.transformer import Llama, unstack
 from llama_jax.planning.compile import Compiled, compile_program, target_mesh
-from llama_jax.planning.memory import FLOAT32, abstract_mesh, device_bytes, model_shard
+from llama_jax.planning.memory import (
+    FLOAT32,
+    abstract_mesh,
+    device_bytes,
+    model_shard,
+    padded_row_major_size,
+    padded_size,
+)
 from llama_jax.planning.speed import Speed
 from llama_jax.planning.targets import Target
-from llama_jax.quantization import KINDS, abstract_quantized
+from llama_jax.quantization import KINDS, QuantizedMatrix, abstract_quantized
 
 LOGITS_COPIES = 4  # arrays of the size of the float32 logits that sampling a token needs at once
 MESH = MeshConfig(data=1, tensor=-1)
@@ -117,17 +126,19 @@ def plan_decoding(
       UsageError: for an option that is out of range or unknown.
     """
     config, mesh = _with_options(config, options), abstract_mesh(MESH, target.devices)
-    cache = _placed_bytes(abstract_state(config, options, mesh).cache)
-    temporary: float = LOGITS_COPIES * options.batch * config.vocab_size * FLOAT32
-    if target.chip.is_tpu and (padding := -config.head_size % LANES):
-        temporary += cache * (config.head_size + padding) / config.head_size  # a padded copy
+    cache = abstract_state(config, options, mesh).cache
     any_context = dataclasses.replace(config, context_length=1)  # it does not affect the weights
+    weights = _weights(any_context, options.quantize, mesh)
+    temporary: float = LOGITS_COPIES * options.batch * config.vocab_size * FLOAT32
+    if target.chip.is_tpu:
+        temporary += _padded_cache(cache) + _embedding_by_rows(weights)
+        temporary += _broadcast_scales(weights, options.batch)
     plan = DecodingPlan(
         model=config,
         options=options,
         target=target,
-        weights=_weight_bytes(any_context, options.quantize, mesh),
-        cache=cache,
+        weights=_placed_bytes(weights),
+        cache=_placed_bytes(cache),
         temporary=temporary,
     )
     return dataclasses.replace(plan, compiled=compiler(plan)) if compiler else plan
@@ -211,9 +222,58 @@ def abstract_state(
     return placed(state, dataclasses.replace(places, cache=cache))
 
 
-@functools.cache
-def _weight_bytes(config: ModelConfig, quantize: str, mesh: AbstractMesh) -> int:
-    return _placed_bytes(abstract_model(config, quantize, mesh))
+_weights = functools.cache(abstract_model)
+
+
+# ---- what the TPU compiler holds beside weights and cache ----
+
+
+def _padded_cache(cache: KVCache) -> float:
+    """Return the bytes of the copy of the cache that attention reads, its heads padded to tiles.
+
+    Heads that fill the lanes are read where they are.
+    """
+    R, _, H = _shard_shape(jax.tree.leaves(cache.layers)[0])
+    return _placed_bytes(cache) * padded_row_major_size((R, H)) / (R * H) if H % LANES else 0
+
+
+def _embedding_by_rows(model: Llama) -> int:
+    """Return the bytes of the copy of the embedding in which tokens are looked up, row by row.
+
+    Floats are stored so already unless that pads them more.
+    """
+    table = model.embedding
+    is_quantized = isinstance(table, QuantizedMatrix)
+    kernel = jax.tree.leaves(table.kernel if is_quantized else table)[0]
+    V, D = _shard_shape(kernel)
+    padded = padded_row_major_size((V, D))
+    is_copied = is_quantized or padded > padded_size((V, D))
+    return padded * kernel.dtype.itemsize if is_copied else 0
+
+
+def _broadcast_scales(model: Llama, batch: int) -> int:
+    """Return the bytes of floats that XLA makes of the largest int4 matrix, by `kernels.matmul`.
+
+    It broadcasts the scales and the minima of the low and of the high bits to one number for each
+    byte; for few sequences in float32, and for more than one of them it stores both halves of the
+    matrix too.
+    """
+
+    def is_int4(part: Any) -> bool:
+        return isinstance(part, QuantizedMatrix) and part.group_size > 0
+
+    matrices = filter(is_int4, jax.tree.leaves(model, is_leaf=is_int4))
+    sizes = [math.prod(_shard_shape(*jax.tree.leaves(matrix.kernel))) for matrix in matrices]
+    largest = max(sizes, default=0)
+    if batch > FEW:
+        return 4 * largest * jnp.dtype(model.config.compute_dtype).itemsize
+    return (4 if batch == 1 else 6) * largest * FLOAT32
+
+
+def _shard_shape(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    """Return the shape on one device of a shape with a sharding."""
+    assert leaf.sharding is not None
+    return leaf.sharding.shard_shape(leaf.shape)
 
 
 def _placed_bytes(tree: Any) -> int:

@@ -1,5 +1,6 @@
 """Makes plans.json: what the TPU compiler says that each shipped config takes on each TPU target,
-and a shallow 7B on meshes with a tensor axis, with and without mesh.sequence.
+and a shallow 7B on meshes with a tensor axis, with and without mesh.sequence; and what decoding
+takes.
 
     python tests/golden/make_plans.py [NAME ...]
 
@@ -11,12 +12,14 @@ can be interrupted; delete the file to make all anew. Names, such as "7b v5p-64"
 import json
 import sys
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import jax
 
 from llama_jax.cli.config_flags import read_config
+from llama_jax.planning.decoding import DecodingOptions, compile_decoding, plan_decoding
 from llama_jax.planning.report import TARGETS, over_all_chips
 from llama_jax.planning.targets import parse_target
 from llama_jax.planning.training import compile_training, estimate
@@ -40,6 +43,21 @@ ON_TENSOR_MESHES = {  # few rows and many, one axis and two, each policy; some t
     "v6e-8": ("fsdp=1 tensor=8 sequence=true batch_size=16 remat=none",),
     "v5p-64": ("data=4 fsdp=1 tensor=8 sequence=true batch_size=480 remat=block",),
 }
+DECODING = (  # narrow heads and wide ones, a table that tiles pad and one not, int4 and int8 tables
+    "15m v5e-1",
+    "15m v5e-1 batch=8",
+    "15m v5e-1 quantize=int8",
+    "15m v5e-1 quantize=int4",
+    "15m v5e-1 quantize=int4 batch=4",
+    "15m v5e-1 quantize=int4 batch=8",
+    "15m v5e-4 quantize=int4",
+    "42m v5e-1",
+    "42m v5e-1 quantize=int4",
+    "42m v5e-1 quantize=int4 batch=8",
+    "110m v5e-1",
+    "110m v5e-1 quantize=int8",
+    "110m v5e-1 quantize=int4",
+)
 
 
 def shipped_configs():
@@ -73,21 +91,52 @@ def planned():
         yield key, config, parse_target(key.split()[1])
 
 
+def decoded():
+    """Every decode plan to record, by key: its arguments of `plan_decoding`."""
+    configs = shipped_configs()
+    for key in DECODING:
+        name, target, *words = key.split()
+        options = dict(word.split("=") for word in words)
+        batch = int(options.pop("batch", 1))
+        yield (
+            key,
+            configs[name].model,
+            DecodingOptions(batch=batch, **options),
+            parse_target(target),
+        )
+
+
+def programs():
+    """Every program to record: the section of plans.json, its key there, and what compiles it."""
+    for key, way, target in planned():
+        yield "plans", key, partial(_train_step, way, target)
+    for key, *plan in decoded():
+        yield "decoding", key, partial(_decode_loop, *plan)
+
+
+def _train_step(config, target):
+    return compile_training(estimate(config, target), target)
+
+
+def _decode_loop(model, options, target):
+    return plan_decoding(model, options, target, compile_decoding).compiled
+
+
 def main():
     """Compile what is missing, and write after each."""
     jax.config.update("jax_platforms", "cpu")  # no TPU is looked for
-    recorded = json.loads(PLANS.read_text()) if PLANS.exists() else {"plans": {}}
+    recorded = json.loads(PLANS.read_text()) if PLANS.exists() else {"plans": {}, "decoding": {}}
     versions = {name: version(name) for name in ("jax", "jaxlib", "libtpu", "flax")}
     recorded = {"versions": versions} | recorded
     assert recorded["versions"] == versions, f"made by {recorded['versions']}; delete {PLANS}"
-    for key, way, target in planned():
-        if key in recorded["plans"] or key not in (sys.argv[1:] or [key]):
+    for section, key, compile_it in programs():
+        if key in recorded[section] or key not in (sys.argv[1:] or [key]):
             continue
         start = time.perf_counter()
-        made = compile_training(estimate(way, target), target)
+        made = compile_it()
         seconds = time.perf_counter() - start
         gib = round(made.total / 2**30, 4)
-        recorded["plans"][key] = {"gib": gib, "fits": made.fits}
+        recorded[section][key] = {"gib": gib, "fits": made.fits}
         print(f"{key}: {gib} GiB{'' if made.fits else ', too large'}, {seconds:.0f} s")
         PLANS.write_text(json.dumps(recorded, indent=1) + "\n")
 

@@ -62,9 +62,26 @@ def test_a_shorter_context_needs_a_smaller_cache():
     assert plan_of(context=33).model.context_length == 33
 
 
-def test_tpus_pad_narrow_heads_to_their_lanes():
-    tpu, gpu = plan_of("v5e-1"), plan_of()
-    assert tpu.temporary - gpu.temporary == pytest.approx(tpu.cache * 128 / H)
+def on_tpu(**options):
+    """The bytes that only a TPU needs beside weights and cache."""
+    return plan_of("v5e-1", **options).temporary - plan_of(**options).temporary
+
+
+def test_tpus_copy_narrow_heads_and_a_narrow_embedding_padded_to_their_tiles():
+    table = V * 128  # numbers; there are D columns
+    assert on_tpu() == pytest.approx(plan_of().cache * 128 / H + table * 4)
+    assert on_tpu(quantize="int8") == pytest.approx(plan_of().cache * 128 / H + table)
+    five = {"batch": 5, "dtype": "bfloat16"}
+    padded = plan_of(**five).cache * (24 * 128) / (5 * K * H)  # 20 rows, in tiles of 8
+    assert on_tpu(**five) == pytest.approx(padded + table * 2)
+
+
+@pytest.mark.parametrize(("batch", "arrays", "width"), [(1, 4, 4), (3, 6, 4), (8, 4, 2)])
+def test_tpus_broadcast_the_scales_of_int4_matrices(batch, arrays, width):
+    options = {"batch": batch, "dtype": "bfloat16"}
+    int4, int8 = (on_tpu(**options, quantize=kind) for kind in ("int4", "int8"))
+    largest = V * 64 / 2  # bytes of a table, its inputs padded to 64
+    assert int4 - int8 == arrays * largest * width
 
 
 def test_memory_bandwidth_bounds_one_sequence():
