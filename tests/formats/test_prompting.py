@@ -164,9 +164,9 @@ def test_gguf_and_back(weights, tmp_path, capsys):
     gguf.write(weights, tmp_path / "a.gguf")
     back = gguf.read(tmp_path / "a.gguf")
     assert fields(back) == fields(weights) | {"generation": {}}
-    gguf.write(dataclasses.replace(weights, stop_ids=(5, 6, 7, 8)), tmp_path / "b.gguf")
+    gguf.write(dataclasses.replace(weights, stop_ids=(IM_END, END, 2, 1)), tmp_path / "b.gguf")
     assert "GGUF holds 3 stop tokens; 4 end" in capsys.readouterr().err
-    assert gguf.read(tmp_path / "b.gguf").stop_ids == (5, 6, 7)
+    assert gguf.read(tmp_path / "b.gguf").stop_ids == (IM_END, END, 2)
 
 
 def test_gguf_stop_ids_may_be_absent(tmp_path):
