@@ -110,7 +110,7 @@ def to_json(
             "type": "Sequence",
             "pretokenizers": [*split, _byte_level(use_regex=use_regex)],
         },
-        "post_processor": _template(start, roles["bos"]) if start else None,
+        "post_processor": bos_template(start, roles["bos"], bos) if start else None,
         "decoder": _byte_level(use_regex=True),
         "model": {
             "type": "BPE",
@@ -183,12 +183,13 @@ def _byte_level(use_regex: bool) -> dict[str, Any]:
     return {"type": "ByteLevel", **settings}
 
 
-def _template(text: str, token: int) -> dict[str, Any]:
-    """Return the post-processor that puts BOS before a text, or before each of a pair."""
+def bos_template(text: str, token: int, bos: bool) -> dict[str, Any]:
+    """Return a post-processor that puts BOS, if `bos`, before a text, or before each of a pair."""
 
     def after_bos(letter: str, number: int) -> list[dict[str, Any]]:
+        sequence = {"Sequence": {"id": letter, "type_id": number}}
         special = {"SpecialToken": {"id": text, "type_id": number}}
-        return [special, {"Sequence": {"id": letter, "type_id": number}}]
+        return [special, sequence] if bos else [sequence]
 
     return {
         "type": "TemplateProcessing",

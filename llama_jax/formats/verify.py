@@ -1,4 +1,5 @@
-"""Comparison of a converted model with its source: the same tokens through both, in float32.
+"""Comparison of a converted model with its source: the same tokens through both, in float32,
+and the same texts through their tokenizers.
 
 A source from Hugging Face is run by transformers and one of Meta's by a forward pass in torch, if
 these are installed; any other by our own model. One model is in memory at a time.
@@ -23,9 +24,15 @@ from llama_jax.formats.weights import Weights
 from llama_jax.model.parameters import count_parameters, named_leaves
 from llama_jax.model.positions import frequencies
 from llama_jax.model.transformer import Llama
+from llama_jax.text.tokenizer import parse_tokenizer
 
 LENGTH, CONTINUED = 48, 16  # tokens in all, and how many of them the source's model chose
 TOLERANCE = 1e-3  # of the largest logit, where no number was rounded
+TEXTS = (  # whose ids are compared
+    "The quick brown fox can't jump over 1234 lazy dogs, or 56.",
+    "  naïve café\t日本語 한국어 🙂👍🏽\r\n\n x = {'a': [1, 2]}  # end ",
+    "<s> [INST] <|im_end|> </s>",
+)
 Logits = Callable[[np.ndarray], np.ndarray]  # tokens [T] → float32 logits [T, V]
 
 
@@ -77,6 +84,7 @@ def verify(job: Conversion, source: Weights) -> Iterator[str]:
     is_held = all(tensor.dtype.name == dtype for tensor in source.tensors.values())
     is_exact = is_kept or is_held or dtype == "float32"
     written = target.read(job.output)
+    _compare_ids(source, written, job)
     yield _compared(answer, our_logits(written), "llama_jax", is_exact)
     if job.target == "hf" and not missing("torch", "transformers"):
         try:
@@ -84,6 +92,24 @@ def verify(job: Conversion, source: Weights) -> Iterator[str]:
         except CannotRun as error:
             raise UserError(f"{error}; please report it") from error
         yield _compared(answer, theirs, "transformers", is_exact)
+
+
+def _compare_ids(source: Weights, written: Weights, job: Conversion) -> None:
+    """Raise `UserError` if a model's tokenizer gives other ids than its source's."""
+    if not (source.tokenizer and written.tokenizer):
+        return
+    one = parse_tokenizer(source.tokenizer, job.input)
+    other = parse_tokenizer(written.tokenizer, job.output)
+    for text in TEXTS:
+        if (ours := one.encode(text)) != (theirs := other.encode(text)):
+            raise UserError(
+                f"the tokenizer written to {job.output} encodes {text!r} as {theirs}, that of"
+                f" {job.input} as {ours}; do not use it, and report it"
+            )
+    for name in ("bos_id", "eos_id"):
+        if (ours := getattr(one, name)) != (theirs := getattr(other, name)):
+            message = f"{job.output} has {name} {theirs}, {job.input} {ours}"
+            raise UserError(f"{message}; do not use it, and report it")
 
 
 def _answer(job: Conversion, source: Weights) -> Answer:

@@ -7,6 +7,7 @@ text can become one. Decoding is our own, since the library has no incremental d
 import functools
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -39,6 +40,8 @@ class HuggingFaceTokenizer:
         Raises:
           UserError: if it is damaged, or of a kind that the library or `decoder` does not know.
         """
+        # Texts come one at a time, often in threads of ours; its own would warn after each fork.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         import tokenizers
 
         self.path = path

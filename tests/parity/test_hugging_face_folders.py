@@ -9,11 +9,13 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from tiny_tokenizer import TEXTS, keys_of, library_of
 from tiny_weights import SIZES, built, same, tiny_vocabulary, tiny_weights
 
 from llama_jax.config import RopeScaling
+from llama_jax.formats.gguf.vocabulary import read_tokenizer
 from llama_jax.formats.huggingface import model as hugging_face
-from llama_jax.text.tokenizer import load_tokenizer
+from llama_jax.text.tokenizer import load_tokenizer, parse_tokenizer
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -184,6 +186,25 @@ def test_their_tokenizer_encodes_and_decodes_like_ours(name, size, bos, shared_d
         assert theirs(text)["input_ids"] == ids, repr(text)
         if "▁" not in text:
             assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids), repr(text)
+
+
+@pytest.mark.parametrize("name", ["smollm", "llama-bpe"])
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_byte_level_tokenizer_is_theirs_as_it_is(name, bos, shared_data, tmp_path):
+    content = read_tokenizer(keys_of(library_of(name), name))
+    tokenizer = parse_tokenizer(content, tmp_path)
+    weights = tiny_weights(vocab_size=tokenizer.vocab_size, tokenizer=content)
+    hugging_face.write(dataclasses.replace(weights, bos=bos), tmp_path / "model")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (1, 2)
+    assert len(theirs) == tokenizer.vocab_size
+    back = hugging_face.read(tmp_path / "model")
+    assert back.bos is bos
+    for text in [*texts(shared_data), *TEXTS]:
+        ids = tokenizer.encode(text, bos=bos)
+        assert theirs(text, split_special_tokens=True)["input_ids"] == ids, repr(text)
+        assert parse_tokenizer(back.tokenizer, tmp_path).encode(text, bos=bos) == ids
+        assert theirs.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids)
 
 
 def test_a_tokenizer_that_replaces_characters_encodes_like_ours(shared_data, tmp_path):

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.formats import vocabulary as bpe
+from llama_jax.formats.byte_level import bos_template
 from llama_jax.formats.json_files import write_object
 from llama_jax.formats.vocabulary import Kind, Piece, Vocabulary
 from llama_jax.text.decoding import SPACE
-from llama_jax.text.huggingface import ROLE, parse_json, pieces, special_roles
+from llama_jax.text.huggingface import ROLE, adds_bos, parse_json, pieces, special_roles
 from llama_jax.text.tokenizer import JSON, MODEL, tokenizer_file_name
 
 SPECIAL = (Kind.UNKNOWN, Kind.CONTROL)
@@ -27,7 +28,8 @@ STRIP = {"type": "Replace", "pattern": {"Regex": "\\A +|[ ▁]+\\z"}, "content":
 def write_tokenizer(content: bytes, bos: bool, context: int, folder: Path) -> None:
     """Write the files of a tokenizer, given the content of its tokenizer.model or tokenizer.json.
 
-    A tokenizer.json is written as it is, a SentencePiece model also as a tokenizer.json.
+    A tokenizer.json is written as it is, except that it puts BOS before texts if `bos` and only
+    then; a SentencePiece model is written as a tokenizer.json too.
 
     Args:
       bos: whether texts begin with BOS.
@@ -40,8 +42,11 @@ def write_tokenizer(content: bytes, bos: bool, context: int, folder: Path) -> No
         roles = special_roles(values, texts)
         names = {f"{role}_token": texts[token] for role, token in roles.items()}
         plain = [{key: token[key] for key in token if key != ROLE} for token in added]
-        if plain != added:
-            content = json.dumps(values | {"added_tokens": plain}, ensure_ascii=False).encode()
+        changed = values | {"added_tokens": plain}
+        if "bos" in roles and bos != adds_bos(values):
+            changed["post_processor"] = bos_template(names["bos_token"], roles["bos"], bos)
+        if changed != values:
+            content = json.dumps(changed, ensure_ascii=False).encode()
         (folder / JSON).write_bytes(content)
         added = plain
     else:
@@ -72,6 +77,7 @@ def write_tokenizer(content: bytes, bos: bool, context: int, folder: Path) -> No
 def to_tokenizer_json(vocabulary: Vocabulary, bos: bool) -> dict[str, Any]:
     """Return the content of tokenizer.json; `bos`: encoded texts begin with BOS."""
     scores = {p.text: p.score for p in vocabulary.pieces if p.kind == Kind.NORMAL}
+    start = vocabulary.pieces[vocabulary.bos_id]
     has_spaces = any(" " in text for text in scores)  # then older versions cannot read it
     return {
         "version": "1.0",
@@ -80,7 +86,7 @@ def to_tokenizer_json(vocabulary: Vocabulary, bos: bool) -> dict[str, Any]:
         "added_tokens": _added_tokens(vocabulary),
         "normalizer": {"type": "Sequence", "normalizers": _normalizers(vocabulary)},
         "pre_tokenizer": None,
-        "post_processor": _template(vocabulary, bos),
+        "post_processor": bos_template(start.text, vocabulary.bos_id, bos),
         "decoder": {"type": "Sequence", "decoders": _decoders(vocabulary)},
         "model": {
             "type": "BPE",
@@ -132,20 +138,3 @@ def _decoders(vocabulary: Vocabulary) -> list[dict[str, Any]]:
     ]
     strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
     return [*steps, strip] if vocabulary.adds_space else steps
-
-
-def _template(vocabulary: Vocabulary, bos: bool) -> dict[str, Any]:
-    """Return what is put around a text, or a pair of texts."""
-    text = vocabulary.pieces[vocabulary.bos_id].text
-
-    def after_bos(letter: str, number: int) -> list[dict[str, Any]]:
-        sequence = {"Sequence": {"id": letter, "type_id": number}}
-        special = {"SpecialToken": {"id": text, "type_id": number}}
-        return [special, sequence] if bos else [sequence]
-
-    return {
-        "type": "TemplateProcessing",
-        "single": after_bos("A", 0),
-        "pair": after_bos("A", 0) + after_bos("B", 1),
-        "special_tokens": {text: {"id": text, "ids": [vocabulary.bos_id], "tokens": [text]}},
-    }
