@@ -99,7 +99,11 @@ def write_metadata(folder: Path, run: Run, tokenizer: Path) -> None:
     """Write a run's config and tokenizer into its folder, which this process has locked."""
     write_run(folder, run)
     content = tokenizer.read_bytes()
-    write_atomically(folder / tokenizer_file_name(content), content)
+    name = tokenizer_file_name(content)
+    for other in TOKENIZER_FILES:  # of a start that made no step
+        if other != name:
+            (folder / other).unlink(missing_ok=True)
+    write_atomically(folder / name, content)
 
 
 def require_tokenizer(folder: Path, meta: dict[str, Any]) -> None:

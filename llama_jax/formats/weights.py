@@ -56,7 +56,7 @@ class Weights:
 
     config: ModelConfig
     tensors: Mapping[str, Tensor]  # the keys of `tensor_shapes(config)`, in any order
-    tokenizer: bytes  # a SentencePiece model; empty if the source has none
+    tokenizer: bytes  # content of a tokenizer.model or .json; empty if the source has none
     bos: bool = True  # training documents began with BOS, so a prompt does
     is_rounded: bool = False  # dequantised from the int8 or int4 of our checkpoints
     chat_template: str = ""  # this and the next as in `checkpoints.metadata.Description`

@@ -60,10 +60,11 @@ class HuggingFaceTokenizer:
             without = json.dumps(_without_special(values, set(self.special_ids)))
             self._encoder = tokenizers.Tokenizer.from_str(without)
             self._surfaces  # noqa: B018  (refuses an unknown decoder now)
-        except UserError:
+        except (UserError, KeyboardInterrupt):
             raise
-        except Exception as error:  # the library raises no narrower class
-            message = f"tokenizer {path} is damaged or of an unknown kind: {first_line(error)}"
+        except BaseException as error:  # the library's panics are no Exceptions
+            reason = " ".join(str(error).split())[:160]
+            message = f"tokenizer {path} is damaged or of an unknown kind: {reason}"
             raise UserError(f"{message}; copy it again, or give another") from error
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
@@ -218,30 +219,30 @@ def special_roles(values: Mapping[str, Any], pieces: Mapping[int, str]) -> dict[
         role: next((ids[name] for name in names if name in ids), -1)
         for role, names in KNOWN_NAMES.items()
     }
-    roles |= dict(_around(values.get("post_processor"), ids))
+    around = dict(_around(values.get("post_processor")))
+    roles |= {role: ids[text] for role, text in around.items() if text in ids}
     roles |= {t[ROLE]: t["id"] for t in values["added_tokens"] if t.get(ROLE) in KNOWN_NAMES}
     return {role: token for role, token in roles.items() if token >= 0}
 
 
 def adds_bos(values: Mapping[str, Any]) -> bool:
     """Return whether the library puts BOS before a text."""
-    ids = {token["content"]: token["id"] for token in values["added_tokens"]}
-    return any(role == "bos" for role, _ in _around(values.get("post_processor"), ids))
+    return "bos" in dict(_around(values.get("post_processor")))
 
 
-def _around(processor: Any, ids: Mapping[str, int]) -> Iterator[tuple[str, int]]:
-    """Yield the roles of the tokens that a post-processor puts before and after a text."""
+def _around(processor: Any) -> Iterator[tuple[str, str]]:
+    """Yield the roles and texts of the tokens that a post-processor puts around a text."""
     match processor:
         case {"type": "Sequence", "processors": list(parts)}:
             for part in parts:
-                yield from _around(part, ids)
+                yield from _around(part)
         case {"type": "TemplateProcessing", "single": [*steps]}:
             for role, end in (("bos", steps[:1]), ("eos", steps[-1:])):
                 match end:
-                    case [{"SpecialToken": {"id": str(text)}}] if text in ids:
-                        yield role, ids[text]
+                    case [{"SpecialToken": {"id": str(text)}}]:
+                        yield role, text
         case {"cls": [str(first), _], "sep": [str(last), _]}:
-            yield from ((role, ids[t]) for role, t in (("bos", first), ("eos", last)) if t in ids)
+            yield from (("bos", first), ("eos", last))
 
 
 def _without_special(values: Mapping[str, Any], special: set[str]) -> dict[str, Any]:

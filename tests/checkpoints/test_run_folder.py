@@ -219,3 +219,13 @@ def test_process_that_sees_another_folder_is_refused(as_process, tmp_path):
     ):
         raise AssertionError("claimed")
     assert not (tmp_path / "ckpt").exists()
+
+
+def test_a_tokenizer_json_takes_the_place_of_a_tokenizer_model(folder):
+    start(folder)
+    (folder.parents[1] / "t.json").write_bytes(b'{"model": {}}')
+    start(folder, tokenizer="t.json")
+    assert {"tokenizer.json"} == {name for name in contents(folder) if name.startswith("tok")}
+    start_and_step(folder, tokenizer="t.json")
+    with pytest.raises(UserError, match=r"not the one that .* --tokenizer .*tokenizer\.json"):
+        start(folder)

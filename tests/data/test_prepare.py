@@ -7,6 +7,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given
+from tiny_tokenizer import library_of
 
 from llama_jax.data.prepare.corpora import choose_held_out, corpus_from_files, hold_out_end
 from llama_jax.data.prepare.documents import Chunk, ReadOptions, ReadProgress, split_documents
@@ -252,3 +253,22 @@ def test_tinystories_are_split_into_stories(shared_data, tmp_path):
     for index in (0, 1, 5000):
         expected = tokenizer.encode(stories[index].strip(), bos=True, eos=False)
         assert tokens[starts[index] : starts[index + 1]].tolist() == expected
+
+
+def test_a_tokenizer_json_is_copied_and_its_tokens_are_the_same_in_threads(text, tmp_path):
+    library = library_of("gpt-2")
+    path = tmp_path / "own.json"
+    path.write_text(library.to_str())
+    found = []
+    for workers in (1, 3):
+        options = TokenOptions(tokenizer=str(path), bos=False, eos=True, workers=workers)
+        corpus = corpus_from_files(text, validation=0.1)
+        folder = prepare(corpus, tmp_path / f"out{workers}", options, batch_characters=200)
+        assert folder.tokenizer_path.name == "tokenizer.json"
+        assert folder.tokenizer_path.read_bytes() == path.read_bytes()
+        found.append(tokens_of(folder, "train"))
+    expected = [[*library.encode(story).ids, 0] for story in STORIES[:37]]
+    assert found[0] == found[1] == list(itertools.chain(*expected))
+    with pytest.raises(UserError, match=r"own.json has no BOS token; use --no-bos --eos"):
+        prepare(corpus, tmp_path / "out", TokenOptions(tokenizer=str(path)))
+    assert not (tmp_path / "out").exists()

@@ -81,9 +81,13 @@ def read_tokenizer(
         try:
             vocabulary, pieces = _from_json(path, settings, config, rows)
         except OtherKind:
-            values = parse_json(content, path)
+            vocabulary, pieces = None, {}
+        values = parse_json(content, path)
+        is_llama = str(settings.get("tokenizer_class", "")).startswith("Llama")  # adds it itself
+        bos = (is_llama or adds_bos(values)) if bos is None else bos
+        if vocabulary is None:
             content = _with_roles(content, values, settings, config, path)
-            return fit_rows(content, rows, path), adds_bos(values) if bos is None else bos
+            return fit_rows(content, rows, path), bos
         content = b""
     else:
         if is_ranks(content) or is_tokenizer_bin(content):

@@ -78,7 +78,9 @@ def from_json(content: bytes) -> bytes:
     texts = pieces(values, Path(JSON))
     plain = [texts.get(token, "") for token in range(len(texts) - len(CONTROLS))]
     is_llama3 = patterns(values.get("pre_tokenizer")) == PRE_TOKENIZER.patterns
-    if not (is_llama3 and set("".join(plain)) <= BYTE_OF_CHARACTER.keys() and all(plain)):
+    special = {token["id"] for token in values["added_tokens"] if token.get("special")}
+    is_llama3 &= special == {*range(len(plain), len(texts))} and all(plain)
+    if not (is_llama3 and set("".join(plain)) <= BYTE_OF_CHARACTER.keys()):
         raise UserError(
             "Meta's format holds SentencePiece and Llama 3's tokenizers, and this is neither;"
             " choose another format"
