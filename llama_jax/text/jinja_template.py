@@ -69,7 +69,7 @@ class JinjaTemplate(Template):
         if not messages or messages[-1].role != "user":
             found = "no message" if not messages else f"a last message of {messages[-1].role}'s"
             raise UserError(f"the dialogue has {found}; expected a user message at its end")
-        controls = [text for text in tokenizer.special_ids if len(text) > 1]
+        controls = {text: i for text, i in tokenizer.special_ids.items() if len(text) > 1}
         mark = _unused_character("".join(message.content for message in messages))
         shielded = messages
         if controls:
@@ -83,8 +83,8 @@ class JinjaTemplate(Template):
         text = self.render(shielded, tokenizer)
         ids: list[int] = []
         for part in re.split(f"({_either(controls)})", text) if controls else [text]:
-            if part in tokenizer.special_ids:
-                ids.append(tokenizer.special_ids[part])
+            if part in controls:
+                ids.append(controls[part])
             elif part:
                 ids += tokenizer.encode(part.replace(mark, ""), bos=False, eos=False)
         return ids
