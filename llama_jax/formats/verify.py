@@ -121,13 +121,20 @@ def _answer(job: Conversion, source: Weights) -> Answer:
         name, logits = "Meta's forward pass in torch", meta_logits(job.input, source.config)
     else:
         name, logits = f"llama_jax on {job.source}", our_logits(source)
-    length = min(LENGTH, source.config.context_length)
+    length = _length(source.config)
     continued = min(CONTINUED, length // 2)
     random = np.random.default_rng(0)
     tokens_T = random.integers(0, source.config.vocab_size, length - continued)
     while len(tokens_T) < length:
         tokens_T = np.append(tokens_T, logits(tokens_T)[-1].argmax())
     return Answer(name, tokens_T, continued, logits(tokens_T))
+
+
+def _length(config: ModelConfig) -> int:
+    """Return how many tokens are compared; dynamic scaling beyond them would depend on padding."""
+    is_dynamic = config.rope_scaling.kind == "dynamic"
+    context = config.rope_scaling.original_context if is_dynamic else config.context_length
+    return min(LENGTH, context)
 
 
 def _compared(answer: Answer, logits: Logits, name: str, is_exact: bool) -> str:
@@ -158,7 +165,7 @@ def missing(*libraries: str) -> list[str]:
 
 def our_logits(weights: Weights) -> Logits:
     """Return our model in float32 as a function of at most `LENGTH` tokens."""
-    length = min(LENGTH, weights.config.context_length)
+    length = _length(weights.config)
     config = dataclasses.replace(weights.config, compute_dtype="float32")
     # Blocks as a list: its leaves have the names and shapes of `weights`, so that none is copied.
     shapes = jax.eval_shape(lambda: _unstacked(Llama(config, rngs=nnx.Rngs(0))))

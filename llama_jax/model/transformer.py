@@ -71,7 +71,7 @@ class Attention(nnx.Module):
 
 
 def update_cache_and_attend(
-    cache: KVCache, positions_BT: jax.Array, window: int
+    cache: KVCache, positions_BT: jax.Array, window: int = 0
 ) -> AttentionFunction:
     """Attention over a cache, after writing the new keys and values behind those it holds."""
     mask_BTS, start_B = causal_mask(positions_BT, cache.slots, window), cache.length_B
@@ -84,7 +84,7 @@ def update_cache_and_attend(
 
 
 def attend_within(
-    segments_BT: jax.Array | None, rate: float, window: int, execution: Execution
+    segments_BT: jax.Array | None, rate: float, execution: Execution, window: int = 0
 ) -> AttentionFunction:
     """Attention among the tokens themselves, with a fraction `rate` of the weights dropped."""
     kernel = partial(execution.attention, window=window) if window else execution.attention
@@ -198,7 +198,7 @@ class Llama(nnx.Module):
             if segments_BT is not None:
                 positions_BT = positions_within(segments_BT)
             window = config.sliding_window
-            attention = attend_within(segments_BT, config.dropout, window, execution)
+            attention = attend_within(segments_BT, config.dropout, execution, window)
         rotary = rotary_embedding(
             positions_BT, config.head_size, config.rope_theta, config.rope_scaling
         )

@@ -6,7 +6,7 @@ import pytest
 import reference
 
 from llama_jax.config import RopeScaling
-from llama_jax.model.positions import frequencies, rotary_embedding, rotate
+from llama_jax.model.positions import attention_factor, frequencies, rotary_embedding, rotate
 
 THETA = 500.0
 X_BTNH = np.random.default_rng(0).standard_normal((5, 7, 6, 4), np.float32)
@@ -73,3 +73,32 @@ def test_llama3_scaling_multiplies_long_wavelengths_only():
     blended = plain[between] * (share + (1 - share) / 8)
     assert between.sum() > 2
     np.testing.assert_allclose(scaled[between], blended, rtol=1e-6)
+
+
+def test_yarn_scales_long_wavelengths_only_and_sharpens_attention():
+    scaling = RopeScaling(kind="yarn", factor=4.0, original_context=4096, truncate=False)
+    plain, scaled = (frequencies(128, 1e4, which) for which in (RopeScaling(), scaling))
+    rotations = 4096 * plain / (2 * np.pi)
+    np.testing.assert_array_equal(scaled[rotations > 32], plain[rotations > 32])
+    np.testing.assert_allclose(scaled[rotations < 1], plain[rotations < 1] / 4, rtol=1e-6)
+    # Between them a pair is blended by its index, which is linear in the logarithm of rotations.
+    between = (rotations > 1) & (rotations < 32)
+    kept = np.log(rotations[between]) / np.log(32)
+    assert between.sum() > 2
+    blended = plain[between] * (kept + (1 - kept) / 4)
+    np.testing.assert_allclose(scaled[between], blended, rtol=1e-5)
+    factor = 0.1 * np.log(4.0) + 1
+    assert attention_factor(scaling) == pytest.approx(factor)
+    cosine, sine = rotary_embedding(jnp.arange(3)[None], 128, 1e4, scaling)
+    np.testing.assert_allclose(cosine**2 + sine**2, factor**2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [5, 9, 20])
+def test_dynamic_scaling_raises_the_base_with_the_length(length):
+    scaling = RopeScaling(kind="dynamic", factor=2.0, original_context=9)
+    ratio = max(2.0 * length / 9 - 1.0, 1.0)
+    base = THETA * ratio ** (8 / 6)
+    angles = np.arange(length)[:, None] * base ** -(np.arange(4) / 4)
+    cosine, sine = rotary_embedding(jnp.arange(length)[None], 8, THETA, scaling)
+    np.testing.assert_allclose(cosine[0, :, 0], np.cos(angles), atol=1e-5)
+    np.testing.assert_allclose(sine[0, :, 0], np.sin(angles), atol=1e-5)

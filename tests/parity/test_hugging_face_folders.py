@@ -132,6 +132,15 @@ def test_there_and_back_their_tensors_are_the_same(dtype, tied, tmp_path):
         assert torch.equal(param, expected[name]), name
 
 
+def test_their_pickles_are_read_like_safetensors(tmp_path):
+    theirs = their_model(attention_bias=True, tie_word_embeddings=True)
+    for name in ("one", "two"):
+        theirs.save_pretrained(tmp_path / name)
+    torch.save(theirs.state_dict(), tmp_path / "two" / "pytorch_model.bin")
+    (tmp_path / "two" / "model.safetensors").unlink()
+    same(hugging_face.read(tmp_path / "two"), hugging_face.read(tmp_path / "one"))
+
+
 def test_bfloat16_files_give_the_logits_of_their_rounded_numbers(tmp_path):
     their_model().to(torch.bfloat16).save_pretrained(tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
