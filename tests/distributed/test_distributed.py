@@ -173,9 +173,9 @@ def folder(name):
 @pytest.fixture(scope="module")
 def runs(place):
     """Runs of one process, which is this one, and of two."""
+    assert fit(config_of(place / "tokens", place / "one"), devices=4) == 0
     timeout = f"--timeout={PATIENCE}"
     two = Processes(place, folder("two"), "--distributed", timeout, environments=by_slurm())
-    assert fit(config_of(place / "tokens", place / "one"), devices=4) == 0
     assert two.codes() == [0, 0], two.stderr()
     return two
 
