@@ -12,11 +12,10 @@ import time
 import numpy as np
 import pytest
 from compilation import xla_flags
-from tiny_run import DOOR, REPOSITORY, make_config, make_tokens, write_config
+from tiny_run import DOOR, REPOSITORY, make_config, make_tokens, quick_runs, write_config
 
 from llama_jax.checkpoints.restore import finished_steps
 from llama_jax.cli import main as cli
-from llama_jax.cli import startup as compilation_cache
 from llama_jax.cli import train
 from llama_jax.training.metrics import read_metrics
 
@@ -225,7 +224,7 @@ def inside(place, monkeypatch, capfd):
     """Run the command in this process; returns its exit code, stdout and stderr."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "2")
-    monkeypatch.setattr(compilation_cache, "use_compilation_cache", lambda: None)
+    monkeypatch.setenv("LLAMA_JAX_CACHE", str(place / "cache"))
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["train.py", *words])
@@ -233,7 +232,8 @@ def inside(place, monkeypatch, capfd):
             cli.run(train.main)
         return end.value.code, *capfd.readouterr()
 
-    return run
+    with quick_runs(place / "cache" / "compiled"):  # the command sets the same
+        yield run
 
 
 def test_a_finished_run_is_left_as_it_is(place, straight, inside):
