@@ -20,6 +20,7 @@ from llama_jax.cli import train
 from llama_jax.training.metrics import read_metrics
 
 STEPS = 40
+PATIENCE = 600  # seconds; a process takes a few on a machine that is not busy
 SLOW_DISK = """
 import os, runpy, sys, time
 rename = os.rename
@@ -64,7 +65,7 @@ def started(place, *words, devices=1, script="", **options):
 def finished(place, *words, **options):
     """Its exit code, stdout and stderr."""
     process = started(place, *words, **options)
-    stdout, stderr = process.communicate(timeout=100)
+    stdout, stderr = process.communicate(timeout=PATIENCE)
     return process.returncode, stdout, stderr
 
 
@@ -152,7 +153,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(place, straight, number, mo
     process = started(place, at(name))
     wait_for(process, moment)
     process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=100)
+    stdout, stderr = process.communicate(timeout=PATIENCE)
     assert (process.returncode, stderr) == (128 + number, "")
     last = stdout.splitlines()[-1]
     assert last.startswith("stopped at step ") and last.endswith("goes on from there")
@@ -178,7 +179,7 @@ def test_a_closed_terminal_saves(place):
     os.close(ours)  # from now on, what is written to the terminal fails
     process.send_signal(signal.SIGHUP)
     process.send_signal(signal.SIGHUP)  # as by the shell and by the kernel
-    process.wait(100)
+    process.wait(PATIENCE)
     last = max(losses(place / "closed"), default=0)
     assert finished_steps(place / "closed")[-1] == last
 
@@ -207,7 +208,7 @@ def test_a_second_signal_while_saving_ends_at_once_and_older_checkpoints_are_who
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1)
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=100)
+    _, stderr = process.communicate(timeout=PATIENCE)
     kept = "ended at once; saving has step 10, from which the same command goes on\n"
     assert (process.returncode, stderr) == (143, kept)
     assert finished_steps(place / "saving") == [5, 10]

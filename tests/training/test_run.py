@@ -371,11 +371,10 @@ def test_damaged_metrics_are_skipped_and_counted(config, tmp_path, capfd):
         pytest.param("bfloat16", "float32", marks=pytest.mark.slow),
     ],
 )
-def test_other_dtype_of_moments_is_refused(tokens, tmp_path, old, new):
-    options = {"optimizer__steps": 5, "run__eval_every": 50}
-    started = make_config(tokens, "ckpt", optimizer__moments_dtype=old, **options)
-    assert fit(started) == 0
-    changed = make_config(tokens, "ckpt", optimizer__moments_dtype=new, **options)
+def test_other_dtype_of_moments_is_refused(tokens, old, new):
+    started = make_config(tokens, "ckpt", optimizer__moments_dtype=old)
+    assert train(started, stop_at(5)) == 143
+    changed = make_config(tokens, "ckpt", optimizer__moments_dtype=new)
     message = f"optimizer.moments_dtype is '{old}' there and '{new}' here; choose another folder"
     with pytest.raises(UserError, match=message):
         fit(changed)
@@ -383,14 +382,12 @@ def test_other_dtype_of_moments_is_refused(tokens, tmp_path, old, new):
 
 
 def test_other_data_is_refused_unless_accepted(config, tokens, tmp_path):
-    config = make_config(tokens, "ckpt", optimizer__steps=5)
-    assert fit(config) == 0
+    assert train(config, stop_at(5)) == 143
     tokenizer = TokenFolder.open(tokens).tokenizer_path
     other = make_tokens(tmp_path / "other", tokenizer=tokenizer, colours=("pink",)).path
-    changed = make_config(other, "ckpt", optimizer__steps=7)
     with pytest.raises(UserError, match=r"does not hold the data that step 5 of"):
-        fit(changed)
+        fit(make_config(other, "ckpt"))
     assert finished_steps(tmp_path / "ckpt") == [5]
-    accepted = make_config(other, "ckpt", optimizer__steps=7, data__allow_change=True)
-    assert fit(accepted) == 0
+    accepted = make_config(other, "ckpt", data__allow_change=True)
+    assert train(accepted, stop_at(7)) == 143
     assert finished_steps(tmp_path / "ckpt")[-1] == 7
