@@ -31,6 +31,7 @@ def config_of(tokens, checkpoint_dir):
     return make_config(
         tokens,
         checkpoint_dir,
+        model__num_layers=1,
         optimizer__steps=STEPS,
         optimizer__min_learning_rate=1e-2,
         mesh__data=2,
