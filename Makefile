@@ -59,7 +59,7 @@ test: lint types
 	$(RUN) -m pytest -n 2 --dist loadfile -m "not parity and not slow and not faults"
 
 test-slow: $(VENV)/.installed-slow
-	$(AS_USED) $(RUN) -m pytest -n 2 --dist loadfile -m slow
+	$(AS_USED) $(RUN) -m pytest -n 2 --dist loadfile -m "(slow or optimized) and not parity and not faults"
 
 test-parity: $(VENV)/.installed-parity
 	$(AS_USED) $(RUN) -m pytest -m parity

@@ -75,9 +75,9 @@ def write_config(path, config):
     return path
 
 
-def fit(config, profile=None):
-    """Train on one of the pretend devices."""
-    return run.fit(config, profile, devices=jax.devices()[:1])
+def fit(config, profile=None, devices=1):
+    """Train on some of the simulated devices."""
+    return run.fit(config, profile, devices=jax.devices()[:devices])
 
 
 @contextlib.contextmanager

@@ -298,8 +298,11 @@ class Programs:
     evaluate: Callable[[Any, Any, Batch], Sums]  # `evaluation_step`: (trainable, frozen, batch)
 
 
+@lru_cache(maxsize=16)
 def jit_programs(config: Config, mesh: Mesh, loss: Loss = next_token_loss) -> Programs:
     """Return the programs of a run on a mesh.
+
+    Cached, so that further sessions of a run in one process compile nothing again.
 
     Raises:
       UsageError: if the config does not divide over the mesh, or its devices lack the attention

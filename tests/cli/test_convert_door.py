@@ -37,10 +37,10 @@ def place(tmp_path_factory):
     bad = weights.tensors["norm.scale"].read().copy()
     bad[3] = np.nan
     tensor = Tensor(bad.shape, bad.dtype, lambda: bad)
-    spoilt = type(weights)(
+    damaged = type(weights)(
         **vars(weights) | {"tensors": dict(weights.tensors) | {"norm.scale": tensor}}
     )
-    FORMATS["ckpt"].write(spoilt, folder / "nan.ckpt", Options(), lambda done: None)
+    FORMATS["ckpt"].write(damaged, folder / "nan.ckpt", Options(), lambda done: None)
     (folder / "soup").mkdir()
     (folder / "file").write_text("mine")
     return folder
@@ -65,9 +65,9 @@ def run(place, monkeypatch, capsys):
 
 @pytest.mark.parametrize("source", ["ckpt", "meta", "hf", "bin", "gguf"])
 def test_every_format_converts_to_a_checkpoint(run, source):
-    code, told, said = run(f"--input in.{source} --output of-{source} --tokenizer t.model")
-    assert (code, said) == (0, "")
-    written, verified, then = told.splitlines()
+    code, stdout, stderr = run(f"--input in.{source} --output of-{source} --tokenizer t.model")
+    assert (code, stderr) == (0, "")
+    written, verified, then = stdout.splitlines()
     assert WRITTEN.fullmatch(written)[1] == f"of-{source}"
     assert verified.startswith("verified: ") and "|Δlogit| 0 where" in verified
     assert then == f"sample with: python sample.py --ckpt of-{source}"
@@ -80,20 +80,21 @@ def test_every_format_converts_to_a_checkpoint(run, source):
 
 @pytest.mark.parametrize("target", FORMATS)
 def test_a_checkpoint_converts_to_every_format(run, target):
-    code, told, said = run(f"--input in.ckpt/0 --to {target} --output to/x.{target} --no_verify")
-    assert (code, said) == (0, "") and "verified" not in told
+    line = f"--input in.ckpt/0 --to {target} --output to/x.{target} --no_verify"
+    code, stdout, stderr = run(line)
+    assert (code, stderr) == (0, "") and "verified" not in stdout
     weights = FORMATS[target].read(Path(f"to/x.{target}"), None)
     numbers = weights.tensors["norm.scale"].read()
     np.testing.assert_array_equal(numbers, tiny_weights().tensors["norm.scale"].read())
 
 
 def test_convert_meta(run):
-    code, told, _ = run("--input in.meta --output mine --dtype bfloat16", door="convert_meta")
-    assert code == 0 and "verified: " in told
+    code, stdout, _ = run("--input in.meta --output mine --dtype bfloat16", door="convert_meta")
+    assert code == 0 and "verified: " in stdout
     read = FORMATS["ckpt"].read(Path("mine"), None)
     assert (read.dtype.name, read.config.compute_dtype) == ("bfloat16", "bfloat16")
-    code, _, said = run("--input in.hf --output other", door="convert_meta")
-    assert code == 1 and said.count("\n") == 1 and "error: in.hf" in said
+    code, _, stderr = run("--input in.hf --output other", door="convert_meta")
+    assert code == 1 and stderr.count("\n") == 1 and "error: in.hf" in stderr
 
 
 def test_flags_reach_the_format(run):
@@ -102,44 +103,50 @@ def test_flags_reach_the_format(run):
     assert content[4:8] == b"\2\0\0\0" and content[37] == 4
     assert run("--input in.ckpt --to gguf --dtype q8_0 --output q.gguf")[0] == 0
     assert Path("q.gguf").stat().st_size < Path("in.gguf").stat().st_size
-    code, _, said = run("--input in.ckpt --to meta --shards 2 --output shards")
-    assert code == 1 and "vocab_size=283 does not divide into 2 shards" in said
+    code, _, stderr = run("--input in.ckpt --to meta --shards 2 --output shards")
+    assert code == 1 and "vocab_size=283 does not divide into 2 shards" in stderr
 
 
 def test_a_quantised_checkpoint_has_its_kind_and_template(run):
-    code, told, said = run(
+    code, stdout, stderr = run(
         "--input in.hf --output q --quantize int4 --group_size 64 --template none"
     )
-    assert (code, said) == (0, "") and "verified: " in told
+    assert (code, stderr) == (0, "") and "verified: " in stdout
     description = read_description(Path("q"))
     assert description.quantization == QuantizationConfig("int4", 64)
     assert description.chat_template == "none"
-    code, told, said = run("--input q --to hf --output q.hf")
-    assert (code, said) == (0, "") and "|Δlogit| 0 where" in told, "its floats are what it is"
+    code, stdout, stderr = run("--input q --to hf --output q.hf")
+    assert (code, stderr) == (0, "") and "|Δlogit| 0 where" in stdout, "its floats are what it is"
 
 
 def test_nan_warns_or_is_refused(run):
-    code, told, said = run("--input nan.ckpt --to hf --output nan.hf")
-    assert code == 0 and said.startswith("warning: norm.scale of nan.ckpt holds NaN or infinity")
-    assert "not verified: llama_jax on ckpt computes logits that are NaN or infinite" in told
-    code, told, said = run("--input nan.ckpt --to hf --output nan2.hf --strict")
-    assert (code, told) == (1, "") and said.startswith("error: norm.scale of nan.ckpt holds NaN")
+    code, stdout, stderr = run("--input nan.ckpt --to hf --output nan.hf")
+    assert code == 0 and stderr.startswith("warning: norm.scale of nan.ckpt holds NaN or infinity")
+    assert "not verified: llama_jax on ckpt computes logits that are NaN or infinite" in stdout
+    code, stdout, stderr = run("--input nan.ckpt --to hf --output nan2.hf --strict")
+    assert (code, stdout) == (1, "") and stderr.startswith(
+        "error: norm.scale of nan.ckpt holds NaN"
+    )
     assert not Path("nan2.hf").exists()
 
 
 def test_a_large_model_is_verified_only_on_request(run, monkeypatch):
     monkeypatch.setattr("llama_jax.formats.verify.is_cheap", lambda source: False)
-    _, told, _ = run("--input in.ckpt --output large")
-    assert "not verified: that takes 0 GB of memory and a while; --verify does it" in told
-    _, told, _ = run("--input in.ckpt --output large2 --verify")
-    assert "\nverified: " in told
+    _, stdout, _ = run("--input in.ckpt --output large")
+    assert "not verified: that takes 0 GB of memory and a while; --verify does it" in stdout
+    _, stdout, _ = run("--input in.ckpt --output large2 --verify")
+    assert "\nverified: " in stdout
 
 
 def test_a_wrong_result_is_an_error(run, monkeypatch):
     monkeypatch.setattr(verification, "TOLERANCE", -1.0)
-    code, told, said = run("--input in.ckpt --output wrong")
-    assert code == 1 and "verified" not in told
-    assert said.startswith("error: ") and "no number was rounded" in said and said.count("\n") == 1
+    code, stdout, stderr = run("--input in.ckpt --output wrong")
+    assert code == 1 and "verified" not in stdout
+    assert (
+        stderr.startswith("error: ")
+        and "no number was rounded" in stderr
+        and stderr.count("\n") == 1
+    )
 
 
 MISTAKES = {
@@ -184,10 +191,10 @@ MISTAKES = {
 @pytest.mark.parametrize("line", MISTAKES)
 def test_an_error_is_one_line_and_leaves_nothing(run, place, line):
     before = sorted(place.rglob("*"))
-    code, told, said = run(line)
+    code, stdout, stderr = run(line)
     expected, says = MISTAKES[line]
-    assert (code, told) == (expected, "")
-    assert said.startswith("error: ") and said.count("\n") == 1 and says in said
+    assert (code, stdout) == (expected, "")
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1 and says in stderr
     assert sorted(place.rglob("*")) == before
     assert (place / "file").read_text() == "mine"
 

@@ -27,8 +27,8 @@ def test_demo_model_writes_new_consistent_stories(tmp_path):
     assert lines.endswith("sample with: python sample.py --ckpt ckpt --prompt 'Once upon a time'\n")
 
     model = LLM(tmp_path / "ckpt")
-    told = model.complete("Once upon a time", n=COUNT, temperature=0.8, seed=1, echo=True)
-    texts = [choice.text.strip() for choice in told]
+    completions = model.complete("Once upon a time", n=COUNT, temperature=0.8, seed=1, echo=True)
+    texts = [choice.text.strip() for choice in completions]
     # 197 of 200 were counted once (benchmarks/RESULTS.md); training differs between machines.
     assert sum(map(is_from_grammar, texts)) >= 0.9 * COUNT
     assert len(set(texts) - set(stories("train", STORIES))) >= 0.9 * COUNT

@@ -1,4 +1,4 @@
-"""prepare.py as a subprocess: token folders, error messages and interruption."""
+"""The command prepare.py: token folders, error messages and interruption."""
 
 import os
 import signal
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from llama_jax.cli import main as cli
+from llama_jax.cli import prepare as prepare_command
 from llama_jax.data.token_folder import TokenFolder
 from llama_jax.text.sentencepiece import train_tokenizer
 
@@ -108,19 +110,23 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("words", MISTAKES, ids=" ".join)
-def test_errors_are_one_line_and_leave_nothing(place, words):
+def test_errors_are_one_line_and_leave_nothing(place, monkeypatch, capfd, words):
     (place / "empty").mkdir()
     (place / "blank.txt").write_text(" \n\ufeff"[:2])
     (place / "latin.txt").write_bytes("café\n".encode("latin-1"))
     (place / "bad.jsonl").write_text('{"text": "good"}\n{"text": \n')
     (place / "image.png").write_bytes(b"\x89PNG")
     before = sorted(place.rglob("*"))
-    done = prepare(place, *words)
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *words])
+    with pytest.raises(SystemExit) as end:
+        cli.run(prepare_command.main)
+    stdout, stderr = capfd.readouterr()
     code, message = MISTAKES[words]
-    assert done.returncode == code, done.stderr
-    assert message in done.stderr
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert done.stdout == ""
+    assert end.value.code == code, stderr
+    assert message in stderr
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1
+    assert stdout == ""
     assert sorted(place.rglob("*")) == before
 
 
@@ -149,7 +155,9 @@ def test_debug_shows_the_traceback(place):
     assert "Traceback" in done.stderr
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "how", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGINT]
+)
 def test_interrupted_run_leaves_no_finished_folder(place, how):
     train_tokenizer(STORIES, 300, place / "t.model")
     (place / "large.txt").write_text("\n<|endoftext|>\n".join(STORIES * 20_000))

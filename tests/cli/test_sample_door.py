@@ -262,7 +262,7 @@ def remove_steps(folder):
         shutil.rmtree(folder / step)
 
 
-def spoil_steps(folder):
+def damage_steps(folder):
     for step in ("5", "10"):
         shutil.rmtree(folder / step / "model")
 
@@ -278,7 +278,7 @@ DAMAGES = {
     "foreign": (lambda folder: (folder / "config.json").write_text('{"dim": 8}'), "is damaged"),
     "no steps": (remove_steps, "ckpt has no finished checkpoint"),
     "half a step": (leave_half_a_step, "ckpt has no finished checkpoint"),
-    "spoilt": (spoil_steps, "none of the checkpoints in"),
+    "damaged": (damage_steps, "none of the checkpoints in"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.model").unlink(), "does not exist"),
     "another tokenizer": (
         swap_tokenizer,

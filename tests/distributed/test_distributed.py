@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 from compilation import xla_flags
-from tiny_run import DOOR, REPOSITORY, make_config, make_tokens, write_config
+from tiny_run import DOOR, REPOSITORY, fit, make_config, make_tokens, write_config
 
 from llama_jax.checkpoints.restore import finished_steps
 from llama_jax.distributed.processes import joined, require_joined
@@ -26,20 +26,27 @@ QUICKLY = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 ENVIRONMENTS = ("SLURM", "OMPI", "KUBERNETES", "TPU", "MEGASCALE", "JAX", "LLAMA_JAX")
 
 
+def config_of(tokens, checkpoint_dir):
+    """Return a config on four devices; its learning rate depends on no number of steps."""
+    return make_config(
+        tokens,
+        checkpoint_dir,
+        model__num_layers=1,
+        optimizer__steps=STEPS,
+        optimizer__min_learning_rate=1e-2,
+        mesh__data=2,
+        mesh__fsdp=2,
+        run__eval_every=15,
+        run__keep_last=1000,
+    )
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """Tokens, a config, and a folder for each of two machines."""
     place = tmp_path_factory.mktemp("distributed")
     make_tokens(place / "tokens")
-    config = make_config(
-        "../tokens",
-        "../ckpt",
-        optimizer__steps=1_000_000,
-        mesh__data=2,
-        mesh__fsdp=2,
-        run__eval_every=15,
-    )
-    write_config(place / "tiny.py", config)
+    write_config(place / "tiny.py", config_of("../tokens", "../ckpt"))
     for number in range(2):
         (place / f"machine{number}").mkdir()
     return place
@@ -153,9 +160,11 @@ def losses(folder):
 
 
 def copy_killed_after(step, source, target):
-    """Copy a run as if it had been killed after a step was saved."""
+    """Copy a run as if it had been killed after a step was saved; only its losses so far."""
     others = [str(other) for other in finished_steps(source) if other != step]
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(*others, "*tmp*"))
+    metrics = target / "metrics.jsonl"  # only what is computed anew can be compared
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:step]))
 
 
 def folder(name):
@@ -164,61 +173,45 @@ def folder(name):
 
 @pytest.fixture(scope="module")
 def runs(place):
-    """Start a run in one process and one in two, and kill both after some steps."""
-    keep = "--config.run.keep_last=1000"
-    one = Processes(place, folder("one"), keep, count=1)
+    """Runs of one process, which is this one, and of two."""
+    assert fit(config_of(place / "tokens", place / "one"), devices=4) == 0
     timeout = f"--timeout={PATIENCE}"
-    two = Processes(place, folder("two"), keep, "--distributed", timeout, environments=by_slurm())
-    one.wait_for(STEPS)
-    two.wait_for(STEPS)
-    one.kill()
-    two.kill()
-    return one, two
+    two = Processes(place, folder("two"), "--distributed", timeout, environments=by_slurm())
+    assert two.codes() == [0, 0], two.stderr()
+    return two
 
 
 def test_two_processes_compute_the_losses_of_one(place, runs):
-    _, two = runs
     assert losses(place / "two") == pytest.approx(losses(place / "one"), abs=1e-6)
     for line in ("device    4 × cpu in 2 processes", "run       ../two: a new run", "compiled"):
-        assert any(found.startswith(line) for found in two.stdout()), line
-    assert two.stdout(1) == []
-    assert (two.stderr(0), two.stderr(1)) == ("", "")
+        assert any(found.startswith(line) for found in runs.stdout()), line
+    assert runs.stdout(1) == []
+    assert (runs.stderr(0), runs.stderr(1)) == ("", "")
 
 
-def resume_from_step_10(place, run, name, **how):
-    """Start processes that resume a copy of another run, killed after ten steps."""
-    copy_killed_after(10, place / run, place / name)
-    metrics = place / name / "metrics.jsonl"  # only what is computed anew can be compared
-    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:10]))
-    processes = Processes(place, folder(name), *how.pop("words", ()), **how)
-    processes.wait_for(STEPS)
-    return processes
-
-
-def assert_resumed(place, processes, name):
-    assert "resuming from step 10" in " ".join(processes.stdout())
-    assert losses(place / name) == pytest.approx(losses(place / "one"), abs=1e-6)
-
-
-def test_one_process_resumes_a_run_of_two(place, runs):
-    one = resume_from_step_10(place, "two", "two-then-one", count=1)
-    one.kill()
-    assert_resumed(place, one, "two-then-one")
+def test_one_process_resumes_a_run_of_two(place, runs, capfd):
+    copy_killed_after(10, place / "two", place / "two-then-one")
+    assert fit(config_of(place / "tokens", place / "two-then-one"), devices=4) == 0
+    assert "resuming from step 10" in capfd.readouterr().out
+    assert losses(place / "two-then-one") == pytest.approx(losses(place / "one"), abs=1e-6)
 
 
 @pytest.mark.slow
 def test_two_processes_resume_a_run_of_one(place, runs):
-    two = resume_from_step_10(
+    copy_killed_after(10, place / "one", place / "one-then-two")
+    two = Processes(
         place,
-        "one",
-        "one-then-two",
-        words=("--config.mesh.data=1", "--config.mesh.fsdp=1", "--config.mesh.tensor=2"),
+        folder("one-then-two"),
+        "--config.optimizer.steps=1000000",
+        *("--config.mesh.data=1", "--config.mesh.fsdp=1", "--config.mesh.tensor=2"),
         own=by_flags(),
         devices=2,  # the tensor axis spans the processes: both read all rows
     )
+    two.wait_for(STEPS)
     two.all[1].send_signal(signal.SIGINT)  # and by it SIGTERM; then both agree
     assert two.codes() == [143, 130]
-    assert_resumed(place, two, "one-then-two")
+    assert "resuming from step 10" in " ".join(two.stdout())
+    assert losses(place / "one-then-two") == pytest.approx(losses(place / "one"), abs=1e-6)
     stopped = re.match(r"stopped at step ([\d,]+), saved in", two.stdout()[-1])
     assert finished_steps(place / "one-then-two")[-1] == int(stopped[1].replace(",", ""))
     assert two.stdout(1) == []
@@ -227,7 +220,7 @@ def test_two_processes_resume_a_run_of_one(place, runs):
 
 @pytest.fixture(scope="module")
 def refused(place):
-    """Start processes that cannot begin, all at once."""
+    """Return functions that start processes that cannot begin."""
     shutil.copytree(place / "tokens", place / "machine0" / "tokens")
     tokenizer = place / "tokens" / "tokenizer.model"
     make_tokens(place / "machine1" / "tokens", tokenizer=tokenizer, colours=("pink", "grey"))
@@ -235,13 +228,15 @@ def refused(place):
     soon = "--timeout=3"
     faster = "--config.optimizer.learning_rate=0.1"
     return {
-        "config": Processes(place, folder("config"), own=(first, (*second, faster))),
-        "count": Processes(place, folder("count"), own=(few, (*many, "--num_processes=3"))),
-        "data": Processes(place, folder("data"), "--config.data.path=tokens", own=by_flags()),
-        "disk": Processes(place, "--config.run.checkpoint_dir=ckpt", own=by_flags()),
-        "dead": Processes(place, own=[(*by_flags()[1], soon)], count=1),
-        "alone": Processes(place, own=[(*by_flags()[0], soon)], count=1),
-        "nowhere": Processes(place, "--distributed", count=1),
+        "config": lambda: Processes(place, folder("config"), own=(first, (*second, faster))),
+        "count": lambda: Processes(place, folder("count"), own=(few, (*many, "--num_processes=3"))),
+        "data": lambda: Processes(
+            place, folder("data"), "--config.data.path=tokens", own=by_flags()
+        ),
+        "disk": lambda: Processes(place, "--config.run.checkpoint_dir=ckpt", own=by_flags()),
+        "dead": lambda: Processes(place, own=[(*by_flags()[1], soon)], count=1),
+        "alone": lambda: Processes(place, own=[(*by_flags()[0], soon)], count=1),
+        "nowhere": lambda: Processes(place, "--distributed", count=1),
     }
 
 
@@ -258,6 +253,7 @@ REFUSALS = {
     ),
     "nowhere": (2, r"this is not part of a Slurm, .* job; add --coordinator HOST:PORT --num"),
 }
+QUICKEST = ("config", "dead", "nowhere")  # the rest has tests with fake processes elsewhere, too
 
 
 def assert_refused(processes, code, expected):
@@ -267,24 +263,23 @@ def assert_refused(processes, code, expected):
         assert re.match(f"error: {expected}", line), line
 
 
-@pytest.mark.parametrize("name", REFUSALS)
-def test_error_is_one_line_on_every_process(refused, name):
-    assert_refused(refused[name], *REFUSALS[name])
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICKEST else pytest.param(name, marks=pytest.mark.slow) for name in REFUSALS],
+)
+def test_failed_start_is_one_line_on_every_process_and_leaves_nothing(place, refused, name):
+    assert_refused(refused[name](), *REFUSALS[name])
+    left = {path.name for path in (place / name).glob("*")}
+    assert left == ({".lock"} if name == "data" else set())
+    assert not (place / "machine1" / "ckpt").exists()
 
 
 @pytest.mark.slow
 def test_non_finite_loss_is_an_error_on_every_process(place):
     absurd = ("--config.optimizer.learning_rate=10", "--config.optimizer.weight_decay=10")
+    absurd += ("--config.optimizer.steps=1000000",)
     message = r"step \d+ has loss .*; stopped before its update, with step \d+ saved"
     assert_refused(Processes(place, folder("loss"), *absurd, own=by_flags()), 3, message)
-
-
-def test_failed_start_leaves_nothing(place, refused):
-    for name in ("config", "count", "data", "disk"):
-        refused[name].codes()
-    assert not (place / "config").exists() and not (place / "count").exists()
-    assert [path.name for path in (place / "data").iterdir()] == [".lock"]
-    assert not (place / "machine1" / "ckpt").exists()
 
 
 ARGUMENTS = {

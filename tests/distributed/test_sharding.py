@@ -111,11 +111,12 @@ def assert_equal_to_one_device(shape, config, alone):
 def test_on_every_mesh_loss_and_gradients_are_those_of_one_device(shape):
     """Tied and untied in turns; accumulated, while the one device takes the whole batch."""
     tied = SHAPES.index(shape) % 2 == 0
-    config = make_config(accumulation=2, tied_embeddings=tied)
+    accumulation = 1 if shape == (1, 1, 8) else 2  # 1: a program that another test needs, too
+    config = make_config(accumulation, tied_embeddings=tied)
     assert_equal_to_one_device(shape, config, make_config(tied_embeddings=tied))
 
 
-@pytest.mark.parametrize("shape", slow_but([(2, 2, 2)], SEQUENCES), ids=str)
+@pytest.mark.parametrize("shape", slow_but([(1, 1, 8)], SEQUENCES), ids=str)
 def test_with_sequences_cut_too(shape):
     """Of a model with biases and a sliding window."""
     tied = shape == (2, 1, 4)
@@ -288,10 +289,10 @@ def test_minus_one_takes_the_devices_left(sizes, shape):
     ],
 )
 def test_sizes_that_do_not_multiply_to_the_devices_are_refused(sizes, nearest):
-    told = ", ".join(f"mesh.{name}={size}" for name, size in zip(AXES, nearest))
+    nearest_sizes = ", ".join(f"mesh.{name}={size}" for name, size in zip(AXES, nearest))
     with pytest.raises(UsageError, match="do not multiply to 8 devices") as refused:
         mesh_of(sizes)
-    assert str(refused.value).endswith(f"the nearest sizes that do are {told}")
+    assert str(refused.value).endswith(f"the nearest sizes that do are {nearest_sizes}")
 
 
 def test_a_mesh_over_some_of_the_devices():

@@ -208,7 +208,7 @@ def test_a_source_with_another_models_tokenizer_is_refused(tmp_path):
     refused(job_of(sources, "ckpt", "hf", tmp_path), "has 290 pieces and the model 283")
 
 
-def spoilt(value, name="blocks.1.ffn.up.kernel"):
+def with_bad_value(value, name="blocks.1.ffn.up.kernel"):
     """A model with one number that is none."""
     weights = tiny_weights()
     array = weights.tensors[name].read().copy()
@@ -219,18 +219,18 @@ def spoilt(value, name="blocks.1.ffn.up.kernel"):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_nan_and_infinity_warn_or_are_refused(tmp_path, capsys, value):
-    sources = {"ckpt": store(spoilt(value), "ckpt", tmp_path)}
+    sources = {"ckpt": store(with_bad_value(value), "ckpt", tmp_path)}
     job = job_of(sources, "ckpt", "hf", tmp_path)
     refused(dataclasses.replace(job, strict=True), "blocks.1.ffn.up.kernel of .* holds NaN or")
     assert not job.output.exists() and capsys.readouterr().err == ""
     convert(job)
     said = capsys.readouterr().err
     assert said.startswith("warning: blocks.1.ffn.up.kernel of ") and said.count("\n") == 1
-    same(spoilt(value), read(job))
+    same(with_bad_value(value), read(job))
 
 
 def test_overflow_of_the_dtype_warns(tmp_path, capsys):
-    sources = {"ckpt": store(spoilt(1e6), "ckpt", tmp_path)}
+    sources = {"ckpt": store(with_bad_value(1e6), "ckpt", tmp_path)}
     convert(job_of(sources, "ckpt", "meta", tmp_path, options=Options(dtype="float16")))
     assert "holds NaN or infinity as float16" in capsys.readouterr().err
 
@@ -240,7 +240,9 @@ def test_nothing_is_overwritten(sources, tmp_path, target):
     job = job_of(sources, "ckpt", target, tmp_path)
     job.output.write_text("mine")
     refused(job, "exists already")
-    refused(dataclasses.replace(job, input=tmp_path / "missing"), "exists already")  # told first
+    refused(
+        dataclasses.replace(job, input=tmp_path / "missing"), "exists already"
+    )  # reported first
     assert job.output.read_text() == "mine"
 
 

@@ -25,7 +25,7 @@ def config(dim, hidden_dim):
 
 
 @pytest.mark.parametrize(
-    ("dim", "hidden_dim", "asked", "fitting"),
+    ("dim", "hidden_dim", "requested", "fitting"),
     [
         (288, 768, 64, 32),  # llama2.c's stories15M
         (512, 1376, 64, 32),  # its stories42M, which its own rule gets wrong
@@ -37,14 +37,14 @@ def config(dim, hidden_dim):
         (22, 33, 1, 1),
     ],
 )
-def test_the_group_divides_both_lengths_of_rows(dim, hidden_dim, asked, fitting):
-    assert fitting_group_size(config(dim, hidden_dim), asked) == fitting
+def test_the_group_divides_both_lengths_of_rows(dim, hidden_dim, requested, fitting):
+    assert fitting_group_size(config(dim, hidden_dim), requested) == fitting
 
 
-@pytest.mark.parametrize("asked", [0, -1, -64])
-def test_group_sizes_below_one_are_refused(asked):
-    with pytest.raises(UserError, match=f"group_size={asked} is out of range"):
-        fitting_group_size(config(48, 40), asked)
+@pytest.mark.parametrize("requested", [0, -1, -64])
+def test_group_sizes_below_one_are_refused(requested):
+    with pytest.raises(UserError, match=f"group_size={requested} is out of range"):
+        fitting_group_size(config(48, 40), requested)
 
 
 def test_quantising_by_hand():

@@ -130,7 +130,7 @@ def test_one_float_matrix_is_held_at_a_time(tmp_path):
     assert sorted(read) == sorted(whole.tensors)
 
 
-def told(error, act, *arguments, **options):
+def error_line(error, act, *arguments, **options):
     with pytest.raises(error) as caught:
         act(*arguments, **options)
     assert "\n" not in str(caught.value)
@@ -138,9 +138,11 @@ def told(error, act, *arguments, **options):
 
 
 def test_another_kind_than_that_stored_is_refused(place):
-    said = told(UsageError, LLM, place / "int8", quantize="int4")
-    assert "quantize='int4' does not fit" in said and "is stored as int8" in said
-    assert "quantize='int2' is unknown" in told(UsageError, load, place / "int8", quantize="int2")
+    line = error_line(UsageError, LLM, place / "int8", quantize="int4")
+    assert "quantize='int4' does not fit" in line and "is stored as int8" in line
+    assert "quantize='int2' is unknown" in error_line(
+        UsageError, load, place / "int8", quantize="int2"
+    )
 
 
 def test_quantised_checkpoints_are_not_quantised_again_or_trained(place, tmp_path):
@@ -148,13 +150,13 @@ def test_quantised_checkpoints_are_not_quantised_again_or_trained(place, tmp_pat
     job = Conversion(
         source="ckpt", input=place / "int8", target="ckpt", output=tmp_path / "x", options=options
     )
-    assert "is quantised already" in told(UserError, convert, job)
+    assert "is quantised already" in error_line(UserError, convert, job)
 
     def train():
         with claimed(place / "int8"):
             pass
 
-    assert "holds a converted model, not a run" in told(UserError, train)
+    assert "holds a converted model, not a run" in error_line(UserError, train)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +168,9 @@ def test_quantised_checkpoints_are_not_quantised_again_or_trained(place, tmp_pat
 )
 def test_incompatible_options_are_refused(place, tmp_path, target, options, says):
     make = {"source": "ckpt", "input": place / "float", "output": tmp_path / "x"}
-    assert says in told(UsageError, Conversion, target=target, options=Options(**options), **make)
+    assert says in error_line(
+        UsageError, Conversion, target=target, options=Options(**options), **make
+    )
 
 
 def edit(folder, change):
@@ -202,7 +206,7 @@ DAMAGE = {
 def test_damage_is_reported_in_one_line(tmp_path, reader, damage):
     checkpoint_folder.write(weights(num_layers=1), tmp_path / "c", quantization=KINDS["int8"])
     DAMAGE[damage](tmp_path / "c")
-    assert str(tmp_path / "c") in told(UserError, reader, tmp_path / "c")
+    assert str(tmp_path / "c") in error_line(UserError, reader, tmp_path / "c")
 
 
 def test_defaults_of_a_config_are_used(tmp_path):

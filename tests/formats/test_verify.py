@@ -91,11 +91,11 @@ def test_other_greedy_tokens_are_counted(tmp_path):
 
 def test_logits_that_are_not_finite_are_not_compared(tmp_path):
     job, source = converted(tmp_path)
-    spoilt = np.full((283, 24), np.nan, np.float32)
-    (line,) = verify(job, with_output(source, spoilt))
+    not_finite = np.full((283, 24), np.nan, np.float32)
+    (line,) = verify(job, with_output(source, not_finite))
     assert line == "not verified: llama_jax on ckpt computes logits that are NaN or infinite"
     job = dataclasses.replace(job, input=job.output, output=tmp_path / "again")
-    damaged = with_output(convert(job), spoilt)
+    damaged = with_output(convert(job), not_finite)
     (tmp_path / "bad").mkdir()
     checkpoint_folder.write(damaged, tmp_path / "bad" / "ckpt")
     job = dataclasses.replace(job, output=tmp_path / "bad" / "ckpt")

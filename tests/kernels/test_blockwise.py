@@ -43,8 +43,7 @@ def value_and_gradients(attention, q, k, v, slope):
     return [np.asarray(x, np.float32) for x in jax.jit(run)(q, k, v, slope)]
 
 
-@pytest.mark.parametrize("K", [2, 6])
-@pytest.mark.parametrize("T", LENGTHS)
+@pytest.mark.parametrize(("T", "K"), [*((T, 2) for T in LENGTHS), (19, 6)])
 def test_blocks_equal_the_whole(blocks_of_8, T, K):
     given = arrays(T, K)
     results = value_and_gradients(blockwise_attention, *given)
@@ -53,7 +52,7 @@ def test_blocks_equal_the_whole(blocks_of_8, T, K):
         np.testing.assert_allclose(result, right, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("T", [5, 19])
+@pytest.mark.parametrize("T", [pytest.param(5, marks=pytest.mark.slow), 19])
 def test_bfloat16_stays_near_float32(blocks_of_8, T):
     given = arrays(T, 2, "bfloat16")
     results = value_and_gradients(blockwise_attention, *given)

@@ -325,7 +325,7 @@ def test_cudnn_is_given_the_window(with_cudnn):
 
 
 @pytest.mark.parametrize(("length", "window"), [(150, 0), (149, 0), (149, 20)])
-def test_what_cudnn_is_asked_for_is_what_the_oracle_computes(monkeypatch, length, window):
+def test_cudnn_is_called_for_what_the_oracle_computes(monkeypatch, length, window):
     """The same request, answered by the library's plain implementation, which runs here."""
     whole = jax.nn.dot_product_attention
     monkeypatch.setattr(

@@ -39,9 +39,15 @@ def tokens(tmp_path_factory):
     return make_tokens(tmp_path_factory.mktemp("data") / "tokens").path
 
 
+@pytest.fixture(autouse=True)
+def inside(tmp_path, monkeypatch):
+    """Work in a temporary folder, so that configs are equal and share their programs."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
-def config(tokens, tmp_path):
-    return make_config(tokens, tmp_path / "ckpt")
+def config(tokens):
+    return make_config(tokens, "ckpt")
 
 
 def checksums(folder, step):
@@ -57,11 +63,15 @@ def train(config, on_batch=None, **changes):
     """Train a session with some of its parts replaced.
 
     Args:
+      changes: parts of the session, `evaluate`, or `run`: settings of that section of the config.
       on_batch: called with the number of each step and its batch, on the host, before the step.
     """
     with open_session(config, devices=jax.devices()[:1]) as session:
         if on_batch is not None:
             changes["batches"] = lambda step: observed(session.batches(step), step, on_batch)
+        if "run" in changes:
+            settings = dataclasses.replace(config.run, **changes.pop("run"))
+            changes["config"] = dataclasses.replace(config, run=settings)
         if "evaluate" in changes:
             evaluate = changes.pop("evaluate")
             changes["programs"] = dataclasses.replace(session.programs, evaluate=evaluate)
@@ -86,14 +96,14 @@ def stop_at(last):
 
 
 def validation_losses(values):
-    """Return an `evaluate` program that gives these mean losses, one per validation batch."""
-    values = iter(values)
+    """Return an `evaluate` program that gives these mean losses of validations of two batches."""
+    values = iter([value for value in values for _ in range(2)])
     return lambda *_: (jnp.float32(next(values)), jnp.float32(1.0))
 
 
 def test_tiny_model_learns(tokens, tmp_path, capfd):
     config = make_config(
-        tokens, tmp_path / "ckpt", optimizer__steps=120, model__dropout=0.0, run__eval_every=40
+        tokens, "ckpt", optimizer__steps=120, model__dropout=0.0, run__eval_every=40
     )
     assert fit(config) == 0
     records = read_metrics(tmp_path / "ckpt")
@@ -103,17 +113,17 @@ def test_tiny_model_learns(tokens, tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_resumed_run_equals_uninterrupted_run_bit_by_bit(tokens, tmp_path):
-    straight, cut = (make_config(tokens, tmp_path / name) for name in ("straight", "cut"))
-    assert straight.model.dropout > 0
-    assert fit(straight) == 0
-    assert train(cut, stop_at(13)) == 143
-    assert finished_steps(tmp_path / "cut")[-1] == 13
-    assert fit(cut) == 0
-    assert checksums(tmp_path / "cut", 20) == checksums(tmp_path / "straight", 20)
-    assert losses(tmp_path / "cut") == losses(tmp_path / "straight")
-    assert len(losses(tmp_path / "cut")) == 20
-    reports = [record for record in read_metrics(tmp_path / "cut").values() if "session" in record]
+def test_resumed_run_equals_uninterrupted_run_bit_by_bit(config, tmp_path):
+    assert config.model.dropout > 0
+    assert fit(config) == 0
+    Path("ckpt").rename("straight")
+    assert train(config, stop_at(13)) == 143
+    assert finished_steps(tmp_path / "ckpt")[-1] == 13
+    assert fit(config) == 0
+    assert checksums(tmp_path / "ckpt", 20) == checksums(tmp_path / "straight", 20)
+    assert losses(tmp_path / "ckpt") == losses(tmp_path / "straight")
+    assert len(losses(tmp_path / "ckpt")) == 20
+    reports = [record for record in read_metrics(tmp_path / "ckpt").values() if "session" in record]
     assert [(record["step"], record["session"]) for record in reports] == [
         *((step, 1) for step in (5, 10, 13)),
         *((step, 2) for step in (15, 20)),
@@ -126,7 +136,7 @@ def test_resumed_run_equals_uninterrupted_run_bit_by_bit(tokens, tmp_path):
 def test_profile_has_exactly_its_steps(config, tmp_path, capfd):
     assert fit(config, Window(2, 4)) == 0
     line = "profile   steps 3 to 4 in "
-    assert line + str(tmp_path / "ckpt" / "profile") in capfd.readouterr().out
+    assert line + "ckpt/profile" in capfd.readouterr().out
     (trace,) = (tmp_path / "ckpt" / "profile").rglob("perfetto_trace.json.gz")
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     assert {event["args"]["step_num"] for event in events if event.get("name") == "step"} == {
@@ -199,40 +209,25 @@ def test_unsupported_settings_are_refused_before_anything_is_written(
 ):
     monkeypatch.setattr("llama_jax.training.step.HOST_MEMORY", "moon")
     with pytest.raises(UsageError, match=message):
-        fit(make_config(tokens, tmp_path / "ckpt", **changes))
+        fit(make_config(tokens, "ckpt", **changes))
     assert not list(tmp_path.iterdir())
 
 
-def often_validated(config):
-    """Return a config with a validation of one batch every 5 steps, keeping one checkpoint."""
-    run = dataclasses.replace(config.run, eval_every=5, eval_batches=1, keep_last=1)
-    return dataclasses.replace(config, run=run)
+OFTEN_VALIDATED = {"eval_every": 5, "keep_last": 1}
 
 
 def test_validation_loss_of_nan_is_never_the_best(config, tmp_path):
-    config = make_config(
-        config.data.path,
-        tmp_path / "ckpt",
-        run__eval_every=5,
-        run__keep_last=1,
-        run__eval_batches=1,
-    )
-    assert train(config, evaluate=validation_losses([3.0, math.nan, 2.0, 2.5])) == 0
+    evaluate = validation_losses([3.0, math.nan, 2.0, 2.5])
+    assert train(config, evaluate=evaluate, run=OFTEN_VALIDATED) == 0
     assert finished_steps(tmp_path / "ckpt") == [15, 20]
     meta = json.loads((tmp_path / "ckpt" / "20" / "meta" / "metadata").read_text())
     assert meta["best_validation_loss"] == 2.0
 
 
 def test_best_checkpoint_of_an_earlier_session_is_kept(config, tmp_path):
-    config = make_config(
-        config.data.path,
-        tmp_path / "ckpt",
-        run__eval_every=5,
-        run__keep_last=1,
-        run__eval_batches=1,
-    )
-    assert train(config, stop_at(7), evaluate=validation_losses([1.0])) == 143
-    assert train(config, evaluate=validation_losses([3.0, 2.0, 2.5])) == 0
+    for losses, on_batch, code in (([1.0], stop_at(7), 143), ([3.0, 2.0, 2.5], None, 0)):
+        evaluate = validation_losses(losses)
+        assert train(config, on_batch, evaluate=evaluate, run=OFTEN_VALIDATED) == code
     assert finished_steps(tmp_path / "ckpt") == [5, 20]
 
 
@@ -290,7 +285,7 @@ def test_failed_background_save_stops_the_run(config, tmp_path, capfd):
 def test_learning_rate_may_change_on_resume_and_the_change_is_recorded(config, tmp_path, capfd):
     assert train(config, stop_at(7)) == 143
     slower = make_config(
-        config.data.path, tmp_path / "ckpt", optimizer__learning_rate=1e-3, optimizer__clip_norm=0.5
+        config.data.path, "ckpt", optimizer__learning_rate=1e-3, optimizer__clip_norm=0.5
     )
     assert fit(slower) == 0
     line = "changed   optimizer.learning_rate from 0.01 to 0.001 after step 7"
@@ -317,9 +312,8 @@ def test_failing_sample_and_plot_are_warnings(config, tmp_path, capfd):
     def block_plot(*_):
         (folder / "loss.png").mkdir(exist_ok=True)
 
-    sampling = make_config(config.data.path, folder, run__sample_tokens=4)
     tokenizer = failing_tokenizer(RuntimeError("no such piece"))
-    assert train(sampling, block_plot, tokenizer=tokenizer) == 0
+    assert train(config, block_plot, tokenizer=tokenizer, run={"sample_tokens": 4}) == 0
     assert finished_steps(folder)[-1] == 20
     warnings = capfd.readouterr().err
     assert "warning: no sample at step 10: RuntimeError('no such piece')" in warnings
@@ -327,30 +321,25 @@ def test_failing_sample_and_plot_are_warnings(config, tmp_path, capfd):
 
 
 def test_checkpoint_is_written_before_the_sample(config, tmp_path):
-    sampling = make_config(config.data.path, tmp_path / "ckpt", run__sample_tokens=4)
     with pytest.raises(OutOfMemoryError):
-        train(sampling, tokenizer=failing_tokenizer(MemoryError()))
+        train(config, tokenizer=failing_tokenizer(MemoryError()), run={"sample_tokens": 4})
     assert finished_steps(tmp_path / "ckpt")[-1] == 10  # that of the first validation
 
 
 def test_sample_prompt_longer_than_the_context_is_refused_at_the_start(config, tmp_path):
     prompt = "The red boat sails home. " * 20
-    config = make_config(
-        config.data.path, tmp_path / "new", run__sample_prompt=prompt, run__sample_tokens=4
-    )
+    config = make_config(config.data.path, "new", run__sample_prompt=prompt, run__sample_tokens=4)
     with pytest.raises(UsageError, match=r"run.sample_prompt has \d+ tokens and .*=32; expected f"):
         fit(config)
 
 
 def test_folder_that_is_removed_stops_the_run_at_the_next_save(config, tmp_path):
-    config = make_config(config.data.path, tmp_path / "ckpt", run__save_every=50)
-
     def remove(step, _):
         if step == 7:
             shutil.rmtree(tmp_path / "ckpt")
 
     with pytest.raises(UserError, match="ckpt does not exist any more; a checkpoint cannot"):
-        train(config, remove)
+        train(config, remove, run={"save_every": 50})
     assert (
         not list((tmp_path / "ckpt").glob("*")) or not (tmp_path / "ckpt" / "config.json").exists()
     )
@@ -382,11 +371,10 @@ def test_damaged_metrics_are_skipped_and_counted(config, tmp_path, capfd):
         pytest.param("bfloat16", "float32", marks=pytest.mark.slow),
     ],
 )
-def test_other_dtype_of_moments_is_refused(tokens, tmp_path, old, new):
-    options = {"optimizer__steps": 5, "run__eval_every": 50}
-    started = make_config(tokens, tmp_path / "ckpt", optimizer__moments_dtype=old, **options)
-    assert fit(started) == 0
-    changed = make_config(tokens, tmp_path / "ckpt", optimizer__moments_dtype=new, **options)
+def test_other_dtype_of_moments_is_refused(tokens, old, new):
+    started = make_config(tokens, "ckpt", optimizer__moments_dtype=old)
+    assert train(started, stop_at(5)) == 143
+    changed = make_config(tokens, "ckpt", optimizer__moments_dtype=new)
     message = f"optimizer.moments_dtype is '{old}' there and '{new}' here; choose another folder"
     with pytest.raises(UserError, match=message):
         fit(changed)
@@ -394,14 +382,12 @@ def test_other_dtype_of_moments_is_refused(tokens, tmp_path, old, new):
 
 
 def test_other_data_is_refused_unless_accepted(config, tokens, tmp_path):
-    config = make_config(tokens, tmp_path / "ckpt", optimizer__steps=5)
-    assert fit(config) == 0
+    assert train(config, stop_at(5)) == 143
     tokenizer = TokenFolder.open(tokens).tokenizer_path
     other = make_tokens(tmp_path / "other", tokenizer=tokenizer, colours=("pink",)).path
-    changed = make_config(other, tmp_path / "ckpt", optimizer__steps=7)
     with pytest.raises(UserError, match=r"does not hold the data that step 5 of"):
-        fit(changed)
+        fit(make_config(other, "ckpt"))
     assert finished_steps(tmp_path / "ckpt") == [5]
-    accepted = make_config(other, tmp_path / "ckpt", optimizer__steps=7, data__allow_change=True)
-    assert fit(accepted) == 0
+    accepted = make_config(other, "ckpt", data__allow_change=True)
+    assert train(accepted, stop_at(7)) == 143
     assert finished_steps(tmp_path / "ckpt")[-1] == 7

@@ -28,14 +28,14 @@ def test_what_is_written_is_read(tmp_path, dtype):
 @pytest.mark.parametrize("shards", [1, 2, 4, 8])
 def test_shards_are_merged_to_the_same_tensors(tmp_path, shards):
     weights = untied("bfloat16", **MANY_HEADS)
-    told = []
-    meta.write(weights, tmp_path / "out", shards, told.append)
+    reported = []
+    meta.write(weights, tmp_path / "out", shards, reported.append)
     names = [f"consolidated.{number:02}.pth" for number in range(shards)]
     files = {*names, "params.json", "tokenizer.model"}
     assert {file.name for file in (tmp_path / "out").iterdir()} == files
     same(meta.read(tmp_path / "out"), weights)
-    assert told == sorted(told)
-    assert told[-1] == sum(tensor.nbytes for tensor in weights.tensors.values())
+    assert reported == sorted(reported)
+    assert reported[-1] == sum(tensor.nbytes for tensor in weights.tensors.values())
 
 
 def test_tensors_are_split_as_meta_splits_them(eight):
@@ -82,14 +82,14 @@ def test_rotary_pairs_are_interleaved(folder):
 
 def test_tied_models_are_written_twice_and_read_untied(tmp_path):
     weights = tiny_weights(tied_embeddings=True)
-    told = []
-    meta.write(weights, tmp_path / "out", report=told.append)
+    reported = []
+    meta.write(weights, tmp_path / "out", report=reported.append)
     again = meta.read(tmp_path / "out")
     assert not again.config.tied_embeddings
     embedding = weights.tensors["embedding"].read()
     np.testing.assert_array_equal(again.tensors["output"].read(), embedding)
     np.testing.assert_array_equal(again.tensors["embedding"].read(), embedding)
-    assert told[-1] == sum(tensor.nbytes for tensor in weights.tensors.values())
+    assert reported[-1] == sum(tensor.nbytes for tensor in weights.tensors.values())
 
 
 def test_without_output_a_model_is_tied(folder):
