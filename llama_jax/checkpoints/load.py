@@ -182,7 +182,7 @@ def load_for_inference(
     expected = f"2 to {context}, the model's context; 0: all of it"
     in_range = lambda n: n == 0 or 2 <= n <= context  # noqa: E731
     max_context = whole_number("max_context", max_context, in_range, expected)
-    model = unstack(loaded.model)
+    model = unstack(loaded.model, consume=True)
     if mesh is not None:
         model = jax.device_put(model, shardings(model, mesh))
     model.config = dataclasses.replace(model.config, context_length=max_context or context)

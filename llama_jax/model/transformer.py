@@ -265,18 +265,29 @@ def _scan(
 # --- the layout for decoding ---
 
 
-def unstack(model: Llama) -> Llama:
-    """The model with its blocks as a list, the layout that decodes fast; arrays are shared."""
+def unstack(model: Llama, *, consume: bool = False) -> Llama:
+    """The model with its blocks as a list, the layout that decodes fast.
+
+    Args:
+      consume: delete each stacked array once its layers are copied, so that not all of them are in
+        memory twice; `model` cannot be used afterwards.
+    """
     if not isinstance(model.blocks, Block):
         return model
-    layers = []
-    for index in range(model.config.num_layers):
-        block = jax.tree.map(lambda array, i=index: array[i], model.blocks)
-        if prefers_outputs_first():
+    leaves, structure = jax.tree.flatten(model.blocks)
+    layers: list[list[jax.Array]] = [[] for _ in range(model.config.num_layers)]
+    for array in leaves:
+        for index, arrays in enumerate(layers):
+            arrays.append(array[index])
+        if consume:
+            jax.block_until_ready([arrays[-1] for arrays in layers])
+            array.delete()
+    blocks = [jax.tree.unflatten(structure, arrays) for arrays in layers]
+    if prefers_outputs_first():
+        for block in blocks:
             replace_linears(block, lambda _, layer: OutputsFirstLinear(layer))
-        layers.append(block)
     unstacked = jax.tree.map(lambda leaf: leaf, model)  # a shallow copy
-    unstacked.blocks = nnx.List(layers)
+    unstacked.blocks = nnx.List(blocks)
     return unstacked
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny_model import make_model
 
 from llama_jax.model.layers import Linear, OutputsFirstLinear
 from llama_jax.model.transformer import unstack
@@ -33,6 +34,15 @@ def test_unstacking_leaves_the_model_unchanged(tiny_model):
     assert jax.tree.structure(tiny_model) == before
     assert unstacked.embedding[...] is tiny_model.embedding[...]
     assert unstack(unstacked) is unstacked
+
+
+def test_consumed_model_gives_the_same_arrays_and_is_freed():
+    model = make_model(num_layers=2)
+    expected = jax.tree.map(np.asarray, unstack(model))
+    stacked = jax.tree.leaves(model.blocks)
+    found = unstack(model, consume=True)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, found), expected)
+    assert all(array.is_deleted() for array in stacked)
 
 
 def test_matrices_are_stored_outputs_first_on_cpu_only(tiny_model, monkeypatch):
