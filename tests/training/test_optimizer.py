@@ -157,7 +157,8 @@ def test_short_moments_change_nothing_but_what_is_kept():
     updates, state = update(slopes, kept, model)
     expected, exact = jax.jit(long.update)(slopes, wide, model)
     for one, other in zip(jax.tree.leaves(updates), jax.tree.leaves(expected)):
-        np.testing.assert_array_equal(one, other)
+        # Two programs: the compiler may fuse other products and sums in each, up to four roundings.
+        np.testing.assert_allclose(one, other, rtol=2**-21)
     for one, other in zip(*(jax.tree.leaves(moments(tree)) for tree in (state, exact))):
         np.testing.assert_allclose(np.float32(one), other, rtol=2**-7)
         assert (np.float32(one) != other).any()
