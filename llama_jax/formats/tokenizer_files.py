@@ -29,7 +29,10 @@ def read_tokenizer_file(path: Path, rows: int) -> bytes:
     """
     content = read_file(path)
     if llama2c.is_tokenizer_bin(content):
-        content = llama2c.read(path).to_model()
+        vocabulary = llama2c.read(path)
+        if (size := len(vocabulary.pieces)) != rows:  # a file that is cut short shows it here alone
+            raise wrong_size(path, size, rows)
+        content = vocabulary.to_model()
     elif ranks.is_ranks(content):
         content = ranks.to_json(content, rows, path)
     return fit_rows(content, rows, path)

@@ -21,8 +21,9 @@ from llama_jax.data.token_folder import SPLITS, TokenFolder
 from llama_jax.errors import UserError, warn
 from llama_jax.formats import convert
 from llama_jax.formats.llama2c import tokenizer as llama2c_tokenizer
+from llama_jax.formats.tokenizer_files import read_tokenizer_file
 from llama_jax.quantization import QuantizationConfig
-from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import load_tokenizer
 from llama_jax.training.metrics import MetricsFile, read_metrics
 from llama_jax.training.step import abstract_state
 
@@ -90,7 +91,7 @@ def _read_model(source: str, name: str, tokenizer: str = "") -> Callable[[Path],
 
 
 def _read_tokenizer(path: Path) -> str:
-    tokenizer = Tokenizer(path)
+    tokenizer = load_tokenizer(path)
     ids = tokenizer.encode(TEXT, bos=True, eos=True)
     return digest([tokenizer.vocab_size, ids, tokenizer.decode(ids)])
 
@@ -134,8 +135,8 @@ def _make_tokenizer_bin(folder: Path) -> None:
 
 
 def _read_tokenizer_bin(folder: Path) -> str:
-    vocabulary = llama2c_tokenizer.read(folder / "tokenizer.bin", 283)
-    (folder / "again.model").write_bytes(vocabulary.to_model())
+    content = read_tokenizer_file(folder / "tokenizer.bin", 283)
+    (folder / "again.model").write_bytes(content)
     return _read_tokenizer(folder / "again.model")
 
 

@@ -35,7 +35,7 @@ def read(folder, given=None, rows=ROWS, **config):
 
 
 def pieces(folder, **options):
-    return Vocabulary.from_model(read(folder, **options)[0]).pieces
+    return Vocabulary.from_model(read(folder, **options)).pieces
 
 
 def encodings(model):
@@ -60,22 +60,22 @@ def model_with(**changes):
 def test_a_sentencepiece_model_is_passed_on_as_it_is(tmp_path):
     model = TINY.to_model()
     write_tokenizer(model, True, 32, tmp_path)
-    assert read(tmp_path) == (model, True)
+    assert read(tmp_path) == model
     (tmp_path / "tokenizer.json").write_text("never looked at")
-    assert read(tmp_path) == (model, True)
+    assert read(tmp_path) == model
 
 
 def test_without_any_file_there_is_no_tokenizer(tmp_path):
-    assert read(tmp_path) == (b"", True)
+    assert read(tmp_path) == b""
 
 
 def test_a_given_tokenizer_is_used(tmp_path):
     write_tokenizer(TINY.to_model(), True, 32, tmp_path)
     other = dataclasses.replace(TINY, adds_space=False)
     (tmp_path / "own.model").write_bytes(other.to_model())
-    assert read(tmp_path, tmp_path / "own.model")[0] == other.to_model()
+    assert read(tmp_path, tmp_path / "own.model") == other.to_model()
     put(tmp_path, own=to_tokenizer_json(other, True))
-    model, _ = read(tmp_path, tmp_path / "own.json")
+    model = read(tmp_path, tmp_path / "own.json")
     assert Vocabulary.from_model(model).adds_space is False
     assert encodings(model) == encodings(other.to_model()) != encodings(TINY.to_model())
     with pytest.raises(UserError, match=r"absent.json does not exist"):
@@ -93,7 +93,7 @@ def test_a_model_that_is_something_else_is_refused(tmp_path):
 
 def test_a_tokenizer_json_becomes_a_model_that_encodes_alike(tmp_path):
     put(tmp_path, tokenizer=VALUES)
-    model, _ = read(tmp_path)
+    model = read(tmp_path)
     assert encodings(model) == encodings(TINY.to_model())
     vocabulary = Vocabulary.from_model(model)
     assert [p.text for p in vocabulary.pieces] == [p.text for p in TINY.pieces]
@@ -108,7 +108,7 @@ def test_a_real_tokenizer_survives_as_json(name, shared_data, tmp_path):
     model = (shared_data / f"{name}.model").read_bytes()
     whole = Vocabulary.from_model(model)
     put(tmp_path, tokenizer=to_tokenizer_json(whole, True))
-    back, _ = read(tmp_path, rows=len(whole.pieces))
+    back = read(tmp_path, rows=len(whole.pieces))
     texts = (shared_data / "llama-spm.inp").read_text().split("\n__ggml_vocab_test__\n")
     ours, theirs = SentencePieceProcessor(), SentencePieceProcessor()
     ours.LoadFromSerializedProto(model)
@@ -120,7 +120,7 @@ def test_merges_may_be_texts_or_pairs(tmp_path):
     pairs = [merge.split(" ") for merge in VALUES["model"]["merges"]]
     assert len(pairs) == 8
     put(tmp_path, tokenizer=model_with(merges=pairs))
-    assert encodings(read(tmp_path)[0]) == encodings(TINY.to_model())
+    assert encodings(read(tmp_path)) == encodings(TINY.to_model())
 
 
 def test_pieces_with_a_space_are_written_as_pairs():
@@ -131,7 +131,7 @@ def test_pieces_with_a_space_are_written_as_pairs():
 def test_merges_in_the_order_of_another_library_decide(tmp_path):
     put(tmp_path, tokenizer=model_with(merges=["a b", "b c", "a bc", "▁ a", "▁a b"]))
     processor = SentencePieceProcessor()
-    processor.LoadFromSerializedProto(read(tmp_path)[0])
+    processor.LoadFromSerializedProto(read(tmp_path))
     assert processor.encode("abc ac bc", out_type=str) == ["▁", "ab", "c", "▁a", "c", "▁", "bc"]
     unused = [piece.text for piece in pieces(tmp_path) if piece.kind == Kind.UNUSED]
     assert unused == ["▁ab", "abc", "▁b"]
@@ -153,7 +153,7 @@ def test_merges_in_the_order_of_another_library_decide(tmp_path):
 def test_every_form_of_space_settings_is_read(normalizer, pre_tokenizer, adds_space, tmp_path):
     changes = {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer}
     put(tmp_path, tokenizer=VALUES | changes)
-    model, _ = read(tmp_path)
+    model = read(tmp_path)
     assert Vocabulary.from_model(model).adds_space == adds_space
     expected = dataclasses.replace(TINY, adds_space=adds_space)
     assert encodings(model) == encodings(expected.to_model())
@@ -168,7 +168,7 @@ def test_no_piece_spans_words_that_are_split(tmp_path):
     for cut, parts in cuts:
         put(tmp_path, tokenizer=values | {"normalizer": None, "pre_tokenizer": cut})
         processor = SentencePieceProcessor()
-        processor.LoadFromSerializedProto(read(tmp_path, rows=ROWS + 1)[0])
+        processor.LoadFromSerializedProto(read(tmp_path, rows=ROWS + 1))
         assert processor.encode("  a", out_type=str) == parts
 
 
@@ -226,8 +226,8 @@ def test_a_damaged_tokenizer_json_is_refused(values, reason, tmp_path):
 )
 def test_another_kind_of_tokenizer_json_is_kept_whole(values, tmp_path):
     put(tmp_path, tokenizer=values)
-    content, bos = read(tmp_path)
-    assert content == (tmp_path / "tokenizer.json").read_bytes() and bos
+    content = read(tmp_path)
+    assert content == (tmp_path / "tokenizer.json").read_bytes()
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (ROWS, 1, 2)
     with pytest.raises(UserError, match="the format holds SentencePiece vocabularies alone"):
@@ -237,29 +237,26 @@ def test_another_kind_of_tokenizer_json_is_kept_whole(values, tmp_path):
 def test_special_pieces_may_have_other_names(tmp_path):
     text = json.dumps(VALUES).replace("</s>", "<|end|>").replace("<s>", "<|begin|>")
     (tmp_path / "tokenizer.json").write_text(text)
-    assert read(tmp_path)[0].startswith(b"{")  # kept whole: no SentencePiece without BOS
-    model, _ = read(tmp_path, bos_token_id=1, eos_token_id=2)
+    assert read(tmp_path).startswith(b"{")  # kept whole: no SentencePiece without BOS
+    model = read(tmp_path, bos_token_id=1, eos_token_id=2)
     assert Vocabulary.from_model(model).bos_id == 1
     names = {"bos_token": "<|begin|>", "eos_token": {"content": "<|end|>"}}
     put(tmp_path, tokenizer_config=names | {"added_tokens_decoder": {}})
-    (tmp_path / "own.model").write_bytes(read(tmp_path)[0])
+    (tmp_path / "own.model").write_bytes(read(tmp_path))
     tokenizer = load_tokenizer(tmp_path / "own.model")
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
     put(tmp_path, tokenizer_config={"bos_token": "<|begin|>"})
     for eos in (None, 0, 7, 283, "2", True):  # 7 is a byte
-        assert read(tmp_path, eos_token_id=eos)[0].startswith(b"{")
+        assert read(tmp_path, eos_token_id=eos).startswith(b"{")
 
 
 @pytest.mark.parametrize("bos", [True, False])
-def test_add_bos_token_is_read_from_the_settings(bos, tmp_path):
+def test_bos_is_written_into_settings_and_template(bos, tmp_path):
     write_tokenizer(TINY.to_model(), bos, 32, tmp_path)
-    assert read(tmp_path)[1] is bos
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert settings["add_bos_token"] is bos and settings["add_eos_token"] is False
     template = json.loads((tmp_path / "tokenizer.json").read_text())["post_processor"]
     assert [len(template[key]) for key in ("single", "pair")] == ([2, 4] if bos else [1, 2])
-    put(tmp_path, tokenizer_config=settings | {"add_bos_token": "no"})
-    assert read(tmp_path)[1] is True
 
 
 def test_added_tokens_fill_the_rows(tmp_path):
@@ -275,8 +272,8 @@ def test_added_tokens_fill_the_rows(tmp_path):
     put(tmp_path, tokenizer_config={"added_tokens_decoder": decoder})
     added = pieces(tmp_path, rows=ROWS + 2)[ROWS:]
     assert [piece.kind for piece in added] == [Kind.CONTROL, Kind.USER_DEFINED]
-    assert encodings(read(tmp_path, rows=ROWS + 2)[0]) == encodings(TINY.to_model())
-    assert read(tmp_path)[0] == TINY.to_model()  # without rows for them they do not count
+    assert encodings(read(tmp_path, rows=ROWS + 2)) == encodings(TINY.to_model())
+    assert read(tmp_path) == TINY.to_model()  # without rows for them they do not count
 
 
 def test_bos_and_eos_are_control_pieces_though_none_was_added(tmp_path):
@@ -297,7 +294,7 @@ def test_added_tokens_beyond_the_rows_are_ignored(tmp_path):
 @pytest.mark.parametrize("rows", [284, 320, 1024])
 def test_padded_rows_get_unused_pieces(rows, tmp_path, capsys):
     (tmp_path / "tokenizer.model").write_bytes(TINY.to_model())
-    model, _ = read(tmp_path, rows=rows)
+    model = read(tmp_path, rows=rows)
     vocabulary = Vocabulary.from_model(model)
     assert vocabulary.pieces[:ROWS] == TINY.pieces
     assert {piece.kind for piece in vocabulary.pieces[ROWS:]} == {Kind.UNUSED}
@@ -374,7 +371,7 @@ def test_odd_values_are_refused_or_give_a_model_that_loads(tmp_path_factory, cha
             continue
     folder = put(tmp_path_factory.getbasetemp() / "odd_tokenizer", tokenizer=values)
     try:
-        model, _ = read(folder)
+        model = read(folder)
     except UserError as error:
         assert "\n" not in str(error) and len(str(error)) < 1000
     else:

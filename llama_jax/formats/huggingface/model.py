@@ -79,7 +79,7 @@ def read(folder: Path, tokenizer: Path | None = None) -> Weights:
             raise UserError(f"{folder} stores {name} as {tensor.dtype}; {expected}")
     is_full = tensors["embedding"].dtype == np.float32
     config = dataclasses.replace(config, compute_dtype="float32" if is_full else "bfloat16")
-    model, _ = read_tokenizer(folder, tokenizer, values, config.vocab_size)
+    model = read_tokenizer(folder, tokenizer, values, config.vocab_size)
     prompting = read_prompting(folder, values, model)
     return Weights(config=config, tensors=tensors, tokenizer=model, **prompting)
 

@@ -29,7 +29,7 @@ from llama_jax.formats.tokenizer_files import fit_rows, read_tokenizer_file, wro
 from llama_jax.formats.vocabulary import LOWEST, Kind, Piece, Vocabulary
 from llama_jax.formats.weights import find_file
 from llama_jax.text.decoding import SPACE
-from llama_jax.text.huggingface import ROLE, adds_bos, parse_json, special_roles
+from llama_jax.text.huggingface import ROLE, parse_json, special_roles
 from llama_jax.text.huggingface import pieces as json_pieces
 from llama_jax.text.tokenizer import JSON, MODEL, parse_tokenizer, read_file, tokenizer_file_name
 
@@ -53,13 +53,11 @@ class OtherKind(UserError):
     """A tokenizer.json that is not of Llama 2's kind."""
 
 
-def read_tokenizer(
-    folder: Path, given: Path | None, config: Mapping[str, Any], rows: int
-) -> tuple[bytes, bool]:
-    """Return a tokenizer file with a piece for each row, and whether texts begin with BOS.
+def read_tokenizer(folder: Path, given: Path | None, config: Mapping[str, Any], rows: int) -> bytes:
+    """Return the content of a tokenizer file, with a piece for each row of the embedding.
 
-    Its content is a SentencePiece model or a tokenizer.json, and empty if the folder has none and
-    none is given. If it has fewer pieces than rows, the tokens that the folder names are added,
+    It is a SentencePiece model or a tokenizer.json, and empty if the folder has none and none is
+    given. If it has fewer pieces than rows, the tokens that the folder names are added,
     then unused pieces.
 
     Args:
@@ -72,26 +70,18 @@ def read_tokenizer(
     settings_path = find_file(folder, SETTINGS)
     settings = read_object(settings_path) if settings_path else {}
     path = given or find_file(folder, MODEL) or find_file(folder, JSON)
-    bos = settings.get("add_bos_token")
-    bos = bos if isinstance(bos, bool) else None
     if path is None:
-        return b"", bos is not False
+        return b""
     content = read_file(path)
     if tokenizer_file_name(content) == JSON:
         try:
             vocabulary, pieces = _from_json(path, settings, config, rows)
         except OtherKind:
-            vocabulary, pieces = None, {}
-        values = parse_json(content, path)
-        is_llama = str(settings.get("tokenizer_class", "")).startswith("Llama")  # adds it itself
-        bos = (is_llama or adds_bos(values)) if bos is None else bos
-        if vocabulary is None:
-            content = _with_roles(content, values, settings, config, path)
-            return fit_rows(content, rows, path), bos
+            return fit_rows(_with_roles(content, settings, config, path), rows, path)
         content = b""
     else:
         if is_ranks(content) or is_tokenizer_bin(content):
-            return read_tokenizer_file(path, rows), bos is not False
+            return read_tokenizer_file(path, rows)
         parse_tokenizer(content, path)
         try:
             vocabulary = Vocabulary.from_model(content)
@@ -106,17 +96,17 @@ def read_tokenizer(
     if not content or len(pieces) > size:
         whole = tuple(pieces[token] for token in range(max(pieces) + 1))
         content = dataclasses.replace(vocabulary, pieces=whole).to_model()
-    return fit_rows(content, rows, path), bos is not False
+    return fit_rows(content, rows, path)
 
 
 def _with_roles(
     content: bytes,
-    values: dict[str, Any],
     settings: Mapping[str, Any],
     config: Mapping[str, Any],
     path: Path,
 ) -> bytes:
     """Return a tokenizer.json that records BOS and EOS, if they do not follow from it already."""
+    values = parse_json(content, path)
     texts = json_pieces(values, path)
     ids = {text: token for token, text in texts.items()}
     found: dict[int, str] = {}
