@@ -17,9 +17,13 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """A mistake in data, files or the arguments of a function."""
+    """A mistake in data, files or the arguments of a function, in one printable line."""
 
     exit_code = 1
+
+    def __init__(self, message: object) -> None:
+        # Names and values in a message may come from a damaged file.
+        super().__init__(format_line(str(message)))
 
 
 class UsageError(UserError):

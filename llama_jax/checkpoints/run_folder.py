@@ -231,12 +231,13 @@ def require_space(folder: Path, needed: int, what: str = "a checkpoint") -> None
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"{folder} has {_format_size(free)} free, and {what} takes {_format_size(needed)};"
+            f"{folder} has {format_size(free)} free, and {what} takes {format_size(needed)};"
             " make room and run the same command again"
         )
 
 
-def _format_size(size: int) -> str:
+def format_size(size: int) -> str:
+    """Format bytes with a unit, such as 1.5 MB."""
     units = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"))
     scale, unit = next((pair for pair in units if size >= pair[0]), (1e3, "kB"))
     return f"{size / scale:,.1f} {unit}"

@@ -10,6 +10,7 @@ python convert.py --input smollm2 --output ckpt/smollm2                         
 
 import argparse
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from llama_jax.cli import main as cli
 FORMATS = ("ckpt", "meta", "hf", "llama2c", "gguf")
 KINDS = ("int8", "int4")
 DTYPES = ("float32", "bfloat16", "float16", "q8_0")
-NEXT = {  # what a user may want to run next
+NEXT = {  # what a user may want to run next: in place of {}, the quoted path
     "ckpt": "sample with: python sample.py --ckpt {}",
     "gguf": "run with: llama-cli -m {}",
-    "llama2c": "run with: ./run {}",
 }
+# llama2.c's `run` reads version 0 alone, `runq` version 2; neither reads version 1.
+LLAMA2C_NEXT = {0: "run with: ./run {}", 2: "run with: ./runq {}"}
 
 
 def main(argv: list[str]) -> None:
@@ -98,8 +100,9 @@ def convert_and_report(job: Any, verify: bool | None) -> None:
     Raises:
       UserError: if it cannot be converted, or the output differs from the input.
     """
+    from llama_jax.checkpoints.run_folder import format_size
     from llama_jax.formats import verify as verification
-    from llama_jax.formats.convert import convert
+    from llama_jax.formats.convert import TOKENIZER_BIN, convert
     from llama_jax.model.parameters import count_parameters
 
     start = time.perf_counter()
@@ -108,12 +111,17 @@ def convert_and_report(job: Any, verify: bool | None) -> None:
     size = sum(path.stat().st_size for path in files if path.is_file())
     seconds = time.perf_counter() - start
     parameters = count_parameters(source.config)
-    print(f"{job.output}: {parameters:,} parameters, {size / 1e9:,.3f} GB in {seconds:.1f} s")
+    print(f"{job.output}: {parameters:,} parameters, {format_size(size)} in {seconds:.1f} s")
     if verify is None and not verification.is_cheap(source):
         needed = verification.memory_needed(source) / 1e9
         print(f"not verified: that takes {needed:.0f} GB of memory and a while; --verify does it")
     elif verify is not False:
         for line in verification.verify(job, source):
             print(line, flush=True)
-    if job.target in NEXT:
-        print(NEXT[job.target].format(job.output))
+    following = NEXT.get(job.target, "")
+    if job.target == "llama2c":
+        following = LLAMA2C_NEXT.get(job.options.llama2c_version, "")
+        if following and job.output.parent != Path():  # they look for it in the working directory
+            following += f" -z {shlex.quote(str(job.output.parent / TOKENIZER_BIN))}"
+    if following:
+        print(following.format(shlex.quote(str(job.output))))

@@ -6,7 +6,9 @@ seconds. --mode decode plans decoding. Settings of the config are overridden as
 --config.section.name=value.
 """
 
+import json
 import os
+from functools import partial
 from typing import Any
 
 from llama_jax.cli import main as cli
@@ -28,6 +30,7 @@ def parse_flags(argv: list[str]) -> tuple[Any, list[str]]:
     parser.add_argument(
         "--table", action="store_true", help="which config fits on which target, as Markdown"
     )
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     decode = parser.add_argument_group("with --mode decode")
     decode.add_argument("--batch", type=int, default=1, help="sequences decoded together")
     decode.add_argument(
@@ -86,11 +89,20 @@ def report(config: Any, target: Any, flags: Any) -> str:
             target,
             decoding.compile_decoding if compiles else None,
         )
-        return report.decoding_report(plan)
+        return _as_json(report.figures(plan)) if flags.json else report.decoding_report(plan)
     compiler = training.compile_training if compiles else None
     if flags.search:
-        return report.search_report(config, target, search.search(config, target, compiler))
-    return report.training_report(training.plan_training(config, target, compiler))
+        found = search.search(config, target, compiler)
+        if flags.json:
+            change = partial(report.flags_of, old=config, target=target)
+            return _as_json([report.figures(p) | {"flags": change(p.config)} for p in found])
+        return report.search_report(config, target, found)
+    trained = training.plan_training(config, target, compiler)
+    return _as_json(report.figures(trained)) if flags.json else report.training_report(trained)
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, indent=2)
 
 
 def table_of_configs() -> str:

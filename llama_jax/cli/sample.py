@@ -329,8 +329,8 @@ def print_in_order(count: int, deltas: Iterable[Delta]) -> Iterator[Delta]:
 def report_speed(deltas: Iterable[Delta], start: float) -> Iterator[Delta]:
     """Yield the deltas, then print the time to the first token and the speed after it.
 
-    The chunk after the first tokens includes compiling or loading its program; if there are more
-    chunks, the speed is that of the others.
+    The chunk after the first tokens includes compiling or loading its program. If there are more
+    chunks, the speed is that of the others; else there is none.
     """
     times: list[float] = []  # of the first token, and of the end of each chunk after it
     tokens: list[int] = []  # of all sequences in each chunk
@@ -343,7 +343,10 @@ def report_speed(deltas: Iterable[Delta], start: float) -> Iterator[Delta]:
         index, times[-1] = delta.index, now
         tokens[-1] += len(delta.ids)
         yield delta
-    skipped = 2 if len(times) > 2 else 1
-    seconds = times[-1] - times[skipped - 1]
-    rate = f"{sum(tokens[skipped:]) / seconds:,.0f} tokens/s" if len(times) > 1 else "one token"
-    print(f"\n[first token after {times[0] - start:.2f} s, then {rate}]", file=sys.stderr)
+    if len(times) > 2:
+        then = f"{sum(tokens[2:]) / (times[-1] - times[1]):,.0f} tokens/s"
+    elif len(times) == 2:
+        then = f"{tokens[1]:,} tokens in {times[1] - times[0]:.2f} s, compiling included"
+    else:
+        then = "one token"
+    print(f"\n[first token after {times[0] - start:.2f} s, then {then}]", file=sys.stderr)

@@ -3,6 +3,7 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from llama_jax.config import Config, MeshConfig
 from llama_jax.distributed.mesh import MESH_AXES
@@ -57,6 +58,27 @@ def training_report(plan: TrainingPlan) -> str:
     if config.run.remat == "offload":
         parts += ["  transfers of run.remat=offload to and from the host are not counted"]
     return "\n".join([*parts, "", *_advice_lines(plan)])
+
+
+def figures(plan: TrainingPlan | DecodingPlan) -> dict[str, Any]:
+    """Return a plan's figures as JSON can hold them: bytes of one device, and seconds.
+
+    The seconds are of a step, or of a token of each sequence.
+    """
+    if isinstance(plan, DecodingPlan):
+        kinds = {"weights": plan.weights, "cache": plan.cache}
+        kinds["temporary"] = plan.total - sum(kinds.values())
+    else:
+        kinds = dataclasses.asdict(plan.memory)
+    return {
+        "target": plan.target.name,
+        "devices": plan.target.devices,
+        "compiled": plan.compiled is not None,
+        "fits": plan.fits,
+        "bytes": {**kinds, "total": plan.total, "usable": plan.target.chip.usable},
+        "seconds": plan.speed.seconds,
+        "bottleneck": plan.speed.bottleneck,
+    }
 
 
 def _memory_table(columns: list[str], rows: dict[str, list[float]]) -> list[str]:

@@ -79,9 +79,11 @@ def _chip(written: str, target: str) -> Chip:
     for name, chip in CHIPS.items():
         if name.lower() == found:
             return chip
+    longer = [name for name in CHIPS if name.lower().startswith(found)]  # sold in two sizes
+    meant = " or ".join(repr(target.replace(written, name, 1)) for name in longer)
+    hint = f"; did you mean {meant}?" if longer else did_you_mean(written, CHIPS)
     raise UsageError(
-        f"target {target!r}: chip {written!r} is unknown{did_you_mean(written, CHIPS)};"
-        f" expected one of {', '.join(CHIPS)}"
+        f"target {target!r}: chip {written!r} is unknown{hint}; expected one of {', '.join(CHIPS)}"
     )
 
 

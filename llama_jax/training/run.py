@@ -64,6 +64,7 @@ class Trainer:
         start = session.start
         self.state, self.step = start.state, start.step
         self.saved_step, self.best_loss = start.saved_step, start.best_loss
+        self.has_validated = False  # in this session
         session.validation_batches()  # refuses now, not hours later, a text that is too short
         self.batches = session.batches(self.step)
         self.writer = CheckpointWriter(self.folder, self.config.run.keep_last)
@@ -169,6 +170,9 @@ class Trainer:
 
     def _validate(self) -> float:
         """Report the validation loss and return it; infinity after a stop signal."""
+        if not self.has_validated:
+            self.console.line("compiling the evaluation step")
+        self.has_validated = True
         loss = validation_loss(self.session, self.state)
         if loss is None:
             return math.inf

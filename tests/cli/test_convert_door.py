@@ -22,7 +22,7 @@ from llama_jax.formats.weights import Tensor
 from llama_jax.quantization import QuantizationConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-WRITTEN = re.compile(r"(\S+): 2[0-9],[0-9]{3} parameters, 0\.[0-9]{3} GB in [0-9.]+ s")
+WRITTEN = re.compile(r"(\S+): 2[0-9],[0-9]{3} parameters, [0-9.]+ kB in [0-9.]+ s")
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,19 @@ def test_convert_meta(run):
     assert (read.dtype.name, read.config.compute_dtype) == ("bfloat16", "bfloat16")
     code, _, stderr = run("--input in.hf --output other", door="convert_meta")
     assert code == 1 and stderr.count("\n") == 1 and "error: in.hf" in stderr
+
+
+def test_last_line_is_a_command_that_works(run):
+    words = "--input in.ckpt --no_verify --to"
+    ends = {
+        "llama2c --output m0.bin": "run with: ./run m0.bin",
+        "llama2c --output my$x/m0.bin": "run with: ./run 'my$x/m0.bin' -z 'my$x/tokenizer.bin'",
+        "llama2c --llama2c_version 2 --output m2.bin --group_size 4": "run with: ./runq m2.bin",
+        "llama2c --llama2c_version 1 --output m1.bin": "m1.bin: 2",  # nothing reads version 1
+        "gguf --output my$x.gguf": "run with: llama-cli -m 'my$x.gguf'",
+    }
+    for flags, end in ends.items():
+        assert run(f"{words} {flags}")[1].splitlines()[-1].startswith(end)
 
 
 def test_flags_reach_the_format(run):

@@ -1,6 +1,7 @@
 """The door plan.py as a user meets it."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 import time
@@ -46,6 +47,22 @@ def test_sampling_is_planned_too(capsys):
 def test_a_search_lists_flags(capsys):
     assert plan.main(["--config=configs/demo.py", "--target=v6e-8", "--search", "--fast"]) == 0
     assert "--config.run.remat=block" in capsys.readouterr().out
+
+
+def test_figures_as_json(capsys):
+    def planned(*words):
+        assert plan.main(["--config=configs/demo.py", "--target=v6e-8", "--fast", *words]) == 0
+        return capsys.readouterr().out
+
+    trained = json.loads(planned("--json"))
+    assert (trained["fits"], trained["devices"], trained["compiled"]) == (True, 8, False)
+    sizes = trained["bytes"]
+    total = sum(sizes[kind] for kind in ("parameters", "optimizer", "activations", "temporary"))
+    assert sizes["total"] == pytest.approx(total) and f"{total / 2**30:.4f}" in planned()
+    decoded = json.loads(planned("--json", "--mode=decode"))
+    assert decoded["bytes"].keys() == {"weights", "cache", "temporary", "total", "usable"}
+    found = json.loads(planned("--json", "--search"))
+    assert found[0]["flags"].startswith("--config.") and found[0]["seconds"] > 0
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 DOOR = [sys.executable, str(REPOSITORY / "sample.py")]
 STORIES = [f"Tim had {n} red sails. The sea was blue and the sun was warm." for n in range(50)]
 SIZES = {"dim": 24, "num_layers": 1, "num_heads": 6, "num_kv_heads": 2, "tied_embeddings": False}
-SPEED = re.compile(r"\n\[first token after \d+\.\d\d s, then [\d,]+ tokens/s\]\n")
+RATE = r"[\d,]+ tokens(?:/s| in [\d.]+ s, compiling included)"
+SPEED = re.compile(rf"\n\[first token after \d+\.\d\d s, then {RATE}\]\n")
 FULL = "[stopped where the model's context is full]\n"
 ENOUGH = "[stopped after --max_tokens]\n"
 SHORT = ("--max_tokens=8", "--seed=1", "--top_p=1")

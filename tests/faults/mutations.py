@@ -75,7 +75,7 @@ def _mutate_json(random: Random, content: bytes) -> bytes:
             return b""
         lines[number] = _mutate_json(random, lines[number])
         return b"\n".join(lines)
-    places = list(_places(tree))
+    places = list(_places(tree)) if isinstance(tree, dict | list) else []
     if not places:
         return b""
     parent, key = random.choice(places)
@@ -102,7 +102,7 @@ def _mutate_json(random: Random, content: bytes) -> bytes:
 def _places(tree):
     """Yield (container, key) of every value of a JSON tree, but few of each long list."""
     children = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    for number, (key, value) in enumerate(list(children) if isinstance(tree, dict | list) else []):
+    for number, (key, value) in enumerate(list(children)):
         if number < 100:
             yield tree, key
             if isinstance(value, dict | list):

@@ -39,7 +39,9 @@ def test_a_description_says_how_the_name_was_understood():
     ("name", "complaint"),
     [
         ("v5x-8", "chip 'v5x' is unknown; did you mean 'v5p'"),
-        ("H20-8", "did you mean 'H200'"),
+        ("H20-8", "did you mean 'H200-8'"),
+        ("A100-8", "did you mean 'A100-40-8' or 'A100-80-8'?"),
+        ("H10-8", "did you mean 'H100-8' or 'H100-PCIe-8'?"),
         ("v5e-7", "no v5e slice of 7 chips; the nearest is v5e-8"),
         ("v5p-60", "no v5p slice of 60 TensorCores; the nearest is v5p-64"),
         ("v5e-0", "the nearest is v5e-1"),
