@@ -38,7 +38,7 @@ class Range:
 
     def check(self, name: str, value: float) -> None:
         """Raise `UsageError` unless the value is in range."""
-        low, high = f"{self.low:g}", f"{self.high:g}"
+        low, high = f"{self.low:.10g}", f"{self.high:.10g}"
         expected = f"at least {low}" if math.isinf(self.high) else f"from {low} to {high}"
         require(
             self.low <= value <= min(self.high, sys.float_info.max),
@@ -59,9 +59,10 @@ class Choice:
         require(value in self.choices, message)
 
 
-Positive = Annotated[int, Range(1)]
-Count = Annotated[int, Range(0)]
-Seed = Annotated[int, Range(0, 2**31 - 1)]
+MAX_INT = 2**31 - 1  # of int32: sizes, steps and seeds are numbers on devices
+Positive = Annotated[int, Range(1, MAX_INT)]
+Count = Annotated[int, Range(0, MAX_INT)]
+Seed = Annotated[int, Range(0, MAX_INT)]
 
 
 @cache

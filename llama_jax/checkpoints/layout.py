@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -257,12 +258,13 @@ def orbax_path(folder: Path) -> Any:
 def quiet_orbax() -> None:
     """Keep Orbax from printing tracebacks of what is raised anyway, for the rest of the process.
 
-    Several of its threads log the same error, and each read that it abandons after one prints a
-    traceback when it is collected, at any time later.
+    Several of its threads log the same error, and each read or write that it abandons after one
+    prints a traceback or a warning when it is collected, at any time later.
     """
     logging.getLogger("absl").addFilter(
         lambda record: not (record.exc_info and "orbax" in record.pathname)
     )
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     report, is_coroutine = sys.unraisablehook, inspect.iscoroutine
 
     def hook(unraisable: Any) -> None:

@@ -32,11 +32,12 @@ from llama_jax.data.prepare.tokenize import (
     split_warning,
     summary,
 )
-from llama_jax.errors import UsageError, UserError, did_you_mean
+from llama_jax.errors import UsageError, UserError, did_you_mean, shown
 from llama_jax.files import check_new_path
 
 OPTION_NAMES = tuple(field.name for field in dataclasses.fields(TokenOptions))
 LEAST = {"stories": 1, "vocab_size": 1, "shard_tokens": 1, "workers": 0}  # values of flags
+MOST = {"stories": 10**9, "vocab_size": 2**20, "shard_tokens": 10**12, "workers": 1024}
 
 
 def main(argv: list[str]) -> None:
@@ -128,8 +129,9 @@ def _check(given: dict[str, Any]) -> None:
     if not given.get("split_at", "x").strip() or "\n" in given.get("split_at", ""):
         raise UsageError("--split_at needs one line of text; or use `blank` or `none`")
     for flag, least in LEAST.items():
-        if given.get(flag, least) < least:
-            raise UsageError(f"--{flag} {given[flag]} is out of range; expected {least} or more")
+        if not least <= given.get(flag, least) <= MOST[flag]:
+            expected = f"expected {least} to {MOST[flag]}"
+            raise UsageError(f"--{flag} {shown(given[flag])} is out of range; {expected}")
 
 
 def _corpus(given: dict[str, Any]) -> Corpus:

@@ -15,7 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from llama_jax.config import COMPUTE_DTYPES, Choice, MeshConfig, ModelConfig, Range, require
+from llama_jax.config import (
+    COMPUTE_DTYPES,
+    MAX_INT,
+    Choice,
+    MeshConfig,
+    ModelConfig,
+    Range,
+    require,
+)
 from llama_jax.distributed.mesh import partition_spec, placed, shardings
 from llama_jax.inference.decode import NO_TOKEN, ON_MESH, GenerationState, cache_slots, decode
 from llama_jax.inference.request import SamplingParams
@@ -169,7 +177,7 @@ def trace_decoding(
 
 def _with_options(config: ModelConfig, options: DecodingOptions) -> ModelConfig:
     """Return the model with the context and the dtype of the options, all of which are checked."""
-    Range(1).check("batch", options.batch)
+    Range(1, MAX_INT).check("batch", options.batch)
     Choice(("", *KINDS)).check("quantize", options.quantize)
     Choice(("", "int8")).check("cache_dtype", options.cache_dtype)
     Choice(("", *COMPUTE_DTYPES)).check("dtype", options.dtype)
