@@ -24,6 +24,7 @@ KNOWN_NAMES = {  # in files that say nothing of them, the most specific first
     "eos": ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "<|eos|>", "[EOS]"),
 }
 HIDDEN = "\U0010ffff"  # a noncharacter, before the names of control tokens in the encoder
+ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 LOWEST = -1e9  # score of a piece that no text becomes
 
 
@@ -176,6 +177,8 @@ def parse_json(content: bytes, path: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(content)
+        if ESCAPED_SURROGATE.search(content):  # of a pair, or alone: then it is no text
+            json.dumps(values, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         message = f"tokenizer {path} is damaged: {first_line(error)}"
         raise UserError(f"{message}; copy it again") from error

@@ -12,6 +12,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -194,9 +195,7 @@ def main() -> int:
         work(flags.readers[0], flags.worker, *arguments)
         return 0
     source = (HERE / "readers.py").read_text()
-    names = flags.readers or [
-        line.split('"')[1] for line in source.splitlines() if line.startswith('    "')
-    ]
+    names = flags.readers or re.findall(r'^    "(\S+)": Reader\(', source, re.MULTILINE)
     print(f"{'reader':20}{'damaged':>10}" + "".join(f"{name:>10}" for name in OUTCOMES))
     failed, total = False, 0
     with ThreadPoolExecutor(flags.jobs) as pool:

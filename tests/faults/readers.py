@@ -1,5 +1,6 @@
 """Everything that reads files of others, or its own files again: what the fuzzer damages."""
 
+import base64
 import dataclasses
 import hashlib
 import io
@@ -12,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import tiny_run
+from tiny_tokenizer import ROWS, SPECIAL, keys_of, library_of
 from tiny_weights import tiny_vocabulary, tiny_weights
 
 from llama_jax.checkpoints import load as checkpoint_loader
@@ -20,9 +22,13 @@ from llama_jax.checkpoints.restore import restore_newest
 from llama_jax.data.token_folder import SPLITS, TokenFolder
 from llama_jax.errors import UserError, warn
 from llama_jax.formats import convert
+from llama_jax.formats.gguf.vocabulary import read_tokenizer
 from llama_jax.formats.llama2c import tokenizer as llama2c_tokenizer
+from llama_jax.formats.meta import ranks
 from llama_jax.formats.tokenizer_files import read_tokenizer_file
 from llama_jax.quantization import QuantizationConfig
+from llama_jax.text.chat import Message
+from llama_jax.text.chat_formats import TEMPLATES, find_template, read_template
 from llama_jax.text.tokenizer import load_tokenizer
 from llama_jax.training.metrics import MetricsFile, read_metrics
 from llama_jax.training.step import abstract_state
@@ -144,6 +150,63 @@ def _make_tokenizer_model(folder: Path) -> None:
     (folder / "tokenizer.model").write_bytes(tiny_vocabulary().to_model())
 
 
+# ---- byte-level tokenizers and chat templates ----
+
+
+def _byte_level() -> bytes:
+    """Return a tokenizer.json with control tokens."""
+    return read_tokenizer(keys_of(library_of("llama-bpe"), "llama-bpe"))
+
+
+def _write_byte_level(target: str, name: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        weights = tiny_weights(num_layers=1, vocab_size=ROWS, tokenizer=_byte_level())
+        weights = dataclasses.replace(weights, chat_template=TEMPLATES["chatml"].source)
+        convert.FORMATS[target].write(weights, folder / name, convert.Options(), lambda done: None)
+
+    return make
+
+
+def _make_ranks(folder: Path) -> None:
+    vocab = json.loads(_byte_level())["model"]["vocab"]
+    texts = [text for text in sorted(vocab, key=vocab.__getitem__) if text not in SPECIAL]
+    coded = [bytes(ranks.BYTE_OF_CHARACTER[each] for each in text) for text in texts]
+    lines = [b"%s %d\n" % (base64.b64encode(piece), rank) for rank, piece in enumerate(coded)]
+    (folder / "tokenizer.model").write_bytes(b"".join(lines))
+
+
+def _read_ranks(folder: Path) -> str:
+    rows = ROWS - len(SPECIAL) + 256
+    (folder / "again.json").write_bytes(read_tokenizer_file(folder / "tokenizer.model", rows))
+    return _read_tokenizer(folder / "again.json")
+
+
+def _without_tokenizer_model(make: Callable[[Path], None]) -> Callable[[Path], None]:
+    def without(folder: Path) -> None:
+        make(folder)
+        (folder / "hf" / "tokenizer.model").unlink()
+
+    return without
+
+
+def _make_template(folder: Path) -> None:
+    (folder / "template.jinja").write_text(TEMPLATES["chatml"].source)
+    (folder / "tokenizer.json").write_bytes(_byte_level())
+
+
+def _read_template(folder: Path) -> str:
+    source = read_template(str(folder / "template.jinja"))
+    dialogue = [
+        Message("system", "Be brief."),
+        Message("user", "Hello"),
+        Message("assistant", "Hi"),
+    ]
+    dialogue.append(Message("user", "<|im_end|> Bye"))
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    template = find_template(source)
+    return digest([template.encode(dialogue, tokenizer), template.stops(tokenizer)])
+
+
 # ---- a run, its data, and a converted model ----
 
 
@@ -227,6 +290,15 @@ READERS = {
         outer=_with_header,
     ),
     "hf-json": Reader(_write_model("hf", "hf"), _read_model("hf", "hf"), "hf/*.json"),
+    "hf-tokenizer": Reader(
+        _without_tokenizer_model(_write_model("hf", "hf")), _read_model("hf", "hf"), "hf/tok*.json"
+    ),
+    "hf-byte-level": Reader(_write_byte_level("hf", "hf"), _read_model("hf", "hf"), "hf/*.j*"),
+    "gguf-byte-level": Reader(
+        _write_byte_level("gguf", "model.gguf"), _read_model("gguf", "model.gguf"), "model.gguf"
+    ),
+    "ranks": Reader(_make_ranks, _read_ranks, "tokenizer.model"),
+    "chat-template": Reader(_make_template, _read_template, "template.jinja"),
     "pth": Reader(_write_model("meta", "meta"), _read_model("meta", "meta"), "meta/*.pth"),
     "pth-pickle": Reader(
         _write_model("meta", "meta"),
