@@ -276,6 +276,19 @@ def test_added_tokens_fill_the_rows(tmp_path):
     assert read(tmp_path) == TINY.to_model()  # without rows for them they do not count
 
 
+@pytest.mark.parametrize("special", [True, False])
+def test_the_settings_say_what_ends_the_texts_of_a_model(special, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(TINY.to_model())
+    names = {"bos_token": "<s>", "eos_token": {"content": "<|im_end|>"}, "pad_token": "abc"}
+    decoder = {str(ROWS): {"content": "<|im_end|>", "special": special}}
+    put(tmp_path, tokenizer_config=names | {"added_tokens_decoder": decoder})
+    tokenizer = parse_tokenizer(read(tmp_path, rows=ROWS + 1), tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, ROWS)
+    assert tokenizer.special_ids == {"<s>": 1, "</s>": 2, "<|im_end|>": ROWS}
+    put(tmp_path, tokenizer_config={"bos_token": "", "eos_token": "<unk>"})
+    assert read(tmp_path) == TINY.to_model()
+
+
 def test_bos_and_eos_are_control_pieces_though_none_was_added(tmp_path):
     put(tmp_path, tokenizer=VALUES | {"added_tokens": []})
     assert pieces(tmp_path)[:3] == TINY.pieces[:3]

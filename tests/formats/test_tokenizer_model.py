@@ -1,5 +1,6 @@
 """Tokenizer files: kept as they are, made from a tokenizer.bin, and fitted to an embedding."""
 
+import json
 import struct
 
 import pytest
@@ -8,6 +9,7 @@ from test_llama2c_tokenizer import PIECES, packed
 from tiny_weights import tiny_vocabulary
 
 from llama_jax.errors import UserError
+from llama_jax.formats.huggingface.tokenizer_writer import to_tokenizer_json
 from llama_jax.formats.llama2c import tokenizer as tokenizer_bin
 from llama_jax.formats.tokenizer_files import read_tokenizer_file
 from llama_jax.formats.vocabulary import Vocabulary
@@ -31,6 +33,13 @@ def test_a_tokenizer_bin_becomes_a_model(tmp_path):
     path = tmp_path / "any name"
     tokenizer_bin.write(tiny_vocabulary(), path)
     assert Vocabulary.from_model(read_tokenizer_file(path, 283)) == tiny_vocabulary()
+
+
+def test_a_tokenizer_json_of_llama_2_becomes_a_model(tmp_path):
+    path = tmp_path / "any name"
+    path.write_text(json.dumps(to_tokenizer_json(tiny_vocabulary(), bos=True)))
+    found = Vocabulary.from_model(read_tokenizer_file(path, 283))
+    assert [piece.text for piece in found.pieces] == [p.text for p in tiny_vocabulary().pieces]
 
 
 def test_a_longest_piece_of_ten_bytes_is_no_protobuf(tmp_path):
