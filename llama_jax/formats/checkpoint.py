@@ -22,6 +22,7 @@ from llama_jax.checkpoints.restore import folder_and_step, read_checkpoint
 from llama_jax.checkpoints.run_folder import require_tokenizer
 from llama_jax.checkpoints.save import partial_checksum
 from llama_jax.errors import UserError
+from llama_jax.formats.tokenizer_files import fit_rows, read_tokenizer_file
 from llama_jax.formats.weights import BLOCKS, DTYPES, Tensor, Weights, of_layer, tensor_shapes
 from llama_jax.model.parameters import abstract, named_leaves
 from llama_jax.model.transformer import Llama
@@ -38,25 +39,33 @@ STEP, META = "0", "meta"
 Report = Callable[[int], None]
 
 
-def read(path: Path) -> Weights:
+def read(path: Path, tokenizer: Path | None = None) -> Weights:
     """Return the model of a checkpoint folder's newest readable step, or of the step at a path.
 
     Names, shapes and dtypes are verified here, an array's checksum when all of it has been read. A
     damaged step is reported, and the one before it read. The tensors of a quantised model are
     dequantised.
 
+    Args:
+      tokenizer: a file to use instead of the folder's own, which is not looked at then.
+
     Raises:
-      UserError: if no step is readable.
+      UserError: if no step is readable, or the tokenizer is missing or another model's.
     """
     folder, step = folder_and_step(path)
     description = read_description(folder)
     read = partial(_read_step, description=description)
     tensors, meta = read_checkpoint(folder, step, read)
-    require_tokenizer(folder, meta)
+    rows = description.model.vocab_size
+    if tokenizer:
+        content = read_tokenizer_file(tokenizer, rows)
+    else:
+        require_tokenizer(folder, meta)
+        content = fit_rows(read_file(tokenizer_path(folder)), rows, folder)
     return Weights(
         config=description.model,
         tensors=tensors,
-        tokenizer=read_file(tokenizer_path(folder)),
+        tokenizer=content,
         bos=description.bos,
         is_rounded=description.quantization is not None,
         chat_template=description.chat_template,

@@ -20,7 +20,6 @@ from llama_jax.config import require
 from llama_jax.errors import UserError, warn
 from llama_jax.files import check_new_path, new_path, progress
 from llama_jax.formats.llama2c import tokenizer as tokenizer_bin
-from llama_jax.formats.tokenizer_files import fit_rows, read_tokenizer_file
 from llama_jax.formats.vocabulary import Vocabulary
 from llama_jax.formats.weights import DTYPES, Tensor, Weights, is_finite
 from llama_jax.quantization import QuantizationConfig
@@ -50,14 +49,13 @@ class Format:
     module: str  # in `llama_jax.formats`; imported when used
     keywords: Callable[[Options], dict[str, Any]] = lambda options: {}  # of `write`
     dtypes: tuple[str, ...] = tuple(DTYPES)  # that it can be written in
-    takes_tokenizer: bool = False  # `read` accepts one to use instead of the source's
     needs_tokenizer: bool = True
+    holds_prompting: bool = True  # stop ids, whether texts begin with BOS, and the chat template
     casts: bool = False  # `write` converts to the dtype
 
     def read(self, path: Path, tokenizer: Path | None = None) -> Weights:
-        """Return the model at a path."""
-        extra = (tokenizer,) if self.takes_tokenizer else ()
-        return self._module().read(path, *extra)
+        """Return the model at a path, with another tokenizer than its own if there is one."""
+        return self._module().read(path, tokenizer)
 
     def write(self, weights: Weights, path: Path, options: Options, report: Report) -> None:
         """Write a model; `report` is called with the bytes of tensors written so far."""
@@ -77,12 +75,11 @@ FORMATS = {
         "Meta's folder of params.json and consolidated.*.pth",
         "meta.model",
         lambda options: {"shards": options.shards},
-        takes_tokenizer=True,
+        holds_prompting=False,
     ),
     "hf": Format(
         "a Hugging Face folder of config.json and *.safetensors",
         "huggingface.model",
-        takes_tokenizer=True,
     ),
     "llama2c": Format(
         "a model file of llama2.c, or the ckpt.pt of its train.py",
@@ -90,13 +87,13 @@ FORMATS = {
         lambda options: {"version": options.llama2c_version, "group_size": options.group_size},
         dtypes=("float32",),
         needs_tokenizer=False,
+        holds_prompting=False,
         casts=True,
     ),
     "gguf": Format(
         "a GGUF file",
         "gguf.model",
         lambda options: {"dtype": options.dtype},
-        takes_tokenizer=True,
         dtypes=(*DTYPES, "q8_0"),
         casts=True,
     ),
@@ -170,7 +167,7 @@ class Conversion:
         expected = f"{self.target} is written as one of {', '.join(known)}"
         require(dtype in ("", *known), f"dtype {dtype!r} does not fit: {expected}")
         is_ours = self.target == "ckpt"
-        holds_template = self.target in ("ckpt", "hf", "gguf") or not self.template
+        holds_template = FORMATS[self.target].holds_prompting or not self.template
         require(holds_template, f"{self.target} holds no chat template; leave --template out")
         if self.options.quantization:
             require(is_ours, "quantize is for checkpoints alone; use --to ckpt")
@@ -206,17 +203,11 @@ def convert(job: Conversion) -> Weights:
 
 def read_source(job: Conversion) -> Weights:
     """Return the model to be converted, with the tokenizer to be written."""
-    path, tokenizer, source = job.input, job.tokenizer, FORMATS[job.source]
+    path, source = job.input, FORMATS[job.source]
     if not path.exists():
         raise UserError(f"{path} does not exist; expected {source.what}")
-    weights = source.read(path, tokenizer)
-    if tokenizer is not None and not source.takes_tokenizer:
-        content = read_tokenizer_file(tokenizer, weights.config.vocab_size)
-        weights = dataclasses.replace(weights, tokenizer=content)
-    elif weights.tokenizer:
-        content = fit_rows(weights.tokenizer, weights.config.vocab_size, path)
-        weights = dataclasses.replace(weights, tokenizer=content)
-    elif FORMATS[job.target].needs_tokenizer:
+    weights = source.read(path, job.tokenizer)
+    if not weights.tokenizer and FORMATS[job.target].needs_tokenizer:
         raise UserError(
             f"{path} has no tokenizer, and {FORMATS[job.target].what} needs one; name its"
             " tokenizer.model, .json or .bin with --tokenizer"

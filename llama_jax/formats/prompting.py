@@ -14,14 +14,12 @@ from llama_jax.formats.gguf.header import Keys, Value
 from llama_jax.formats.json_files import read_object, shown, write_object
 from llama_jax.formats.weights import Weights, find_file
 from llama_jax.text.chat_formats import NO_TEMPLATE, find_template, template_name
+from llama_jax.text.huggingface import adds_bos
 from llama_jax.text.jinja_template import MAX_SOURCE
-from llama_jax.text.tokenizer import parse_tokenizer
+from llama_jax.text.tokenizer import JSON, parse_tokenizer
 
-SETTINGS, GENERATION, JINJA = (
-    "tokenizer_config.json",
-    "generation_config.json",
-    "chat_template.jinja",
-)
+SETTINGS, GENERATION = "tokenizer_config.json", "generation_config.json"
+JINJA = "chat_template.jinja"
 ADDING_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer")  # classes that do so unless told otherwise
 RANGES = {  # of sampling parameters: the type, the least, the largest
     "temperature": (float, 0, 100),
@@ -105,22 +103,9 @@ def _wants_bos(folder: Path, settings: Mapping[str, Any]) -> bool:
         return bos
     kind = settings.get("tokenizer_class")
     adds = not isinstance(kind, str) or kind.removesuffix("Fast") in ADDING_BOS
-    path = find_file(folder, "tokenizer.json")
-    processor = read_object(path).get("post_processor") if path else None
-    return _begins_with_token(processor, adds)
-
-
-def _begins_with_token(processor: Any, default: bool) -> bool:
-    """Return whether a post-processor of tokenizer.json puts a token before a text."""
-    if not isinstance(processor, dict):
-        return default
-    if processor.get("type") == "Sequence":
-        listed = processor.get("processors")
-        steps = listed if isinstance(listed, list) else []
-        return any(_begins_with_token(step, False) for step in steps)
-    single = processor.get("single")
-    first = single[0] if isinstance(single, list) and single else None
-    return isinstance(first, dict) and "SpecialToken" in first
+    path = find_file(folder, JSON)
+    values = read_object(path) if path else {}
+    return adds_bos(values) if values.get("post_processor") else adds
 
 
 def _read_template(folder: Path, settings: Mapping[str, Any]) -> str:
@@ -188,7 +173,11 @@ def prompting_keys(weights: Weights) -> dict[str, Value]:
     """Return the keys that hold the same; at most three stop tokens have one."""
     if len(weights.stop_ids) > len(STOPS):
         warn(f"GGUF holds {len(STOPS)} stop tokens; {len(weights.stop_ids)} end this model's texts")
-    keys: dict[str, Value] = dict(zip(STOPS, weights.stop_ids))
+    keys: dict[str, Value] = {}
+    if weights.stop_ids:
+        special = parse_tokenizer(weights.tokenizer, Path("the tokenizer")).special_ids.values()
+        # The first becomes EOS of the vocabulary, which has to be a control token.
+        keys |= zip(STOPS, sorted(weights.stop_ids, key=lambda token: token not in special))
     if source := template_source(weights.chat_template):
         keys[CHAT_TEMPLATE] = source
     return keys

@@ -8,6 +8,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from llama_jax.errors import UserError, warn
 from llama_jax.formats import byte_level
@@ -71,7 +72,9 @@ def _from_json(path: Path, rows: int, named: Named) -> tuple[Vocabulary, dict[in
     ids = {piece.text: token for token, piece in found.items()}
     if len(ids) < len(found):
         raise UserError(f"{path} has two pieces that differ only in how they write a space")
-    special = {"unknown_id": next(i for i, piece in found.items() if piece.kind == Kind.UNKNOWN)}
+    special: dict[str, Any] = {
+        "unknown_id": next(i for i, piece in found.items() if piece.kind == Kind.UNKNOWN)
+    }
     for role, usual in USUAL.items():
         text = named.texts.get(role, usual)
         token = ids.get(text, named.ids.get(role, -1))
@@ -117,9 +120,12 @@ def _complete(
             special[role] = getattr(vocabulary, f"{role}_id")
         elif found[token].kind != Kind.CONTROL:  # as SentencePiece requires it
             found[token] = Piece(found[token].text, 0.0, Kind.CONTROL)
-    fields = {f"{role}_id": token for role, token in special.items()}
-    whole = tuple(found[token] for token in range(len(found)))
-    return dataclasses.replace(vocabulary, pieces=whole, **fields)
+    return dataclasses.replace(
+        vocabulary,
+        pieces=tuple(found[token] for token in range(len(found))),
+        bos_id=special["bos"],
+        eos_id=special["eos"],
+    )
 
 
 def _with_roles(content: bytes, named: Named, path: Path) -> bytes:

@@ -1,5 +1,5 @@
 """Comparison of a converted model with its source: the same tokens through both, in float32,
-and the same texts through their tokenizers.
+the same texts through their tokenizers, and what texts begin and end with.
 
 A source from Hugging Face is run by transformers and one of Meta's by a forward pass in torch, if
 these are installed; any other by our own model. One model is in memory at a time.
@@ -20,6 +20,7 @@ from flax import nnx
 from llama_jax.config import ModelConfig
 from llama_jax.errors import UserError, first_line
 from llama_jax.formats.convert import FORMATS, Conversion, written_dtype
+from llama_jax.formats.prompting import STOPS
 from llama_jax.formats.weights import Weights
 from llama_jax.model.parameters import count_parameters, named_leaves
 from llama_jax.model.positions import frequencies
@@ -84,7 +85,7 @@ def verify(job: Conversion, source: Weights) -> Iterator[str]:
     is_held = all(tensor.dtype.name == dtype for tensor in source.tensors.values())
     is_exact = is_kept or is_held or dtype == "float32"
     written = target.read(job.output)
-    _compare_ids(source, written, job)
+    _compare_texts(source, written, job)
     yield _compared(answer, our_logits(written), "llama_jax", is_exact)
     if job.target == "hf" and not missing("torch", "transformers"):
         try:
@@ -94,8 +95,8 @@ def verify(job: Conversion, source: Weights) -> Iterator[str]:
         yield _compared(answer, theirs, "transformers", is_exact)
 
 
-def _compare_ids(source: Weights, written: Weights, job: Conversion) -> None:
-    """Raise `UserError` if a model's tokenizer gives other ids than its source's."""
+def _compare_texts(source: Weights, written: Weights, job: Conversion) -> None:
+    """Raise `UserError` if texts get other ids than in the source, or begin or end otherwise."""
     if not (source.tokenizer and written.tokenizer):
         return
     one = parse_tokenizer(source.tokenizer, job.input)
@@ -106,9 +107,18 @@ def _compare_ids(source: Weights, written: Weights, job: Conversion) -> None:
                 f"the tokenizer written to {job.output} encodes {text!r} as {theirs}, that of"
                 f" {job.input} as {ours}; do not use it, and report it"
             )
-    for name in ("bos_id", "eos_id"):
-        if (ours := getattr(one, name)) != (theirs := getattr(other, name)):
-            message = f"{job.output} has {name} {theirs}, {job.input} {ours}"
+    pairs: dict[str, tuple[object, object]] = {"BOS id": (one.bos_id, other.bos_id)}
+    if FORMATS[job.target].holds_prompting:
+        stops, found = (set(w.stop_ids or [t.eos_id]) for w, t in ((source, one), (written, other)))
+        found -= {one.eos_id} - stops  # which a format may add
+        if job.target != "gguf" or len(stops) <= len(STOPS):
+            pairs["stop ids"] = sorted(stops), sorted(found)
+        pairs["BOS before texts"] = source.bos, written.bos
+    else:
+        pairs["EOS id"] = one.eos_id, other.eos_id
+    for name, (expected, read) in pairs.items():
+        if expected != read:
+            message = f"{name}: {job.output} has {read}, {job.input} {expected}"
             raise UserError(f"{message}; do not use it, and report it")
 
 

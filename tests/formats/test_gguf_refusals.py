@@ -14,6 +14,7 @@ from llama_jax.formats.gguf import model as gguf
 from llama_jax.formats.gguf.files import lazy_tensors, write_file
 from llama_jax.formats.gguf.header import read_header
 from llama_jax.formats.gguf.vocabulary import tokenizer_keys
+from llama_jax.formats.vocabulary import Kind
 from llama_jax.formats.weights import Tensor
 
 D, F, V = 24, 40, 283
@@ -157,6 +158,13 @@ def test_keys_of_other_writers_are_read(path):
     config = gguf.read(path).config
     assert (config.sliding_window, config.rope_theta) == (9, 5e5)
     assert config.rope_scaling == RopeScaling(kind="yarn", factor=4.0, original_context=32)
+
+
+def test_eos_is_a_control_token_whatever_its_type(path):
+    kinds = np.array([piece.kind for piece in tiny_vocabulary().pieces], np.int32)
+    kinds[2] = Kind.USER_DEFINED
+    changed(path, tiny_weights(), keys={f"{PIECES}token_type": kinds})
+    assert gguf.read(path).tokenizer == tiny_vocabulary().to_model()
 
 
 def test_a_bias_that_is_missing_is_zero(path):

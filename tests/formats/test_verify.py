@@ -82,6 +82,21 @@ def test_a_wrong_number_is_an_error(tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("target", ["ckpt", "hf", "gguf", "meta"])
+def test_what_begins_and_ends_a_text_is_compared(tmp_path, target):
+    weights = tiny_weights(tied_embeddings=False)
+    job, source = converted(tmp_path, target, dataclasses.replace(weights, stop_ids=(7, 2)))
+    assert list(verify(job, source))
+    other = dataclasses.replace(source, stop_ids=(2, 8))
+    if target == "meta":  # which holds EOS alone
+        assert list(verify(job, other))
+        return
+    with pytest.raises(UserError, match=r"stop ids: .*out has \[2, 7\], .*in \[2, 8\]; do not use"):
+        list(verify(job, other))
+    with pytest.raises(UserError, match=r"BOS before texts: .*out has True, .*in False"):
+        list(verify(job, dataclasses.replace(source, bos=False)))
+
+
 def test_other_greedy_tokens_are_counted(tmp_path):
     job, source = converted(tmp_path, dtype="bfloat16")
     negated = -source.tensors["output"].read()

@@ -70,11 +70,11 @@ def _read_sentencepiece(keys: Keys) -> Vocabulary:
         raise UserError(f"{keys.path} has a score in {SCORES} that is not a number")
     if KINDS not in keys.values:
         kinds = [Kind.BYTE if BYTE.fullmatch(text) else kind for text, kind in zip(texts, kinds)]
-        for name, kind in (("bos_id", Kind.CONTROL), ("eos_id", Kind.CONTROL)):
-            if ids[name] >= 0:
-                kinds[ids[name]] = kind
         if ids["unknown_id"] >= 0:
             kinds[ids["unknown_id"]] = Kind.UNKNOWN
+    for token in (ids["bos_id"], ids["eos_id"]):  # user-defined ones in some files
+        if token >= 0 and kinds[token] not in (Kind.BYTE, Kind.UNKNOWN):
+            kinds[token] = Kind.CONTROL
     last = {text: token for token, text in enumerate(texts)}
     listed = [
         Piece(text, float(score), Kind(kind))

@@ -32,7 +32,7 @@ def read_tokenizer(folder: Path, given: Path | None, config: Mapping[str, Any], 
     path = given or find_file(folder, MODEL) or find_file(folder, JSON)
     if path is None:
         return b""
-    texts, ids = {}, {}
+    texts, ids = dict[str, str](), dict[str, int]()
     for role in USUAL:
         text, token = settings.get(f"{role}_token"), config.get(f"{role}_token_id")
         text = text.get("content") if isinstance(text, dict) else text

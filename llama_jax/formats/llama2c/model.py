@@ -22,6 +22,7 @@ from llama_jax.formats.llama2c.int8 import (
     write_quantized,
 )
 from llama_jax.formats.rules import expanded, export_tensors, import_tensors, make_table
+from llama_jax.formats.tokenizer_files import read_tokenizer_file
 from llama_jax.formats.weights import DTYPES, Tensor, Weights, mapped, tensor_shapes
 
 CHUNK = 2**21  # numbers converted to float32 at a time
@@ -46,20 +47,24 @@ TABLES = [  # by version, in the order of the file
 ]
 
 
-def read(path: Path) -> Weights:
-    """Return the model in a file, without a tokenizer: float32, or a training checkpoint's dtypes.
+def read(path: Path, tokenizer: Path | None = None) -> Weights:
+    """Return the model in a file: float32, or a training checkpoint's dtypes.
+
+    Args:
+      tokenizer: its tokenizer file, since a model's file holds none.
 
     Raises:
       UserError: if the file is not exactly as long as its header says, or is something else.
     """
     if path.suffix == ".pt":
         config, saved = training_checkpoint.read(path)
-        tensors = import_tensors(TABLES[0], config, saved, path)
-        return Weights(config=config, tensors=tensors, tokenizer=b"")
-    header = read_header(path)
-    foreign = dict(_foreign(path, header))
-    tensors = import_tensors(TABLES[header.version], header.config, foreign, path)
-    return Weights(config=header.config, tensors=tensors, tokenizer=b"")
+        version, foreign = 0, saved
+    else:
+        header = read_header(path)
+        version, config, foreign = header.version, header.config, dict(_foreign(path, header))
+    tensors = import_tensors(TABLES[version], config, foreign, path)
+    content = read_tokenizer_file(tokenizer, config.vocab_size) if tokenizer else b""
+    return Weights(config=config, tensors=tensors, tokenizer=content)
 
 
 def write(
