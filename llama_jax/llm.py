@@ -318,10 +318,8 @@ class LLM:
     def score(self, texts: str | Prompts) -> Score | list[Score]:
         """Return the log-probability of each token of a text: a `Score`, or a list for a list.
 
-        A list may also have token ids in place of a text.
-
-        Raises:
-          UserError: for a text longer than the context.
+        A list may also have token ids in place of a text. A text longer than the context is read in
+        windows that overlap by half, so each token is given at least half a context before it.
         """
         with on_mesh(self.engine.mesh):
             scores = score_sequences(self.engine.model, self._encode("texts", texts))

@@ -406,7 +406,8 @@ def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(llm):
     with pytest.raises(UserError, match=r"the prompt has \d+ tokens; expected 1 to 159"):
         llm.complete("boats " * 200)
     with pytest.raises(UserError, match=r"a text has \d+ tokens; expected at most 160"):
-        llm.score("boats " * 200)
+        llm.embed("boats " * 200)
+    assert len(llm.score("boats " * 200).logprobs) > llm.context_length
 
 
 @pytest.mark.parametrize(

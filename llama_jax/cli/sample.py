@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # JAX would make --help slow
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")  # that models recommend
 MODES = ("chat", "messages", "score", "embed")
 PARAMS = tuple(field.name for field in dataclasses.fields(SamplingParams))
-COMPLETION = ("prompt", "prompt_file", "prompt_ids", "num_samples", "no_echo", "logprobs")
+COMPLETION = ("prompt", "prompt_file", "prompt_ids", "num_samples", "no_echo", "logprobs", "json")
 UNUSED = {  # flags that a mode does not use; "" is completion, which has no flag of its own
     "": ("system", "template", "truncate"),
     "chat": COMPLETION,
@@ -60,6 +60,9 @@ def parser() -> cli.Parser:
     text.add_argument("--stop", action="append", default=[], help="stop string or control token")
     text.add_argument("--no_echo", action="store_true", help="print without the prompt")
     text.add_argument("--logprobs", type=int, help="log-probabilities, with so many top tokens")
+    text.add_argument(
+        "--json", action="store_true", help="print an object a line, with all figures"
+    )
     text.add_argument("--score", action="store_true", help="print the prompts' log-probabilities")
     text.add_argument("--embed", action="store_true", help="print an embedding of each prompt")
     sampling = parser.add_argument_group("sampling")
@@ -140,9 +143,11 @@ def main(argv: list[str]) -> None:
     elif mode == "score":
         prompts = _read_prompts(flags)
         require(any(prompts), "--score needs a text; add --prompt or --prompt_file")
-        print("logprob\ttokens\tperplexity", file=sys.stderr)  # tokens but the first, usually BOS
+        if not flags.json:  # tokens but the first, usually BOS
+            print("logprob\ttokens\tperplexity", file=sys.stderr)
         for score in _load(flags).score(prompts):
-            print(f"{score.total:.4f}\t{len(score.logprobs)}\t{score.perplexity:.4f}")
+            line = f"{score.total:.4f}\t{len(score.logprobs)}\t{score.perplexity:.4f}"
+            print(json.dumps(dataclasses.asdict(score)) if flags.json else line)
     elif mode == "embed":
         prompts = _read_prompts(flags)
         require(any(prompts), "--embed needs a text; add --prompt or --prompt_file")
@@ -153,7 +158,13 @@ def main(argv: list[str]) -> None:
         _print_recommended(llm, params)
         sampling = llm.sampling_params(**params)
         request = llm.request(prompts, sampling, n=flags.num_samples, echo=not flags.no_echo)
-        print_samples(llm, request, start=start)
+        if flags.json:
+            from llama_jax.inference.completions import collect
+
+            for completion in collect(llm.generate(request), request):
+                print(json.dumps(dataclasses.asdict(completion)))
+        else:
+            print_samples(llm, request, start=start)
 
 
 def _load(flags: Any) -> "LLM":

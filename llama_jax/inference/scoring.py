@@ -82,20 +82,37 @@ class Score:
 def score_sequences(model: Llama, sequences: Sequence[Sequence[int]]) -> list[Score]:
     """Return the score of each sequence of token ids, none of them empty.
 
-    Raises:
-      UserError: for a sequence longer than the context.
+    One longer than the context is read in windows of the context that overlap by half. A token is
+    scored in the first window that has it: given the tokens of that window before it, which are at
+    least half a context but at the start of the text.
     """
-    scores: dict[int, Score] = {}
-    for batch in batches(model, sequences):
+    context = model.config.context_length
+    windows = [
+        (number, start)
+        for number, ids in enumerate(sequences)
+        for start in _window_starts(len(ids), context)
+    ]
+    parts = [sequences[number][start : start + context] for number, start in windows]
+    logprobs_of: dict[int, np.ndarray] = {}
+    for batch in batches(model, parts):
         logprobs_BT = np.asarray(token_logprobs(model, batch.tokens_BT), np.float64)
-        for place, ids_T, length, row_T in zip(
-            batch.places, batch.tokens_BT, batch.length_B, logprobs_BT
-        ):
-            logprobs_T = row_T[: length - 1]
-            total, mean = float(logprobs_T.sum()), logprobs_T.mean() if length > 1 else 0.0
-            ids, logprobs = tuple(ids_T[:length].tolist()), tuple(logprobs_T.tolist())
-            scores[place] = Score(ids, logprobs, total, math.exp(-mean))
-    return [scores[place] for place in range(len(sequences))]
+        for place, length, row_T in zip(batch.places, batch.length_B, logprobs_BT):
+            logprobs_of[place] = row_T[: length - 1]
+    scored: list[list[float]] = [[] for _ in sequences]
+    for place, (number, start) in enumerate(windows):
+        known = len(scored[number]) - start  # scored in an earlier window
+        scored[number] += logprobs_of[place][known:].tolist()
+    return [
+        Score(tuple(ids), tuple(own), math.fsum(own), math.exp(-math.fsum(own) / max(len(own), 1)))
+        for ids, own in zip(sequences, scored)
+    ]
+
+
+def _window_starts(length: int, context: int) -> list[int]:
+    """Return where windows of the context start so that they cover a sequence."""
+    if length <= context:
+        return [0]
+    return [*range(0, length - context, max(context // 2, 1)), length - context]
 
 
 def embed_sequences(

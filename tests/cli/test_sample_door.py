@@ -220,6 +220,7 @@ USAGE = {
     ("--stop=",): "stop",
     ("--chat", "--score"): "--chat and --score exclude each other; choose one",
     ("--chat", "--prompt=Tim"): "--chat does not use --prompt; leave it out",
+    ("--chat", "--json"): "--chat does not use --json; leave it out",
     ("--score", "--top_k=3"): "--score does not use --top_k; leave it out",
     ("--messages=m.json", "--system=s"): "--messages does not use --system; leave it out",
     ("--system=Be kind.",): "--system needs --chat or --messages; add one of them",
@@ -370,6 +371,21 @@ def test_scores_and_embeddings_are_printed_as_lines(sample):
     code, text, _ = sample("--embed", "--prompt=Tim", "--prompt=sea")
     vectors = [json.loads(line) for line in text.splitlines()]
     assert code == 0 and [len(vector) for vector in vectors] == [24, 24]
+
+
+def test_scores_and_samples_as_json(sample):
+    code, text, stderr = sample(
+        "--score", "--json", "--prompt=Tim had 7 red sails.", "--prompt=sea"
+    )
+    score, _ = (json.loads(line) for line in text.splitlines())
+    assert (code, stderr) == (0, "")
+    assert score["total"] == pytest.approx(sum(score["logprobs"]))
+    assert len(score["token_ids"]) == len(score["logprobs"]) + 1
+    words = ("--json", "--prompt=Tim", "--num_samples=2", "--max_tokens=3", "--logprobs=1")
+    code, text, stderr = sample(*words, "--temperature=0")
+    first, second = (json.loads(line) for line in text.splitlines())
+    assert (code, stderr) == (0, "") and first == second and first["text"].startswith("Tim")
+    assert len(first["token_ids"]) == len(first["logprobs"]) == first["usage"]["completion_tokens"]
 
 
 def test_a_chat_reads_lines_and_answers(sample, monkeypatch):

@@ -84,6 +84,20 @@ def test_texts_together_equal_each_alone_in_their_order(parts):
         )
 
 
+@pytest.mark.parametrize("length", [32, 33, 48, 49, 90])
+def test_long_sequences_are_scored_in_windows(model, length):
+    """Each token given the window in which it comes first; by hand, one window at a time."""
+    ids = np.random.default_rng(1).integers(0, 53, length).tolist()
+    [score] = score_sequences(model, [ids])
+    expected = []
+    for start in [*range(0, length - 32, 16), length - 32]:
+        window = jnp.asarray([ids[start : start + 32]])
+        expected += token_logprobs(model, window)[0, len(expected) - start :].tolist()
+    assert (score.token_ids, len(score.logprobs)) == (tuple(ids), length - 1)
+    np.testing.assert_allclose(score.logprobs, expected, atol=1e-5)
+    assert score.total == pytest.approx(sum(expected))
+
+
 def test_filler_sequences_are_not_nan(parts):
     model, encode = parts
     with jax.debug_nans(True):
