@@ -20,7 +20,7 @@ FIXED = [
     "e\u0301 n\u0303 \u200b zero\u200dwidth \ufeff bom \u00a0 nbsp \u3000 ideographic",
     "\x00\x01\x07\x1b[31mred\x7f\x85\u2028\u2029",
     "<s> </s> <unk> <pad> [INST] <<SYS>> <|im_start|>user <|im_end|> <|endoftext|>",
-    "<|begin_of_text|><|start_header_id|> <0x0A> ▁▁ Ġ Ċ",
+    "<|begin_of_text|><|start_header_id|> <0x0A> ▁▁ Ġ Ċ <tool> \ufffd ﷺ क्",
     "∀x∈ℝ: ⌈x⌉ = −⌊−x⌋, α∧¬β → 𝔸𝒞, \U0010ffff",
     "a\n\nb\n \nc\r\n\r\nd \n  e\n\n\n\n",
     "https://example.org/path?q=a%20b&c=d#frag user@example.org C:\\dir\\file.txt",

@@ -18,6 +18,7 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
+from jinja2.filters import do_sum
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.visitor import NodeTransformer
 
@@ -26,12 +27,13 @@ from llama_jax.text.chat import Message, Stops, Template
 from llama_jax.text.tokenizer import Tokenizer
 
 MAX_SOURCE = 2**18  # characters; Llama 3.1's with its tools has 3,800
-MAX_TEXT = 2**22  # characters or items of any value
+MAX_TEXT = 2**22  # characters of any value; an item of a collection counts as 8
 MAX_NUMBER = 10**6  # of an argument, such as the width of a column
-MAX_WORK = 2**30  # product of the sizes that a function combines
+MAX_WORK = 2**30  # product of the sizes and numbers that a function combines
 SECONDS = 10.0  # for one dialogue; usual templates take a few milliseconds
 NONCHARACTERS = range(0xFDD0, 0xFDF0)  # never part of a text, says Unicode
-WIDE_FIELD = re.compile(r"[0-9]{7,}")  # in a format string
+NESTED_FIELD = re.compile(r"\{[^{}]*:[^{}]*\{")  # whose width is a value
+WIDE_FIELD = re.compile(r"[0-9]{7,}|%[-+ #0]*[*]")  # in a format string, or for one
 PROBE = "Hello"
 
 
@@ -159,7 +161,7 @@ class _Generation(Extension):
 
 
 class _Limited(NodeTransformer):
-    """Routes loops and the operator ~ through filters that observe the limits."""
+    """Routes loops, collections and the operator ~ through filters that observe the limits."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
@@ -168,7 +170,18 @@ class _Limited(NodeTransformer):
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
         self.generic_visit(node)
-        return _filtered(nodes.List(node.nodes, lineno=node.lineno), "join")
+        parts = nodes.List(node.nodes, lineno=node.lineno)
+        return _filtered(_filtered(parts, "_bounded"), "join")
+
+    def visit_List(self, node: Any) -> nodes.Filter:
+        """Limit collections, which could double in each pass of a loop, when they are made."""
+        return _filtered(self.generic_visit(node), "_bounded")
+
+    visit_Dict = visit_List
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        self.generic_visit(node)
+        return _filtered(node, "_bounded") if node.ctx == "load" else node
 
 
 def _filtered(node: Any, name: str) -> nodes.Filter:
@@ -189,9 +202,10 @@ class _Environment(ImmutableSandboxedEnvironment):
         self._seconds, self._threads = seconds, threading.local()
         self.globals |= {"raise_exception": _refuse, "strftime_now": _strftime_now}
         self.globals |= {"namespace": _Namespace, "dict": _make_dict}
-        self.filters["tojson"] = _to_json
+        del self.globals["lipsum"]  # texts of any length
+        self.filters |= {"tojson": _to_json, "format": _format, "sum": _sum}
         self.filters = {name: self._limited(each) for name, each in self.filters.items()}
-        self.filters["_counted"] = self._counted
+        self.filters |= {"_counted": self._counted, "_bounded": self._bounded}
 
     def compile_template(self, source: str) -> jinja2.Template:
         """Compile a source so that its loops and texts observe the limits."""
@@ -217,7 +231,12 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         context, function, *others = args
-        self._check(getattr(function, "__self__", None), *others, *kwargs.values())
+        owner = getattr(getattr(function, "__wrapped__", function), "__self__", None)
+        values = [*others, *kwargs.values()]
+        if isinstance(owner, str) and function.__name__ in ("format", "format_map"):
+            widths = values if NESTED_FIELD.search(owner) else []
+            _check_fields(owner, *(each for each in widths if isinstance(each, str)))
+        self._check(owner, *values)
         return self._bounded(super().call(context, function, *others, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -229,15 +248,10 @@ class _Environment(ImmutableSandboxedEnvironment):
                 raise _TooMuch(f"a text of {math.prod(sizes):,} characters")
             if operator == "**" and abs(right) > 64:
                 raise _TooMuch(f"a power of {right:,}")
-        if operator == "%" and isinstance(left, str) and WIDE_FIELD.search(left):
-            raise _TooMuch("a field of millions of characters")
+        if operator == "%" and isinstance(left, str):
+            _check_fields(left)
+            self._check(left, [right])
         return self._bounded(super().call_binop(context, operator, left, right))
-
-    def wrap_str_format(self, value: Any) -> Any:
-        wrapped = super().wrap_str_format(value)
-        if wrapped is not None and WIDE_FIELD.search(value.__self__):
-            raise _TooMuch("a field of millions of characters")
-        return wrapped
 
     def concat(self, parts: Iterable[str]) -> str:  # type: ignore[override]
         """Return what the parts of a template wrote."""
@@ -267,16 +281,53 @@ class _Environment(ImmutableSandboxedEnvironment):
         """Refuse more work after the time, or on such values."""
         if time.monotonic() > self._threads.end:
             raise _TooMuch(f"it takes more than {self._seconds:g} seconds")
-        if math.prod(len(each) or 1 for each in values if isinstance(each, Sized)) > MAX_WORK:
+        if math.prod(map(_weight, values)) > MAX_WORK:
             raise _TooMuch("its texts are too long")
         for value in values:
             if isinstance(value, int) and abs(value) > MAX_NUMBER:
                 raise _TooMuch(f"a number of {value:,}")
 
     def _bounded(self, value: Any) -> Any:
-        if isinstance(value, Sized) and len(value) > MAX_TEXT:
-            raise _TooMuch(f"a text of {len(value):,} characters")
+        if isinstance(value, Sized) and (size := _weight(value)) > MAX_TEXT:
+            raise _TooMuch(f"a text of {size:,} characters")
         return value
+
+
+def _weight(value: Any) -> int:
+    """Return a number, or the length of a text, or of all that a collection holds; at least 1."""
+    if isinstance(value, int):
+        return max(abs(value), 1)
+    size, waiting = 0, [value]
+    while waiting and size <= MAX_WORK:
+        each = waiting.pop()
+        if isinstance(each, dict):
+            each = [*each.keys(), *each.values()]
+        if isinstance(each, list | tuple):
+            waiting += each
+            size += 8 * len(each)
+        elif isinstance(each, Sized):
+            size += len(each)
+    return max(size, 1)
+
+
+def _check_fields(*texts: str) -> None:
+    """Refuse format strings, or widths for one, that could make a text of any length."""
+    if any(WIDE_FIELD.search(text) for text in texts):
+        raise _TooMuch("a field of millions of characters")
+
+
+def _format(value: Any, *args: Any, **kwargs: Any) -> str:
+    """Return a value formatted by the operator %, as Jinja's own filter of this name."""
+    _check_fields(str(value))
+    return str(value) % (kwargs or args)
+
+
+@jinja2.pass_environment
+def _sum(environment: Any, values: Any, attribute: Any = None, start: Any = 0) -> Any:
+    """Return the sum of numbers, by Jinja's own filter; one of lists would take for ever."""
+    if not isinstance(start, int | float):
+        raise _TooMuch("a sum of collections")
+    return do_sum(environment, values, attribute, start)
 
 
 def _refuse(message: str) -> None:

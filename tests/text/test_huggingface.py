@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tokenizers
+from odd_texts import odd_texts
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from llama_jax.errors import UserError
@@ -13,25 +14,6 @@ from llama_jax.text.tokenizer import load_tokenizer, parse_tokenizer, tokenizer_
 
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>", "<unk>"]
 TEXTS = ["The cat's 12 lives\nand 🙂 naïve 日本語 code: if x:\n    return {x}", "<s> a b  c"] * 3
-PARTS = [
-    *("a", "The", " ", "  ", "\n", "\r\n", "\t", "\x00", "\x7f", "\xa0", "é", "e\u0301", "ß", "ﷺ"),
-    *(
-        "日",
-        "本語",
-        "क्",
-        "🙂",
-        "👩‍👩‍👧",
-        "\u200b",
-        "\ufffd",
-        "0",
-        "1234567",
-        "'s",
-        "'LL",
-        "—",
-        "{x}",
-    ),
-    *("def f(x):\n    return", "<tool>", "▁", "Ġ", "<0x0A>", "</s>", "naïve", *SPECIAL),
-]
 METASPACE = pre_tokenizers.Metaspace()
 
 
@@ -78,11 +60,6 @@ def made():
 
 def ours(library, path="tokenizer.json"):
     return parse_tokenizer(library.to_str().encode(), path)
-
-
-def odd_texts(count):
-    rng = random.Random(0)
-    return [*PARTS, *("".join(rng.choices(PARTS, k=rng.randint(2, 12))) for _ in range(count))]
 
 
 @pytest.mark.parametrize("kind", ["bytes", "metaspace", "wordpiece", "words", "unigram"])

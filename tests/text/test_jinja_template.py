@@ -66,6 +66,12 @@ def test_variables_and_functions_are_those_of_transformers(trained):
     assert rendered(source, trained, "<é>") == expected
 
 
+def test_collections_and_formats_are_those_of_jinja(trained):
+    source = "{% set a, b = (1, [2]) %}{{ {'x': b}.x ~ a }}{{ '%s %d' % ('x', 12345678) }}"
+    source += "{{ '{:>3}|{}'.format(1, '12345678') }}{{ [1, 2] | sum }}{{ '%s-%s' | format(1, 2) }}"
+    assert rendered(source, trained) == "[2]1x 12345678  1|1234567831-2"
+
+
 def test_blocks_leave_no_blank_lines(trained):
     source = "{% set ns = namespace(n=0) %}\n  {% for m in messages %}\n{{ m.content }}\n"
     source += "{% set ns.n = ns.n + 1 %}\n  {% endfor %}\n{{ ns.n }}"
@@ -131,7 +137,15 @@ HUGE = {
     "a range": "{{ range(10**9) | list }}",
     "a width": "{{ '%0999999999d' % 1 }}",
     "a format": "{{ '{:>999999999}'.format(1) }}",
+    "a width in a format": "{{ '{:{}}'.format('x', '999999999') }}",
+    "a width as a value": "{{ '%*d' % (999999999, 1) }}",
     "a method": "{{ 'a'.ljust(10**9) }}",
+    "an indent": "{{ ('\\n' * 10**6) | indent(10**6, blank=true) }}",
+    "a list of texts": "{% set a = 'a' * 10**6 %}{{ [a, a, a, a, a, a] | tojson }}",
+    "many parts": "{% set a = 'a' * 10**6 %}{{ a ~ a ~ a ~ a ~ a ~ a }}",
+    "lists in lists": "{% set ns = namespace(a=[1]) %}{% for i in range(60) %}"
+    "{% set ns.a = [ns.a, ns.a] %}{% endfor %}",
+    "a sum of lists": "{{ [[1]] | sum(start=[]) }}",
     "a replacement": "{% set a = 'a' * 10**6 %}{{ a.replace('a', a) }}",
     "a join": "{{ range(99999) | join('a' * 10**6) }}",
     "output": "{% for i in range(99999) %}{{ 'a' * 10**4 }}{% endfor %}",
