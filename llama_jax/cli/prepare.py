@@ -34,6 +34,8 @@ from llama_jax.data.prepare.tokenize import (
 )
 from llama_jax.errors import UsageError, UserError, did_you_mean, shown
 from llama_jax.files import check_new_path
+from llama_jax.formats.vocabulary import Vocabulary
+from llama_jax.text.tokenizer import MODEL, Tokenizer, tokenizer_file_name
 
 OPTION_NAMES = tuple(field.name for field in dataclasses.fields(TokenOptions))
 LEAST = {"stories": 1, "vocab_size": 1, "shard_tokens": 1, "workers": 0}  # values of flags
@@ -50,13 +52,23 @@ def main(argv: list[str]) -> None:
     output = Path(given.get("output", Path("data") / source))
     check_new_path(output)
     if options.tokenizer:
-        chosen_tokenizer(options)  # checked before any text is read
+        _warn_of_limited_exports(chosen_tokenizer(options))  # before any text is read
     corpus = _corpus(given)
     folder = prepare(corpus, output, options)
     for line in (*corpus.notices, *summary(folder)):
         print(line)
     if corpus.validation and (warning := split_warning(folder, corpus.validation)):
         print(f"warning: {warning}", file=sys.stderr)
+
+
+def _warn_of_limited_exports(tokenizer: Tokenizer) -> None:
+    """Warn of a tokenizer that few formats can hold, as SentencePiece's Unigram models."""
+    content = tokenizer.path.read_bytes()
+    try:
+        if tokenizer_file_name(content) == MODEL:
+            Vocabulary.from_model(content)
+    except UserError as error:
+        print(f"warning: {error}", file=sys.stderr)
 
 
 def _parser() -> cli.Parser:

@@ -60,7 +60,10 @@ class Vocabulary:
             raise UserError(f"the tokenizer is not a SentencePiece model: {error}") from error
         trainer = proto.trainer_spec
         if trainer.model_type != trainer.BPE:
-            raise UserError("the tokenizer is a SentencePiece model but not BPE, as Llama 2's is")
+            raise UserError(
+                "the tokenizer is a SentencePiece model but not BPE, as Llama 2's is; only the"
+                " formats ckpt and meta can hold it"
+            )
         return cls(
             pieces=tuple(Piece(p.piece, p.score, Kind(p.type)) for p in proto.pieces),
             unknown_id=trainer.unk_id,

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import sentencepiece
 
 from llama_jax.cli import main as cli
 from llama_jax.cli import prepare as prepare_command
@@ -46,6 +47,23 @@ def test_text_becomes_a_token_folder(place):
     again = prepare(place, "text.txt", "--output=again", "--tokenizer", tokenizer, "--workers=1")
     assert again.returncode == 0
     assert TokenFolder.open(place / "again").fingerprint == folder.fingerprint
+
+
+def test_tokenizer_that_few_formats_hold_is_a_warning(place):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(STORIES),
+        model_prefix=str(place / "unigram"),
+        model_type="unigram",
+        vocab_size=330,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=3,
+    )
+    done = prepare(place, "text.txt", "--output=mine", "--tokenizer=unigram.model")
+    assert done.returncode == 0 and done.stderr.count("\n") == 1
+    assert (
+        "warning: " in done.stderr and "only the formats ckpt and meta can hold it" in done.stderr
+    )
 
 
 def test_several_inputs_and_a_key(place):
