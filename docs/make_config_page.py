@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from llama_jax.config import TYPE_NAMES, Choice, Config
+from llama_jax.config import MAX_INT, TYPE_NAMES, Choice, Config
 
 PAGE = Path(__file__).with_name("config.md")
 HEAD = """# Settings of a run
@@ -43,7 +43,7 @@ def type_and_range(hint: Any) -> str:
     for constraint in getattr(hint, "__metadata__", ()):
         if isinstance(constraint, Choice):
             return ", ".join(f'`"{choice}"`' for choice in constraint.choices)
-        high = "" if math.isinf(constraint.high) else f" to {constraint.high:,g}"
+        high = "" if constraint.high in (MAX_INT, math.inf) else f" to {constraint.high:,g}"
         text += f", from {constraint.low:g}{high}" if high else f", {constraint.low:g} or more"
     return text
 

@@ -20,6 +20,7 @@ ATTENTION_BACKENDS = ("auto", "xla", "blockwise", "cudnn", "splash")
 MOMENT_DTYPES = ("float32", "bfloat16")
 PACKINGS = ("none", "documents")
 CORPORA = ("", "stories", "shakespeare", "tinystories")
+MAX_INT = 2**31 - 1  # of int32: sizes, steps and seeds are numbers on devices
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn", "dynamic")
 
 
@@ -39,11 +40,10 @@ class Range:
     def check(self, name: str, value: float) -> None:
         """Raise `UsageError` unless the value is in range."""
         low, high = f"{self.low:.10g}", f"{self.high:.10g}"
-        expected = f"at least {low}" if math.isinf(self.high) else f"from {low} to {high}"
-        require(
-            self.low <= value <= min(self.high, sys.float_info.max),
-            f"{name}={shown(value)} is out of range; expected {expected}",
-        )
+        is_open = self.high == math.inf or self.high == MAX_INT >= value
+        expected = f"at least {low}" if is_open else f"from {low} to {high}"
+        is_within = self.low <= value <= min(self.high, sys.float_info.max)
+        require(is_within, f"{name}={shown(value)} is out of range; expected {expected}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,6 @@ class Choice:
         require(value in self.choices, message)
 
 
-MAX_INT = 2**31 - 1  # of int32: sizes, steps and seeds are numbers on devices
 Positive = Annotated[int, Range(1, MAX_INT)]
 Count = Annotated[int, Range(0, MAX_INT)]
 Seed = Annotated[int, Range(0, MAX_INT)]

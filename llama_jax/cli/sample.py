@@ -135,9 +135,10 @@ def main(argv: list[str]) -> None:
         _print_recommended(llm, params)
         run_chat(Conversation(llm, flags.system, truncate=flags.truncate, **params))
     elif mode == "messages":
-        from llama_jax.cli.chat import print_answer
+        from llama_jax.cli.chat import print_answer, print_format
 
         messages, llm = _read_messages(flags.messages), _load(flags)
+        print_format(llm)
         _print_recommended(llm, params)
         print_answer(llm, messages, truncate=flags.truncate, **params)
     elif mode == "score":

@@ -65,7 +65,9 @@ class HuggingFaceTokenizer:
             raise
         except BaseException as error:  # the library's panics are no Exceptions
             reason = " ".join(str(error).split())[:160]
-            message = f"tokenizer {path} is damaged or of an unknown kind: {reason}"
+            message = (
+                f"tokenizer {path} is damaged or of an unknown kind, {_kinds(values)}: {reason}"
+            )
             raise UserError(f"{message}; copy it again, or give another") from error
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
@@ -246,6 +248,13 @@ def _around(processor: Any) -> Iterator[tuple[str, str]]:
                         yield role, text
         case {"cls": [str(first), _], "sep": [str(last), _]}:
             yield from (("bos", first), ("eos", last))
+
+
+def _kinds(values: Mapping[str, Any]) -> str:
+    """Return the types of a file's parts, for messages."""
+    parts = {name: values.get(name) for name in ("model", "normalizer", "pre_tokenizer", "decoder")}
+    found = {name: part.get("type") for name, part in parts.items() if isinstance(part, dict)}
+    return ", ".join(f"{name} {shown(kind)}" for name, kind in found.items())
 
 
 def _without_special(values: Mapping[str, Any], special: set[str]) -> dict[str, Any]:

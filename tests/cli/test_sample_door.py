@@ -441,7 +441,8 @@ def test_messages_of_a_file_are_answered(sample, tmp_path, monkeypatch):
     (tmp_path / "m.json").write_text(json.dumps([*turns, *messages]))
     code, _, stderr = sample("--messages", str(tmp_path / "m.json"), "--truncate", *words)
     assert code == 0
-    assert re.match(r"\[the dialogue has \d+ tokens, .* exchanges were left out\]\n", stderr)
+    assert stderr.startswith("[chat format: llama2]\n")
+    assert re.search(r"\n\[the dialogue has \d+ tokens, .* exchanges were left out\]\n", stderr)
     assert sample("--messages=") == (1, "", "error: --messages=: Is a directory\n")
 
 

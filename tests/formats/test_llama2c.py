@@ -219,8 +219,8 @@ def test_settings_that_llama2c_cannot_store_are_refused(tmp_path, version, chang
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("context", [2**24 + 1, 2**31])
-def test_a_context_that_does_not_fit_is_refused(tmp_path, context):
+def test_a_context_that_does_not_fit_is_refused(tmp_path):
+    context = 2**24 + 1
     with pytest.raises(UserError, match=f"max_seq_len={context} out of range"):
         write(tiny_weights(context_length=context), tmp_path / "x.bin", 1)
 

@@ -151,6 +151,16 @@ def test_a_vocabulary_that_llama2c_would_misread_is_refused(tmp_path, changes):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_vocabulary_that_llama2c_encodes_otherwise_is_written_with_a_warning(tmp_path, capsys):
+    write(tiny_vocabulary(), tmp_path / "x.bin")
+    assert capsys.readouterr().err == ""
+    pieces = (*tiny_vocabulary().pieces, Piece("<tool>", 0.0, Kind.USER_DEFINED))
+    write(dataclasses.replace(tiny_vocabulary(), adds_space=False, pieces=pieces), tmp_path / "y")
+    assert "no space is put before texts, '<tool>' is always one piece; some" in (
+        capsys.readouterr().err
+    )
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     flips=st.lists(st.tuples(st.integers(0, 3800), st.integers(0, 255)), max_size=4),

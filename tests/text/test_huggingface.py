@@ -157,6 +157,7 @@ def test_a_vocabulary_without_byte_pieces_is_read(made):
         (b'{"model": {"vocab": {}}}', "model.vocab is damaged"),
         (b'{"add_bos_token": true}', "holds no vocabulary"),
         (b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}', "of an unknown kind"),
+        (b'{"model": {"type": "X", "vocab": {"a": 0}}}', "unknown kind, model 'X': data did not"),
         (b'{"model": {"vocab": {"a": 99999999}}}', "model.vocab is damaged"),
         (b'{"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": -1}]}', "expected an id"),
     ],

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from llama_jax.errors import UserError, describe_file
+from llama_jax.errors import UserError, describe_file, warn
 from llama_jax.formats.vocabulary import Kind, Piece, Vocabulary
 from llama_jax.text.decoding import SPACE
 
@@ -38,10 +38,10 @@ def read(path: Path) -> Vocabulary:
 
 
 def write(vocabulary: Vocabulary, path: Path) -> None:
-    """Write a vocabulary as a new file.
+    """Write a vocabulary as a new file; warn if llama2.c gives texts other ids than it does.
 
-    llama2.c puts a space before every text and does not change texts otherwise, whatever the
-    vocabulary says.
+    llama2.c puts a space before every text and does not change texts otherwise, and finds no piece
+    in a text before it is split into characters.
 
     Raises:
       UserError: if ids are not where llama2.c expects them.
@@ -53,6 +53,13 @@ def write(vocabulary: Vocabulary, path: Path) -> None:
             "llama2.c cannot use this tokenizer: it takes ids 0, 1 and 2 for <unk>, <s> and </s>"
             " and 3 to 258 for bytes; choose another format"
         )
+    lost = [] if vocabulary.adds_space else ["no space is put before texts"]
+    lost += ["spaces are joined"] if vocabulary.joins_spaces else []
+    lost += ["characters are replaced"] if vocabulary.characters else []
+    found = [repr(p.text) for p in vocabulary.pieces if p.kind == Kind.USER_DEFINED]
+    lost += [f"{found[0]} is always one piece"] if found else []
+    if lost:
+        warn(f"llama2.c does not know that in this tokenizer {', '.join(lost)}; some ids differ")
     written = [WRITTEN.get(token, text.replace(SPACE, " ")) for token, text in enumerate(texts)]
     encoded = [text.encode() for text in written]
     with path.open("xb") as file:
