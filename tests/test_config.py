@@ -34,9 +34,9 @@ GOOD = {
     RopeScaling: {},
 }
 REFUSED = [  # class, field, value, part of the message
-    *[(ModelConfig, name, 0, f"model.{name}=0 is out of range; expected from 1 to 2147483647") for name in MODEL],
-    (ModelConfig, "hidden_dim", -1, "model.hidden_dim=-1 is out of range; expected from 0 to 2147483647"),
-    (ModelConfig, "multiple_of", 0, "model.multiple_of=0 is out of range; expected from 1 to 2147483647"),
+    *[(ModelConfig, name, 0, f"model.{name}=0 is out of range; expected at least 1") for name in MODEL],
+    (ModelConfig, "hidden_dim", -1, "model.hidden_dim=-1 is out of range; expected at least 0"),
+    (ModelConfig, "multiple_of", 0, "model.multiple_of=0 is out of range; expected at least 1"),
     (ModelConfig, "ffn_dim_multiplier", 0.0, "=0.0 is out of range; expected from 0.001 to 1000"),
     (ModelConfig, "norm_eps", 0.0, "model.norm_eps=0.0 is out of range"),
     (ModelConfig, "norm_eps", math.nan, "model.norm_eps=nan is out of range"),
@@ -50,7 +50,7 @@ REFUSED = [  # class, field, value, part of the message
     (ModelConfig, "dim", 18, "model.dim=18 / num_heads=6: model.head_dim=3 is odd"),
     (DataConfig, "batch_size", 0, "data.batch_size=0 is out of range"),
     (DataConfig, "sequence_length", 1, "data.sequence_length=1 is out of range"),
-    (DataConfig, "seed", -1, "data.seed=-1 is out of range; expected from 0"),
+    (DataConfig, "seed", -1, "data.seed=-1 is out of range; expected at least 0"),
     (DataConfig, "seed", 2**31, "data.seed=2147483648 is out of range"),
     (DataConfig, "corpus", "wiki", "data.corpus='wiki' is unknown; expected one of '', 'stories'"),
     (DataConfig, "path", "", "data.path is empty"),
@@ -69,7 +69,7 @@ REFUSED = [  # class, field, value, part of the message
     (MeshConfig, "fsdp", -2, "mesh.fsdp=-2 is out of range"),
     (MeshConfig, "tensor", -1, "mesh.data=-1 and mesh.tensor=-1, but only one axis can take"),
     *[
-        (RunConfig, name, 0, f"run.{name}=0 is out of range; expected from 1 to")
+        (RunConfig, name, 0, f"run.{name}=0 is out of range; expected at least 1")
         for name in ("log_every", "eval_every", "save_every", "keep_last")
     ],
     (RunConfig, "eval_batches", -1, "run.eval_batches=-1 is out of range"),
