@@ -54,7 +54,10 @@ def test_tokens_of_one_chunk_have_no_speed(capsys, monkeypatch):
     assert list(printing.report_speed(deltas, start=100)) == deltas
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err == "\n[first token after 3.50 s, then 20 tokens in 5.00 s, compiling included]\n"
+    assert (
+        printed.err
+        == "\n[first token after 3.50 s, then 20 tokens in 5.00 s, compiling included]\n"
+    )
 
 
 def test_the_speed_excludes_the_chunk_whose_program_is_compiled(capsys, monkeypatch):
