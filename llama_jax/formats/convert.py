@@ -194,6 +194,9 @@ def convert(job: Conversion) -> Weights:
         beside = job.output.parent / TOKENIZER_BIN
         if job.target == "llama2c" and weights.tokenizer:
             vocabulary = Vocabulary.from_model(weights.tokenizer)
+            if others := {*weights.stop_ids} - {vocabulary.bos_id, vocabulary.eos_id}:
+                ids = ", ".join(map(str, sorted(others)))
+                warn(f"llama2.c ends texts at BOS and EOS alone, not at tokens {ids}")
             if not beside.exists():
                 tokenizer_bin.write(vocabulary, stack.enter_context(new_path(beside)))
         watched, report = stack.enter_context(_watched(weights, job))
