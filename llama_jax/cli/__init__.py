@@ -1,6 +1,9 @@
-"""The commands. Ctrl-C while Python still imports them ends the process without a traceback."""
+"""The commands. Ctrl-C at any moment, also while Python imports them, is no traceback."""
 
+import os
+import signal
 import sys
+import threading
 from typing import Any
 
 
@@ -12,3 +15,16 @@ def _report_but_interrupts(
 
 
 sys.excepthook = _report_but_interrupts
+
+
+def _repeat_interrupts(unraisable: Any, report: Any = sys.unraisablehook) -> None:
+    """Deliver again a Ctrl-C that came inside a callback of JAX's, where Python drops it."""
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        report(unraisable)
+        return
+    timer = threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT))
+    timer.daemon = True
+    timer.start()
+
+
+sys.unraisablehook = _repeat_interrupts

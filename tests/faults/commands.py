@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -123,8 +124,8 @@ def started(command: Command, folder: Path, cache: Path, **options) -> subproces
 def ended(process: subprocess.Popen) -> tuple[int, str]:
     """Wait for a command; return its exit code and stderr."""
     stderr = process.communicate(timeout=TIMEOUT)[1]
-    if stderr.endswith("KeyboardInterrupt\n") and "llama_jax" not in stderr:
-        stderr = ""  # Python itself was still starting
+    if stderr.endswith("KeyboardInterrupt\n") and "/llama_jax/" not in stderr:
+        return -signal.SIGINT, ""  # Python itself was still starting
     assert "Traceback" not in stderr and "this is a bug" not in stderr, stderr
     assert stderr.count("\n") <= 3, stderr
     return process.returncode, stderr
