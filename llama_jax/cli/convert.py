@@ -56,6 +56,7 @@ def main(argv: list[str]) -> None:
             group_size=64 if flags.group_size is None else flags.group_size,
             quantization=quantization,
         ),
+        generation=named.generation if named else {},
         template=flags.template if flags.template == NO_TEMPLATE else read_template(flags.template),
         strict=flags.strict,
     )

@@ -156,6 +156,8 @@ def main(argv: list[str]) -> None:
             print(json.dumps(vector.tolist()))
     else:
         prompts, llm = _read_prompts(flags), _load(flags)
+        if flags.prompt is flags.prompt_ids is flags.prompt_file is None:
+            prompts = [_training_prompt(flags.ckpt)]
         _print_recommended(llm, params)
         sampling = llm.sampling_params(**params)
         request = llm.request(prompts, sampling, n=flags.num_samples, echo=not flags.no_echo)
@@ -245,6 +247,20 @@ def _read_prompts(flags: Any) -> "list[str | list[int]]":
     if not text:
         print(f"warning: --prompt_file={flags.prompt_file} is empty", file=sys.stderr)
     return [text]
+
+
+def _training_prompt(checkpoint: str) -> str:
+    """Return the prompt of a run's samples in training, "" for any other checkpoint."""
+    from llama_jax.checkpoints.metadata import read_run
+    from llama_jax.checkpoints.restore import folder_and_step
+
+    try:
+        prompt = read_run(folder_and_step(checkpoint)[0]).config.run.sample_prompt
+    except UserError:  # a converted model
+        return ""
+    if prompt:
+        print(f"[prompt {prompt!r}, as in training; --prompt sets another]", file=sys.stderr)
+    return prompt
 
 
 def _parse_ids(words: str) -> list[int]:

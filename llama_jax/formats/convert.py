@@ -9,7 +9,7 @@ import dataclasses
 import importlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +157,7 @@ class Conversion:
     tokenizer: Path | None = None  # instead of the source's own
     options: Options = dataclasses.field(default_factory=Options)
     template: str = ""  # as in `checkpoints.metadata.Description`; empty: the source's
+    generation: Mapping[str, float] = dataclasses.field(default_factory=dict)  # likewise
     strict: bool = False  # refuse NaN and infinity
 
     def __post_init__(self) -> None:
@@ -217,7 +218,11 @@ def read_source(job: Conversion) -> Weights:
         )
     if job.options.quantization and weights.is_rounded:
         raise UserError(f"{path} is quantised already; quantise the model that it was made from")
-    return dataclasses.replace(weights, chat_template=job.template or weights.chat_template)
+    return dataclasses.replace(
+        weights,
+        chat_template=job.template or weights.chat_template,
+        generation=job.generation or weights.generation,
+    )
 
 
 def _cast(weights: Weights, job: Conversion) -> Weights:

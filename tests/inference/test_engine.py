@@ -25,7 +25,7 @@ from llama_jax.inference.decode import (
 from llama_jax.inference.engine import Engine
 from llama_jax.inference.request import Request, SamplingParams
 from llama_jax.inference.sampler import Sampler
-from llama_jax.inference.speculation import NUM_GUESSES, guess_tokens
+from llama_jax.inference.speculation import NUM_GUESSES, decode_speculating, guess_tokens
 from llama_jax.model.cache import KVCache
 from llama_jax.model.transformer import Llama, unstack
 
@@ -183,6 +183,19 @@ def test_the_seed_determines_the_text():
     prompts = [PROMPTS[1]] * 3
     seven, again, eight = ids_of(prompts, SAMPLED, seeds=[7, 7, 8])
     assert seven == again != eight
+
+
+@pytest.mark.parametrize("speculate", [False, True])
+def test_nothing_is_compiled_after_the_first_token(speculate):
+    program = decode_speculating if speculate else decode
+    model = unstack(make_model(num_layers=1, hidden_dim=44 + 4 * speculate))  # a shape of its own
+    request = request_for([[1, 5, 9]], speculate=speculate, max_tokens=40)
+    before = program._cache_size()
+    deltas = Engine(model).generate(request)
+    next(deltas)
+    assert program._cache_size() == before + 1
+    list(deltas)
+    assert program._cache_size() == before + 1
 
 
 def test_other_values_and_similar_lengths_do_not_compile_again():
