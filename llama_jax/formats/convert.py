@@ -23,6 +23,7 @@ from llama_jax.formats.llama2c import tokenizer as tokenizer_bin
 from llama_jax.formats.vocabulary import Vocabulary
 from llama_jax.formats.weights import DTYPES, Tensor, Weights, is_finite
 from llama_jax.quantization import QuantizationConfig
+from llama_jax.text.tokenizer import parse_tokenizer
 
 Report = Callable[[int], None]
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "q8_0": 34 / 32, "int8": 1.25, "int4": 0.9}
@@ -188,6 +189,11 @@ def convert(job: Conversion) -> Weights:
     check_new_path(job.output)
     source = read_source(job)
     weights = _cast(source, job)
+    if weights.tokenizer and not FORMATS[job.target].holds_prompting:
+        tokenizer = parse_tokenizer(weights.tokenizer, job.input)
+        if others := {*weights.stop_ids} - {tokenizer.bos_id, tokenizer.eos_id}:
+            ids = ", ".join(map(str, sorted(others)))
+            warn(f"the format {job.target} ends texts at BOS and EOS alone, not at tokens {ids}")
     parent = next(parent for parent in job.output.absolute().parents if parent.exists())
     require_space(parent, bytes_written(job.target, source, job.options), job.output.name)
     with contextlib.ExitStack() as stack:
@@ -195,9 +201,6 @@ def convert(job: Conversion) -> Weights:
         beside = job.output.parent / TOKENIZER_BIN
         if job.target == "llama2c" and weights.tokenizer:
             vocabulary = Vocabulary.from_model(weights.tokenizer)
-            if others := {*weights.stop_ids} - {vocabulary.bos_id, vocabulary.eos_id}:
-                ids = ", ".join(map(str, sorted(others)))
-                warn(f"llama2.c ends texts at BOS and EOS alone, not at tokens {ids}")
             if not beside.exists():
                 tokenizer_bin.write(vocabulary, stack.enter_context(new_path(beside)))
         watched, report = stack.enter_context(_watched(weights, job))

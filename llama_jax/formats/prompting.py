@@ -20,7 +20,7 @@ from llama_jax.text.tokenizer import JSON, parse_tokenizer
 
 SETTINGS, GENERATION = "tokenizer_config.json", "generation_config.json"
 JINJA = "chat_template.jinja"
-ADDING_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer")  # classes that do so unless told otherwise
+ADDING_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer")  # classes that do so unless set otherwise
 RANGES = {  # of sampling parameters: the type, the least, the largest
     "temperature": (float, 0, 100),
     "top_k": (int, 0, 2**31 - 1),

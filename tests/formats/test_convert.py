@@ -194,11 +194,12 @@ def test_llama2c_needs_no_tokenizer_and_keeps_an_existing_one(sources, tmp_path)
     assert (tmp_path / "more" / "tokenizer.bin").read_text() == "mine"
 
 
-def test_llama2c_says_which_stop_tokens_it_loses(tmp_path, capsys):
+@pytest.mark.parametrize("target", ["llama2c", "meta"])
+def test_stop_tokens_that_a_format_loses_are_said(target, tmp_path, capsys):
     weights = dataclasses.replace(tiny_weights(), stop_ids=(9, 2, 7))
     FORMATS["ckpt"].write(weights, tmp_path / "in", Options(), lambda done: None)
     job = Conversion(
-        source="ckpt", input=tmp_path / "in", target="llama2c", output=tmp_path / "x.bin"
+        source="ckpt", input=tmp_path / "in", target=target, output=tmp_path / "out.bin"
     )
     convert(job)
     assert "ends texts at BOS and EOS alone, not at tokens 7, 9" in capsys.readouterr().err
