@@ -124,7 +124,8 @@ def _compare_texts(source: Weights, written: Weights, job: Conversion) -> None:
 
 def _answer(job: Conversion, source: Weights) -> Answer:
     """Run the source on random tokens, and let it continue them."""
-    is_pickle = not any(job.input.glob("*.safetensors"))  # which transformers is not given
+    kept = {path.suffix for path in job.input.glob("*")} if job.input.is_dir() else set()
+    is_pickle = ".bin" in kept and ".safetensors" not in kept  # which transformers is not given
     if job.source == "hf" and not is_pickle and not missing("torch", "transformers"):
         name, logits = "transformers", transformers_logits(job.input)
     elif job.source == "meta" and not missing("torch"):
