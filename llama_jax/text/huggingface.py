@@ -9,14 +9,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llama_jax.errors import UserError, first_line, shown
-from llama_jax.text.decoding import SPACE, Decoder
+from llama_jax.text.decoding import SPACE, Decoder, Tokenizer, require_no_surrogate
 
 ROLE = "role"  # our own key of an added token: "bos" or "eos", which tokenizer.json cannot say
 KNOWN_NAMES = {  # in files that say nothing of them, the most specific first
@@ -28,8 +28,8 @@ ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 LOWEST = -1e9  # score of a piece that no text becomes
 
 
-class HuggingFaceTokenizer:
-    """A tokenizer.json, as a `Tokenizer`.
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer.json.
 
     Tokens added to the vocabulary are found in texts as the library finds them, except those marked
     as special, and BOS and EOS.
@@ -64,51 +64,23 @@ class HuggingFaceTokenizer:
         except (UserError, KeyboardInterrupt):
             raise
         except BaseException as error:  # the library's panics are no Exceptions
-            reason = " ".join(str(error).split())[:160]
-            message = (
-                f"tokenizer {path} is damaged or of an unknown kind, {_kinds(values)}: {reason}"
-            )
-            raise UserError(f"{message}; copy it again, or give another") from error
-
-    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Return the ids of a text, after BOS if `bos`, before EOS if `eos`, where they exist."""
-        ids = self.encode_array(text).tolist()
-        first = [self.bos_id] if bos and self.bos_id >= 0 else []
-        last = [self.eos_id] if eos and self.eos_id >= 0 else []
-        return first + ids + last
+            message = f"tokenizer {path} is damaged or of an unknown kind, {_kinds(values)}"
+            advice = "copy it again, or give another"
+            raise UserError(f"{message}: {first_line(error)}; {advice}") from error
 
     def encode_array(self, text: str, *, continues: bool = False) -> np.ndarray:
         """Return the ids of a text as int32; see `Tokenizer`."""
         if continues and self._doubles_space:
             text = text.removeprefix(" ")
-        if lone := re.search("[\ud800-\udfff]", text):
-            message = f"the text has a lone surrogate, U+{ord(lone[0]):04X}, at character"
-            raise UserError(f"{message} {lone.start()}; remove it")
+        require_no_surrogate(text)
         # A batch releases the GIL, a single text does not.
         encoded = self._encoder.encode_batch_fast([text], add_special_tokens=False)
         return np.array(encoded[0].ids, np.int32)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids; see `Tokenizer`."""
-        decoder = self.decoder()
-        return decoder.push(ids) + decoder.flush()
-
-    def decoder(self, after: Iterable[int] = ()) -> Decoder:
-        """Return an incremental decoder; see `Tokenizer`."""
+    def new_decoder(self) -> Decoder:
+        """Return an incremental decoder at the start of a text."""
         errors = "replace" if self._is_byte_level else "replace_each_byte"
-        decoder = Decoder(self._surfaces, self._drops_space, joins_spaces=False, errors=errors)
-        decoder.push(after)
-        decoder.flush()
-        return decoder
-
-    def piece_text(self, token: int) -> str:
-        """Return the text of an id by itself; U+FFFD for a byte that is not a whole character."""
-        return self.piece_bytes(token).decode(errors="replace")
-
-    def piece_bytes(self, token: int) -> bytes:
-        """Return the bytes that an id adds within a text; none for a control id."""
-        surface = self._surfaces[token]
-        return surface if isinstance(surface, bytes) else surface.replace(SPACE, " ").encode()
+        return Decoder(self._surfaces, self._drops_space, joins_spaces=False, errors=errors)
 
     @functools.cached_property
     def _doubles_space(self) -> bool:

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from llama_jax.errors import UserError, first_line
-from llama_jax.text.decoding import SPACE, Decoder
+from llama_jax.text.decoding import SPACE, Decoder, Tokenizer, require_no_surrogate
 
 LONGEST_LINE = 4096  # characters given to the trainer at once
 MOST_LINES = 5_000_000  # the trainer holds them all in memory
 
 
-class SentencePieceTokenizer:
-    """A SentencePiece model, as a `Tokenizer`.
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model.
 
     "▁" (U+2581) is decoded as a space, because that is its meaning in SentencePiece.
     """
@@ -48,65 +48,19 @@ class SentencePieceTokenizer:
         ids = filter(self._processor.is_control, range(self.vocab_size))
         self.special_ids: Mapping[str, int] = {self._processor.id_to_piece(i): i for i in ids}
 
-    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Return the ids of a text, after BOS if `bos`, before EOS if `eos`.
-
-        Raises:
-          UserError: if the text has a lone surrogate, which UTF-8 cannot express.
-        """
-        ids = self.encode_array(text).tolist()
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
-
     def encode_array(self, text: str, *, continues: bool = False) -> np.ndarray:
-        """Return the ids of a text as int32, without BOS or EOS; can be called from many threads.
-
-        Args:
-          text: any text.
-          continues: it continues another text and begins with a space; it gets the ids that it has
-            there, without the space that SentencePiece adds before every text.
-        """
+        """Return the ids of a text as int32; see `Tokenizer`."""
         if continues and self._adds_space:
             text = text.removeprefix(" ")
         try:
             return self._processor.encode_as_numpy(text)
-        except RuntimeError as error:
-            lone = re.search("[\ud800-\udfff]", text)
-            if lone is None:
-                raise
-            message = f"the text has a lone surrogate, U+{ord(lone[0]):04X}, at character"
-            raise UserError(f"{message} {lone.start()}; remove it") from error
+        except RuntimeError:
+            require_no_surrogate(text)
+            raise
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids: nothing for control ids, U+FFFD for bytes that are not UTF-8.
-
-        Raises:
-          UserError: for an id outside the vocabulary.
-        """
-        decoder = self.decoder()
-        return decoder.push(ids) + decoder.flush()
-
-    def decoder(self, after: Iterable[int] = ()) -> Decoder:
-        """Return an incremental decoder for ids that follow the ids `after`, such as a prompt's.
-
-        The space that SentencePiece adds before a text is dropped at the start of the text; ids
-        after a prompt of more than BOS keep theirs.
-        """
-        decoder = Decoder(self._surfaces, self._adds_space, self._joins_spaces)
-        decoder.push(after)
-        decoder.flush()
-        return decoder
-
-    def piece_text(self, token: int) -> str:
-        """Return the text of an id by itself; U+FFFD for a byte that is not a whole character."""
-        surface = self._surfaces[token]
-        if isinstance(surface, bytes):
-            return surface.decode(errors="replace")
-        return surface.replace(SPACE, " ")
-
-    def piece_bytes(self, token: int) -> bytes:
-        """Return the bytes that an id adds within a text; none for a control id."""
-        surface = self._surfaces[token]
-        return surface if isinstance(surface, bytes) else surface.replace(SPACE, " ").encode()
+    def new_decoder(self) -> Decoder:
+        """Return an incremental decoder at the start of a text."""
+        return Decoder(self._surfaces, self._adds_space, self._joins_spaces)
 
     @functools.cached_property
     def _adds_space(self) -> bool:
