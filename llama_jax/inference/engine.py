@@ -6,7 +6,7 @@ own cache length, key and limit.
 
 import dataclasses
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,7 @@ class Engine:
         self.model, self.cache_dtype, self.mesh = model, cache_dtype, mesh
         self._execution = ON_MESH if mesh else ONE_DEVICE
         self._kept: tuple[list[int], KVCache] | None = None
+        self._compiled: set[Hashable] = set()  # decode programs of this engine, by their arguments
         self._lock = threading.Lock()
 
     def generate(self, request: Request) -> Iterator[Delta]:
@@ -123,9 +124,15 @@ class Engine:
         generated: list[list[int]] = [[] for _ in prompts]
         running = set(range(len(prompts)))
         try:
-            if max(params.max_tokens for params in request.params) > 1:
-                # Compile the program now, so that no pause follows the first token. With every
-                # sequence stopped it makes no token.
+            leaves, structure = jax.tree.flatten((state, sampler, stops_S, history_BS))
+            program = (structure, *map(np.shape, leaves), shared.logprobs)
+            if (
+                program not in self._compiled
+                and max(each.max_tokens for each in request.params) > 1
+            ):
+                # Compile it now, so that no pause follows the first token. With every sequence
+                # stopped it makes no token.
+                self._compiled.add(program)
                 stopped_B = state.stopped_B
                 all_B = jnp.ones_like(stopped_B)
                 state, _ = next_tokens(dataclasses.replace(state, stopped_B=all_B))
