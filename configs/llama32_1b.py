@@ -19,9 +19,9 @@ from llama_jax.config import (
     MeshConfig,
     RopeScaling,
     as_config_dict,
-    llama2_data,
     llama2_optimizer,
     llama2_run,
+    llama3_data,
     llama3_model,
 )
 
@@ -39,7 +39,7 @@ def get_config() -> Any:
             rope_scaling=RopeScaling(kind="llama3", factor=32.0),
             tied_embeddings=True,
         ),
-        data=llama2_data(path="data/tokens_llama3", batch_size=512, sequence_length=8192),
+        data=llama3_data(),
         optimizer=llama2_optimizer(steps=2_150_000, learning_rate=3.0e-4, min_learning_rate=3.0e-5),
         mesh=MeshConfig(data=1, fsdp=-1),
         run=llama2_run(checkpoint_dir="ckpt/llama32_1b"),

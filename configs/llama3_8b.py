@@ -17,9 +17,9 @@ from llama_jax.config import (
     Config,
     MeshConfig,
     as_config_dict,
-    llama2_data,
     llama2_optimizer,
     llama2_run,
+    llama3_data,
     llama3_model,
 )
 
@@ -35,7 +35,7 @@ def get_config() -> Any:
             multiple_of=1024,
             ffn_dim_multiplier=1.3,
         ),
-        data=llama2_data(path="data/tokens_llama3", batch_size=512, sequence_length=8192),
+        data=llama3_data(),
         optimizer=llama2_optimizer(steps=3_600_000, learning_rate=3.0e-4, min_learning_rate=3.0e-5),
         mesh=MeshConfig(data=1, fsdp=-1),
         run=llama2_run(checkpoint_dir="ckpt/llama3_8b"),

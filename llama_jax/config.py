@@ -61,7 +61,6 @@ class Choice:
 
 Positive = Annotated[int, Range(1, MAX_INT)]
 Count = Annotated[int, Range(0, MAX_INT)]
-Seed = Annotated[int, Range(0, MAX_INT)]
 
 
 @cache
@@ -195,7 +194,7 @@ class DataConfig(Section):
     # generated when the folder is missing
     batch_size: Positive  # sequences per step, over all devices and microbatches
     sequence_length: Annotated[int, Range(2)]  # tokens per sequence (T), up to model.context_length
-    seed: Seed = 42  # of the shuffled order
+    seed: Count = 42  # of the shuffled order
     packing: Annotated[str, Choice(PACKINGS)] = "none"  # "documents": pack complete documents
     # into sequences, each attending to itself only; "none": cut the token stream into sequences
     allow_change: bool = False  # resume a run although its data have changed
@@ -269,7 +268,7 @@ class RunConfig(Section):
     section = "run"
 
     checkpoint_dir: str = "ckpt"  # everything the run writes
-    seed: Seed = 0  # of initial weights and dropout
+    seed: Count = 0  # of initial weights and dropout
     log_every: Positive = 10  # steps between log lines
     eval_every: Positive = 250  # steps between validations; also after the last step
     eval_batches: Count = 0  # batches per validation, always the same ones; 0: all
@@ -392,6 +391,7 @@ llama2c_run = partial(RunConfig, eval_every=2000, eval_batches=100, save_every=1
 llama2_model = partial(_model, context_length=4096, tied_embeddings=False)
 llama3_model = partial(llama2_model, vocab_size=128_256, context_length=8192, rope_theta=5e5)
 llama2_data = partial(DataConfig, batch_size=1024, sequence_length=4096)
+llama3_data = partial(llama2_data, path="data/tokens_llama3", batch_size=512, sequence_length=8192)
 llama2_optimizer = partial(  # Touvron et al. 2023, section 2.2
     OptimizerConfig, steps=500_000, warmup_steps=2000, eps=1e-5, accumulation_steps=16
 )

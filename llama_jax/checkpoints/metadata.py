@@ -12,7 +12,12 @@ from llama_jax.errors import UserError, warn
 from llama_jax.quantization import QuantizationConfig
 
 CONFIG = "config.json"
-SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")  # that a model recommends
+SAMPLING = {  # parameters that a model may recommend: the type, the least, the largest
+    "temperature": (float, 0, 100),
+    "top_k": (int, 0, 2**31 - 1),
+    "top_p": (float, 1e-6, 1),
+    "repetition_penalty": (float, 1e-6, 100),
+}
 RUN_KIND, MODEL_KIND, VERSION = "llama_jax run", "llama_jax model", 1
 
 

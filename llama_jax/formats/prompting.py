@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from llama_jax.checkpoints.metadata import SAMPLING
 from llama_jax.errors import UserError, warn
 from llama_jax.formats.gguf.header import Keys, Value
 from llama_jax.formats.json_files import read_object, shown, write_object
@@ -21,12 +22,6 @@ from llama_jax.text.tokenizer import JSON, parse_tokenizer
 SETTINGS, GENERATION = "tokenizer_config.json", "generation_config.json"
 JINJA = "chat_template.jinja"
 ADDING_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer")  # classes that do so unless set otherwise
-RANGES = {  # of sampling parameters: the type, the least, the largest
-    "temperature": (float, 0, 100),
-    "top_k": (int, 0, 2**31 - 1),
-    "top_p": (float, 1e-6, 1),
-    "repetition_penalty": (float, 1e-6, 100),
-}
 
 
 # ---- Hugging Face ----
@@ -143,7 +138,7 @@ def checked_template(source: str, path: Path) -> str:
 def _read_sampling(folder: Path, values: Mapping[str, Any]) -> dict[str, float]:
     """Return the sampling parameters that a folder recommends; those out of range are skipped."""
     sampling: dict[str, float] = {}
-    for name, (kind, least, largest) in RANGES.items():
+    for name, (kind, least, largest) in SAMPLING.items():
         value = values.get(name)
         is_number = type(value) is int or (kind is float and type(value) is float)
         if value is not None and is_number and least <= value <= largest:

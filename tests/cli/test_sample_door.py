@@ -18,6 +18,7 @@ import pytest
 from compilation import xla_flags
 from flax import nnx
 
+from llama_jax.checkpoints import metadata
 from llama_jax.checkpoints.run_folder import Run, write_metadata
 from llama_jax.checkpoints.save import CheckpointWriter
 from llama_jax.cli import main as cli
@@ -98,6 +99,7 @@ def test_flags_have_the_defaults_of_the_library():
         default = getattr(defaults, field.name)
         is_recommended = field.name in sample_command.SAMPLING and value is None
         assert value == default or not (value or default) or is_recommended, field.name
+    assert set(sample_command.SAMPLING) == set(metadata.SAMPLING)
 
 
 @pytest.fixture(scope="module")

@@ -272,57 +272,34 @@ def _make_metrics(folder: Path) -> None:
     (folder / "metrics.jsonl").write_text(lines)
 
 
+def _model_files(target: str, name: str, files: str, make=None, options=None, **fields) -> Reader:
+    """Return the reader of a format's files of a model; `options` as `convert.Options`."""
+    make = make or _write_model(target, name, **(options or {}))
+    return Reader(make, _read_model(target, name), files, **fields)
+
+
+GGUF, LLAMA2C = ("gguf", "model.gguf", "model.gguf"), ("llama2c", "model.bin", "model.bin")
 READERS = {
-    "gguf": Reader(
-        _write_model("gguf", "model.gguf"), _read_model("gguf", "model.gguf"), "model.gguf"
+    "gguf": _model_files(*GGUF),
+    "gguf-q8_0": _model_files(*GGUF, options={"dtype": "q8_0"}),
+    "safetensors": _model_files("hf", "hf", "hf/*.safetensors"),
+    "safetensors-header": _model_files(
+        "hf", "hf", "hf/*.safetensors", inner=_header, outer=_with_header
     ),
-    "gguf-q8_0": Reader(
-        _write_model("gguf", "model.gguf", dtype="q8_0"),
-        _read_model("gguf", "model.gguf"),
-        "model.gguf",
+    "hf-json": _model_files("hf", "hf", "hf/*.json"),
+    "hf-tokenizer": _model_files(
+        "hf", "hf", "hf/tok*.json", make=_without_tokenizer_model(_write_model("hf", "hf"))
     ),
-    "safetensors": Reader(_write_model("hf", "hf"), _read_model("hf", "hf"), "hf/*.safetensors"),
-    "safetensors-header": Reader(
-        _write_model("hf", "hf"),
-        _read_model("hf", "hf"),
-        "hf/*.safetensors",
-        inner=_header,
-        outer=_with_header,
-    ),
-    "hf-json": Reader(_write_model("hf", "hf"), _read_model("hf", "hf"), "hf/*.json"),
-    "hf-tokenizer": Reader(
-        _without_tokenizer_model(_write_model("hf", "hf")), _read_model("hf", "hf"), "hf/tok*.json"
-    ),
-    "hf-byte-level": Reader(_write_byte_level("hf", "hf"), _read_model("hf", "hf"), "hf/*.j*"),
-    "gguf-byte-level": Reader(
-        _write_byte_level("gguf", "model.gguf"), _read_model("gguf", "model.gguf"), "model.gguf"
-    ),
+    "hf-byte-level": _model_files("hf", "hf", "hf/*.j*", make=_write_byte_level("hf", "hf")),
+    "gguf-byte-level": _model_files(*GGUF, make=_write_byte_level("gguf", "model.gguf")),
     "ranks": Reader(_make_ranks, _read_ranks, "tokenizer.model"),
     "chat-template": Reader(_make_template, _read_template, "template.jinja"),
-    "pth": Reader(_write_model("meta", "meta"), _read_model("meta", "meta"), "meta/*.pth"),
-    "pth-pickle": Reader(
-        _write_model("meta", "meta"),
-        _read_model("meta", "meta"),
-        "meta/*.pth",
-        inner=_pickle_of,
-        outer=_with_pickle,
-    ),
-    "params": Reader(_write_model("meta", "meta"), _read_model("meta", "meta"), "meta/*.json"),
-    "llama2c-v0": Reader(
-        _write_model("llama2c", "model.bin", llama2c_version=0),
-        _read_model("llama2c", "model.bin"),
-        "model.bin",
-    ),
-    "llama2c-v1": Reader(
-        _write_model("llama2c", "model.bin", llama2c_version=1),
-        _read_model("llama2c", "model.bin"),
-        "model.bin",
-    ),
-    "llama2c-v2": Reader(
-        _write_model("llama2c", "model.bin", llama2c_version=2, group_size=8),
-        _read_model("llama2c", "model.bin"),
-        "model.bin",
-    ),
+    "pth": _model_files("meta", "meta", "meta/*.pth"),
+    "pth-pickle": _model_files("meta", "meta", "meta/*.pth", inner=_pickle_of, outer=_with_pickle),
+    "params": _model_files("meta", "meta", "meta/*.json"),
+    "llama2c-v0": _model_files(*LLAMA2C, options={"llama2c_version": 0}),
+    "llama2c-v1": _model_files(*LLAMA2C, options={"llama2c_version": 1}),
+    "llama2c-v2": _model_files(*LLAMA2C, options={"llama2c_version": 2, "group_size": 8}),
     "tokenizer-bin": Reader(_make_tokenizer_bin, _read_tokenizer_bin, "tokenizer.bin"),
     "tokenizer-model": Reader(
         _make_tokenizer_model,
@@ -331,13 +308,12 @@ READERS = {
     ),
     "metrics": Reader(_make_metrics, _read_metrics, "metrics.jsonl"),
     "tokens": Reader(_make_tokens, _read_tokens, "tokens/*", is_checked=True),
-    "converted": Reader(
-        _write_model("ckpt", "ckpt"), _read_model("ckpt", "ckpt"), "ckpt/**/*", is_checked=True
-    ),
-    "converted-int4": Reader(
-        _write_model("ckpt", "ckpt", quantization=QuantizationConfig("int4", 32)),
-        _read_model("ckpt", "ckpt"),
+    "converted": _model_files("ckpt", "ckpt", "ckpt/**/*", is_checked=True),
+    "converted-int4": _model_files(
+        "ckpt",
+        "ckpt",
         "ckpt/**/*",
+        options={"quantization": QuantizationConfig("int4", 32)},
         is_checked=True,
     ),
     "run-loaded": Reader(_make_run, _read_loaded, "ckpt/**/*", is_checked=True, newest="ckpt/10"),
