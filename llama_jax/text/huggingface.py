@@ -69,12 +69,23 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(f"{message}: {first_line(error)}; {advice}") from error
 
     def encode_array(self, text: str, *, continues: bool = False) -> np.ndarray:
-        """Return the ids of a text as int32; see `Tokenizer`."""
+        """Return the ids of a text as int32; see `Tokenizer`.
+
+        Raises:
+          UserError: if the text has a character that the vocabulary has no token for, not even
+            an unknown one.
+        """
         if continues and self._doubles_space:
             text = text.removeprefix(" ")
         require_no_surrogate(text)
-        # A batch releases the GIL, a single text does not.
-        encoded = self._encoder.encode_batch_fast([text], add_special_tokens=False)
+        try:
+            # A batch releases the GIL, a single text does not.
+            encoded = self._encoder.encode_batch_fast([text], add_special_tokens=False)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the library's panics are no Exceptions
+            message = f"tokenizer {self.path} cannot encode {shown(text)}: {first_line(error)}"
+            raise UserError(f"{message}; give another text, or another tokenizer") from error
         return np.array(encoded[0].ids, np.int32)
 
     def new_decoder(self) -> Decoder:

@@ -12,6 +12,7 @@ from llama_jax.errors import UserError
 from llama_jax.formats.huggingface.tokenizer import read_tokenizer
 from llama_jax.formats.huggingface.tokenizer_writer import to_tokenizer_json, write_tokenizer
 from llama_jax.formats.vocabulary import Kind, Piece, Vocabulary
+from llama_jax.text.huggingface import HuggingFaceTokenizer
 from llama_jax.text.tokenizer import load_tokenizer, parse_tokenizer
 
 TINY = tiny_vocabulary()
@@ -385,10 +386,19 @@ def test_odd_values_are_refused_or_give_a_model_that_loads(tmp_path_factory, cha
     folder = put(tmp_path_factory.getbasetemp() / "odd_tokenizer", tokenizer=values)
     try:
         model = read(folder)
-    except UserError as error:
-        assert "\n" not in str(error) and len(str(error)) < 1000
-    else:
         tokenizer = parse_tokenizer(model, folder / "own")
         assert tokenizer.vocab_size == ROWS
         for text in TEXTS:
             tokenizer.encode(text)
+    except UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 1000
+
+
+def test_a_text_that_a_vocabulary_without_unknown_token_lacks(tmp_path):
+    values = copy.deepcopy(VALUES)
+    values |= {"added_tokens": [], "normalizer": None, "pre_tokenizer": None}
+    values["model"] |= {"vocab": {"a": 0}, "merges": [], "byte_fallback": False}
+    tokenizer = HuggingFaceTokenizer(json.dumps(values).encode(), tmp_path / "tokenizer.json")
+    assert tokenizer.encode("a") == [0]
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot encode 'b'"):
+        tokenizer.encode("b")
