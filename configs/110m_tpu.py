@@ -15,14 +15,8 @@ steps: 24 tokens per parameter. Needs Llama 2's tokenizer.model:
 
 from typing import Any
 
-from llama_jax.config import (
-    Config,
-    OptimizerConfig,
-    as_config_dict,
-    llama2c_data,
-    llama2c_model,
-    llama2c_run,
-)
+from llama_jax.config import Config, OptimizerConfig, as_config_dict
+from llama_jax.presets import llama2c_data, llama2c_model, llama2c_run
 
 
 def get_config() -> Any:

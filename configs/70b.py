@@ -14,15 +14,8 @@ The data need Llama 2's tokenizer.model:
 
 from typing import Any
 
-from llama_jax.config import (
-    Config,
-    MeshConfig,
-    as_config_dict,
-    llama2_data,
-    llama2_model,
-    llama2_optimizer,
-    llama2_run,
-)
+from llama_jax.config import Config, MeshConfig, as_config_dict
+from llama_jax.presets import llama2_data, llama2_model, llama2_optimizer, llama2_run
 
 
 def get_config() -> Any:

@@ -14,16 +14,8 @@ The data need a vocabulary of 128,256 pieces, such as Llama 3's tokenizer.json:
 
 from typing import Any
 
-from llama_jax.config import (
-    Config,
-    MeshConfig,
-    RopeScaling,
-    as_config_dict,
-    llama2_optimizer,
-    llama2_run,
-    llama3_data,
-    llama3_model,
-)
+from llama_jax.config import Config, MeshConfig, RopeScaling, as_config_dict
+from llama_jax.presets import llama2_optimizer, llama2_run, llama3_data, llama3_model
 
 
 def get_config() -> Any:

@@ -10,7 +10,8 @@ import math
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from llama_jax.config import MAX_INT, TYPE_NAMES, Choice, Config
+from llama_jax.config import MAX_INT, Choice, Config
+from llama_jax.config_parsing import TYPE_NAMES
 
 PAGE = Path(__file__).with_name("config.md")
 HEAD = """# Settings of a run

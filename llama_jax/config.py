@@ -8,13 +8,16 @@ line gives its type, range, default, meaning and unit.
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping
-from functools import cache, partial
-from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
+from functools import cache
+from typing import Annotated, Any, ClassVar, get_type_hints
 
-from llama_jax.errors import UsageError, did_you_mean, shown
+from llama_jax.errors import UsageError, shown
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
+LOSSES = ("next_token", "dpo")
+# Of the weights that adapters leave frozen. "stored-…": as the checkpoint has them.
+FLOAT_BASES, STORED = ("compute", "float32", "bfloat16"), "stored-"
+BASES = (*FLOAT_BASES, "int8", "int4", "nf4", "stored-int8", "stored-int4-32", "stored-int4-64")
 REMAT_POLICIES = ("none", "block", "save-qkv", "offload")
 ATTENTION_BACKENDS = ("auto", "xla", "blockwise", "cudnn", "splash")
 MOMENT_DTYPES = ("float32", "bfloat16")
@@ -221,6 +224,7 @@ class OptimizerConfig(Section):
     clip_norm: Annotated[float, Range(0)] = 1.0  # maximum global gradient norm; 0: no clipping
     accumulation_steps: Positive = 1  # microbatches per step
     moments_dtype: Annotated[str, Choice(MOMENT_DTYPES)] = "float32"  # of both moments
+    loss: Annotated[str, Choice(LOSSES)] = "next_token"  # to minimise; "dpo": of preference pairs
     z_loss: Annotated[float, Range(0, 1)] = 0.0  # weight of the squared log-partition function in
     # the loss, which keeps logits small
 
@@ -268,6 +272,7 @@ class RunConfig(Section):
     section = "run"
 
     checkpoint_dir: str = "ckpt"  # everything the run writes
+    init_from: str = ""  # checkpoint that training starts from, with its model; "": random weights
     seed: Count = 0  # of initial weights and dropout
     log_every: Positive = 10  # steps between log lines
     eval_every: Positive = 250  # steps between validations; also after the last step
@@ -287,6 +292,33 @@ class RunConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig(Section):
+    """Low-rank adapters, trained in place of the weights that they adapt (Hu et al. 2021)."""
+
+    section = "lora"
+
+    rank: Count = 0  # of each adapter (R); 0: no adapters, all weights are trained
+    alpha: Annotated[float, Range(0, 1e6)] = 16.0  # what adapters add is scaled by alpha / rank
+    rslora: bool = False  # scale by alpha / √rank instead (Kalajdzievski 2023)
+    dropout: Annotated[float, Range(0, 0.99)] = 0.0  # probability, of the inputs of adapters
+    targets: str = "linear"  # what is adapted, separated by commas: linear (every linear layer of
+    # the blocks), wq, wk, wv, wo, gate, up, down, embedding, output
+    base: Annotated[str, Choice(BASES)] = "compute"  # storage of the frozen weights; "compute": in
+    # model.compute_dtype; "nf4": QLoRA's (Dettmers et al. 2023)
+    double_quantization: bool = False  # nf4: quantise its scales too
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DpoConfig(Section):
+    """Direct preference optimisation (Rafailov et al. 2023), with optimizer.loss="dpo"."""
+
+    section = "dpo"
+
+    beta: Annotated[float, Range(1e-6, 1e3)] = 0.1  # how close to stay to the reference model
+    label_smoothing: Annotated[float, Range(0, 0.5)] = 0.0  # probability that a label is wrong
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """All settings of a training run."""
 
@@ -295,6 +327,8 @@ class Config:
     optimizer: OptimizerConfig
     mesh: MeshConfig = MeshConfig()
     run: RunConfig = RunConfig()
+    lora: LoraConfig = LoraConfig()
+    dpo: DpoConfig = DpoConfig()
 
     def __post_init__(self) -> None:
         batch, accumulation = self.data.batch_size, self.optimizer.accumulation_steps
@@ -308,6 +342,16 @@ class Config:
             f"data.sequence_length={self.data.sequence_length} is longer than"
             f" model.context_length={self.model.context_length}; shorten it",
         )
+        for key, is_set in (
+            (f"lora.rank={self.lora.rank}", self.lora.rank > 0),
+            (f"optimizer.loss={self.optimizer.loss!r}", self.optimizer.loss == "dpo"),
+        ):
+            message = f"{key} needs a model to start from; set run.init_from to a checkpoint"
+            require(not is_set or bool(self.run.init_from), message)
+        require(
+            self.optimizer.loss != "dpo" or self.data.packing == "documents",
+            f"optimizer.loss='dpo' needs data.packing='documents', not {self.data.packing!r}",
+        )
 
     @property
     def tokens_per_step(self) -> int:
@@ -320,81 +364,8 @@ class Config:
         return self.data.batch_size // self.optimizer.accumulation_steps
 
 
-# ---- nested mappings: the ConfigDict of a config file, the JSON of a checkpoint ----
-
-T = TypeVar("T")
-TYPE_NAMES = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
-
-
 def as_config_dict(config: Any) -> Any:
     """Return the `ml_collections.ConfigDict` of a config, whose fields flags can override."""
     from ml_collections import ConfigDict
 
     return ConfigDict(dataclasses.asdict(config))
-
-
-def parse(cls: type[T], tree: Mapping[str, Any], prefix: str = "", where: str = "") -> T:
-    """Return a `cls` built from nested mappings such as a ConfigDict or JSON.
-
-    Args:
-      prefix: of the keys' names in messages.
-      where: the file that the mapping comes from, for messages.
-
-    Raises:
-      UsageError: for a key that is unknown (with the closest name) or missing, for a value of the
-        wrong type (with key and expected type) or out of range. An int is accepted for a float.
-    """
-    hints, in_file = get_type_hints(cls), f" in {where}" if where else ""
-    is_section = isinstance(tree, Mapping) or hasattr(tree, "keys")
-    require(is_section, f"{prefix or 'the config'} is {shown(tree)}; expected a section with keys")
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for name in tree:
-        known = did_you_mean(str(name), fields)
-        require(name in fields, f"unknown key {f'{prefix}{name}'!r}{in_file}{known}")
-    values = {}
-    for name, field in fields.items():
-        if name in tree:
-            values[name] = _parse_value(hints[name], tree[name], prefix + name, where)
-        else:
-            expected = type_name(hints[name])
-            message = f"key {prefix + name!r} is missing{in_file}; expected {expected}"
-            require(field.default is not dataclasses.MISSING, message)
-    return cls(**values)
-
-
-def _parse_value(expected: Any, value: Any, key: str, where: str) -> Any:
-    """Return `value` as the expected type."""
-    if dataclasses.is_dataclass(expected):
-        require(
-            isinstance(value, Mapping) or hasattr(value, "keys"),
-            f"{key}={shown(value)} has the wrong type; expected a section with keys",
-        )
-        return parse(expected, value, key + ".", where)  # type: ignore[arg-type]
-    if expected is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    matches = isinstance(value, expected) and (expected is bool or not isinstance(value, bool))
-    require(matches, f"{key}={shown(value)} has the wrong type; expected {type_name(expected)}")
-    return value
-
-
-def type_name(expected: Any) -> str:
-    """Return the name of a field's type for messages."""
-    return TYPE_NAMES.get(expected, "a section with keys")
-
-
-# ---- presets: settings that several config files share ----
-
-_model = partial(ModelConfig, vocab_size=32_000, compute_dtype="bfloat16")
-llama2c_model = partial(_model, multiple_of=32)  # with Llama 2's tokenizer
-llama2c_data = partial(DataConfig, path="data/tinystories32k", corpus="tinystories")
-llama2c_run = partial(RunConfig, eval_every=2000, eval_batches=100, save_every=1000)
-llama2_model = partial(_model, context_length=4096, tied_embeddings=False)
-llama3_model = partial(llama2_model, vocab_size=128_256, context_length=8192, rope_theta=5e5)
-llama2_data = partial(DataConfig, batch_size=1024, sequence_length=4096)
-llama3_data = partial(llama2_data, path="data/tokens_llama3", batch_size=512, sequence_length=8192)
-llama2_optimizer = partial(  # Touvron et al. 2023, section 2.2
-    OptimizerConfig, steps=500_000, warmup_steps=2000, eps=1e-5, accumulation_steps=16
-)
-llama2_run = partial(
-    RunConfig, eval_every=1000, eval_batches=50, save_every=500, sample_tokens=0, remat="block"
-)

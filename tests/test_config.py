@@ -17,8 +17,8 @@ from llama_jax.config import (
     RopeScaling,
     RunConfig,
     as_config_dict,
-    parse,
 )
+from llama_jax.config_parsing import parse
 from llama_jax.errors import UsageError
 
 MODEL = {"vocab_size": 53, "dim": 24, "num_layers": 3, "num_heads": 6, "num_kv_heads": 2}

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llama_jax.config import Config, parse
+from llama_jax.config import Config
+from llama_jax.config_parsing import parse
 from llama_jax.model.parameters import count_parameters
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"

@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {  # what each may import, in an order in which rooms import only earlier ones
     "errors": "",
     "config": "errors",
+    "config_parsing": "config errors",
+    "presets": "config",
     "files": "errors",
     "text": "errors",
     "hardware": "errors config",
@@ -23,16 +25,16 @@ ROOMS = {  # what each may import, in an order in which rooms import only earlie
     "distributed": "config errors",
     "quantization": "model kernels config errors",
     "data": "text distributed config errors files",
-    "checkpoints": "model quantization text distributed config errors files",
+    "checkpoints": "model quantization text distributed config_parsing config errors files",
     "inference": "model quantization kernels text distributed config errors",
     "training": "model data checkpoints distributed hardware quantization kernels inference text"
     " config errors files",
-    "formats": "checkpoints quantization model text config errors files",
+    "formats": "checkpoints quantization model text config_parsing config errors files",
     "planning": "training inference data distributed hardware quantization kernels model config"
     " errors",
     "llm": "inference checkpoints formats distributed text config errors",
     "cli": "llm inference checkpoints training data formats planning quantization model hardware"
-    " distributed text config errors files",
+    " distributed text config_parsing config errors files",
 }
 SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py")) if path.stem != "setup"]
 ONLY_IN = {  # libraries that one room, or a few modules, may import

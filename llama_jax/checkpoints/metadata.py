@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.checkpoints.layout import CHECKSUM, json_checksum, with_checksum
-from llama_jax.config import Config, ModelConfig, parse
+from llama_jax.config import Config, ModelConfig
+from llama_jax.config_parsing import parse
 from llama_jax.errors import UserError, warn
 from llama_jax.quantization import QuantizationConfig
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_jax.config import Config, parse, type_name
+from llama_jax.config import Config
+from llama_jax.config_parsing import parse, type_name
 from llama_jax.errors import UsageError, UserError, did_you_mean, is_utf16, shown
 
 CONFIG_FLAG = re.compile(r"--(?P<no>no)?config\.(?P<key>[^=]+)(=(?P<value>.*))?", re.DOTALL)

@@ -7,7 +7,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from llama_jax.config import ModelConfig, parse
+from llama_jax.config import ModelConfig
+from llama_jax.config_parsing import parse
 from llama_jax.errors import UsageError, UserError
 from llama_jax.formats.json_files import shown
 from llama_jax.formats.torch import reader

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llama_jax.config import ModelConfig, RopeScaling, parse
+from llama_jax.config import ModelConfig, RopeScaling
+from llama_jax.config_parsing import parse
 from llama_jax.errors import UsageError, UserError
 from llama_jax.formats.json_files import read_object
 from llama_jax.formats.meta.shards import EMBEDDING
