@@ -18,3 +18,22 @@ llama2_optimizer = partial(  # Touvron et al. 2023, section 2.2
 llama2_run = partial(
     RunConfig, eval_every=1000, eval_batches=50, save_every=500, sample_tokens=0, remat="block"
 )
+
+# The model that fine-tuning starts from by default: SmolLM2-135M-Instruct, "smollm2" by name.
+smollm2_model = partial(
+    ModelConfig,
+    vocab_size=49_152,
+    dim=576,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    context_length=8192,
+    hidden_dim=1536,
+    rope_theta=100_000.0,
+)
+
+# Fine-tuning on examples that prepare.py packs.
+sft_data = partial(
+    DataConfig, path="data/sft", batch_size=8, sequence_length=512, packing="documents"
+)
+sft_run = partial(RunConfig, init_from="smollm2", eval_every=50, save_every=50)

@@ -5,8 +5,10 @@ is allocated for them.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +16,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax.checkpoints import layout
-from llama_jax.checkpoints.metadata import Description, read_description
+from llama_jax.checkpoints.metadata import PROMPTING, Description, read_description
 from llama_jax.checkpoints.restore import Restored, folder_and_step, read_checkpoint, restore
 from llama_jax.checkpoints.run_folder import require_tokenizer
 from llama_jax.config import MeshConfig, ModelConfig, require
 from llama_jax.distributed.mesh import make_mesh, placed, shardings
 from llama_jax.errors import UsageError, UserError, whole_number
+from llama_jax.model.lora import Adapters, attach, init_adapters
 from llama_jax.model.parameters import abstract, count_parameters, named_leaves
 from llama_jax.model.transformer import Llama, unstack
 from llama_jax.quantization import QuantizedMatrix, abstract_quantized, require_kind
@@ -27,6 +30,7 @@ from llama_jax.quantization import quantize as quantize_model
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_path
 
 MODEL = "model"  # the item of a step
+BASE = "base"  # of a step with adapters: the fingerprint of their model
 DTYPES = ("", "float32", "bfloat16")
 
 
@@ -38,6 +42,7 @@ class Loaded:
     config: ModelConfig
     tokenizer: Tokenizer
     step: int
+    fingerprint: str  # of the stored parameters
     bos: bool  # documents in training began with BOS
     chat_template: str  # this and the next as in `checkpoints.metadata.Description`
     stop_ids: tuple[int, ...]
@@ -50,10 +55,12 @@ def load(
     *,
     quantize: str | None = None,
     mesh: Mesh | None = None,
+    base: str = "",
 ) -> Loaded:
     """Load the newest intact checkpoint of a folder, or the one of a step's folder.
 
-    Nothing is written. A damaged checkpoint is reported, and the one before it loaded.
+    Nothing is written. A damaged checkpoint is reported, and the one before it loaded. Adapters are
+    loaded with the model that they were trained for, and attached to it.
 
     Args:
       dtype: of parameters and arithmetic, "float32" or "bfloat16". If empty, both are as stored,
@@ -61,16 +68,45 @@ def load(
       quantize: "int8" or "int4" quantises matrices; None leaves them as stored.
       mesh: devices that parameters are sharded over; each reads its own shards. None: the first
         device.
+      base: of adapters, the checkpoint that they belong to; "": where it was in training.
 
     Raises:
       UsageError: for another dtype, or another kind of quantisation than the stored one.
-      UserError: when there is no checkpoint, all are damaged, or the tokenizer is not the model's.
+      UserError: when there is no checkpoint, all are damaged, the tokenizer is not the model's, or
+        adapters belong to another model.
     """
+    loaded, adapt = _load(path, dtype, quantize, mesh, base)
+    return dataclasses.replace(loaded, model=adapt(loaded.model))
+
+
+def _load(
+    path: str | Path, dtype: str, quantize: str | None, mesh: Mesh | None, base: str
+) -> tuple[Loaded, Callable[[Llama], Llama]]:
+    """Return what `load` does without adapters, and a function that attaches them."""
     require(dtype in DTYPES, f"dtype={dtype!r} is unknown; expected 'float32' or 'bfloat16'")
     if quantize is not None:
         require_kind(quantize)
     folder, step = folder_and_step(path)
     description = read_description(folder)
+    if description.lora.rank:
+        own = read_adapters(path, mesh)
+        loaded = load(base or description.base, dtype, quantize=quantize, mesh=mesh)
+        require_base(loaded, own, folder)
+        prompting = {name: getattr(description, name) for name in PROMPTING if name != "eos"}
+        attached = partial(attach, adapters=own.adapters, lora=description.lora)
+        return dataclasses.replace(loaded, step=own.step, **prompting), attached
+    require(not base, f"{folder} is no adapter; leave out the base")
+    return _load_model(folder, step, description, dtype, quantize, mesh), lambda model: model
+
+
+def _load_model(
+    folder: Path,
+    step: Path | None,
+    description: Description,
+    dtype: str,
+    quantize: str | None,
+    mesh: Mesh | None,
+) -> Loaded:
     stored = description.quantization
     if stored and quantize not in (None, stored.kind):
         raise UsageError(
@@ -100,6 +136,7 @@ def load(
         config=config,
         tokenizer=tokenizer,
         step=restored.step,
+        fingerprint=fingerprint(restored.meta),
         bos=description.bos,
         chat_template=description.chat_template,
         stop_ids=description.stop_ids,
@@ -107,18 +144,70 @@ def load(
     )
 
 
+# ---- adapters ----
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredAdapters:
+    """The adapters of a step, and the model that they belong to."""
+
+    adapters: Adapters
+    step: int
+    base: str  # fingerprint of its parameters
+    description: Description
+
+
+def read_adapters(path: str | Path, mesh: Mesh | None = None) -> StoredAdapters:
+    """Return the adapters of the newest intact checkpoint of a folder, or of a step's folder.
+
+    Raises:
+      UsageError: if it holds a model, not adapters.
+      UserError: as for `load`.
+    """
+    folder, step = folder_and_step(path)
+    description = read_description(folder)
+    lora = description.lora
+    require(lora.rank > 0, f"{folder} holds a model; expected the folder of a run with lora.rank")
+    make = partial(init_adapters, description.model, lora, jax.random.key(0))
+    adapters = jax.eval_shape(make)
+    items = {MODEL: placed(adapters, _places(adapters, mesh))}
+    restored = read_checkpoint(folder, step, lambda path: restore(path, items))
+    require_tokenizer(folder, restored.meta)
+    base = restored.meta.get(BASE, "")
+    return StoredAdapters(restored.trees[MODEL], restored.step, base, description)
+
+
+def require_base(loaded: Loaded, stored: StoredAdapters, folder: Path) -> None:
+    """Raise `UserError` unless a model is the one that adapters were trained for."""
+    if loaded.fingerprint != stored.base:
+        raise UserError(
+            f"the adapters in {folder} were trained for another model than the one loaded (its"
+            f" fingerprint is {loaded.fingerprint[:12]}, expected {stored.base[:12]}); name theirs"
+            " with --base"
+        )
+
+
+def fingerprint(meta: dict[str, Any]) -> str:
+    """Return what two steps share if their models have the same parameters."""
+    return layout.json_checksum(meta["checksums"][MODEL])
+
+
 def _restore_model(step: Path, description: Description, mesh: Mesh | None) -> Restored:
     """Restore a step's model, each array in the dtype it is stored in."""
     model = abstract_model(step, description)
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    places = shardings(model, mesh) if mesh else jax.tree.map(lambda _: here, model)
-    restored = restore(step, {MODEL: placed(model, places)})
+    restored = restore(step, {MODEL: placed(model, _places(model, mesh))})
     expected = named_leaves(model)
     for name, leaf in named_leaves(restored.trees[MODEL]).items():
         dtypes = np.dtype(leaf.dtype), np.dtype(expected[name].dtype)
         if why := layout.dtype_mismatch(name, *dtypes):
             raise layout.damaged(step, why)
     return restored
+
+
+def _places(tree: Any, mesh: Mesh | None) -> Any:
+    """Return the sharding of each array: on the mesh, or on the first device."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return shardings(tree, mesh) if mesh else jax.tree.map(lambda _: here, tree)
 
 
 def abstract_model(step: Path, description: Description) -> Llama:
@@ -171,18 +260,19 @@ def load_for_inference(
     quantize: str | None = None,
     max_context: int = 0,
     mesh: Mesh | None = None,
+    base: str = "",
 ) -> Loaded:
     """Load a checkpoint as `load` does, its blocks unstacked for decoding.
 
     Args:
       max_context: positions of prompt and completion together, at most the model's; 0: those.
     """
-    loaded = load(checkpoint, dtype, quantize=quantize, mesh=mesh)
+    loaded, adapt = _load(checkpoint, dtype, quantize, mesh, base)
     context = loaded.config.context_length
     expected = f"2 to {context}, the model's context; 0: all of it"
     in_range = lambda n: n == 0 or 2 <= n <= context  # noqa: E731
     max_context = whole_number("max_context", max_context, in_range, expected)
-    model = unstack(loaded.model, consume=True)
+    model = adapt(unstack(loaded.model, consume=True))
     if mesh is not None:
         model = jax.device_put(model, shardings(model, mesh))
     model.config = dataclasses.replace(model.config, context_length=max_context or context)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.checkpoints.layout import CHECKSUM, json_checksum, with_checksum
-from llama_jax.config import Config, ModelConfig
+from llama_jax.config import Config, LoraConfig, ModelConfig
 from llama_jax.config_parsing import parse
 from llama_jax.errors import UserError, warn
 from llama_jax.quantization import QuantizationConfig
@@ -19,7 +19,11 @@ SAMPLING = {  # parameters that a model may recommend: the type, the least, the 
     "top_p": (float, 1e-6, 1),
     "repetition_penalty": (float, 1e-6, 100),
 }
+PROMPTING = ("bos", "eos", "chat_template", "stop_ids", "generation")  # fields of both classes
 RUN_KIND, MODEL_KIND, VERSION = "llama_jax run", "llama_jax model", 1
+
+
+NO_ADAPTERS = LoraConfig()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,15 +38,20 @@ class Description:
     chat_template: str = ""
     stop_ids: tuple[int, ...] = ()  # tokens that end a text; (): the tokenizer's EOS
     generation: dict[str, float] = dataclasses.field(default_factory=dict)  # keys of `SAMPLING`
+    lora: LoraConfig = NO_ADAPTERS  # of a run that trained adapters: rank is not 0
+    base: str = ""  # and the checkpoint that they are attached to
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """The config of a run, and how its data separate documents."""
+    """The config of a run, how its data separate documents, and how its model is prompted."""
 
     config: Config
     bos: bool
     eos: bool
+    chat_template: str = ""  # this and the next as in `Description`
+    stop_ids: tuple[int, ...] = ()
+    generation: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def read_run(folder: Path) -> Run:
@@ -66,7 +75,10 @@ def read_description(folder: Path) -> Description:
     if found is None:
         raise UserError(f"{folder} has Hugging Face's format; convert it with convert.py")
     if isinstance(found, Run):
-        return Description(model=found.config.model, bos=found.bos, eos=found.eos)
+        config = found.config
+        prompting = {name: getattr(found, name) for name in PROMPTING}
+        base = config.run.init_from if config.lora.rank else ""
+        return Description(model=config.model, lora=config.lora, base=base, **prompting)
     return found
 
 
@@ -108,10 +120,7 @@ def _read(folder: Path) -> Run | Description | None:
 def _parse(tree: dict[str, Any]) -> Run | Description:
     if tree["version"] != VERSION or tree["kind"] not in (RUN_KIND, MODEL_KIND):
         raise ValueError(f"it describes neither a run nor a model of version {VERSION}")
-    separators = {name: bool(tree[name]) for name in ("bos", "eos")}
-    if tree["kind"] == RUN_KIND:
-        return Run(config=parse(Config, tree["config"]), **separators)
-    quantization, template = tree.get("quantization"), tree.get("chat_template", "")
+    template = tree.get("chat_template", "")
     if not isinstance(template, str):
         raise ValueError(f"chat_template={template!r} is not text")
     stop_ids, generation = tree.get("stop_ids", []), tree.get("generation", {})
@@ -120,18 +129,22 @@ def _parse(tree: dict[str, Any]) -> Run | Description:
     for name, value in generation.items():
         if name not in SAMPLING or type(value) not in (int, float) or not 0 <= value < 2**31:
             raise ValueError(f"generation.{name}={value!r:.60} is not a sampling parameter")
+    prompting: dict[str, Any] = {name: bool(tree[name]) for name in ("bos", "eos")}
+    prompting |= {"chat_template": template, "stop_ids": tuple(stop_ids), "generation": generation}
+    if tree["kind"] == RUN_KIND:
+        return Run(config=parse(Config, tree["config"]), **prompting)
+    quantization = tree.get("quantization")
     return Description(
         model=parse(ModelConfig, tree["model"], "model."),
         quantization=quantization and parse(QuantizationConfig, quantization, "quantization."),
-        chat_template=template,
-        stop_ids=tuple(stop_ids),
-        generation=generation,
-        **separators,
+        **prompting,
     )
 
 
 def _write(path: Path, kind: str, content: Run | Description) -> None:
     tree = {"kind": kind, "version": VERSION, **dataclasses.asdict(content)}
+    if kind == MODEL_KIND:  # which has no adapters
+        del tree["lora"], tree["base"]
     write_atomically(path, (json.dumps(with_checksum(tree), indent=1) + "\n").encode())
 
 

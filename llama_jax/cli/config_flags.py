@@ -1,5 +1,6 @@
 """The `Config` of a run: a config file with the `--config.key=value` flags applied to it."""
 
+import dataclasses
 import difflib
 import re
 import runpy
@@ -38,15 +39,42 @@ ALIASES = {  # other projects' names of settings
 }
 
 
-def read_config(path: str, words: Sequence[str] = ()) -> Config:
+def read_config(path: str, words: Sequence[str] = (), *, fetch: bool = False) -> Config:
     """Return the validated `Config` of a file with flags such as `--config.run.seed=1` applied.
+
+    With `run.init_from`, the model's settings are those of that checkpoint, but for the flags given
+    and its dtype and dropout; without such a folder they are the file's.
+
+    Args:
+      fetch: whether `run.init_from` may name a model that is fetched, and has to exist.
 
     Raises:
       UsageError: as `load_config` does, and for a key that is missing or a value out of range.
+      UserError: if that checkpoint cannot be read.
     """
     config = load_config(path, words)
     _shorten_warmup(config, words)
+    start = config.get("run", {}).get("init_from", "")
+    if isinstance(start, str) and start:
+        _take_model(config, start, words, fetch)
     return parse(Config, config, where=path)
+
+
+def _take_model(config: Any, start: str, words: Sequence[str], fetch: bool) -> None:
+    """Replace the settings of a model by those of the checkpoint that a run starts from."""
+    from llama_jax.checkpoints.metadata import read_description
+    from llama_jax.checkpoints.restore import folder_and_step
+    from llama_jax.formats.named_models import find_named
+
+    if fetch and (named := find_named(start)):
+        start = config.run.init_from = str(named.checkpoint())
+    folder, _ = folder_and_step(start)
+    if not fetch and not folder.exists():
+        return
+    given = {word.partition("=")[0].removeprefix("--config.model.") for word in words}
+    theirs = dataclasses.asdict(read_description(folder).model)
+    own = {"compute_dtype", "dropout", *given}
+    config.model.update({name: value for name, value in theirs.items() if name not in own})
 
 
 def _shorten_warmup(config: Any, words: Sequence[str]) -> None:

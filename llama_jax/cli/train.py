@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     }
     if processes and not flags.distributed:
         raise UsageError(f"--{next(iter(processes))} needs --distributed; add it")
-    config = read_config(flags.config, words)
+    config = read_config(flags.config, words, fetch=True)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every file
 

@@ -107,7 +107,9 @@ def gather(tree: Tree, dtype: Any) -> Tree:
     if not is_sharded():
         return tree
 
-    def of(leaf: nnx.Variable) -> nnx.Variable:
+    def of(leaf: Any) -> Any:
+        if not isinstance(leaf, nnx.Variable):  # the key of an adapter's dropout
+            return leaf
         return jax.tree.map(lambda part: _gathered(part.astype(dtype), leaf.axes), leaf)
 
     return jax.tree.map(of, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))

@@ -39,6 +39,7 @@ RULES: Rules = {
     "head_dim": None,
     "mlp": "tensor",
     "vocab": "tensor",
+    "rank": None,  # of an adapter
 }
 SEQUENCE_RULES: Rules = RULES | {"length": "tensor"}  # with mesh.sequence
 

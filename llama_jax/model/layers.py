@@ -95,6 +95,9 @@ class Table(Protocol):
     def rows(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """The embeddings [*ids, D] of token ids."""
 
+    def floats(self, dtype: jnp.dtype) -> jax.Array:
+        """The table itself, [V, D]."""
+
     def __call__(self, x_RD: jax.Array) -> jax.Array:
         """Float32 logits [R, V]."""
 

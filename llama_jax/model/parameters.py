@@ -48,6 +48,8 @@ class Matrix:
     name: str  # of its module, such as "blocks.attention.wq" or "embedding"
     inputs: tuple[int, ...]  # such as [D]
     outputs: tuple[int, ...]  # such as [N, H]; of a table [V]
+    input_axes: tuple[str, ...]  # logical axes of the inputs, and of the outputs
+    output_axes: tuple[str, ...]
     per_layer: bool  # whether each block has one
     count: int  # how many the model has
 
@@ -70,9 +72,11 @@ def matrices(config: ModelConfig) -> tuple[Matrix, ...]:
     for name, leaf in leaves.items():
         if isinstance(leaf, Linear):
             per_layer = len(leaf.kernel.shape) > len(leaf.inputs + leaf.outputs)
-            dims = leaf.inputs, leaf.outputs
+            split, axes = len(leaf.inputs), leaf.kernel.axes
+            dims = leaf.inputs, leaf.outputs, axes[:split], axes[split:]
         elif len(leaf.axes) == 2:
-            per_layer, dims = False, (leaf.shape[1:], leaf.shape[:1])
+            per_layer = False
+            dims = leaf.shape[1:], leaf.shape[:1], leaf.axes[1:], leaf.axes[:1]
         else:
             continue
         found.append(Matrix(name, *dims, per_layer, config.num_layers if per_layer else 1))

@@ -167,8 +167,11 @@ class Llama(nnx.Module):
 
     @property
     def output_VD(self) -> jax.Array:
-        """The matrix that maps hidden states to logits."""
-        return self.embedding[...] if self.config.tied_embeddings else self.output[...]
+        """The matrix that maps hidden states to logits, as floats."""
+        table = self.embedding if self.config.tied_embeddings else self.output
+        if isinstance(table, nnx.Param):
+            return table[...]
+        return table.floats(jnp.dtype(self.config.compute_dtype))
 
     def hidden(
         self,

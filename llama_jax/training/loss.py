@@ -8,11 +8,13 @@ it is computed in the forward pass: three matmuls per chunk, where differentiati
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
 from llama_jax.distributed.mesh import automatic, partition_spec
@@ -99,22 +101,29 @@ def summed_loss(
     The loss adds the z-loss: for each token `z_loss` · log² of its softmax's denominator, which
     keeps logits from drifting away together (Chowdhery et al. 2022, section 5).
     """
-    loss, nll = _by_device(hidden_BTD, output_VD, targets_BT, weights_BT, z_loss, False)[0]
+    loss, nll = _by_device(hidden_BTD, output_VD, targets_BT, weights_BT, z_loss, "none")[0]
     return loss, nll
 
 
 def _forward(hidden_BTD, output_VD, targets_BT, weights_BT, z_loss):  # type: ignore[no-untyped-def]
-    """Return the sums, and the gradients of the loss for a cotangent of 1."""
-    return _by_device(hidden_BTD, output_VD, targets_BT, weights_BT, z_loss, True)
+    """Return the sums, and the gradients of the loss for a cotangent of 1.
+
+    None is computed for an output matrix that is frozen.
+    """
+    arrays = [x.value for x in (hidden_BTD, output_VD, targets_BT, weights_BT)]
+    gradients = "both" if output_VD.perturbed else "hidden"
+    return _by_device(*arrays, z_loss, gradients)
 
 
 def _backward(z_loss, gradients, cotangents):  # type: ignore[no-untyped-def]
     cotangent = cotangents[0]
+    if isinstance(cotangent, SymbolicZero):  # what is reported has no gradient
+        return (None,) * 4
     scaled = [(cotangent * x.astype(jnp.float32)).astype(x.dtype) for x in gradients]
-    return *scaled, None, None
+    return *scaled, *[None] * (4 - len(scaled))
 
 
-summed_loss.defvjp(_forward, _backward)
+summed_loss.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _by_device(
@@ -123,28 +132,67 @@ def _by_device(
     targets_BT: jax.Array,
     weights_BT: jax.Array,
     z_loss: float,
-    with_gradients: bool,
+    gradients: str,
 ) -> tuple[Arrays, Arrays]:
-    """Return the sums and, if wanted, the gradients; each device computes its own shard.
+    """Return the sums, and the gradients that `Shard.gradients` names.
 
-    A vocabulary that the tensor axis does not divide is computed by every device of that axis.
+    Each device computes its own shard. A vocabulary that the tensor axis does not divide is
+    computed by every device of that axis.
+    """
+    shard, rows, vocab, axes = _sharded(hidden_BTD, output_VD, Shard(z_loss, gradients))
+    arrays = (hidden_BTD, output_VD, targets_BT, weights_BT)
+    if not axes:
+        return shard.sums(*arrays)
+    one = PartitionSpec()
+    return jax.shard_map(
+        shard.sums,
+        in_specs=(rows, vocab, rows, rows),
+        out_specs=((one, one), (rows, vocab)[: GRADIENTS.index(gradients)]),
+        axis_names=axes,
+        check_vma=False,
+    )(*arrays)
+
+
+def _sharded(
+    hidden_BTD: jax.Array, output_VD: jax.Array, shard: "Shard"
+) -> tuple["Shard", PartitionSpec, PartitionSpec, set[str]]:
+    """Return how a device computes on the mesh, the specs of rows and vocabulary, and the axes.
+
+    No axes: there is one device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     sizes = automatic(mesh)
-    if all(size == 1 for size in sizes.values()):
-        shard = Shard(z_loss, with_gradients)
-        return shard.sums(hidden_BTD, output_VD, targets_BT, weights_BT)
     rows = partition_spec(("batch",), hidden_BTD.shape[:1], mesh)
     vocab = partition_spec(("vocab",), output_VD.shape[:1], mesh)
+    if all(size == 1 for size in sizes.values()):
+        return shard, rows, vocab, set()
     is_sharded = vocab[0] is not None and sizes["tensor"] > 1
-    one = PartitionSpec()
+    shard = dataclasses.replace(shard, vocab_is_sharded=is_sharded, row_axes=rows[0] or ())
+    return shard, rows, vocab, set(sizes)
+
+
+def token_logprobs(
+    hidden_BTD: jax.Array, output_VD: jax.Array, targets_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return each target's log-probability in nats, and whether no token is more probable.
+
+    Float32 and bool, [B, T]; without gradients, computed in the same chunks as the loss.
+    """
+    shard, rows, vocab, axes = _sharded(hidden_BTD, output_VD, Shard(0.0, "none"))
+    function: Callable[..., tuple[jax.Array, jax.Array]] = shard.logprobs
+    arrays = jax.lax.stop_gradient((hidden_BTD, output_VD, targets_BT))
+    if not axes:
+        return function(*arrays)
     return jax.shard_map(
-        Shard(z_loss, with_gradients, is_sharded, rows[0] or ()).sums,
-        in_specs=(rows, vocab, rows, rows),
-        out_specs=((one, one), (rows, vocab) if with_gradients else ()),
-        axis_names=set(sizes),
+        function,
+        in_specs=(rows, vocab, rows),
+        out_specs=(rows, rows),
+        axis_names=axes,
         check_vma=False,
-    )(hidden_BTD, output_VD, targets_BT, weights_BT)
+    )(*arrays)
+
+
+GRADIENTS = ("none", "hidden", "both")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +200,7 @@ class Shard:
     """The computation of one device: its sequences, and its shard of the vocabulary or all."""
 
     z_loss: float
-    with_gradients: bool  # whether gradients are wanted
+    gradients: str  # that are computed: of `GRADIENTS`, by hidden states or also by the matrix
     vocab_is_sharded: bool = False  # over the tensor axis
     row_axes: str | tuple[str, ...] = ()  # mesh axes over which sequences are sharded
 
@@ -164,23 +212,50 @@ class Shard:
         weights_BT: jax.Array,
     ) -> tuple[Arrays, Arrays]:
         """Return the sums over all devices, and this device's shard of the gradients."""
-        is_gathered = output_VD.shape[1] != hidden_BTD.shape[2]  # sharded by `distributed.fsdp`
-        gathered_VD = output_VD.astype(hidden_BTD.dtype)
-        if is_gathered:
-            gathered_VD = jax.lax.all_gather(gathered_VD, "fsdp", axis=1, tiled=True)
+        gathered_VD, is_gathered = _gathered(output_VD, hidden_BTD)
         chunks = _chunked(hidden_BTD, targets_BT, weights_BT)
         totals, hidden_gradients, gradient_VD = self._over_chunks(gathered_VD, chunks)
         if self.row_axes:
             totals, gradient_VD = jax.lax.psum((totals, gradient_VD), self.row_axes)
-        if not self.with_gradients:
+        if self.gradients == "none":
             return totals, ()
-        if is_gathered:
-            gradient_VD = jax.lax.psum_scatter(gradient_VD, "fsdp", scatter_dimension=1, tiled=True)
         B, T, D = hidden_BTD.shape
         hidden_gradient_BTD = hidden_gradients.swapaxes(0, 1).reshape(B, -1, D)[:, :T]
         if self.vocab_is_sharded:
             hidden_gradient_BTD = jax.lax.psum(hidden_gradient_BTD, "tensor")
+        if self.gradients == "hidden":
+            return totals, (hidden_gradient_BTD,)
+        if is_gathered:
+            gradient_VD = jax.lax.psum_scatter(gradient_VD, "fsdp", scatter_dimension=1, tiled=True)
         return totals, (hidden_gradient_BTD, gradient_VD.astype(output_VD.dtype))
+
+    def logprobs(
+        self, hidden_BTD: jax.Array, output_VD: jax.Array, targets_BT: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return the log-probability of each of this device's targets, and whether it is top."""
+        gathered_VD, _ = _gathered(output_VD, hidden_BTD)
+        V = gathered_VD.shape[0]
+
+        def of_chunk(chunk: Arrays) -> Arrays:
+            hidden_RD = chunk[0].reshape(-1, hidden_BTD.shape[2])  # R = B·C
+            logits_RV = jnp.einsum(
+                "RD,VD->RV", hidden_RD, gathered_VD, preferred_element_type=jnp.float32
+            )
+            highest_R1 = logits_RV.max(axis=-1, keepdims=True)
+            target_R1 = chunk[1].reshape(-1, 1)
+            if self.vocab_is_sharded:
+                target_R1 -= jax.lax.axis_index("tensor") * V
+                highest_R1 = jax.lax.pmax(highest_R1, "tensor")
+                log_sum_R1, chosen_R1 = _sharded_softmax(logits_RV, target_R1)
+            else:
+                log_sum_R1, chosen_R1 = _softmax(logits_RV, target_R1)
+            found = chosen_R1 - log_sum_R1, chosen_R1 >= highest_R1
+            return tuple(x.reshape(chunk[1].shape) for x in found)
+
+        found = jax.lax.map(of_chunk, _chunked(hidden_BTD, targets_BT))
+        B, T = targets_BT.shape
+        logprobs_BT, is_top_BT = (x.swapaxes(0, 1).reshape(B, -1)[:, :T] for x in found)
+        return logprobs_BT, is_top_BT
 
     def _over_chunks(self, output_VD: jax.Array, chunks: Arrays) -> tuple[Arrays, Any, Any]:
         """Return this device's sums, and the gradients by hidden states (per chunk) and matrix.
@@ -201,19 +276,29 @@ class Shard:
                 self.vocab_is_sharded,
             )
             hidden_gradient_BCD = None
-            if self.with_gradients:
+            if self.gradients != "none":
                 hidden_gradient_BCD = (gradient_RV @ output_VD).reshape(hidden_BCD.shape)
+            if self.gradients == "both":
                 output_gradient_VD += jnp.einsum(
                     "RV,RD->VD", gradient_RV, hidden_RD, preferred_element_type=jnp.float32
                 )
             return (loss + more_loss, nll + more_nll, output_gradient_VD), hidden_gradient_BCD
 
         zero = jnp.float32(0)
-        start = jnp.zeros(output_VD.shape if self.with_gradients else (), jnp.float32)
+        start = jnp.zeros(output_VD.shape if self.gradients == "both" else (), jnp.float32)
         (loss, nll, output_gradient_VD), hidden_gradients = jax.lax.scan(
             step, (zero, zero, start), chunks
         )
         return (loss, nll), hidden_gradients, output_gradient_VD
+
+
+def _gathered(output_VD: jax.Array, hidden_BTD: jax.Array) -> tuple[jax.Array, bool]:
+    """Return the matrix in the dtype of the hidden states, and whether it had to be gathered."""
+    is_gathered = output_VD.shape[1] != hidden_BTD.shape[2]  # sharded by `distributed.fsdp`
+    gathered_VD = output_VD.astype(hidden_BTD.dtype)
+    if is_gathered:
+        gathered_VD = jax.lax.all_gather(gathered_VD, "fsdp", axis=1, tiled=True)
+    return gathered_VD, is_gathered
 
 
 def _chunked(*arrays: jax.Array) -> tuple[jax.Array, ...]:

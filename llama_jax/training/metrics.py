@@ -10,6 +10,7 @@ import math
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -312,6 +313,14 @@ class StepClock:
 # ---- metrics of steps ----
 
 
+def format_metrics(metrics: Mapping[str, Any]) -> list[str]:
+    """Return metrics as fields of a line: fractions in percent, others with two decimals."""
+    return [
+        f"accuracy {value:.1%}" if name == "accuracy" else f"{name.replace('_', ' ')} {value:.2f}"
+        for name, value in metrics.items()
+    ]
+
+
 class Reporter:
     """Collects the metrics of steps and reports them in portions."""
 
@@ -350,7 +359,7 @@ class Reporter:
                 "learning_rate": float(metrics.learning_rate),
                 "gradient_norm": float(metrics.gradient_norm),
                 "seconds": seconds,
-            }
+            } | {name: float(value) for name, value in metrics.others.items()}
             self._metrics.write(record | (self._speed(seconds, use) if number == step else {}))
         loss = sum(float(metrics.loss) for metrics in pending) / len(pending)
         self._console.progress(step, self._fields(step, loss, pending[-1], seconds, use))
@@ -377,6 +386,7 @@ class Reporter:
             f"loss {loss:.4f}",
             f"lr {metrics.learning_rate:.2e}",
             f"norm {metrics.gradient_norm:.2f}",
+            *format_metrics(metrics.others),
             f"{rate:,.0f} tok/s",
             f"{1000 * seconds:.0f} ms/step",
             *([f"mfu {rate * self._flops / self._peak:.1%}"] if self._peak else []),

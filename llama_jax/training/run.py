@@ -14,17 +14,25 @@ from types import TracebackType
 import jax
 import jax.numpy as jnp
 
+from llama_jax.checkpoints.load import BASE
 from llama_jax.checkpoints.save import CheckpointWriter
 from llama_jax.config import Config
 from llama_jax.data.loader import Batch, abstract_batch
 from llama_jax.errors import NonFiniteLossError, UserError, is_out_of_memory, warn
-from llama_jax.training.metrics import Console, MetricsFile, Reporter, StepClock, format_duration
+from llama_jax.training.metrics import (
+    Console,
+    MetricsFile,
+    Reporter,
+    StepClock,
+    format_duration,
+    format_metrics,
+)
 from llama_jax.training.plot import draw
 from llama_jax.training.profiling import Profiler, Window
 from llama_jax.training.session import Session, open_session
 from llama_jax.training.step import StepMetrics, TrainState
 from llama_jax.training.summary import run_summary, versions
-from llama_jax.training.validation import sample, validation_loss
+from llama_jax.training.validation import sample, validation_metrics
 
 
 def fit(
@@ -173,15 +181,15 @@ class Trainer:
         if not self.has_validated:
             self.console.line("compiling the evaluation step")
         self.has_validated = True
-        loss = validation_loss(self.session, self.state)
-        if loss is None:
+        metrics = validation_metrics(self.session, self.state)
+        if metrics is None:
             return math.inf
-        perplexity = math.exp(min(loss, 700))
-        self.metrics.write({"step": self.step, "validation_loss": loss, "perplexity": perplexity})
-        best = "  best so far" if loss < self.best_loss else ""
-        self.console.line(
-            f"step {self.step}  validation loss {loss:.4f}  perplexity {perplexity:.2f}{best}"
-        )
+        loss = metrics.pop("loss")
+        if self.config.optimizer.loss == "next_token":
+            metrics = {"perplexity": math.exp(min(loss, 700))} | metrics
+        self.metrics.write({"step": self.step, "validation_loss": loss} | metrics)
+        fields = [f"step {self.step}", f"validation loss {loss:.4f}", *format_metrics(metrics)]
+        self.console.line("  ".join(fields + ["best so far"] * (loss < self.best_loss)))
         return loss
 
     def _report(self) -> None:
@@ -205,11 +213,12 @@ class Trainer:
     def _save(self, validation_loss: float) -> None:
         """Start to write a checkpoint of the current state."""
         best = {} if math.isinf(self.best_loss) else {"best_validation_loss": self.best_loss}
+        base = {BASE: self.session.base} if self.session.base else {}
         self.writer.save(
             self.step,
             self.state.trainable,
             self.state.optimizer,
-            {"data": self.session.data.fingerprint, "versions": versions()} | best,
+            {"data": self.session.data.fingerprint, "versions": versions()} | base | best,
             validation_loss,
         )
         self.saved_step = self.step

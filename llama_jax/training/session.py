@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from llama_jax.checkpoints.load import BASE
 from llama_jax.checkpoints.metadata import Run
-from llama_jax.checkpoints.restore import finished_steps, restore_newest
+from llama_jax.checkpoints.restore import finished_steps, folder_and_step, restore_newest
 from llama_jax.checkpoints.run_folder import (
     claimed_by_all,
     require_same_run,
@@ -34,7 +35,8 @@ from llama_jax.distributed.preemption import StopSignal, stop_of_all
 from llama_jax.distributed.processes import require_joined
 from llama_jax.errors import UsageError, UserError, catch_out_of_memory, warn
 from llama_jax.hardware.accelerators import memory_limit
-from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_path
+from llama_jax.training.initial import base_description, first_state, load_frozen
 from llama_jax.training.profiling import Window
 from llama_jax.training.step import (
     Programs,
@@ -70,6 +72,7 @@ class Session:
     batches: Callable[[int], Iterator[Batch]]  # the endless batches after a step
     validation_batches: Callable[[], Iterator[Batch]]  # those of one validation
     changes: dict[str, tuple[Any, Any]]  # settings that differ from the session before, (old, new)
+    base: str  # fingerprint of the frozen parameters; "": there are none
     stop: StopSignal
     profile: Window | None  # steps to trace
     opened: float  # by `time.perf_counter`
@@ -100,9 +103,13 @@ def open_session(
         _require_fitting_prompt(config, tokenizer, data.bos)
         seen = {"data.fingerprint": data.fingerprint[:16], "checkpoints": finished_steps(folder)}
         require_same(seen)
-        run = Run(config=config, bos=data.bos, eos=data.eos)
+        run = _run(config, data, tokenizer)
         changes = require_same_run(folder, run, data.tokenizer_path)
-        start = _restore(config, folder, data, mesh) or Start(state=programs.init())
+        if config.run.init_from and jax.process_index() == 0:
+            print(f"loading   {config.run.init_from}", flush=True)
+        frozen, base = load_frozen(config, mesh)
+        start = _restore(config, folder, data, mesh, frozen, base)
+        start = start or Start(state=first_state(config, programs, mesh, frozen))
         with together():
             if jax.process_index() == 0:
                 write_metadata(folder, run, data.tokenizer_path)
@@ -117,6 +124,7 @@ def open_session(
             batches=lambda step: load_training_batches(config, data, mesh, step),
             validation_batches=lambda: load_validation_batches(config, data, mesh),
             changes=changes,
+            base=base,
             stop=stop,
             profile=profile,
             opened=opened,
@@ -133,11 +141,33 @@ def _what_is_kept(folder: Path) -> str:
     )
 
 
-def _restore(config: Config, folder: Path, data: TokenFolder, mesh: Mesh) -> Start | None:
+def _run(config: Config, data: TokenFolder, tokenizer: Tokenizer) -> Run:
+    """Return the description of a run: prompted as its data are, and as the model it starts from.
+
+    Raises:
+      UserError: if that model has another tokenizer than the data.
+    """
+    prompting: dict[str, Any] = {"bos": data.bos, "eos": data.eos}
+    if found := base_description(config):
+        folder, _ = folder_and_step(config.run.init_from)
+        theirs = load_tokenizer(tokenizer_path(folder))
+        if theirs.sha256 != tokenizer.sha256:
+            raise UserError(
+                f"{data.path} was not tokenized with the tokenizer of {folder}; prepare it again"
+                f" with --tokenizer {folder}"
+            )
+        names = ("chat_template", "stop_ids", "generation")
+        prompting |= {name: getattr(found, name) for name in names}
+    return Run(config=config, **prompting)
+
+
+def _restore(
+    config: Config, folder: Path, data: TokenFolder, mesh: Mesh, frozen: Any, base: str
+) -> Start | None:
     """Return the state of the newest intact checkpoint on this mesh; None if there is none at all.
 
     Raises:
-      UserError: if no checkpoint is intact, or it was trained on other data.
+      UserError: if no checkpoint is intact, or it was trained on other data or another base.
     """
     shardings = state_shardings(config, mesh)
     expected = placed(abstract_state(config), shardings)
@@ -153,12 +183,18 @@ def _restore(config: Config, folder: Path, data: TokenFolder, mesh: Mesh) -> Sta
             f"{data.path} does not hold the data that step {restored.step} of {folder} was trained"
             " on; restore it, or accept the change with --config.data.allow_change=true"
         )
+    if restored.meta.get(BASE, "") != base:
+        raise UserError(
+            f"{config.run.init_from} is not the model that step {restored.step} of {folder} was"
+            " trained on (its fingerprint differs); restore it, or name it with"
+            " --config.run.init_from"
+        )
     step, healthy = jax.device_put(
         (jnp.int32(restored.step), jnp.bool(True)), (shardings.step, shardings.healthy)
     )
     model, optimizer = restored.trees["model"], restored.trees["optimizer"]
     return Start(
-        state=TrainState(step, healthy, trainable=model, frozen=None, optimizer=optimizer),
+        state=TrainState(step, healthy, trainable=model, frozen=frozen, optimizer=optimizer),
         step=restored.step,
         saved_step=restored.step,
         best_loss=restored.meta.get("best_validation_loss", math.inf),

@@ -1,8 +1,7 @@
 """One step of training: (state, batch) → (state, metrics).
 
 The state is split into what is trained and what is frozen, and the loss is an argument, so that
-fine-tuning is another state and another loss, not another step. In pretraining the trainable part
-is the whole model and nothing is frozen.
+fine-tuning is another state and another objective, not another step; see `training.objectives`.
 
 Dropout's key is a function of the seed and the step: a resumed run draws what an uninterrupted one
 would have drawn.
@@ -11,7 +10,7 @@ would have drawn.
 import dataclasses
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llama_jax.config import Config
+from llama_jax.config import FLOAT_BASES, Config
 from llama_jax.data.loader import Batch
 from llama_jax.distributed.fsdp import (
     example_ids,
@@ -39,8 +38,9 @@ from llama_jax.errors import UsageError
 from llama_jax.inference.decode import attention_on_mesh
 from llama_jax.kernels.attention import choose_kernel
 from llama_jax.model.execution import HOST_MEMORY, Execution
+from llama_jax.model.lora import init_adapters
 from llama_jax.model.transformer import Llama
-from llama_jax.training.loss import summed_loss
+from llama_jax.training.objectives import Loss, Sums, objective_of
 from llama_jax.training.optimizer import learning_rate_schedule, make_optimizer
 
 
@@ -51,8 +51,8 @@ class TrainState:
 
     step: jax.Array  # int32, updates made so far
     healthy: jax.Array  # False once a loss or gradient was not finite: then nothing changes
-    trainable: Any  # parameters with gradients and moments; the whole `Llama` in pretraining
-    frozen: Any  # parameters that the loss only reads; None in pretraining
+    trainable: Any  # parameters with gradients and moments: the whole `Llama`, or adapters
+    frozen: Any  # parameters that the loss only reads: their base, or a reference model; or None
     optimizer: optax.OptState
 
 
@@ -61,67 +61,38 @@ class TrainState:
 class StepMetrics:
     """Metrics of a step, as float32 scalars on the device."""
 
-    loss: jax.Array  # mean nats per unmasked token, before the update
+    loss: jax.Array  # mean per unmasked token, in nats, or per pair, before the update
     gradient_norm: jax.Array  # before clipping
     learning_rate: jax.Array
     healthy: jax.Array  # whether the update was made
-
-
-Sums = tuple[jax.Array, jax.Array]
-
-
-class Loss(Protocol):
-    """A loss to train with, summed over sequences."""
-
-    def __call__(
-        self,
-        trainable: Any,
-        frozen: Any,
-        batch: Batch,
-        *,
-        config: Config,
-        execution: Execution,
-        dropout_key: jax.Array | None,
-    ) -> tuple[jax.Array, Sums]:
-        """Return (the sum to minimise, (the summed loss to report, the sum of the weights)).
-
-        The step divides gradients and the reported loss by the sum of the weights over the whole
-        batch. Without a `dropout_key` nothing is dropped.
-        """
-        ...
-
-
-def next_token_loss(
-    trainable: Llama,
-    frozen: None,
-    batch: Batch,
-    *,
-    config: Config,
-    execution: Execution,
-    dropout_key: jax.Array | None,
-) -> tuple[jax.Array, Sums]:
-    """The loss of pretraining: cross-entropy of each target, and the z-loss of the config."""
-    hidden_BTD, _ = trainable.hidden(
-        batch.inputs_BT,
-        segments_BT=batch.segments_BT,
-        dropout_key=dropout_key,
-        execution=execution,
-    )
-    loss, nll = summed_loss(
-        hidden_BTD,
-        trainable.output_VD,
-        batch.targets_BT,
-        batch.weights_BT,
-        config.optimizer.z_loss,
-    )
-    return loss, (nll, jnp.sum(batch.weights_BT))
+    others: dict[str, jax.Array]  # means of what else the objective reports, by name
 
 
 def init_state(config: Config) -> TrainState:
-    """Return the state before the first step, a pure function of `config.run.seed`."""
+    """Return the state before the first step, a pure function of `config.run.seed`.
+
+    With `run.init_from`, the weights of that checkpoint take the places of random ones; see
+    `training.initial`.
+    """
     model = Llama(config.model, rngs=nnx.Rngs(config.run.seed))
-    optimizer = make_optimizer(config.optimizer).init(model)
-    return TrainState(jnp.int32(0), jnp.bool(True), model, None, optimizer)
+    trainable: Any = model
+    frozen = None
+    if config.lora.rank:
+        key = jax.random.key(config.run.seed)
+        trainable, frozen = init_adapters(config.model, config.lora, key), as_base(model, config)
+    elif config.optimizer.loss == "dpo":
+        frozen = as_base(model, config)
+    optimizer = make_optimizer(config.optimizer).init(trainable)
+    return TrainState(jnp.int32(0), jnp.bool(True), trainable, frozen, optimizer)
+
+
+def as_base(model: Llama, config: Config) -> Llama:
+    """Return a model as `lora.base` stores frozen weights, its blocks stacked where possible."""
+    kind = config.lora.base
+    if kind in FLOAT_BASES:
+        dtype = config.model.compute_dtype if kind == "compute" else kind
+        return jax.tree.map(lambda array: array.astype(dtype), model)
+    raise UsageError(f"lora.base={kind!r} is not supported yet")
 
 
 @lru_cache(maxsize=16)
@@ -147,11 +118,13 @@ def make_execution(config: Config, mesh: Mesh | None = None, *, training: bool =
     if remat == "offload":
         _require_host_memory()
     kernel = attention_kernel(config, device, training=training)
+    # Recomputed blocks stay rolled up: unrolled, all of them would be in memory together. With
+    # adapters a layer keeps less, copying it costs nothing, and compiling is 7 times as fast.
+    is_unrolled = device.platform == "cpu" and remat == "none" and not config.lora.rank
     return Execution(
         attention=attention_on_mesh(kernel),
         remat=remat,
-        # Recomputed blocks stay rolled up: unrolled, all of them would be in memory together.
-        unroll=UNROLLED_ON_CPU if device.platform == "cpu" and remat == "none" else 1,
+        unroll=UNROLLED_ON_CPU if is_unrolled else 1,
         constrain=constrain_sequence if config.mesh.sequence else constrain,
         gather=gather if mesh is not None and mesh.shape["fsdp"] > 1 else None,
         lookup=lookup,
@@ -190,20 +163,24 @@ def train_step(
     batch: Batch,
     config: Config,
     execution: Execution,
-    loss: Loss = next_token_loss,
+    loss: Loss | None = None,
 ) -> tuple[TrainState, StepMetrics]:
     """Make one update from a batch, microbatch by microbatch.
 
     Losses and gradients are summed over microbatches, then over devices, and divided once by the
     sum of the weights, so that the number of microbatches changes nothing but rounding.
+
+    Args:
+      loss: by default that of the config's objective.
     """
     key = jax.random.fold_in(jax.random.key(config.run.seed), state.step)
-    (total, weights), gradients = summed_gradients(
+    sums, gradients = summed_gradients(
         state.trainable, state.frozen, batch, key, config, execution, loss
     )
-    weights = jnp.maximum(weights, 1.0)
+    weights = jnp.maximum(sums.pop("weights"), 1.0)
     gradients = jax.tree.map(lambda gradient: gradient / weights, gradients)
-    return _update(state, total / weights, gradients, config)
+    means = {name: total / weights for name, total in sums.items()}
+    return _update(state, means, gradients, config)
 
 
 def summed_gradients(
@@ -213,16 +190,19 @@ def summed_gradients(
     key: jax.Array,
     config: Config,
     execution: Execution,
-    loss: Loss = next_token_loss,
+    loss: Loss | None = None,
 ) -> tuple[Sums, Any]:
-    """Return ((loss, weights), gradients of the trainable part), summed over the whole batch.
+    """Return (sums by name, gradients of the trainable part), over the whole batch.
 
     Dropout is drawn from `key`.
     """
 
+    loss = loss or objective_of(config).loss
+    has_dropout = bool(config.model.dropout or config.lora.dropout)
+
     def accumulated(trainable: Any, frozen: Any, batch: Batch) -> tuple[Sums, Any]:
         def microbatch(trainable: Any, batch: Batch, row_B: jax.Array) -> tuple[jax.Array, Sums]:
-            dropout_key = jax.random.fold_in(key, row_B[0]) if config.model.dropout else None
+            dropout_key = jax.random.fold_in(key, row_B[0]) if has_dropout else None
             return loss(
                 trainable,
                 frozen,
@@ -246,9 +226,10 @@ def summed_gradients(
 
 
 def _update(
-    state: TrainState, loss: jax.Array, gradients: Any, config: Config
+    state: TrainState, means: dict[str, jax.Array], gradients: Any, config: Config
 ) -> tuple[TrainState, StepMetrics]:
     """Apply the optimizer, or keep the state where loss or gradients are not finite."""
+    loss = means.pop("loss")
     norm = optax.tree.norm(gradients)
     healthy = state.healthy & jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, optimizer = make_optimizer(config.optimizer).update(
@@ -260,7 +241,7 @@ def _update(
     )
     kept = dataclasses.replace(state, healthy=healthy)
     rate = learning_rate_schedule(config.optimizer)(state.step)
-    metrics = StepMetrics(loss, norm, jnp.float32(rate), healthy)
+    metrics = StepMetrics(loss, norm, jnp.float32(rate), healthy, means)
     return jax.tree.map(partial(_where, healthy), changed, kept), metrics
 
 
@@ -269,19 +250,13 @@ def _where(condition: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def evaluation_step(
-    trainable: Any,
-    frozen: Any,
-    batch: Batch,
-    config: Config,
-    execution: Execution,
-    loss: Loss = next_token_loss,
+    trainable: Any, frozen: Any, batch: Batch, config: Config, execution: Execution
 ) -> Sums:
-    """Return the summed loss of a batch to report, and the sum of its weights."""
+    """Return the sums of the objective's metrics over a batch."""
 
     def sums(trainable: Any, frozen: Any, batch: Batch) -> Sums:
-        return loss(trainable, frozen, batch, config=config, execution=execution, dropout_key=None)[
-            1
-        ]
+        metrics = objective_of(config).metrics
+        return metrics(trainable, frozen, batch, config=config, execution=execution)
 
     return sums_over_rows(sums, trainable, frozen, batch)
 
@@ -299,7 +274,7 @@ class Programs:
 
 
 @lru_cache(maxsize=16)
-def jit_programs(config: Config, mesh: Mesh, loss: Loss = next_token_loss) -> Programs:
+def jit_programs(config: Config, mesh: Mesh) -> Programs:
     """Return the programs of a run on a mesh.
 
     Cached, so that further sessions of a run in one process compile nothing again.
@@ -312,11 +287,11 @@ def jit_programs(config: Config, mesh: Mesh, loss: Loss = next_token_loss) -> Pr
     places, replicated = state_shardings(config, mesh), NamedSharding(mesh, PartitionSpec())
     return Programs(
         init=jax.jit(partial(init_state, config), out_shardings=places),
-        train=jit_train_step(config, mesh, loss=loss),
+        train=jit_train_step(config, mesh),
         evaluate=jax.jit(
-            partial(evaluation_step, config=config, execution=execution, loss=loss),
+            partial(evaluation_step, config=config, execution=execution),
             in_shardings=(places.trainable, places.frozen, batch_sharding(mesh)),
-            out_shardings=(replicated, replicated),
+            out_shardings=replicated,
         ),
     )
 
@@ -325,7 +300,6 @@ def jit_train_step(
     config: Config,
     mesh: Mesh,
     execution: Execution | None = None,
-    loss: Loss = next_token_loss,
 ) -> Any:
     """Return `train_step` jitted for a mesh, with the state donated.
 
@@ -339,7 +313,7 @@ def jit_train_step(
     execution = execution or make_execution(config, mesh)
     places, replicated = state_shardings(config, mesh), NamedSharding(mesh, PartitionSpec())
     return jax.jit(
-        partial(train_step, config=config, execution=execution, loss=loss),
+        partial(train_step, config=config, execution=execution),
         in_shardings=(places, batch_sharding(mesh)),
         out_shardings=(places, replicated),
         donate_argnums=0,

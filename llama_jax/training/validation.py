@@ -1,4 +1,4 @@
-"""Validation of a run: the loss on held-out text, and a sample of what the model writes."""
+"""Validation of a run: its metrics on held-out text, and a sample of what the model writes."""
 
 import textwrap
 
@@ -8,20 +8,22 @@ from llama_jax.inference.completions import add_text, encode_prompt, stop_ids
 from llama_jax.inference.engine import Engine
 from llama_jax.inference.request import Request, SamplingParams
 from llama_jax.model.transformer import unstack
+from llama_jax.training.objectives import model_of
 from llama_jax.training.session import Session
 from llama_jax.training.step import TrainState
 
 
-def validation_loss(session: Session, state: TrainState) -> float | None:
-    """Return the mean loss on held-out text in nats per token; None after a stop signal."""
+def validation_metrics(session: Session, state: TrainState) -> dict[str, float] | None:
+    """Return the mean of each metric on held-out text, by name; None after a stop signal."""
     sums = []
     for batch in session.validation_batches():
         sums.append(session.programs.evaluate(state.trainable, state.frozen, batch))
         jax.block_until_ready(sums[-2:][0])  # at most one batch is queued
         if session.stop.requested():
             return None
-    total, weights = (sum(float(value) for value in values) for values in zip(*sums))
-    return total / weights
+    totals = {name: sum(float(each[name]) for each in sums) for name in sums[0]}
+    weights = totals.pop("weights")
+    return {name: total / weights for name, total in totals.items()}
 
 
 def sample(session: Session, state: TrainState, seed: int) -> str:
@@ -36,7 +38,8 @@ def sample(session: Session, state: TrainState, seed: int) -> str:
         stop_ids=stop_ids(tokenizer, session.data.bos),
         echo=[run.sample_prompt],
     )
-    deltas = Engine(_unstack(state.trainable)).generate(request)
+    model = model_of(session.config, state.trainable, state.frozen)
+    deltas = Engine(_unstack(model)).generate(request)
     text = "".join(delta.text for delta in add_text(deltas, request, tokenizer))
     return textwrap.indent(textwrap.fill(text, 96), "  | ")
 

@@ -102,7 +102,7 @@ def compiled(shape, config):
 def assert_equal_to_one_device(shape, config, alone):
     expected = compiled((1, 1, 1), alone)[1]
     got = compiled(shape, config)[1]
-    tokens = expected[0][1]
+    tokens = expected[0]["weights"]
     for result, right in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(result / tokens, right / tokens, rtol=1e-5, atol=1e-5)
 
@@ -138,8 +138,8 @@ def test_of_packed_documents_too(shape, sequence):
     alone = make_config(packing="documents")
     config = make_config(accumulation=2, sequence=sequence, packing="documents")
     assert_equal_to_one_device(shape, config, alone)
-    as_one_text = compiled((1, 1, 1), make_config())[1][0][0]
-    assert abs(compiled((1, 1, 1), alone)[1][0][0] / as_one_text - 1) > 1e-4
+    as_one_text = compiled((1, 1, 1), make_config())[1][0]["loss"]
+    assert abs(compiled((1, 1, 1), alone)[1][0]["loss"] / as_one_text - 1) > 1e-4
 
 
 def test_validation_is_cut_as_training_is():
@@ -155,7 +155,8 @@ def test_validation_is_cut_as_training_is():
         program = jit_programs(config, mesh).evaluate.lower(*given).compile()
         sums = program(*given)
     expected = compiled((1, 1, 1), make_config())[1][0]
-    np.testing.assert_allclose(sums, expected, rtol=1e-5)
+    for name, total in expected.items():
+        np.testing.assert_allclose(sums[name], total, rtol=1e-5)
     assert (B // 4, T // 2, D) in arrays_in(program.as_text())
 
 
@@ -163,8 +164,8 @@ def test_dropout_draws_for_a_row_the_same_wherever_it_is():
     """Also the one test here of the `xla` attention, which alone can drop."""
     config = make_config(dropout=0.3)
     assert_equal_to_one_device((2, 2, 2), config, config)
-    without = compiled((1, 1, 1), make_config())[1][0][0]
-    assert abs(compiled((1, 1, 1), config)[1][0][0] / without - 1) > 1e-4
+    without = compiled((1, 1, 1), make_config())[1][0]["loss"]
+    assert abs(compiled((1, 1, 1), config)[1][0]["loss"] / without - 1) > 1e-4
 
 
 def test_left_to_the_compiler_it_is_the_same():
@@ -183,7 +184,7 @@ def test_left_to_the_compiler_it_is_the_same():
     with jax.set_mesh(mesh):
         placed = jax.device_put(model, shardings(model, mesh))
         got = jax.jit(nll)(placed, jax.device_put(batch, batch_sharding(mesh)))
-    np.testing.assert_allclose(got, compiled((1, 1, 1), make_config())[1][0][0], rtol=1e-5)
+    np.testing.assert_allclose(got, compiled((1, 1, 1), make_config())[1][0]["loss"], rtol=1e-5)
 
 
 def arrays_in(text):

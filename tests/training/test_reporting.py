@@ -40,7 +40,7 @@ def reporter(now, **changes):
 
 
 def metrics_of(loss, healthy=True):
-    return StepMetrics(*map(jnp.float32, (loss, 0.5, 3e-4)), jnp.bool(healthy))
+    return StepMetrics(*map(jnp.float32, (loss, 0.5, 3e-4)), jnp.bool(healthy), {})
 
 
 def test_every_step_has_a_record_and_the_last_of_them_speed_and_memory(now, monkeypatch):

@@ -98,7 +98,7 @@ def stop_at(last):
 def validation_losses(values):
     """Return an `evaluate` program that gives these mean losses of validations of two batches."""
     values = iter([value for value in values for _ in range(2)])
-    return lambda *_: (jnp.float32(next(values)), jnp.float32(1.0))
+    return lambda *_: {"loss": jnp.float32(next(values)), "weights": jnp.float32(1.0)}
 
 
 def test_tiny_model_learns(tokens, tmp_path, capfd):
@@ -237,7 +237,7 @@ def test_stop_signal_ends_a_validation(config, tmp_path):
     def evaluate(*_):
         calls.append(1)
         signal.raise_signal(signal.SIGTERM)
-        return jnp.float32(1.0), jnp.float32(1.0)
+        return {"loss": jnp.float32(1.0), "weights": jnp.float32(1.0)}
 
     assert train(config, evaluate=evaluate) == 143
     assert len(calls) == 1  # one batch of the two

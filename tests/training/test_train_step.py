@@ -17,6 +17,7 @@ from llama_jax.data.loader import Batch
 from llama_jax.distributed.mesh import batch_sharding, make_mesh, shardings
 from llama_jax.errors import UsageError
 from llama_jax.hardware.hlo import collectives
+from llama_jax.training.objectives import next_token_loss
 from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.step import (
     TrainState,
@@ -25,7 +26,6 @@ from llama_jax.training.step import (
     jit_programs,
     jit_train_step,
     make_execution,
-    next_token_loss,
     state_shardings,
     summed_gradients,
     train_step,
@@ -128,8 +128,8 @@ def test_the_loss_is_a_mean_over_tokens_not_over_microbatches(whole):
     """The batch above could tell: the mean of its microbatches' means is another number."""
     config, batch = make_config(), make_batch()
     model, evaluate = init_state(config).trainable, jit_programs(config, one_device()).evaluate
-    nll, tokens = evaluate(model, None, batch)
-    assert whole[1][0].loss == pytest.approx(float(nll / tokens), rel=1e-5)
+    sums = evaluate(model, None, batch)
+    assert whole[1][0].loss == pytest.approx(float(sums["loss"] / sums["weights"]), rel=1e-5)
 
     def part(start):
         weights_BT = np.zeros_like(batch.weights_BT)
@@ -137,7 +137,7 @@ def test_the_loss_is_a_mean_over_tokens_not_over_microbatches(whole):
         return evaluate(model, None, dataclasses.replace(batch, weights_BT=weights_BT))
 
     parts = [part(start) for start in (0, 4, 8, 12)]
-    of_means = np.mean([nll / tokens for nll, tokens in parts])
+    of_means = np.mean([sums["loss"] / sums["weights"] for sums in parts])
     assert abs(of_means / whole[1][0].loss - 1) > 1e-4
 
 
@@ -194,9 +194,10 @@ def test_frozen_parameters_stay_and_trainable_ones_follow_the_loss(sizes):
         batch = jax.device_put(make_batch(), batch_sharding(mesh))
         after, metrics = step(state, batch)
         after, _ = jax.device_get(step(after, batch))  # the rate of the first step is 0
-        (total, tokens), gradients = jax.device_get(gradients_of(state.frozen, None, batch))
+        sums, gradients = jax.device_get(gradients_of(state.frozen, None, batch))
+    tokens = sums["weights"]
     assert_same([model, after.frozen])
-    assert metrics.loss == pytest.approx(total / tokens, rel=1e-5)
+    assert metrics.loss == pytest.approx(sums["loss"] / tokens, rel=1e-5)
     norm = np.linalg.norm(gradients.norm.scale[...] / tokens)
     assert metrics.gradient_norm == pytest.approx(norm, rel=1e-4)
     assert np.all(after.trainable.scale[...] != model.norm.scale[...])
