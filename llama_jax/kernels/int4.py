@@ -1,6 +1,8 @@
 """Storage of int8 and int4 matrices: their values, and how two four-bit integers share a byte."""
 
 import dataclasses
+import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,18 @@ class Quantized:
     values: jax.Array
     scale: jax.Array
     minimum: jax.Array | None = None
+
+    def merged(self) -> "Quantized":
+        """The matrix with its output dims merged into one, and for int8 its input dims too."""
+        if self.minimum is None:
+            O = math.prod(self.scale.shape)
+            return Quantized(self.values.reshape(O, -1), self.scale.reshape(O))
+        return jax.tree.map(lambda array: array.reshape(-1, array.shape[-1]), self)
+
+    def rows(self, start: jax.Array, length: int) -> "Quantized":
+        """The matrix of some adjacent outputs only."""
+        cut = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=length)
+        return jax.tree.map(cut, self)
 
     def inputs(self, start: int, length: int) -> "Quantized":
         """The matrix of some inputs only; for int4, of whole blocks."""
@@ -83,18 +97,32 @@ def unpack(x_RI: jax.Array, kernel: Quantized) -> list[tuple[jax.Array, Unpacked
     One pair for int8; two for int4, of the low and of the high bits.
     """
     if kernel.minimum is None:
-        return [(x_RI, Unpacked(kernel.values))]
+        return [(x_RI, halves(kernel)[0])]
     R, P = x_RI.shape[0], kernel.values.shape[1]
     x_RI = jnp.pad(x_RI, ((0, 0), (0, 2 * P - x_RI.shape[1])))
     x_RBsH = x_RI.reshape(R, P // HALF, 2, HALF)
+    low, high = halves(kernel)
+    return [(x_RBsH[:, :, 0].reshape(R, P), low), (x_RBsH[:, :, 1].reshape(R, P), high)]
+
+
+def join(parts_RP: list[jax.Array], inputs: int) -> jax.Array:
+    """[R, I] of the parts [R, P] that belong to each of `halves`; `unpack` parts its x so."""
+    if len(parts_RP) == 1:
+        return parts_RP[0]
+    R = parts_RP[0].shape[0]
+    blocks_RBH = [part_RP.reshape(R, -1, HALF) for part_RP in parts_RP]
+    return jnp.stack(blocks_RBH, axis=2).reshape(R, -1)[:, :inputs]
+
+
+def halves(kernel: Quantized) -> list[Unpacked]:
+    """A merged kernel's integers: for int8 all of them; for int4 those of low and of high bits."""
+    if kernel.minimum is None:
+        return [Unpacked(kernel.values)]
     low, high = kernel.values & 15, kernel.values & 0xF0  # the high ones stay 16-fold: no shift
-    groups = kernel.scale.shape[1] * HALF // P  # of a block: 1 or 2
+    groups = kernel.scale.shape[1] * HALF // kernel.values.shape[1]  # of a block: 1 or 2
     last = groups - 1
     scale, minimum = kernel.scale.astype(jnp.float32), kernel.minimum.astype(jnp.float32)
     return [
-        (x_RBsH[:, :, 0].reshape(R, P), Unpacked(low, scale[:, ::groups], minimum[:, ::groups])),
-        (
-            x_RBsH[:, :, 1].reshape(R, P),
-            Unpacked(high, scale[:, last::groups] / 16, minimum[:, last::groups]),
-        ),
+        Unpacked(low, scale[:, ::groups], minimum[:, ::groups]),
+        Unpacked(high, scale[:, last::groups] / 16, minimum[:, last::groups]),
     ]

@@ -50,16 +50,13 @@ class QuantizedMatrix(nnx.Module):
 
     def floats(self, dtype: jnp.dtype) -> jax.Array:
         """Return the dequantized kernel [*outputs, *inputs]."""
-        kernel_OI = self.merged().dequantize(math.prod(self.inputs), dtype)
+        kernel_OI = self.arrays().merged().dequantize(math.prod(self.inputs), dtype)
         return kernel_OI.reshape(self.outputs + self.inputs)
 
-    def merged(self) -> Quantized:
-        """Return the matrix as [O, I], its output dims merged and its input dims merged."""
-        O = math.prod(self.outputs)
-        values = self.kernel[...].reshape(O, -1)
-        if not hasattr(self, "lowest"):
-            return Quantized(values, self.scale[...].reshape(O))
-        return Quantized(values, *(a[...].reshape(O, -1) for a in (self.scale, self.lowest)))
+    def arrays(self) -> Quantized:
+        """Return the arrays as kernels take them."""
+        lowest = self.lowest[...] if hasattr(self, "lowest") else None
+        return Quantized(self.kernel[...], self.scale[...], lowest)
 
 
 def quantize_kernel(kernel: jax.Array, outputs: Dims, group_size: int) -> dict[str, jax.Array]:
@@ -84,7 +81,7 @@ class QuantizedLinear(QuantizedMatrix):
     def __call__(self, x: jax.Array) -> jax.Array:
         rows = x.shape[: x.ndim - len(self.inputs)]
         x_RI = x.reshape(-1, math.prod(self.inputs))
-        y = times_quantized(x_RI, self.merged(), x.dtype).reshape(rows + self.outputs)
+        y = times_quantized(x_RI, self.arrays(), x.dtype).reshape(rows + self.outputs)
         return add_bias(self, y)
 
 
@@ -93,9 +90,9 @@ class QuantizedTable(QuantizedMatrix):
 
     def rows(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Return the embeddings [*ids, D] of tokens."""
-        chosen = jax.tree.map(lambda array: array[ids], self.merged())
+        chosen = jax.tree.map(lambda array: array[ids], self.arrays())
         return chosen.dequantize(self.inputs[0], dtype)
 
     def __call__(self, x_RD: jax.Array) -> jax.Array:
         """Return float32 logits [R, V]."""
-        return times_quantized(x_RD, self.merged(), FLOAT32)
+        return times_quantized(x_RD, self.arrays(), FLOAT32)
