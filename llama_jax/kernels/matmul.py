@@ -119,7 +119,7 @@ def implementation_for(rows: int, kernel: Quantized) -> Callable[[jax.Array, Qua
     """The fastest implementation here for so many rows."""
     if on_one_cpu_device():
         return sum_lanes if rows <= FEW else by_blocks
-    return multiply_and_reduce if rows <= FEW and kernel.minimum is not None else convert
+    return multiply_and_reduce if rows <= FEW and kernel.kind != "int8" else convert
 
 
 def convert(x_RI: jax.Array, kernel: Quantized) -> jax.Array:
@@ -190,9 +190,9 @@ def sum_lanes(x_RI: jax.Array, kernel: Quantized) -> jax.Array:
     call.
     """
     wide_RI, I = x_RI.astype(FLOAT32), x_RI.shape[1]
-    length = _run_length(I) if kernel.minimum is None else BLOCK
+    length = _run_length(I) if kernel.kind == "int8" else BLOCK
     runs = [(wide_RI[:, i : i + length], kernel.inputs(i, length)) for i in range(0, I, length)]
-    most = len(runs) if kernel.minimum is None else BLOCKS
+    most = len(runs) if kernel.kind == "int8" else BLOCKS
     sums_RO = [_sum_runs(runs[i : i + most]) for i in range(0, len(runs), most)]
     return reduce(jnp.add, sums_RO)
 
@@ -205,7 +205,7 @@ def _sum_runs(runs: list[tuple[jax.Array, Quantized]]) -> jax.Array:
         for x_RL, part in unpack(x_RI, run)
     )
     lanes_ORL = reduce(jnp.add, terms_ORL)
-    if runs[0][1].minimum is None:
+    if runs[0][1].kind == "int8":
         lanes_ORL *= runs[0][1].scale.astype(FLOAT32)[:, None, None]
     return _over_lanes(lanes_ORL)
 
@@ -225,5 +225,5 @@ def _run_length(inputs: int) -> int:
 
 
 def _scaled(sums_RO: jax.Array, kernel: Quantized) -> jax.Array:
-    """Sums times the scale of each output; int4 products were scaled by block already."""
-    return sums_RO if kernel.minimum is not None else sums_RO * kernel.scale.astype(FLOAT32)[None]
+    """Sums times the scale of each output; four-bit products were scaled by block already."""
+    return sums_RO if kernel.kind != "int8" else sums_RO * kernel.scale.astype(FLOAT32)[None]
