@@ -224,7 +224,7 @@ def abstract_model(step: Path, description: Description) -> Llama:
         arrays = len(layout.names(item))
         if arrays < config.num_layers:  # layers are traced one by one
             raise ValueError(f"it has {arrays} arrays for {config.num_layers} layers")
-        return abstract_quantized(config, quantization.kind, quantization.group_size)
+        return abstract_quantized(config, *dataclasses.astuple(quantization))
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:

@@ -4,6 +4,7 @@ A converted model becomes a folder like that of a training run, with step 0 alon
 optimizer, data or run. `checkpoints.metadata` and `checkpoints.layout` define its other contents.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -233,7 +234,7 @@ def _float_parts(weights: Weights) -> Iterator[Part]:
 
 def _int_parts(weights: Weights, quantization: QuantizationConfig) -> Iterator[Part]:
     """Yield the arrays of the quantised model, equal to those of `quantization.quantize`."""
-    small = abstract_quantized(weights.config, quantization.kind, quantization.group_size)
+    small = abstract_quantized(weights.config, *dataclasses.astuple(quantization))
     matrices = _matrices(small)
     for name in tensor_shapes(weights.config):
         tensor = weights.tensors[name]
@@ -266,7 +267,7 @@ def _quantized(name: str, matrix: QuantizedMatrix, kernel: jax.Array) -> dict[st
     if isinstance(matrix, QuantizedLinear):  # float kernels have their inputs first
         kernel = kernel.reshape(math.prod(matrix.inputs), -1).T
         kernel = kernel.reshape(matrix.outputs + matrix.inputs)
-    parts = quantize_kernel(kernel, matrix.outputs, matrix.group_size)
+    parts = quantize_kernel(kernel, matrix.outputs, matrix.quantization)
     return {f"{name}.{part}": np.asarray(array) for part, array in parts.items()}
 
 

@@ -11,7 +11,8 @@ than a few rows by a matrix. For quantised kernels:
 - `multiply_and_reduce`: elsewhere, four bits and up to `FEW` rows. One fused loop.
 - `convert`: elsewhere; XLA fuses the conversion into its matmul.
 
-`benchmarks/matvec.py` measures them all.
+`benchmarks/matvec.py` measures them all. Gradients flow to the rows, not to a quantised kernel,
+whose integers are all that the backward pass keeps of it.
 """
 
 import math
@@ -21,7 +22,7 @@ from functools import partial, reduce
 import jax
 import jax.numpy as jnp
 
-from llama_jax.kernels.int4 import BLOCK, Quantized, unpack
+from llama_jax.kernels.int4 import BLOCK, Quantized, halves, join, unpack
 
 FEW = 4
 MANY = 64  # rows from which on XLA is as fast either way
@@ -84,17 +85,41 @@ def sum_vectors(x_RI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnames="dtype")
 def times_quantized(x_RI: jax.Array, kernel: Quantized, dtype: jnp.dtype) -> jax.Array:
-    """x · kernelᵀ, [R, O] in `dtype`, for a quantised kernel."""
+    """x · kernelᵀ, [R, O] in `dtype`, for a quantised kernel; it has no gradient by the kernel.
+
+    The kernel's output and input dims may be several: merged here, the integers that the backward
+    pass keeps are those that came in, and a scan over stacked kernels makes no copy of them.
+    """
+    return _times_quantized(x_RI, kernel, dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _times_quantized(x_RI: jax.Array, kernel: Quantized, dtype: jnp.dtype) -> jax.Array:
     # Tied to x, which changes: else XLA would hoist the dequantisation out of the decode loop.
-    kernel, x_RI = jax.lax.optimization_barrier((kernel, x_RI))
+    kernel, x_RI = jax.lax.optimization_barrier((kernel.merged(), x_RI))
     return implementation_for(x_RI.shape[0], kernel)(x_RI, kernel).astype(dtype)
+
+
+def _forward(x_RI, kernel, dtype):  # type: ignore[no-untyped-def]
+    nothing_0I = x_RI[:0]  # x's width and dtype
+    return _times_quantized(x_RI, kernel, dtype), (nothing_0I, kernel)
+
+
+def _backward(_dtype, residuals, gradient_RO):  # type: ignore[no-untyped-def]
+    (nothing_0I, kernel), dtype = residuals, residuals[0].dtype
+    kernel, gradient_RO = jax.lax.optimization_barrier((kernel.merged(), gradient_RO))
+    multiply = blocks_transposed if on_one_cpu_device() else convert_transposed
+    return multiply(gradient_RO.astype(dtype), kernel, nothing_0I.shape[1]).astype(dtype), None
+
+
+_times_quantized.defvjp(_forward, _backward)
 
 
 def implementation_for(rows: int, kernel: Quantized) -> Callable[[jax.Array, Quantized], jax.Array]:
     """The fastest implementation here for so many rows."""
     if on_one_cpu_device():
         return sum_lanes if rows <= FEW else by_blocks
-    return multiply_and_reduce if rows <= FEW and kernel.minimum is not None else convert
+    return multiply_and_reduce if rows <= FEW and kernel.kind != "int8" else convert
 
 
 def convert(x_RI: jax.Array, kernel: Quantized) -> jax.Array:
@@ -124,10 +149,37 @@ def by_blocks(x_RI: jax.Array, kernel: Quantized) -> jax.Array:
 
     def add_block(index: jax.Array, out_RO: jax.Array) -> jax.Array:
         start = jnp.minimum(index * size, O - size)  # the last block may overlap the one before
-        block = jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, start, size), kernel)
-        return jax.lax.dynamic_update_slice_in_dim(out_RO, convert(wide_RI, block), start, axis=1)
+        block = convert(wide_RI, kernel.rows(start, size))
+        return jax.lax.dynamic_update_slice_in_dim(out_RO, block, start, axis=1)
 
     return jax.lax.fori_loop(0, blocks, add_block, jnp.zeros((R, O), FLOAT32))
+
+
+def convert_transposed(y_RO: jax.Array, kernel: Quantized, inputs: int) -> jax.Array:
+    """y · kernel, the transpose of `convert`, in the dtype of y but for float32 sums; [R, I]."""
+    y_RO = _scaled(y_RO.astype(FLOAT32), kernel).astype(y_RO.dtype)
+    parts_RP = [
+        jnp.dot(y_RO, part.dequantize(y_RO.dtype), preferred_element_type=FLOAT32)
+        for part in halves(kernel)
+    ]
+    return join(parts_RP, inputs)
+
+
+def blocks_transposed(y_RO: jax.Array, kernel: Quantized, inputs: int) -> jax.Array:
+    """`convert_transposed` a block of outputs at a time, so that few floats exist; [R, I]."""
+    R, O = y_RO.shape
+    wide_RO = y_RO.astype(FLOAT32)
+    blocks = math.ceil(O * inputs / MADE_FLOAT)
+    size = math.ceil(O / blocks)
+
+    def add_block(index: jax.Array, sum_RI: jax.Array) -> jax.Array:
+        start = jnp.minimum(index * size, O - size)
+        y_RB = jax.lax.dynamic_slice_in_dim(wide_RO, start, size, axis=1)
+        is_new_B = start + jnp.arange(size) >= index * size  # others were added before
+        y_RB = jnp.where(is_new_B[None], y_RB, 0.0)
+        return sum_RI + convert_transposed(y_RB, kernel.rows(start, size), inputs)
+
+    return jax.lax.fori_loop(0, blocks, add_block, jnp.zeros((R, inputs), FLOAT32))
 
 
 def sum_lanes(x_RI: jax.Array, kernel: Quantized) -> jax.Array:
@@ -138,9 +190,9 @@ def sum_lanes(x_RI: jax.Array, kernel: Quantized) -> jax.Array:
     call.
     """
     wide_RI, I = x_RI.astype(FLOAT32), x_RI.shape[1]
-    length = _run_length(I) if kernel.minimum is None else BLOCK
+    length = _run_length(I) if kernel.kind == "int8" else BLOCK
     runs = [(wide_RI[:, i : i + length], kernel.inputs(i, length)) for i in range(0, I, length)]
-    most = len(runs) if kernel.minimum is None else BLOCKS
+    most = len(runs) if kernel.kind == "int8" else BLOCKS
     sums_RO = [_sum_runs(runs[i : i + most]) for i in range(0, len(runs), most)]
     return reduce(jnp.add, sums_RO)
 
@@ -153,7 +205,7 @@ def _sum_runs(runs: list[tuple[jax.Array, Quantized]]) -> jax.Array:
         for x_RL, part in unpack(x_RI, run)
     )
     lanes_ORL = reduce(jnp.add, terms_ORL)
-    if runs[0][1].minimum is None:
+    if runs[0][1].kind == "int8":
         lanes_ORL *= runs[0][1].scale.astype(FLOAT32)[:, None, None]
     return _over_lanes(lanes_ORL)
 
@@ -173,5 +225,5 @@ def _run_length(inputs: int) -> int:
 
 
 def _scaled(sums_RO: jax.Array, kernel: Quantized) -> jax.Array:
-    """Sums times the scale of each output; int4 products were scaled by block already."""
-    return sums_RO if kernel.minimum is not None else sums_RO * kernel.scale.astype(FLOAT32)[None]
+    """Sums times the scale of each output; four-bit products were scaled by block already."""
+    return sums_RO if kernel.kind != "int8" else sums_RO * kernel.scale.astype(FLOAT32)[None]

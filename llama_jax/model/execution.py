@@ -64,14 +64,17 @@ class Execution:
         """The parameters as a block needs them."""
         return parameters if self.gather is None else self.gather(parameters, dtype)
 
-    def rematerialized(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """`step`, the body of a scan over blocks, with the policy `remat` applied."""
+    def rematerialized(self, step: Callable[..., Any], in_scan: bool) -> Callable[..., Any]:
+        """`step`, which runs a block, with the policy `remat` applied.
+
+        `in_scan`: whether it is the body of a scan over blocks.
+        """
         if self.remat == "none":
             if self.gather is None:
                 return step
             return jax.checkpoint(step, policy=_all_but_gathered_parameters)
         # A scan keeps its iterations apart anyway; barriers against merging them only cost.
-        return jax.checkpoint(step, policy=_policy(self.remat), prevent_cse=False)
+        return jax.checkpoint(step, policy=_policy(self.remat), prevent_cse=not in_scan)
 
 
 def _policy(remat: str) -> Callable[..., Any] | None:

@@ -216,16 +216,18 @@ class Llama(nnx.Module):
         x_BTD = execution.constrain(x_BTD, "batch", "length", "residual")
         if isinstance(self.blocks, Block):
             assert cache is None, "a cache needs an unstacked model; see `unstack`"
-            x_BTD = _scan(self.blocks, x_BTD, rotary, attention, layer_keys, execution)
+            step, blocks = _step(rotary, attention, execution, in_scan=True), self.blocks
+            x_BTD, _ = jax.lax.scan(step, x_BTD, (blocks, layer_keys), unroll=execution.unroll)
+        elif cache is None:
+            step = _step(rotary, attention, execution, in_scan=False)
+            for index, block in enumerate(self.blocks):
+                x_BTD, _ = step(x_BTD, (block, None if layer_keys is None else layer_keys[index]))
         else:
             layers = []
-            for index, block in enumerate(self.blocks):
-                layer = cache.layers[index] if cache else None
-                key = None if layer_keys is None else layer_keys[index]
-                x_BTD, layer = block(x_BTD, rotary, attention, execution, layer, key)
+            for block, layer in zip(self.blocks, cache.layers):
+                x_BTD, layer = block(x_BTD, rotary, attention, execution, layer)
                 layers.append(layer)
-            if cache is not None:
-                cache = KVCache(tuple(layers), cache.length_B + T)
+            cache = KVCache(tuple(layers), cache.length_B + T)
         return execution.gathered(self.norm, x_BTD.dtype)(x_BTD), cache
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
@@ -246,23 +248,20 @@ class Llama(nnx.Module):
         return self.logits(x_BTD), cache
 
 
-def _scan(
-    blocks: Block,
-    x_BTD: jax.Array,
+def _step(
     rotary: tuple[jax.Array, jax.Array],
     attention: AttentionFunction,
-    keys_L: jax.Array | None,
     execution: Execution,
-) -> jax.Array:
-    """The residual stream after running stacked blocks one after the other."""
+    in_scan: bool,
+) -> Callable[[jax.Array, tuple[Block, jax.Array | None]], tuple[jax.Array, None]]:
+    """The body of a loop over blocks: (residual stream, (block, dropout key)) to (stream, None)."""
 
     def step(x_BTD: jax.Array, layer: tuple[Block, jax.Array | None]) -> tuple[jax.Array, None]:
         block, key = layer
         gathered = execution.gathered(block, x_BTD.dtype)
         return gathered(x_BTD, rotary, attention, execution, dropout_key=key)[0], None
 
-    step = execution.rematerialized(step)
-    return jax.lax.scan(step, x_BTD, (blocks, keys_L), unroll=execution.unroll)[0]
+    return execution.rematerialized(step, in_scan)
 
 
 # --- the layout for decoding ---

@@ -268,7 +268,7 @@ def _broadcast_scales(model: Llama, batch: int) -> int:
     """
 
     def is_int4(part: Any) -> bool:
-        return isinstance(part, QuantizedMatrix) and part.group_size > 0
+        return isinstance(part, QuantizedMatrix) and part.is_four_bits
 
     matrices = filter(is_int4, jax.tree.leaves(model, is_leaf=is_int4))
     sizes = [math.prod(_shard_shape(*jax.tree.leaves(matrix.kernel))) for matrix in matrices]

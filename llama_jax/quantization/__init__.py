@@ -1,15 +1,8 @@
-"""Models with int8 or int4 matrices: `quantize` makes one of a float model."""
+"""Models with int8, int4 or NF4 matrices: `quantize` makes one of a float model."""
 
 from llama_jax.quantization.modules import QuantizedLinear, QuantizedMatrix, quantize_kernel
-from llama_jax.quantization.surgery import (
-    GROUP_SIZES,
-    KINDS,
-    QuantizationConfig,
-    abstract_quantized,
-    model_nbytes,
-    quantize,
-    require_kind,
-)
+from llama_jax.quantization.rounding import GROUP_SIZES, KINDS, QuantizationConfig, require_kind
+from llama_jax.quantization.surgery import abstract_quantized, model_nbytes, quantize, restack
 
 __all__ = [
     "GROUP_SIZES",
@@ -22,4 +15,5 @@ __all__ = [
     "quantize",
     "quantize_kernel",
     "require_kind",
+    "restack",
 ]

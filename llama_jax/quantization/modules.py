@@ -1,4 +1,4 @@
-"""Modules with int8 or int4 kernels in the places of a model's linear layers and tables.
+"""Modules with int8, int4 or NF4 kernels in the places of a model's linear layers and tables.
 
 Their arrays are parameters with logical `axes`, so shardings and checkpoints derive from them as
 from float ones.
@@ -13,10 +13,20 @@ from flax import nnx
 from llama_jax.kernels.int4 import Quantized
 from llama_jax.kernels.matmul import FLOAT32, times_quantized
 from llama_jax.model.layers import add_bias
-from llama_jax.quantization.rounding import to_int4, to_int8
+from llama_jax.quantization.rounding import QuantizationConfig, rounded
 
 Dims = tuple[int, ...]
 Axes = tuple[str, ...]
+
+
+# The parameters of a matrix, by the names of `kernels.int4.Quantized`.
+PARAMETERS = {
+    "values": "kernel",
+    "scale": "scale",
+    "minimum": "lowest",
+    "scale_step": "scale_step",
+    "scale_minimum": "scale_lowest",
+}
 
 
 class QuantizedMatrix(nnx.Module):
@@ -24,53 +34,53 @@ class QuantizedMatrix(nnx.Module):
 
     Int8: `kernel` [*outputs, *inputs] and `scale` [*outputs], float32. Int4: `kernel`
     [*outputs, bytes], uint8, two inputs a byte; `scale` and `lowest`, the minimum,
-    [*outputs, groups], bfloat16; inputs are padded to a multiple of 64.
+    [*outputs, groups], bfloat16; inputs are padded to a multiple of 64. NF4: `kernel` likewise;
+    `scale` [*outputs, groups], float32, or uint8 with `scale_step` and `scale_lowest` [*outputs],
+    float32.
     """
 
     kernel: nnx.Param[jax.Array]
     scale: nnx.Param[jax.Array]
 
-    def __init__(self, kernel: jax.Array, outputs: Dims, axes: Axes, group_size: int):
-        """Quantize a float kernel [*outputs, *inputs]; `group_size` 0: int8."""
+    def __init__(
+        self, kernel: jax.Array, outputs: Dims, axes: Axes, quantization: QuantizationConfig
+    ):
+        """Quantize a float kernel [*outputs, *inputs]."""
         self.outputs, self.inputs = outputs, kernel.shape[len(outputs) :]
-        output_axes, input_axes = axes[: len(outputs)], axes[len(outputs) :]
-        if group_size:  # the inputs' dims are merged into one, which follows the first one's axis
-            axes_of = dict.fromkeys(("kernel", "scale", "lowest"), output_axes + input_axes[:1])
-        else:
-            axes_of = {"kernel": axes, "scale": output_axes}
-        for name, array in quantize_kernel(kernel, outputs, group_size).items():
-            setattr(self, name, nnx.Param(array, axes=axes_of[name]))
+        self.quantization = quantization
+        is_int8 = quantization.kind == "int8"
+        for name, array in quantize_kernel(kernel, outputs, quantization).items():
+            # Four bits' input dims are merged into one, which follows the first one's axis.
+            axes_of = axes if is_int8 else axes[: len(outputs) + 1]
+            # Never cast: integers, and scales that belong to them.
+            setattr(self, name, nnx.Param(array, axes=axes_of[: array.ndim], is_exact=True))
 
     @property
-    def group_size(self) -> int:
-        """Inputs that share a scale; 0 for int8, whose scales are per output."""
-        if not hasattr(self, "lowest"):
-            return 0
-        return 2 * self.kernel.shape[-1] // self.scale.shape[-1]
+    def is_four_bits(self) -> bool:
+        """Whether two inputs share a byte."""
+        return self.quantization.kind != "int8"
 
     def floats(self, dtype: jnp.dtype) -> jax.Array:
         """Return the dequantized kernel [*outputs, *inputs]."""
-        kernel_OI = self.merged().dequantize(math.prod(self.inputs), dtype)
+        kernel_OI = self.arrays().merged().dequantize(math.prod(self.inputs), dtype)
         return kernel_OI.reshape(self.outputs + self.inputs)
 
-    def merged(self) -> Quantized:
-        """Return the matrix as [O, I], its output dims merged and its input dims merged."""
-        O = math.prod(self.outputs)
-        values = self.kernel[...].reshape(O, -1)
-        if not hasattr(self, "lowest"):
-            return Quantized(values, self.scale[...].reshape(O))
-        return Quantized(values, *(a[...].reshape(O, -1) for a in (self.scale, self.lowest)))
+    def arrays(self) -> Quantized:
+        """Return the arrays as kernels take them."""
+        found = {name: getattr(self, ours, None) for name, ours in PARAMETERS.items()}
+        return Quantized(**{name: part[...] for name, part in found.items() if part is not None})
 
 
-def quantize_kernel(kernel: jax.Array, outputs: Dims, group_size: int) -> dict[str, jax.Array]:
+def quantize_kernel(
+    kernel: jax.Array, outputs: Dims, quantization: QuantizationConfig
+) -> dict[str, jax.Array]:
     """Return the arrays of a `QuantizedMatrix` by name, for a float kernel [*outputs, *inputs]."""
-    kernel_OI = kernel.reshape(math.prod(outputs), -1)
-    if not group_size:
-        found = to_int8(kernel_OI)
-        return {"kernel": found.values.reshape(kernel.shape), "scale": found.scale.reshape(outputs)}
-    found = to_int4(kernel_OI, group_size)
-    arrays = {"kernel": found.values, "scale": found.scale, "lowest": found.minimum}
-    return {name: array.reshape(*outputs, -1) for name, array in arrays.items()}
+    found = rounded(kernel.reshape(math.prod(outputs), -1), quantization)
+    arrays = {ours: getattr(found, name) for name, ours in PARAMETERS.items()}
+    shapes = {name: array.shape[1:] for name, array in arrays.items() if array is not None}
+    if quantization.kind == "int8":
+        shapes["kernel"] = kernel.shape[len(outputs) :]
+    return {name: arrays[name].reshape(outputs + shape) for name, shape in shapes.items()}
 
 
 class QuantizedLinear(QuantizedMatrix):
@@ -84,7 +94,7 @@ class QuantizedLinear(QuantizedMatrix):
     def __call__(self, x: jax.Array) -> jax.Array:
         rows = x.shape[: x.ndim - len(self.inputs)]
         x_RI = x.reshape(-1, math.prod(self.inputs))
-        y = times_quantized(x_RI, self.merged(), x.dtype).reshape(rows + self.outputs)
+        y = times_quantized(x_RI, self.arrays(), x.dtype).reshape(rows + self.outputs)
         return add_bias(self, y)
 
 
@@ -93,9 +103,9 @@ class QuantizedTable(QuantizedMatrix):
 
     def rows(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Return the embeddings [*ids, D] of tokens."""
-        chosen = jax.tree.map(lambda array: array[ids], self.merged())
+        chosen = jax.tree.map(lambda array: array[ids], self.arrays())
         return chosen.dequantize(self.inputs[0], dtype)
 
     def __call__(self, x_RD: jax.Array) -> jax.Array:
         """Return float32 logits [R, V]."""
-        return times_quantized(x_RD, self.merged(), FLOAT32)
+        return times_quantized(x_RD, self.arrays(), FLOAT32)

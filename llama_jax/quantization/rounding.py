@@ -1,16 +1,68 @@
-"""Rounding of float matrices [O, I] to int8 and int4, from their own values alone."""
+"""Rounding of float matrices [O, I] to int8, int4 and NF4, from their own values alone."""
 
-from functools import partial
+import dataclasses
+import itertools
+from collections.abc import Callable
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
 
-from llama_jax.kernels.int4 import BLOCK, Quantized, pack
+from llama_jax.config import Choice, require
+from llama_jax.kernels.int4 import BLOCK, NORMAL_FLOATS, Quantized, pack
 
+KINDS = ("int8", "int4", "nf4")
+GROUP_SIZES = (32, 64)
 INT4_MAX = 15
 RANGE_FRACTIONS = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a group's range, tried as that of its integers
 REFITS = 2  # least-squares fits after each
 AT_ONCE = 2**18  # numbers rounded together: 4 times as fast while they stay in a core's cache
+
+
+def require_kind(kind: str) -> None:
+    """Raise `UsageError` unless `kind` is one of `KINDS`."""
+    Choice(KINDS).check("quantize", kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizationConfig:
+    """How a matrix, or those of a model, are quantized.
+
+    Raises:
+      UsageError: when made with an unknown kind or an unsupported group size.
+    """
+
+    kind: str  # "int8": a scale per output; "int4": a scale and a minimum per group of inputs;
+    # "nf4": the 4-bit NormalFloat of QLoRA (Dettmers et al. 2023), a scale per 64 inputs
+    group_size: int = 32  # inputs of a group; int4 only
+    double_quantization: bool = False  # whether scales are 8-bit integers; nf4 only
+
+    def __post_init__(self) -> None:
+        require_kind(self.kind)
+        message = f"group_size={self.group_size} is not supported; expected 32 or 64"
+        require(self.group_size in GROUP_SIZES, message)
+
+    def row_nbytes(self, inputs: int) -> int:
+        """Return the bytes of one output's integers and scales."""
+        padded = -(-inputs // BLOCK) * BLOCK
+        if self.kind == "int8":  # a float32 scale
+            return inputs + 4
+        if self.kind == "int4":  # a bfloat16 scale and minimum per group
+            return padded // 2 + 4 * padded // self.group_size
+        blocks = padded // BLOCK  # float32 scales, or bytes with a float32 scale and minimum
+        return padded // 2 + (blocks + 8 if self.double_quantization else 4 * blocks)
+
+
+INT8 = QuantizationConfig("int8")
+
+
+def rounded(kernel_OI: jax.Array, quantization: QuantizationConfig) -> Quantized:
+    """Return a float matrix as its kind of integers."""
+    if quantization.kind == "int8":
+        return to_int8(kernel_OI)
+    if quantization.kind == "int4":
+        return to_int4(kernel_OI, quantization.group_size)
+    return to_nf4(kernel_OI, quantization.double_quantization)
 
 
 @jax.jit
@@ -31,12 +83,50 @@ def to_int4(kernel_OI: jax.Array, group_size: int) -> Quantized:
     integers that it rounds to.
     """
 
-    def row_to_int4(row_I: jax.Array) -> Quantized:
-        quantized = _to_int4(row_I[None], group_size)
-        return jax.tree.map(lambda array: array[0], quantized)
+    return _by_rows(partial(_to_int4, group_size=group_size), kernel_OI)
+
+
+@partial(jax.jit, static_argnames="double_quantization")
+def to_nf4(kernel_OI: jax.Array, double_quantization: bool = False) -> Quantized:
+    """Return NormalFloat codes from 0 to 15, and a scale per 64 adjacent inputs, the largest |w|.
+
+    Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", section 3; codes and
+    scales are those of bitsandbytes. With `double_quantization`, a row's scales are rounded to 256
+    equally spaced numbers from its least to its largest, where bitsandbytes' are unequally spaced
+    and shared by 256 scales.
+    """
+    found = _by_rows(_to_nf4, kernel_OI)
+    if not double_quantization:
+        return found
+    minimum_O, max_O = found.scale.min(axis=1), found.scale.max(axis=1)
+    step_O = (max_O - minimum_O) / 255
+    bytes_OG = jnp.round((found.scale - minimum_O[:, None]) / _nonzero(step_O)[:, None])
+    return dataclasses.replace(
+        found, scale=bytes_OG.astype(jnp.uint8), scale_step=step_O, scale_minimum=minimum_O
+    )
+
+
+def _by_rows(convert: Callable[[jax.Array], Quantized], kernel_OI: jax.Array) -> Quantized:
+    """Return `convert(kernel_OI)`, made of some rows at a time."""
+
+    def of_row(row_I: jax.Array) -> Quantized:
+        return jax.tree.map(lambda array: array[0], convert(row_I[None]))
 
     O, I = kernel_OI.shape
-    return jax.lax.map(row_to_int4, kernel_OI, batch_size=min(O, max(1, AT_ONCE // I)))
+    return jax.lax.map(of_row, kernel_OI, batch_size=min(O, max(1, AT_ONCE // I)))
+
+
+def _to_nf4(kernel_OI: jax.Array) -> Quantized:
+    O, I = kernel_OI.shape
+    wide_OI = jnp.pad(kernel_OI.astype(jnp.float32), ((0, 0), (0, -I % BLOCK)))
+    w_OGI = wide_OI.reshape(O, -1, BLOCK)
+    scale_OG = jnp.max(jnp.abs(w_OGI), axis=-1)
+    unit_OGI = w_OGI / _nonzero(scale_OG)[:, :, None]
+    # The nearest level: how many midpoints between adjacent levels are exceeded.
+    midpoints = [(low + high) / 2 for low, high in itertools.pairwise(NORMAL_FLOATS)]
+    above = [(unit_OGI > midpoint).astype(jnp.uint8) for midpoint in midpoints]
+    codes_OGI = reduce(jnp.add, above)
+    return Quantized(pack(codes_OGI.reshape(O, -1)), scale_OG)
 
 
 def _to_int4(kernel_OI: jax.Array, group_size: int) -> Quantized:

@@ -54,7 +54,8 @@ def test_quantisation_and_what_a_conversion_knows_are_stored(tmp_path):
     write_description(tmp_path, expected)
     assert read_description(tmp_path) == expected
     tree = json.loads((tmp_path / "config.json").read_text())
-    assert tree["quantization"] == {"kind": "int4", "group_size": 64}
+    quantization = {"kind": "int4", "group_size": 64, "double_quantization": False}
+    assert tree["quantization"] == quantization
     for newer in ("quantization", "chat_template", "stop_ids", "generation"):
         del tree[newer]  # as earlier versions wrote
     (tmp_path / "config.json").write_text(json.dumps(tree))

@@ -1,5 +1,8 @@
 """Matmul implementations: equal results, which one is chosen, and the memory it takes."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,7 @@ import pytest
 from test_int4 import expected_floats, quantized
 
 from llama_jax.config import MeshConfig
-from llama_jax.distributed.mesh import make_mesh
+from llama_jax.distributed.mesh import make_mesh, on_mesh
 from llama_jax.kernels import matmul
 from llama_jax.kernels.matmul import (
     by_blocks,
@@ -105,11 +108,56 @@ def test_a_loop_holds_no_float_copy(count, group_size):
     assert made.temp_size_in_bytes < 0.6 * O * I * 4
 
 
-def test_gradients_reach_the_inputs():
-    kernel, x_RI = quantized(0), jnp.asarray(rows(9, 128))
-    gradient_RI = jax.grad(lambda x: times_quantized(x, kernel, matmul.FLOAT32).sum())(x_RI)
-    expected = np.broadcast_to(expected_floats(kernel).sum(axis=0), gradient_RI.shape)
-    np.testing.assert_allclose(gradient_RI, expected, rtol=1e-4, atol=1e-3)
+@pytest.mark.parametrize("is_mesh", [False, True])
+@pytest.mark.parametrize("group_size", [0, 32, 64])
+def test_gradients_by_the_rows_are_those_of_the_float_matmul(group_size, is_mesh, monkeypatch):
+    outputs, inputs = 13, 172
+    monkeypatch.setattr(matmul, "MADE_FLOAT", 5 * inputs)  # three blocks, the last overlapping
+    kernel, x_RI, y_RO = quantized(group_size, inputs, outputs), rows(9, inputs), rows(9, outputs)
+    expected = y_RO.astype(np.float64) @ expected_floats(kernel, inputs)
+    mesh = make_mesh(MeshConfig(data=8)) if is_mesh else None
+    for dtype, most in (("float32", 2e-6), ("bfloat16", 2e-2)):
+        x, y = jnp.asarray(x_RI, dtype), jnp.asarray(y_RO)
+        with on_mesh(mesh):
+            _, back = jax.vjp(lambda x: times_quantized(x, kernel, matmul.FLOAT32), x)
+            [found] = jax.jit(back)(y)
+        assert (found.shape, found.dtype) == (x.shape, x.dtype)
+        assert (
+            np.abs(np.asarray(found, np.float64) - expected).max() < most * np.abs(expected).max()
+        )
+
+
+SHAPES = re.compile(r"\b(f32|f64|bf16|f16|s8|u8|s32)\[([\d,]+)\]")
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("group_size", [0, 32])
+def test_gradients_of_a_scan_copy_no_stacked_kernel(group_size, remat):
+    L, heads, width, I, R = 6, 4, 32, 128, 8
+    made = [quantized(group_size, I, heads * width) for _ in range(L)]
+    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *made)
+    split = (L, heads, width)  # outputs of two dims, as queries have
+    stacked = jax.tree.map(lambda array: array.reshape(*split, *array.shape[2:]), stacked)
+
+    def run(bias_I, x_RI, stacked):
+        def step(x_RI, kernel):
+            return jnp.tanh(times_quantized(x_RI + bias_I, kernel, matmul.FLOAT32)), None
+
+        return jax.lax.scan(jax.checkpoint(step) if remat else step, x_RI, stacked)[0].sum()
+
+    gradient = jax.grad(run)
+    bias_I, x_RI = jnp.zeros((1, I)), jnp.asarray(rows(R, I))
+    for scan in jax.make_jaxpr(gradient)(bias_I, x_RI, stacked).eqns:
+        if scan.primitive.name == "scan":  # residuals are outputs of the forward one
+            assert all(value.aval.dtype == np.float32 for value in scan.outvars)
+            assert all(value.aval.size <= L * R * I for value in scan.outvars)
+    text = jax.jit(gradient).lower(bias_I, x_RI, stacked).compile().as_text()
+    sizes = {
+        math.prod(map(int, dims.split(",")))
+        for dtype, dims in SHAPES.findall(text)
+        if dtype not in ("s8", "u8")
+    }
+    assert max(sizes) < L * heads * width * I
 
 
 @pytest.mark.parametrize("inputs", [32, 37, matmul.ONE_LOOP + matmul.VECTOR])
