@@ -45,7 +45,7 @@ ONLY_IN = {  # libraries that one room, or a few modules, may import
     "sentencepiece": {"text", "formats"},
     "tokenizers": {"text"},
     "gguf": {"formats"},
-    "jinja2": {"text.jinja_template"},
+    "jinja2": {"text.jinja_sandbox"},
     "safetensors": set(),
     "absl": {"config", "cli.config_flags", "configs"},
     "ml_collections": {"config", "cli.config_flags", "configs"},
