@@ -41,6 +41,7 @@ ONLY_IN = {  # libraries that one room, or a few modules, may import
     "orbax": {"checkpoints"},
     "tensorstore": {"checkpoints"},
     "grain": {"data"},
+    "pyarrow": {"data"},
     "optax": {"training"},
     "sentencepiece": {"text", "formats"},
     "tokenizers": {"text"},

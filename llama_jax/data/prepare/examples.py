@@ -198,8 +198,8 @@ def prepare_examples(
     if len(items) < least:
         counts = [f"{count:,} {reason}" for reason, count in report.dropped.items()]
         raise UserError(
-            f"{source} has {len(items)} examples to train on, of {report.read:,} read; expected at"
-            f" least {least}{'; dropped: ' * bool(counts)}{', '.join(counts)}"
+            f"{len(items)} of the {report.read:,} {source} can be trained on; expected at least"
+            f" {least}{'; dropped: ' * bool(counts)}{', '.join(counts)}"
         )
     held_out, _ = choose_held_out(np.ones(len(items), int), options.validation, is_one_file=False)
     with new_folder(output) as folder:
