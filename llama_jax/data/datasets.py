@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llama_jax.config import PACKINGS
-from llama_jax.data.token_folder import TokenFolder
+from llama_jax.data.token_folder import PREFERENCES, TEXT, TokenFolder
 from llama_jax.errors import UsageError, UserError
 
 OPEN_BINS = 1024  # bins that a piece may still be added to; changing it changes the data order
@@ -91,7 +91,9 @@ class PackedDataset:
     """The documents of a split, packed into examples of T positions.
 
     A document may continue in the next file. Where documents do not end with EOS, the BOS of the
-    next document is a document's last target, so that a model learns where documents end.
+    next document is a document's last target, so that a model learns where documents end. Examples
+    to fine-tune on are never cut, and a chosen and a rejected text stay side by side, as segments
+    2k + 1 and 2k + 2.
     """
 
     is_packed = True
@@ -100,15 +102,25 @@ class PackedDataset:
         """Compute the packing; takes seconds for a million documents.
 
         Raises:
+          UsageError: if an example is longer than a sequence.
           UserError: if the folder does not record where documents start.
         """
-        self._arrays = folder.arrays(split)
+        self._arrays, self._masks = folder.arrays(split), folder.masks(split)
         self._ends = list(itertools.accumulate(len(array) for array in self._arrays))
         self._starts = folder.document_starts(split)
+        self._group = 2 if folder.kind == PREFERENCES else 1  # documents that stay together
         tokens = np.diff(self._starts, append=self._ends[-1] if self._ends else 0)
-        if folder.bos and not folder.eos:
+        if folder.longest > sequence_length:
+            raise UsageError(
+                f"data.sequence_length={sequence_length} is shorter than the longest example of"
+                f" {folder.path}; set it to at least {folder.longest}, or prepare the data again"
+                f" with --sequence_length {sequence_length}"
+            )
+        if folder.kind == TEXT and folder.bos and not folder.eos:
             tokens[:-1] += 1
-        self.packing = pack(tokens, sequence_length)
+        self._tokens = tokens
+        groups = (tokens - 1).reshape(-1, self._group).sum(axis=1) + 1
+        self.packing = pack(groups, sequence_length)
 
     @property
     def efficiency(self) -> float:
@@ -119,21 +131,31 @@ class PackedDataset:
         return len(self.packing)
 
     def __getitem__(self, index: int) -> Example:
-        pieces = [
-            self._read(int(self._starts[document]) + start, length + 1)
-            for document, start, length in self.packing[index]
+        spans = [
+            (int(self._starts[document]) + start, length + 1)
+            for document, start, length in self._pieces(index)
         ]
-        return make_example(pieces, self.packing.sequence_length)
+        pieces = [self._read(self._arrays, *span) for span in spans]
+        weights = [self._read(self._masks, *span) for span in spans] if self._masks else None
+        return make_example(pieces, self.packing.sequence_length, weights)
 
-    def _read(self, start: int, count: int) -> np.ndarray:
-        """Return `count` tokens from a position in the split, across files if necessary."""
+    def _pieces(self, index: int) -> list[tuple[int, int, int]]:
+        """Return the pieces of an example, each as (document, start, length)."""
+        if self._group == 1:
+            return self.packing[index]
+        groups = [group * self._group for group, _, _ in self.packing[index]]
+        documents = [first + place for first in groups for place in range(self._group)]
+        return [(document, 0, int(self._tokens[document]) - 1) for document in documents]
+
+    def _read(self, arrays: Sequence[np.ndarray], start: int, count: int) -> np.ndarray:
+        """Return `count` values from a position in the split, across files if necessary."""
         shard = bisect.bisect_right(self._ends, start)
         start -= self._ends[shard - 1] if shard else 0
-        parts = [self._arrays[shard][start : start + count]]
+        parts = [arrays[shard][start : start + count]]
         missing = count - len(parts[0])
         while missing:
             shard += 1
-            parts.append(self._arrays[shard][:missing])
+            parts.append(arrays[shard][:missing])
             missing -= len(parts[-1])
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
@@ -146,7 +168,8 @@ def open_dataset(folder: TokenFolder, split: str, sequence_length: int, packing:
     """Return the examples of a split; of windows, validation includes partial ones.
 
     Raises:
-      UsageError: for a sequence length or packing out of range.
+      UsageError: for a sequence length or packing out of range, or that would cut an example to
+        fine-tune on.
       UserError: if the split has less than one full example (training) or no target (validation).
     """
     if sequence_length < 1:
@@ -156,7 +179,12 @@ def open_dataset(folder: TokenFolder, split: str, sequence_length: int, packing:
     if packing not in PACKINGS:
         expected = ", ".join(map(repr, PACKINGS))
         raise UsageError(f"data.packing={packing!r} is unknown; expected one of {expected}")
-    needed = sequence_length if split == "train" else 1
+    if folder.kind != TEXT and packing != "documents":
+        raise UsageError(
+            f"data.packing={packing!r} would cut the examples of {folder.path}; set"
+            " --config.data.packing=documents"
+        )
+    needed = sequence_length if split == "train" and folder.kind == TEXT else 1
     if packing == "documents":
         packed = PackedDataset(folder, split, sequence_length)
         if packed.packing.positions < needed:

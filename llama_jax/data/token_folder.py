@@ -4,10 +4,13 @@
     tokenizer.model              what made the tokens; or tokenizer.json
     train-00000.bin              tokens: uint16 (vocabulary up to 65,536) or uint32, little-endian
     train-00000.documents.npy    uint64: positions in that shard at which documents start
+    train-00000.mask.bin         uint8: loss weight of each token, 0 or 1; of examples only
     validation-00000.bin         ...
 
 Documents are concatenated, each after BOS or before EOS as meta.json says. All shards of a split
-but the last have the same length, so a document may continue in the next shard.
+but the last have the same length, so a document may continue in the next shard. A folder of
+examples has one per document, with loss weights; in one of preferences, a chosen text and the
+rejected one are two documents in turn.
 """
 
 import dataclasses
@@ -24,7 +27,8 @@ from llama_jax.errors import UserError
 from llama_jax.text.tokenizer import tokenizer_path
 
 META = "meta.json"
-KIND, VERSION = "llama_jax tokens", 1
+KIND, VERSION, VERSION_WITH_MASKS = "llama_jax tokens", 1, 2
+KINDS = TEXT, DIALOGUES, PREFERENCES = "text", "dialogues", "preferences"  # what documents are
 SPLITS: tuple[str, ...] = ("train", "validation")
 # Folders without hashes of the document starts keep the fingerprint that runs have recorded.
 UNHASHED = ("fingerprint", "source", "documents_sha256")
@@ -44,6 +48,7 @@ class Shard:
     sha256: str  # of the file
     sample_sha256: str  # of the blocks of `sample_blocks`
     documents_sha256: str = ""  # of the file of document starts; "": older folders do not have it
+    mask_sha256: str = ""  # of the file of loss weights; "": there is none
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +74,9 @@ class TokenFolder:
     source: str  # description of where the text came from
     splits: Mapping[str, Split]  # "train" and "validation"
     fingerprint: str  # equal for two folders if and only if they hold the same tokens
+    kind: str = TEXT  # or, with loss weights, `DIALOGUES` or `PREFERENCES`
+    chat_template: str = ""  # of dialogues: a name of `text.chat_formats`, or a Jinja template
+    longest: int = 0  # positions in a sequence that the longest example takes; 0: text
 
     @classmethod
     def open(
@@ -97,6 +105,10 @@ class TokenFolder:
             _check_content(folder, shard, is_full)
             if is_full:
                 _read_starts(shard)
+            if folder.kind != TEXT and _file_sha256(mask_path(shard.path)) != shard.mask_sha256:
+                raise UserError(
+                    f"{mask_path(shard.path)} has changed since it was written; {AGAIN}"
+                )
         return folder
 
     @property
@@ -113,6 +125,11 @@ class TokenFolder:
         return tuple(
             np.memmap(shard.path, dtype=self.dtype, mode="r") for shard in self.splits[split].shards
         )
+
+    def masks(self, split: str) -> tuple[np.ndarray, ...]:
+        """Return the loss weights of each shard of a split, 0 or 1 per token; none of text."""
+        shards = self.splits[split].shards if self.kind != TEXT else ()
+        return tuple(np.memmap(mask_path(shard.path), np.uint8, mode="r") for shard in shards)
 
     def document_starts(self, split: str) -> np.ndarray:
         """Return the positions at which documents start in a split, over all its files, as int64.
@@ -136,6 +153,11 @@ class TokenFolder:
 def starts_path(shard: Path) -> Path:
     """Return the path of a shard's document starts."""
     return shard.with_suffix(".documents.npy")
+
+
+def mask_path(shard: Path) -> Path:
+    """Return the path of the loss weights of a shard's tokens."""
+    return shard.with_suffix(".mask.bin")
 
 
 def fingerprint(meta: Mapping[str, Any]) -> str:
@@ -165,10 +187,13 @@ def _read_meta(path: Path) -> TokenFolder:
     damaged = f"{path / META} is damaged; {AGAIN}"
     try:
         meta = json.loads((path / META).read_bytes())
-        if (meta["kind"], meta["version"]) != (KIND, VERSION):
+        version = VERSION_WITH_MASKS if "examples" in meta else VERSION
+        if (meta["kind"], meta["version"]) != (KIND, version):
             found = f"{meta['kind']!r} version {meta['version']!r}"
-            raise UserError(f"{path / META} is {found}; expected {KIND!r} version {VERSION}")
+            raise UserError(f"{path / META} is {found}; expected {KIND!r} version {version}")
         if fingerprint(meta) != meta["fingerprint"]:
+            raise UserError(damaged)
+        if (examples := meta.get("examples", {})) and examples["kind"] not in KINDS:
             raise UserError(damaged)
         return TokenFolder(
             path=path,
@@ -180,6 +205,7 @@ def _read_meta(path: Path) -> TokenFolder:
             source=meta["source"],
             splits={name: _split(path, meta["splits"][name]) for name in SPLITS},
             fingerprint=meta["fingerprint"],
+            **examples,
         )
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise error if isinstance(error, UserError) else UserError(damaged) from error
@@ -196,7 +222,8 @@ def _split(folder: Path, split: Mapping[str, Any]) -> Split:
 
 def _check_size(folder: TokenFolder, shard: Shard) -> None:
     """Raise `UserError` for a shard that is missing or of the wrong length."""
-    for path in (shard.path, starts_path(shard.path)):
+    masks = [mask_path(shard.path)] if folder.kind != TEXT else []
+    for path in (shard.path, starts_path(shard.path), *masks):
         if not path.is_file():
             raise UserError(f"{path} is missing; {AGAIN}")
     size, expected = shard.path.stat().st_size, shard.tokens * folder.dtype.itemsize
@@ -255,6 +282,7 @@ class _OpenShard:
     digest: Any
     tokens: int = 0
     starts: list[np.ndarray] = dataclasses.field(default_factory=list)
+    masks: list[np.ndarray] = dataclasses.field(default_factory=list)
 
 
 class TokenWriter:
@@ -270,7 +298,14 @@ class TokenWriter:
         self._shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
         self._characters = dict.fromkeys(SPLITS, 0)
 
-    def add(self, split: str, tokens: np.ndarray, starts: np.ndarray, characters: int) -> None:
+    def add(
+        self,
+        split: str,
+        tokens: np.ndarray,
+        starts: np.ndarray,
+        characters: int,
+        mask: np.ndarray | None = None,
+    ) -> None:
         """Append tokens to a split.
 
         Args:
@@ -278,6 +313,7 @@ class TokenWriter:
           tokens: integers [n].
           starts: the positions among them at which documents start.
           characters: of the text that they encode.
+          mask: the loss weight of each token, 0 or 1, if the folder is to have them.
         """
         self._characters[split] += characters
         while len(tokens):
@@ -287,19 +323,30 @@ class TokenWriter:
             shard.stream.write(data)
             shard.digest.update(data)
             shard.starts.append(starts[starts < room] + shard.tokens)
+            if mask is not None:
+                shard.masks.append(mask[:room].astype(np.uint8))
+                mask = mask[room:]
             shard.tokens += min(room, len(tokens))
             tokens, starts = tokens[room:], starts[starts >= room] - room
             if shard.tokens == self._shard_tokens:
                 self._close_shard(split)
 
-    def finish(self, bos: bool, eos: bool, source: str) -> None:
-        """Close the shards and write meta.json."""
+    def finish(
+        self,
+        bos: bool,
+        eos: bool,
+        source: str,
+        kind: str = TEXT,
+        chat_template: str = "",
+        longest: int = 0,
+    ) -> None:
+        """Close the shards and write meta.json; arguments as the fields of `TokenFolder`."""
         for split in list(self._open):
             self._close_shard(split)
         tokenizer = tokenizer_path(self._folder).read_bytes()
         meta = {
             "kind": KIND,
-            "version": VERSION,
+            "version": VERSION if kind == TEXT else VERSION_WITH_MASKS,
             "source": source,
             "dtype": self._dtype.name,
             "vocab_size": self._vocab_size,
@@ -308,6 +355,8 @@ class TokenWriter:
             "eos": eos,
             "splits": {split: self._totals(split) for split in SPLITS},
         }
+        if kind != TEXT:
+            meta["examples"] = {"kind": kind, "chat_template": chat_template, "longest": longest}
         meta["fingerprint"] = fingerprint(meta)
         (self._folder / META).write_text(json.dumps(meta, indent=2) + "\n")
 
@@ -327,6 +376,8 @@ class TokenWriter:
         starts = np.concatenate(shard.starts).astype("<u8")
         sampled = b"".join(block for _, block in sample_blocks(shard.path))
         np.save(starts_path(shard.path), starts)
+        if shard.masks:
+            mask_path(shard.path).write_bytes(np.concatenate(shard.masks).tobytes())
         self._shards[split].append(
             {
                 "file": shard.path.name,
@@ -336,6 +387,7 @@ class TokenWriter:
                 "sample_sha256": hashlib.sha256(sampled).hexdigest(),
                 "documents_sha256": _file_sha256(starts_path(shard.path)),
             }
+            | ({"mask_sha256": _file_sha256(mask_path(shard.path))} if shard.masks else {})
         )
 
     def _totals(self, split: str) -> dict[str, Any]:

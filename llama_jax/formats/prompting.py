@@ -16,7 +16,7 @@ from llama_jax.formats.json_files import read_object, shown, write_object
 from llama_jax.formats.weights import Weights, find_file
 from llama_jax.text.chat_formats import NO_TEMPLATE, find_template, template_name
 from llama_jax.text.huggingface import adds_bos
-from llama_jax.text.jinja_template import MAX_SOURCE
+from llama_jax.text.jinja_sandbox import MAX_SOURCE
 from llama_jax.text.tokenizer import JSON, parse_tokenizer
 
 SETTINGS, GENERATION = "tokenizer_config.json", "generation_config.json"

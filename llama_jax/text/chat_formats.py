@@ -5,32 +5,24 @@ the others give those of `apply_chat_template` of transformers for their publish
 """
 
 import abc
-import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llama_jax.errors import UsageError, UserError, did_you_mean
-from llama_jax.text.chat import Message, Stops, Template, split_dialogue
+from llama_jax.text.chat import (
+    BOS,
+    EOS,
+    Answer,
+    Control,
+    Message,
+    Part,
+    Stops,
+    Template,
+    encode_parts,
+    split_dialogue,
+)
 from llama_jax.text.jinja_template import jinja_template
 from llama_jax.text.tokenizer import Tokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class Control:
-    """A control token of a format; plain text for a vocabulary without such a token."""
-
-    text: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Continuation:
-    """Text encoded separately from the text before it, as the model generated it after a prompt."""
-
-    text: str
-
-
-BOS, EOS = Control("<bos>"), Control("<eos>")  # whatever their text is in a vocabulary
-Part = str | Control | Continuation
 
 
 class NamedFormat(Template):
@@ -46,7 +38,10 @@ class NamedFormat(Template):
 
     @abc.abstractmethod
     def parts(self, messages: Sequence[Message]) -> Iterator[Part]:
-        """Yield what the ids of a dialogue are made of; its roles are in order."""
+        """Yield what the ids of a dialogue are made of, answered or not; its roles are in order.
+
+        A control token follows each `Answer`.
+        """
 
     def encode(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
         """Return the ids of a prompt, which begin with those for any earlier user message.
@@ -54,6 +49,23 @@ class NamedFormat(Template):
         Raises:
           UserError: for roles out of order, and for content with a tag of the format.
         """
+        return self._encode(messages, tokenizer, is_answered=False)[0]
+
+    def _encode_answered(
+        self, messages: Sequence[Message], tokenizer: Tokenizer, last_only: bool
+    ) -> tuple[list[int], list[int]]:
+        needed = self.controls if self.end else ()
+        missing = [text for text in needed if text not in tokenizer.special_ids]
+        if missing or (not self.end and tokenizer.eos_id < 0):
+            raise UserError(
+                f"the {self.name} format cannot be trained with {tokenizer.path}, which has no"
+                f" control token {' and no '.join(missing) or 'EOS'}; choose another chat format"
+            )
+        return self._encode(messages, tokenizer, is_answered=True)
+
+    def _encode(
+        self, messages: Sequence[Message], tokenizer: Tokenizer, is_answered: bool
+    ) -> tuple[list[int], list[int]]:
         for index, message in enumerate(messages):
             for tag in self._plain_tags(tokenizer):
                 if tag in message.content:
@@ -61,8 +73,8 @@ class NamedFormat(Template):
                         f"messages[{index}].content has {tag!r}, which the {self.name} template"
                         " uses to mark who speaks; remove it or spell it differently"
                     )
-        split_dialogue(messages)
-        return encode_parts(self.parts(messages), tokenizer)
+        split_dialogue(messages, is_answered)
+        return encode_parts(list(self.parts(messages)), tokenizer, is_answered)
 
     def stops(self, tokenizer: Tokenizer) -> Stops:
         ids = (tokenizer.special_ids.get(self.end, -1), tokenizer.eos_id)
@@ -70,36 +82,6 @@ class NamedFormat(Template):
 
     def _plain_tags(self, tokenizer: Tokenizer) -> tuple[str, ...]:
         return *self.tags, *(each for each in self.controls if each not in tokenizer.special_ids)
-
-
-def encode_parts(parts: Iterable[Part], tokenizer: Tokenizer) -> list[int]:
-    """Return the ids of parts; texts that follow each other directly are encoded as one."""
-    ids, text = list[int](), ""
-
-    def encoded() -> list[int]:
-        return tokenizer.encode(text, bos=False, eos=False) if text else []
-
-    for part in parts:
-        if isinstance(part, str):
-            text += part
-        elif isinstance(part, Continuation):
-            ids += encoded() + _encode_without_space(part.text, tokenizer)
-            text = ""
-        elif part in (BOS, EOS) or part.text in tokenizer.special_ids:
-            own = {BOS: tokenizer.bos_id, EOS: tokenizer.eos_id}
-            token = own[part] if part in own else tokenizer.special_ids[part.text]
-            ids += encoded() + [token] * (token != -1)
-            text = ""
-        else:
-            text += part.text
-    return ids + encoded()
-
-
-def _encode_without_space(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Return the ids of a text without the space that SentencePiece adds, where possible."""
-    texts = ("\n", "\n" + text, text)
-    line, both, alone = (tokenizer.encode(part, bos=False, eos=False) for part in texts)
-    return both[len(line) :] if both[: len(line)] == line else alone
 
 
 # ---- Jinja templates that write the same ----
@@ -129,6 +111,14 @@ def _each_role(message: str, before: str, after: str) -> str:
 # ---- formats ----
 
 
+def _split(messages: Sequence[Message]) -> tuple[str | None, list[str], list[str]]:
+    return split_dialogue(messages, is_answered=messages[-1].role == "assistant")
+
+
+def _content(message: Message) -> str | Answer:
+    return Answer(message.content) if message.role == "assistant" else message.content
+
+
 class Llama2Format(NamedFormat):
     """The format of Llama-2-chat: each exchange between BOS and EOS, the tags as plain text.
 
@@ -146,13 +136,14 @@ class Llama2Format(NamedFormat):
     )
 
     def parts(self, messages: Sequence[Message]) -> Iterator[Part]:
-        system, users, answers = split_dialogue(messages)
+        system, users, answers = _split(messages)
         if system is not None:
             users[0] = f"<<SYS>>\n{system}\n<</SYS>>\n\n{users[0]}"
         prompts = [f"[INST] {user.strip()} [/INST]" for user in users]
         for prompt, answer in zip(prompts, answers):
-            yield from (BOS, f"{prompt} {answer.strip()} ", EOS)
-        yield from (BOS, prompts[-1])
+            yield from (BOS, prompt, Answer(f" {answer.strip()} "), EOS)
+        if len(prompts) > len(answers):
+            yield from (BOS, prompts[-1])
 
 
 class AlpacaFormat(NamedFormat):
@@ -167,13 +158,12 @@ class AlpacaFormat(NamedFormat):
     tags = ("### Instruction:", "### Input:", "### Response:")
 
     def parts(self, messages: Sequence[Message]) -> Iterator[Part]:
-        system, users, answers = split_dialogue(messages)
+        system, users, answers = _split(messages)
         prompts = [alpaca_prompt(system, each) if system else alpaca_prompt(each) for each in users]
         for prompt, answer in zip(prompts, answers):
-            # Encoded separately: a piece such as ':"' would span both, and the ids of the prompt,
-            # after which the answer was generated, would change.
-            yield from (BOS, prompt, Continuation(answer), EOS)
-        yield from (BOS, prompts[-1])
+            yield from (BOS, prompt, Answer(answer, keeps_prompt=True), EOS)
+        if len(prompts) > len(answers):
+            yield from (BOS, prompts[-1])
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:
@@ -213,8 +203,9 @@ class ChatMLFormat(NamedFormat):
     def parts(self, messages: Sequence[Message]) -> Iterator[Part]:
         start, end = map(Control, self.controls)
         for each in messages:
-            yield from (start, f"{each.role}\n{each.content}", end, "\n")
-        yield from (start, "assistant\n")
+            yield from (start, f"{each.role}\n", _content(each), end, "\n")
+        if messages[-1].role != "assistant":
+            yield from (start, "assistant\n")
 
 
 class Llama3Format(NamedFormat):
@@ -234,8 +225,10 @@ class Llama3Format(NamedFormat):
         start, header_end, end = map(Control, self.controls)
         yield BOS
         for each in messages:
-            yield from (start, each.role, header_end, f"\n\n{each.content.strip()}", end)
-        yield from (start, "assistant", header_end, "\n\n")
+            content = _content(Message(each.role, each.content.strip()))
+            yield from (start, each.role, header_end, "\n\n", content, end)
+        if messages[-1].role != "assistant":
+            yield from (start, "assistant", header_end, "\n\n")
 
 
 class MistralFormat(NamedFormat):
@@ -255,14 +248,15 @@ class MistralFormat(NamedFormat):
     )
 
     def parts(self, messages: Sequence[Message]) -> Iterator[Part]:
-        system, users, answers = split_dialogue(messages)
+        system, users, answers = _split(messages)
         if system is not None:
             users[0] = f"{system}\n\n{users[0]}"
         start, end = map(Control, self.controls)
         yield BOS
         for user, answer in zip(users, answers):
-            yield from (start, f" {user} ", end, f" {answer}", EOS)
-        yield from (start, f" {users[-1]} ", end)
+            yield from (start, f" {user} ", end, Answer(f" {answer}"), EOS)
+        if len(users) > len(answers):
+            yield from (start, f" {users[-1]} ", end)
 
 
 class ZephyrFormat(NamedFormat):
@@ -278,8 +272,9 @@ class ZephyrFormat(NamedFormat):
 
     def parts(self, messages: Sequence[Message]) -> Iterator[Part]:
         for each in messages:
-            yield from (Control(f"<|{each.role}|>"), f"\n{each.content}", EOS, "\n")
-        yield from (Control("<|assistant|>"), "\n")
+            yield from (Control(f"<|{each.role}|>"), "\n", _content(each), EOS, "\n")
+        if messages[-1].role != "assistant":
+            yield from (Control("<|assistant|>"), "\n")
 
 
 class VicunaFormat(NamedFormat):
@@ -299,11 +294,12 @@ class VicunaFormat(NamedFormat):
     )
 
     def parts(self, messages: Sequence[Message]) -> Iterator[Part]:
-        system, users, answers = split_dialogue(messages)
+        system, users, answers = _split(messages)
         yield from (BOS, f"{self.SYSTEM if system is None else system} ")
         for user, answer in zip(users, answers):
-            yield from (f"USER: {user} ASSISTANT: {answer}", EOS)
-        yield f"USER: {users[-1]} ASSISTANT:"
+            yield from (f"USER: {user} ASSISTANT:", Answer(f" {answer}"), EOS)
+        if len(users) > len(answers):
+            yield f"USER: {users[-1]} ASSISTANT:"
 
 
 NO_TEMPLATE = "none"  # recorded in a checkpoint of a model without a chat format

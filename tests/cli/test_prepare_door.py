@@ -92,7 +92,7 @@ def test_embedded_corpus_needs_no_flags(place):
 
 
 MISTAKES = {
-    (): (2, "required: input"),
+    (): (2, "an input is missing; expected files, folders or a corpus, or --dataset"),
     ("text.txt",): (2, "--output is missing"),
     ("missing.txt", "--output=out"): (1, "missing.txt does not exist"),
     ("storys",): (1, "storys does not exist; did you mean 'stories'?"),

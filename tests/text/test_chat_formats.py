@@ -9,15 +9,11 @@ from hypothesis import example, given, settings
 from tiny_dialogues import dialogue
 
 from llama_jax.errors import UsageError, UserError
-from llama_jax.text.chat import Message, Stops
+from llama_jax.text.chat import BOS, EOS, Answer, Message, Stops, encode_parts
 from llama_jax.text.chat_formats import (
-    BOS,
-    EOS,
     TEMPLATES,
     AlpacaFormat,
-    Continuation,
     Llama2Format,
-    encode_parts,
     find_template,
     resolve_template,
 )
@@ -134,7 +130,7 @@ def test_alpaca_ids_are_those_of_training(llama2, shared_data):
             dialogue(instruction, [text_input]) if text_input else dialogue(None, [instruction])
         )
         assert ALPACA.encode(messages, llama2) == llama2.encode(text, bos=True, eos=False)
-        example_ids = encode_parts((BOS, text, Continuation(row["output"]), EOS), llama2)
+        example_ids, _ = encode_parts((BOS, text, Answer(row["output"], True), EOS), llama2)
         seen.append(example_ids == llama2.encode(text + row["output"], bos=True, eos=True))
     assert sum(seen) == 187, "the others begin with a quotation mark or such after the colon"
 
@@ -165,7 +161,7 @@ ANSWERS = ["Sure.", "- one\n- two", '"A red sail," he said.', "://", ")", " spac
 def test_alpaca_exchange_begins_with_the_ids_of_the_prompt(llama2, answer):
     prompt = WITHOUT_INPUT.format("Go")
     prompt_ids = llama2.encode(prompt, bos=True, eos=False)
-    ids = encode_parts((BOS, prompt, Continuation(answer), EOS), llama2)
+    ids, _ = encode_parts((BOS, prompt, Answer(answer, True), EOS), llama2)
     assert ids[: len(prompt_ids)] == prompt_ids
     assert ids[-1] == llama2.eos_id
     assert llama2.decode(ids) == prompt + answer
@@ -184,9 +180,9 @@ class Pairs:
 @pytest.mark.parametrize("instruction", ["Go", "Go!"])
 def test_alpaca_exchange_with_pieces_across_line_ends(instruction):
     prompt = WITHOUT_INPUT.format(instruction)
-    ids = encode_parts((BOS, prompt, Continuation("Sure."), EOS), Pairs())
+    ids, _ = encode_parts((BOS, prompt, Answer("Sure.", True), EOS), Pairs())
     assert "".join(ids) == f"<{prompt}Sure.>"
-    before = encode_parts((BOS, prompt), Pairs())
+    before, _ = encode_parts((BOS, prompt), Pairs())
     assert ids[: len(before)] == before
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from llama_jax.errors import UserError, is_utf16
 
 SUFFIXES = (".txt", ".jsonl", ".json")
-TEXT_FILES = ".txt, .jsonl or .json"  # the suffixes in messages
+TEXT_FILES = ".txt, .jsonl or .json"
 MOST_KEYS_SHOWN = 8  # of a JSON object, in a message
 REPLACEMENT = "\ufffd"  # replaces bytes that are not UTF-8
 LONE_SURROGATES = re.compile("[\ud800-\udfff]")
@@ -107,14 +107,13 @@ def _cut_position(text: str, start: int, end: int) -> int:
 
 def _fragments(file: Path, options: ReadOptions, progress: ReadProgress) -> Iterator[str | None]:
     """Yield the text of a file, and None where a document ends."""
-    text = read_blocks(file, options, progress)
     if file.suffix.lower() == ".txt":
+        text = read_blocks(file, options, progress)
         separator = _separator(file, options.split_at)
         yield from text if separator is None else _split(text, separator)
         yield None
         return
-    objects = _jsonl_objects if file.suffix.lower() == ".jsonl" else _json_objects
-    for where, value in objects(text, file):
+    for where, value in read_objects(file, options, progress):
         yield _text(value, where, options, progress)
         yield None
 
@@ -156,41 +155,40 @@ def _split(text: Iterable[str], separator: re.Pattern[str]) -> Iterator[str | No
 # ---- files and blocks of text ----
 
 
-def find_text_files(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Path], list[Path]]:
-    """Return the text files among some paths, and the files that were skipped.
+def find_text_files(
+    paths: Iterable[str | os.PathLike[str]], suffixes: tuple[str, ...] = SUFFIXES
+) -> tuple[list[Path], list[Path]]:
+    """Return the files with one of some suffixes among some paths, and those that were skipped.
 
     Folders are searched with all folders in them, in the order of names, except for hidden ones;
-    what is not a text file there is skipped. A file that occurs twice is returned once.
+    what has another suffix there is skipped. A file that occurs twice is returned once.
 
     Raises:
       UserError: if a path does not exist, is a file of another type, or is a folder without text.
     """
+    expected = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
     files: dict[Path, Path] = {}
     skipped: list[Path] = []
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(
-                f"{path} does not exist; expected a {TEXT_FILES} file or a folder of them"
+                f"{path} does not exist; expected a {expected} file or a folder of them"
             )
         if path.is_file():
             found = [path]
-            if not _is_text(path):
-                raise UserError(f"{path} has an unknown type; expected a {TEXT_FILES} file")
+            if path.suffix.lower() not in suffixes:
+                raise UserError(f"{path} has an unknown type; expected a {expected} file")
         else:
             inside = sorted(file for file in path.rglob("*") if not _is_hidden(file, path))
-            found = [file for file in inside if file.is_file() and _is_text(file)]
+            found = [file for file in inside if file.is_file() and file.suffix.lower() in suffixes]
             # The search does not follow links to folders.
             leaves = {file for file in inside if file.is_file() or file.is_symlink()}
             skipped += sorted(leaves.difference(found))
             if not found:
-                raise UserError(f"{path} holds no text files; expected {TEXT_FILES} files")
+                raise UserError(f"{path} holds no text files; expected {expected} files")
         for file in found:
             files.setdefault(file.resolve(), file)
     return list(files.values()), skipped
-
-
-def _is_text(file: Path) -> bool:
-    return file.suffix.lower() in SUFFIXES
 
 
 def _is_hidden(file: Path, root: Path) -> bool:
@@ -243,6 +241,18 @@ DECODER = json.JSONDecoder(strict=False, parse_int=float)
 BLANKS_AND_COMMAS = re.compile(r"[\s,]*")
 # Characters of "\ud83d\ude42"; an error this close to the end may be due to a cut.
 LONGEST_ESCAPE = 12
+
+
+def read_objects(
+    file: Path, options: ReadOptions, progress: ReadProgress
+) -> Iterator[tuple[str, Any]]:
+    """Yield the place and the value of each object of a .jsonl or .json file.
+
+    Raises:
+      UserError: with the position of what is not JSON, or not an object.
+    """
+    objects = _jsonl_objects if file.suffix.lower() == ".jsonl" else _json_objects
+    yield from objects(read_blocks(file, options, progress), file)
 
 
 def _jsonl_objects(blocks: Iterable[str], file: Path) -> Iterator[tuple[str, Any]]:
