@@ -59,6 +59,7 @@ OURS = {  # by name: our config where it differs
         "rope_scaling": RopeScaling(kind="llama3", factor=8.0, original_context=16),
         "tied_embeddings": False,
     },
+    "one more token": {"vocab_size": 32_001, "num_layers": 1},
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -145,6 +146,29 @@ def test_bfloat16_files_give_the_logits_of_their_rounded_numbers(tmp_path):
     their_model().to(torch.bfloat16).save_pretrained(tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert_close(our_logits(hugging_face.read(tmp_path)), their_logits(theirs))
+
+
+def test_several_stop_ids_are_kept_both_ways(tmp_path):
+    """As in Llama 3.2, whose generation_config.json lists three."""
+    stops, prompt_BT = [7, 5, 282], torch.tensor(TOKENS_BT[:1, :20])
+    theirs = their_model(**MODELS["llama 3.2"], eos_token_id=stops)
+    theirs.save_pretrained(tmp_path / "one")
+    settings = json.loads((tmp_path / "one" / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == stops
+    weights = hugging_face.read(tmp_path / "one")
+    assert weights.stop_ids == tuple(stops)
+    continued = theirs.generate(prompt_BT, max_new_tokens=9, do_sample=False, eos_token_id=None)
+    chosen = continued[0, 20:].tolist()
+    own = (0, chosen[-1], chosen[5])  # of which greedy decoding meets the last first
+    weights = dataclasses.replace(weights, tokenizer=tiny_vocabulary().to_model(), stop_ids=own)
+    hugging_face.write(weights, tmp_path / "two")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+    assert back.generation_config.eos_token_id == list(own)
+    found = hugging_face.read(tmp_path / "two").stop_ids
+    assert {*found} == {*own, 2}  # the tokenizer's own </s>
+    assert_close(our_logits(weights), their_logits(back))
+    ended = back.generate(prompt_BT, max_new_tokens=9, do_sample=False)[0, 20:].tolist()
+    assert ended == chosen[: 1 + min(map(chosen.index, {*own} & {*chosen}))]
 
 
 def test_their_config_comes_back_whole(tmp_path):
