@@ -13,6 +13,7 @@ from tiny_tokenizer import TEXTS, keys_of, library_of
 from tiny_weights import SIZES, built, same, tiny_vocabulary, tiny_weights
 
 from llama_jax.config import RopeScaling
+from llama_jax.formats.byte_level import bos_template
 from llama_jax.formats.gguf.vocabulary import read_tokenizer
 from llama_jax.formats.huggingface import model as hugging_face
 from llama_jax.text.tokenizer import load_tokenizer, parse_tokenizer
@@ -263,6 +264,27 @@ def test_a_tokenizer_that_replaces_characters_encodes_like_ours(shared_data, tmp
         ids = ours.encode(text, bos=True, eos=False)
         assert theirs(text)["input_ids"] == ids, repr(text)
         assert back.encode(text, bos=True, eos=False) == ids, repr(text)
+
+
+@pytest.mark.parametrize("added", [None, True, False])
+@pytest.mark.parametrize("kind", ["LlamaTokenizerFast", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("processor", [True, False, None, "no tokenizer.json"])
+def test_bos_is_put_where_they_put_it(processor, kind, added, tmp_path):
+    """Also where add_bos_token contradicts the post-processor of tokenizer.json."""
+    if (processor, kind, added) == ("no tokenizer.json", "LlamaTokenizerFast", None):
+        pytest.skip("their documentation says yes, as we do; version 5 does not")
+    hugging_face.write(tiny_weights(), tmp_path / "model")
+    paths = [tmp_path / "model" / f"tokenizer{name}.json" for name in ("", "_config")]
+    values, settings = (json.loads(path.read_text()) for path in paths)
+    values["post_processor"] = bos_template("<s>", 1, processor) if processor is not None else None
+    settings |= {"add_bos_token": added, "tokenizer_class": kind}
+    for path, content in zip(paths, (values, settings)):
+        path.write_text(json.dumps(content))
+    if processor == "no tokenizer.json":
+        paths[0].unlink()
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    adds_bos = theirs("ab")["input_ids"][0] == 1
+    assert hugging_face.read(tmp_path / "model").bos is adds_bos
 
 
 @pytest.mark.parametrize("source", ["ours", "theirs"])
