@@ -16,6 +16,7 @@ from llama_jax.config import RopeScaling
 from llama_jax.formats.byte_level import bos_template
 from llama_jax.formats.gguf.vocabulary import read_tokenizer
 from llama_jax.formats.huggingface import model as hugging_face
+from llama_jax.formats.vocabulary import Vocabulary
 from llama_jax.text.tokenizer import load_tokenizer, parse_tokenizer
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
@@ -239,6 +240,18 @@ def test_a_byte_level_tokenizer_is_theirs_as_it_is(name, bos, shared_data, tmp_p
         assert theirs(text, split_special_tokens=True)["input_ids"] == ids, repr(text)
         assert parse_tokenizer(back.tokenizer, tmp_path).encode(text, bos=bos) == ids
         assert theirs.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids)
+
+
+def test_a_tokenizer_without_bos_and_eos_encodes_like_ours(shared_data, tmp_path):
+    pieces = tiny_vocabulary(285).pieces
+    own = Vocabulary(pieces=(pieces[0], *pieces[3:]), bos_id=-1, eos_id=-1).to_model()
+    hugging_face.write(tiny_weights(tokenizer=own), tmp_path / "model")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert (theirs.bos_token, theirs.eos_token) == (None, None) and len(theirs) == V
+    ours = parse_tokenizer(own, tmp_path)
+    for text in texts(shared_data):
+        ids = ours.encode(text, bos=True, eos=True)
+        assert theirs(text)["input_ids"] == ids, repr(text)
 
 
 def test_a_tokenizer_that_replaces_characters_encodes_like_ours(shared_data, tmp_path):

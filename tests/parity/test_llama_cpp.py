@@ -19,7 +19,7 @@ from llama_jax.inference.engine import Engine
 from llama_jax.inference.request import Request, SamplingParams
 from llama_jax.model.parameters import abstract, named_leaves
 from llama_jax.model.transformer import unstack
-from llama_jax.text.tokenizer import load_tokenizer
+from llama_jax.text.tokenizer import load_tokenizer, parse_tokenizer
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
@@ -156,14 +156,14 @@ def test_the_same_probabilities(llama_cpp, tmp_path, name):
     assert compared >= 3
 
 
-def test_the_same_tokens(llama_cpp, tmp_path):
-    """Pieces, bytes and the space before a text."""
-    for adds_space in (True, False):
-        vocabulary = dataclasses.replace(tiny_vocabulary(), adds_space=adds_space)
-        (tmp_path / "tokenizer.model").write_bytes(vocabulary.to_model())
-        gguf.write(tiny_weights(tokenizer=vocabulary.to_model()), tmp_path / "tiny.gguf")
-        theirs = llama_cpp(tmp_path / "tiny.gguf", context=32)
-        ours = load_tokenizer(tmp_path / "tokenizer.model")
-        for text in ("a", "ab abc  bcab", " é\n\t猫", "<s>", "cab bab abcabc"):
-            expected = ours.encode(text, bos=True, eos=False)
-            assert theirs.tokenize(text, bos=True) == expected
+@pytest.mark.parametrize("changes", [{}, {"adds_space": False}, {"bos_id": -1}], ids=str)
+def test_the_same_tokens(llama_cpp, tmp_path, changes):
+    """Pieces, bytes and the space before a text; with and without BOS."""
+    model = dataclasses.replace(tiny_vocabulary(), **changes).to_model()
+    has_bos = "bos_id" not in changes
+    weights = dataclasses.replace(tiny_weights(tokenizer=model), bos=has_bos)
+    gguf.write(weights, tmp_path / "tiny.gguf")
+    theirs, ours = llama_cpp(tmp_path / "tiny.gguf", context=32), parse_tokenizer(model, tmp_path)
+    for text in ("a", "ab abc  bcab", " é\n\t猫", "<s>", "cab bab abcabc"):
+        expected = ours.encode(text, bos=has_bos, eos=False)
+        assert theirs.tokenize(text, bos=True) == expected
