@@ -180,11 +180,12 @@ class Conversion:
 def convert(job: Conversion) -> Weights:
     """Write a model in another format, and return it as it was read from its source.
 
-    For llama2.c, a tokenizer.bin is written beside the output unless there is one.
+    For llama2.c, a tokenizer.bin is written beside the output unless it is there already.
 
     Raises:
       UserError: if the source is damaged or not a Llama, its tokenizer is missing or another
-        model's, the target cannot express it, the output exists, or the disk is full.
+        model's, the target cannot express it, the output exists, a tokenizer.bin beside it is
+        another model's, or the disk is full.
     """
     check_new_path(job.output)
     source = read_source(job)
@@ -203,6 +204,11 @@ def convert(job: Conversion) -> Weights:
             vocabulary = Vocabulary.from_model(weights.tokenizer)
             if not beside.exists():
                 tokenizer_bin.write(vocabulary, stack.enter_context(new_path(beside)))
+            elif not tokenizer_bin.has_pieces(beside, vocabulary):
+                raise UserError(
+                    f"{beside} is another tokenizer than that of {job.input}, and llama2.c would"
+                    " use it; convert into another folder"
+                )
         watched, report = stack.enter_context(_watched(weights, job))
         FORMATS[job.target].write(watched, place, job.options, report)
     return source
@@ -221,8 +227,10 @@ def read_source(job: Conversion) -> Weights:
         )
     if job.options.quantization and weights.is_rounded:
         raise UserError(f"{path} is quantised already; quantise the model that it was made from")
+    content = weights.tokenizer
     return dataclasses.replace(
         weights,
+        bos=weights.bos and (not content or parse_tokenizer(content, path).bos_id >= 0),
         chat_template=job.template or weights.chat_template,
         generation=job.generation or weights.generation,
     )

@@ -93,14 +93,16 @@ def _valid_ids(ids: Iterable[Any], vocab_size: Any) -> tuple[int, ...]:
 
 
 def _wants_bos(folder: Path, settings: Mapping[str, Any]) -> bool:
-    """Return whether texts begin with BOS, as transformers decides it."""
+    """Return whether texts begin with BOS, as transformers decides it.
+
+    It reads the post-processor of a tokenizer.json, and `add_bos_token` only where there is none.
+    """
+    if path := find_file(folder, JSON):
+        return adds_bos(read_object(path))
     if isinstance(bos := settings.get("add_bos_token"), bool):
         return bos
     kind = settings.get("tokenizer_class")
-    adds = not isinstance(kind, str) or kind.removesuffix("Fast") in ADDING_BOS
-    path = find_file(folder, JSON)
-    values = read_object(path) if path else {}
-    return adds_bos(values) if values.get("post_processor") else adds
+    return not isinstance(kind, str) or kind.removesuffix("Fast") in ADDING_BOS
 
 
 def _read_template(folder: Path, settings: Mapping[str, Any]) -> str:

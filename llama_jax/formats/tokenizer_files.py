@@ -91,9 +91,9 @@ def _complete_model(content: bytes, rows: int, named: Named, path: Path) -> byte
         vocabulary = Vocabulary.from_model(content)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    ids = {"unknown": vocabulary.unknown_id, "BOS": vocabulary.bos_id, "EOS": vocabulary.eos_id}
-    ids |= {"padding": max(vocabulary.pad_id, 0)}
-    for name, token in ids.items():
+    ids = {"BOS": vocabulary.bos_id, "EOS": vocabulary.eos_id, "padding": vocabulary.pad_id}
+    ids = {name: max(token, 0) for name, token in ids.items()}  # these may be missing
+    for name, token in (ids | {"unknown": vocabulary.unknown_id}).items():
         if not 0 <= token < len(vocabulary.pieces):
             raise UserError(f"{path}: the {name} piece has id {token}; give a Llama 2 tokenizer")
     complete = _complete(vocabulary, dict(enumerate(vocabulary.pieces)), rows, named, path)
@@ -116,6 +116,8 @@ def _complete(
     special = {"bos": vocabulary.bos_id, "eos": vocabulary.eos_id}
     special |= {role: ids[text] for role, text in named.texts.items() if text in ids}
     for role, token in special.items():
+        if token < 0:
+            continue
         if found[token].kind in (Kind.UNKNOWN, Kind.BYTE):
             special[role] = getattr(vocabulary, f"{role}_id")
         elif found[token].kind != Kind.CONTROL:  # as SentencePiece requires it

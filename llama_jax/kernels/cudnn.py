@@ -39,8 +39,11 @@ def cudnn_attention(
     q, k, v = (jnp.pad(x, (*even, (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH))
     mask_B1TS = None
     if segments_BT is not None:
-        filled_BT = jnp.pad(segments_BT, even)
-        mask_B1TS = (filled_BT[:, :, None] == filled_BT[:, None, :])[:, None]
+        filled_BT, positions_T = jnp.pad(segments_BT, even), jnp.arange(q.shape[1])
+        mask_BTS = filled_BT[:, :, None] == filled_BT[:, None, :]
+        if window:  # in the mask: before its version 9.10.2, cuDNN takes no window beside one
+            mask_BTS &= (positions_T[:, None] < positions_T[None] + window)[None]
+        mask_B1TS = mask_BTS[:, None]
     try:
         out_BTNH = jax.nn.dot_product_attention(
             q,
@@ -48,7 +51,8 @@ def cudnn_attention(
             v,
             mask=mask_B1TS,
             is_causal=True,
-            local_window_size=(window - 1, 0) if window else None,
+            # So many before the query's own position: cuDNN's "(pos - window, pos]".
+            local_window_size=(window - 1, 0) if window and mask_B1TS is None else None,
             implementation="cudnn",
         )
     except RuntimeError as error:  # NotImplementedError too: shapes, versions; no cuDNN at all

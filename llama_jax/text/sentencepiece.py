@@ -43,8 +43,6 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size: int = self._processor.vocab_size()
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
-        if min(self.bos_id, self.eos_id) < 0:
-            raise UserError(f"{path} has no <s> or no </s> piece; Llama 2 tokenizers have both")
         ids = filter(self._processor.is_control, range(self.vocab_size))
         self.special_ids: Mapping[str, int] = {self._processor.id_to_piece(i): i for i in ids}
 

@@ -23,6 +23,7 @@ from llama_jax.formats.convert import FORMATS, Conversion, Options, convert
 from llama_jax.formats.llama2c import tokenizer as tokenizer_bin
 from llama_jax.formats.vocabulary import Vocabulary
 from llama_jax.formats.weights import Tensor
+from llama_jax.text.tokenizer import parse_tokenizer
 
 PAIRS = [(source, target) for source in FORMATS for target in FORMATS]
 SUFFIXES = {"gguf": ".gguf", "llama2c": ".bin"}
@@ -184,14 +185,64 @@ def test_a_missing_tokenizer_is_an_error(sources, tmp_path, target):
     assert not list(tmp_path.iterdir())
 
 
-def test_llama2c_needs_no_tokenizer_and_keeps_an_existing_one(sources, tmp_path):
+def test_llama2c_needs_no_tokenizer_and_keeps_its_own(sources, tmp_path):
     convert(job_of(sources, "llama2c", "llama2c", tmp_path, tokenizer=None))
     assert [path.name for path in tmp_path.iterdir()] == ["out.bin"]
     assert (tmp_path / "out.bin").read_bytes() == sources["llama2c"].read_bytes()
     (tmp_path / "more").mkdir()
-    (tmp_path / "more" / "tokenizer.bin").write_text("mine")
-    convert(job_of(sources, "ckpt", "llama2c", tmp_path / "more"))
-    assert (tmp_path / "more" / "tokenizer.bin").read_text() == "mine"
+    beside, job = tmp_path / "more" / "tokenizer.bin", job_of(sources, "ckpt", "llama2c", tmp_path)
+    job = dataclasses.replace(job, output=tmp_path / "more" / "out.bin")
+    beside.write_text("mine")
+    refused(job, "tokenizer.bin is another tokenizer than that of .*; convert into another folder")
+    assert [path.read_text() for path in (tmp_path / "more").iterdir()] == ["mine"]
+    beside.unlink()
+    tokenizer_bin.write(tiny_vocabulary(), beside)
+    written = beside.stat()
+    convert(job)
+    assert beside.stat() == written
+
+
+WITHOUT_ENDS = Vocabulary(  # no <s>, no </s>
+    pieces=(*tiny_vocabulary(285).pieces[:1], *tiny_vocabulary(285).pieces[3:]),
+    bos_id=-1,
+    eos_id=-1,
+)
+
+
+@pytest.mark.parametrize("target", ["ckpt", "hf", "meta"])
+def test_a_tokenizer_without_bos_and_eos_is_kept(tmp_path, target):
+    weights = tiny_weights(tokenizer=WITHOUT_ENDS.to_model())
+    sources = {"ckpt": store(weights, "ckpt", tmp_path)}
+    job = job_of(sources, "ckpt", target, tmp_path)
+    assert not convert(job).bos
+    found = read(job)
+    assert found.tokenizer == weights.tokenizer
+    if target == "hf":  # as which its tokenizer.json alone is read, too
+        assert not found.bos
+        (job.output / "tokenizer.model").unlink()
+        found = read(job)
+    tokenizer = parse_tokenizer(found.tokenizer, tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (-1, -1)
+    expected = parse_tokenizer(weights.tokenizer, tmp_path)
+    for text in ("ab abc", "<s> é"):
+        ids = tokenizer.encode(text, bos=True, eos=True)
+        assert ids == expected.encode(text)
+        assert tokenizer.decode(ids) == text
+
+
+def test_formats_that_need_bos_or_eos_refuse_a_tokenizer_without(tmp_path):
+    weights = tiny_weights(tokenizer=WITHOUT_ENDS.to_model())
+    sources = {"ckpt": store(weights, "ckpt", tmp_path)}
+    refused(job_of(sources, "ckpt", "gguf", tmp_path), "has no EOS.*; choose another format")
+    refused(job_of(sources, "ckpt", "llama2c", tmp_path), "takes ids 0, 1 and 2 for <unk>, <s> and")
+    (tmp_path / "more").mkdir()
+    with_end = tiny_weights(tokenizer=dataclasses.replace(WITHOUT_ENDS, eos_id=258).to_model())
+    found = Vocabulary.from_model(gguf_round_trip(with_end, tmp_path / "more").tokenizer)
+    assert (found.bos_id, found.eos_id) == (-1, 258)
+
+
+def gguf_round_trip(weights, folder):
+    return FORMATS["gguf"].read(store(weights, "gguf", folder))
 
 
 @pytest.mark.parametrize("target", ["llama2c", "meta"])

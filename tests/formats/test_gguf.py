@@ -2,6 +2,7 @@
 
 import dataclasses
 import tracemalloc
+from pathlib import Path
 
 import gguf as package
 import numpy as np
@@ -11,10 +12,11 @@ from tiny_weights import same, tiny_vocabulary, tiny_weights
 from llama_jax.config import RopeScaling
 from llama_jax.errors import UserError
 from llama_jax.formats.gguf import model as gguf
-from llama_jax.formats.gguf.header import read_header
-from llama_jax.formats.gguf.vocabulary import read_tokenizer
-from llama_jax.formats.vocabulary import Vocabulary
+from llama_jax.formats.gguf.header import Keys, read_header
+from llama_jax.formats.gguf.vocabulary import read_tokenizer, tokenizer_keys
+from llama_jax.formats.vocabulary import Kind, Vocabulary
 from llama_jax.formats.weights import DTYPES, Tensor
+from llama_jax.text.tokenizer import load_tokenizer, parse_tokenizer
 
 D, N, K, H, F, L, V = 24, 6, 2, 4, 40, 3, 283
 WIDE = {"dim": 96, "hidden_dim": 40}  # rows of down are no whole blocks, all others are
@@ -258,8 +260,6 @@ def test_each_tensor_is_read_once_and_dropped(path):
 
 
 def test_the_vocabulary_of_a_file_without_tensors(shared_data, tmp_path):
-    from llama_jax.text.tokenizer import load_tokenizer
-
     source = shared_data / "llama-spm.gguf"
     vocabulary = Vocabulary.from_model(read_tokenizer(read_header(source).keys))
     (tmp_path / "tokenizer.model").write_bytes(vocabulary.to_model())
@@ -281,3 +281,35 @@ def test_vocabularies_keep_all_they_say(path):
     )
     gguf.write(tiny_weights(tokenizer=vocabulary.to_model()), path)
     assert Vocabulary.from_model(read_tokenizer(read_header(path).keys)) == vocabulary
+
+
+def vocabulary_of(**changes):
+    """A vocabulary as read from the keys of a file; None: a key that is missing."""
+    keys = tokenizer_keys(tiny_vocabulary().to_model(), bos=True)
+    keys |= {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+    keys = {key: value for key, value in keys.items() if value is not None}
+    content = read_tokenizer(Keys(Path("model.gguf"), keys))
+    return Vocabulary.from_model(content), parse_tokenizer(content, Path("model.gguf"))
+
+
+@pytest.mark.parametrize("missing", ["scores", "token_type", "both"])
+def test_vocabularies_without_scores_or_types_are_read(missing):
+    names = ["scores", "token_type"] if missing == "both" else [missing]
+    vocabulary, tokenizer = vocabulary_of(**dict.fromkeys(names))
+    expected = tiny_vocabulary().pieces
+    if missing != "token_type":
+        expected = tuple(dataclasses.replace(piece, score=0.0) for piece in expected)
+    assert vocabulary.pieces == expected  # <unk>, <s>, </s> and bytes by their ids and names
+    assert tokenizer.decode(tokenizer.encode("abc é")) == "abc é"
+    if missing != "token_type":  # all pairs are as good: the leftmost is merged first
+        assert [tokenizer.piece_text(i) for i in tokenizer.encode("abc")] == [" ab", "c"]
+
+
+def test_of_repeated_pieces_the_last_is_meant():
+    texts = [piece.text for piece in tiny_vocabulary().pieces]
+    texts[270] = "ab"  # instead of "e"
+    vocabulary, tokenizer = vocabulary_of(tokens=texts)
+    assert vocabulary.pieces[texts.index("ab")].kind == Kind.UNUSED
+    assert vocabulary.pieces[270].text == "ab"
+    assert len({piece.text for piece in vocabulary.pieces}) == V
+    assert tokenizer.encode("bab")[-1] == 270

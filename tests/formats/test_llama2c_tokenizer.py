@@ -142,6 +142,8 @@ def test_missing_files_and_folders_are_refused(tmp_path):
         {"eos_id": 259},
         {"pieces": tiny_vocabulary().pieces[:200]},
         {"pieces": (*tiny_vocabulary().pieces[:3], *tiny_vocabulary().pieces[4:])},
+        {"bos_id": -1},
+        {"adds_space": False},
     ],
 )
 def test_a_vocabulary_that_llama2c_would_misread_is_refused(tmp_path, changes):
@@ -155,10 +157,8 @@ def test_a_vocabulary_that_llama2c_encodes_otherwise_is_written_with_a_warning(t
     write(tiny_vocabulary(), tmp_path / "x.bin")
     assert capsys.readouterr().err == ""
     pieces = (*tiny_vocabulary().pieces, Piece("<tool>", 0.0, Kind.USER_DEFINED))
-    write(dataclasses.replace(tiny_vocabulary(), adds_space=False, pieces=pieces), tmp_path / "y")
-    assert "no space is put before texts, '<tool>' is always one piece; some" in (
-        capsys.readouterr().err
-    )
+    write(dataclasses.replace(tiny_vocabulary(), joins_spaces=True, pieces=pieces), tmp_path / "y")
+    assert "spaces are joined, '<tool>' is always one piece; some ids" in capsys.readouterr().err
 
 
 @settings(max_examples=150, deadline=None)

@@ -61,19 +61,24 @@ BYTES = {"type": "ByteLevel"}
 @pytest.mark.parametrize(
     ("settings", "processor", "bos"),
     [
-        ({"add_bos_token": False}, WITH_BOS, False),
-        ({"add_bos_token": True}, WITHOUT, True),
+        ({"add_bos_token": False}, WITH_BOS, True),
+        ({"add_bos_token": True}, WITHOUT, False),
         ({}, WITH_BOS, True),
         ({}, WITHOUT, False),
         ({}, BYTES, False),
         ({}, {"type": "Sequence", "processors": [BYTES, WITH_BOS]}, True),
-        ({"tokenizer_class": "LlamaTokenizerFast"}, None, True),
-        ({"tokenizer_class": "GPT2Tokenizer"}, None, False),
+        ({"tokenizer_class": "LlamaTokenizerFast"}, None, False),
         ({"tokenizer_class": "PreTrainedTokenizerFast"}, WITH_BOS, True),
+        ({"add_bos_token": True, "tokenizer_class": "GPT2Tokenizer"}, "no file", True),
+        ({"add_bos_token": False}, "no file", False),
+        ({"tokenizer_class": "GPT2Tokenizer"}, "no file", False),
+        ({"tokenizer_class": "LlamaTokenizerFast"}, "no file", True),
     ],
 )
 def test_bos_is_as_the_tokenizer_files_say(tmp_path, settings, processor, bos):
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"post_processor": processor}))
+    """By the post-processor of a tokenizer.json, if there is one."""
+    if processor != "no file":
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"post_processor": processor}))
     assert read(tmp_path, tokenizer_config=settings)["bos"] is bos
 
 

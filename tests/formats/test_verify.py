@@ -5,14 +5,16 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from tiny_weights import tiny_weights
+from tiny_weights import tiny_vocabulary, tiny_weights
 
 from llama_jax.checkpoints.load import load
 from llama_jax.errors import UserError
 from llama_jax.formats import checkpoint as checkpoint_folder
 from llama_jax.formats import verify as verification
 from llama_jax.formats.convert import Conversion, Options, convert
+from llama_jax.formats.llama2c import tokenizer as tokenizer_bin
 from llama_jax.formats.verify import is_cheap, memory_needed, our_logits, verify
+from llama_jax.formats.vocabulary import Vocabulary
 from llama_jax.formats.weights import Tensor
 
 RIGHT = "verified: llama_jax on the output against llama_jax on ckpt: max |Δlogit| "
@@ -95,6 +97,24 @@ def test_what_begins_and_ends_a_text_is_compared(tmp_path, target):
         list(verify(job, other))
     with pytest.raises(UserError, match=r"BOS before texts: .*out has True, .*in False"):
         list(verify(job, dataclasses.replace(source, bos=False)))
+
+
+def test_llama2cs_tokenizer_is_read_back(tmp_path):
+    job, source = converted(tmp_path, "llama2c")
+    assert list(verify(job, source))
+    pieces = list(tiny_vocabulary().pieces)
+    pieces[267], pieces[268] = pieces[268], pieces[267]  # b and c
+    (tmp_path / "tokenizer.bin").unlink()
+    tokenizer_bin.write(Vocabulary(pieces=tuple(pieces)), tmp_path / "tokenizer.bin")
+    with pytest.raises(UserError, match=r"the tokenizer written to .*out encodes .*; do not use"):
+        list(verify(job, source))
+
+
+def test_where_llama2c_is_known_to_differ_plain_texts_are_compared(tmp_path, capsys):
+    vocabulary = dataclasses.replace(tiny_vocabulary(), joins_spaces=True)
+    weights = tiny_weights(tokenizer=vocabulary.to_model())
+    assert list(verify(*converted(tmp_path, "llama2c", weights)))
+    assert "spaces are joined; some ids differ" in capsys.readouterr().err
 
 
 def test_other_greedy_tokens_are_counted(tmp_path):

@@ -319,22 +319,29 @@ def test_the_cudnn_kernels_run_on_a_gpu(with_cudnn, segments, length):
 
 
 def test_cudnn_is_given_the_window(with_cudnn):
+    """Its positions (pos - window, pos], unless a mask of documents holds the window."""
     kernel = partial(shard_heads(cudnn_attention), window=37)
     text = program(kernel, "cuda", segments=False)
     assert text.count("sliding_window_length\\22: 37") == 2
+    text = program(kernel, "cuda", segments=True)
+    assert text.count("sliding_window_length\\22: 0") == 2
 
 
-@pytest.mark.parametrize(("length", "window"), [(150, 0), (149, 0), (149, 20)])
-def test_cudnn_is_called_for_what_the_oracle_computes(monkeypatch, length, window):
+@pytest.mark.parametrize(
+    ("length", "window", "packed"), [(150, 0, True), (149, 20, True), (149, 20, False)]
+)
+def test_cudnn_is_called_for_what_the_oracle_computes(monkeypatch, length, window, packed):
     """The same request, answered by the library's plain implementation, which runs here."""
     whole = jax.nn.dot_product_attention
     monkeypatch.setattr(
         jax.nn, "dot_product_attention", lambda *a, implementation, **more: whole(*a, **more)
     )
-    given, segments = [x[:, :length] for x in arrays(2)], SEGMENTS_BT[:, :length]
+    given = [x[:, :length] for x in arrays(2)]
+    segments = SEGMENTS_BT[:, :length] if packed else np.zeros((B, length))
     kernel = partial(cudnn_attention, window=window)
     run = jax.jit(partial(value_and_gradients, kernel), compiler_options=QUICK)
-    check(run(*given, jnp.asarray(segments)), oracle(*given, segments, window or T))
+    results = run(*given, jnp.asarray(segments) if packed else None)
+    check(results, oracle(*given, segments, window or T))
 
 
 def test_cudnn_never_computes_in_another_way():
@@ -345,16 +352,17 @@ def test_cudnn_never_computes_in_another_way():
 
 @pytest.mark.skipif("cuda" not in str(jax.config.jax_platforms), reason="no GPU")
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("K", [2, 1])
-def test_cudnn_agrees_with_the_oracle(K, packed):
+@pytest.mark.parametrize(("K", "window"), [(2, 0), (1, 0), (2, 1), (2, 37)])
+def test_cudnn_agrees_with_the_oracle(K, window, packed):
     """Run with JAX_PLATFORMS=cuda,cpu."""
     random = np.random.default_rng(K)
     shapes = [(B, T, heads, 64) for heads in (N, K, K, N)]
     given = [jnp.asarray(random.standard_normal(shape), "bfloat16") for shape in shapes]
     segments = SEGMENTS_BT if packed else np.zeros((B, T), np.int32)
-    results = jax.jit(partial(value_and_gradients, cudnn_attention))(
+    kernel = partial(cudnn_attention, window=window)
+    results = jax.jit(partial(value_and_gradients, kernel))(
         *given, jnp.asarray(segments) if packed else None
     )
-    for result, right in zip(results, oracle(*given, segments)):
+    for result, right in zip(results, oracle(*given, segments, window or T)):
         error = np.linalg.norm(np.asarray(result, np.float64) - right) / np.linalg.norm(right)
         assert error < 2e-2  # bfloat16, and weights rounded to it before their products

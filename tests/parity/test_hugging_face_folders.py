@@ -13,8 +13,10 @@ from tiny_tokenizer import TEXTS, keys_of, library_of
 from tiny_weights import SIZES, built, same, tiny_vocabulary, tiny_weights
 
 from llama_jax.config import RopeScaling
+from llama_jax.formats.byte_level import bos_template
 from llama_jax.formats.gguf.vocabulary import read_tokenizer
 from llama_jax.formats.huggingface import model as hugging_face
+from llama_jax.formats.vocabulary import Vocabulary
 from llama_jax.text.tokenizer import load_tokenizer, parse_tokenizer
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
@@ -59,6 +61,7 @@ OURS = {  # by name: our config where it differs
         "rope_scaling": RopeScaling(kind="llama3", factor=8.0, original_context=16),
         "tied_embeddings": False,
     },
+    "one more token": {"vocab_size": 32_001, "num_layers": 1},
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -147,6 +150,29 @@ def test_bfloat16_files_give_the_logits_of_their_rounded_numbers(tmp_path):
     assert_close(our_logits(hugging_face.read(tmp_path)), their_logits(theirs))
 
 
+def test_several_stop_ids_are_kept_both_ways(tmp_path):
+    """As in Llama 3.2, whose generation_config.json lists three."""
+    stops, prompt_BT = [7, 5, 282], torch.tensor(TOKENS_BT[:1, :20])
+    theirs = their_model(**MODELS["llama 3.2"], eos_token_id=stops)
+    theirs.save_pretrained(tmp_path / "one")
+    settings = json.loads((tmp_path / "one" / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == stops
+    weights = hugging_face.read(tmp_path / "one")
+    assert weights.stop_ids == tuple(stops)
+    continued = theirs.generate(prompt_BT, max_new_tokens=9, do_sample=False, eos_token_id=None)
+    chosen = continued[0, 20:].tolist()
+    own = (0, chosen[-1], chosen[5])  # of which greedy decoding meets the last first
+    weights = dataclasses.replace(weights, tokenizer=tiny_vocabulary().to_model(), stop_ids=own)
+    hugging_face.write(weights, tmp_path / "two")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+    assert back.generation_config.eos_token_id == list(own)
+    found = hugging_face.read(tmp_path / "two").stop_ids
+    assert {*found} == {*own, 2}  # the tokenizer's own </s>
+    assert_close(our_logits(weights), their_logits(back))
+    ended = back.generate(prompt_BT, max_new_tokens=9, do_sample=False)[0, 20:].tolist()
+    assert ended == chosen[: 1 + min(map(chosen.index, {*own} & {*chosen}))]
+
+
 def test_their_config_comes_back_whole(tmp_path):
     rope = LLAMA3 | {"rope_theta": 5e5}
     theirs = their_model(rope_parameters=rope, rms_norm_eps=1e-6, tie_word_embeddings=True)
@@ -216,6 +242,18 @@ def test_a_byte_level_tokenizer_is_theirs_as_it_is(name, bos, shared_data, tmp_p
         assert theirs.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids)
 
 
+def test_a_tokenizer_without_bos_and_eos_encodes_like_ours(shared_data, tmp_path):
+    pieces = tiny_vocabulary(285).pieces
+    own = Vocabulary(pieces=(pieces[0], *pieces[3:]), bos_id=-1, eos_id=-1).to_model()
+    hugging_face.write(tiny_weights(tokenizer=own), tmp_path / "model")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert (theirs.bos_token, theirs.eos_token) == (None, None) and len(theirs) == V
+    ours = parse_tokenizer(own, tmp_path)
+    for text in texts(shared_data):
+        ids = ours.encode(text, bos=True, eos=True)
+        assert theirs(text)["input_ids"] == ids, repr(text)
+
+
 def test_a_tokenizer_that_replaces_characters_encodes_like_ours(shared_data, tmp_path):
     import sentencepiece
 
@@ -239,6 +277,27 @@ def test_a_tokenizer_that_replaces_characters_encodes_like_ours(shared_data, tmp
         ids = ours.encode(text, bos=True, eos=False)
         assert theirs(text)["input_ids"] == ids, repr(text)
         assert back.encode(text, bos=True, eos=False) == ids, repr(text)
+
+
+@pytest.mark.parametrize("added", [None, True, False])
+@pytest.mark.parametrize("kind", ["LlamaTokenizerFast", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("processor", [True, False, None, "no tokenizer.json"])
+def test_bos_is_put_where_they_put_it(processor, kind, added, tmp_path):
+    """Also where add_bos_token contradicts the post-processor of tokenizer.json."""
+    if (processor, kind, added) == ("no tokenizer.json", "LlamaTokenizerFast", None):
+        pytest.skip("their documentation says yes, as we do; version 5 does not")
+    hugging_face.write(tiny_weights(), tmp_path / "model")
+    paths = [tmp_path / "model" / f"tokenizer{name}.json" for name in ("", "_config")]
+    values, settings = (json.loads(path.read_text()) for path in paths)
+    values["post_processor"] = bos_template("<s>", 1, processor) if processor is not None else None
+    settings |= {"add_bos_token": added, "tokenizer_class": kind}
+    for path, content in zip(paths, (values, settings)):
+        path.write_text(json.dumps(content))
+    if processor == "no tokenizer.json":
+        paths[0].unlink()
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    adds_bos = theirs("ab")["input_ids"][0] == 1
+    assert hugging_face.read(tmp_path / "model").bos is adds_bos
 
 
 @pytest.mark.parametrize("source", ["ours", "theirs"])

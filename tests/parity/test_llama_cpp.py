@@ -19,17 +19,26 @@ from llama_jax.inference.engine import Engine
 from llama_jax.inference.request import Request, SamplingParams
 from llama_jax.model.parameters import abstract, named_leaves
 from llama_jax.model.transformer import unstack
-from llama_jax.text.tokenizer import load_tokenizer
+from llama_jax.text.tokenizer import load_tokenizer, parse_tokenizer
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
 PROMPT = "Once upon a time"
 TOKENS = 200
 KINDS = {"Q4_0": 2, "Q8_0": 7}  # llama.cpp's numbers of whole files
-SCALINGS = {
-    "none": RopeScaling(),
-    "linear": RopeScaling(kind="linear", factor=2.5),
-    "llama3": RopeScaling(kind="llama3", factor=8.0, original_context=16),
+YARN = RopeScaling(kind="yarn", factor=4.0, original_context=8)
+MODELS = {  # by name: our config where it differs
+    "tied": {},
+    "untied": {"tied_embeddings": False},
+    "linear": {"rope_scaling": RopeScaling(kind="linear", factor=2.5)},
+    "llama3": {"rope_scaling": RopeScaling(kind="llama3", factor=8.0, original_context=16)},
+    "yarn": {"rope_scaling": YARN},
+    "yarn, by hand": {
+        "rope_scaling": dataclasses.replace(YARN, attention_factor=0.8, beta_fast=2.0)
+    },
+    "attention biases": {"attention_bias": True},
+    "all biases": {"attention_bias": True, "mlp_bias": True, "tied_embeddings": False},
+    "wide heads": {"head_dim": 24},
 }
 
 
@@ -127,12 +136,11 @@ def test_q4_0_of_llama_cpp_is_read(tmp_path):
         assert error <= (0 if "norm" in name else 0.02 if name == "output" else 0.1), name
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("scaling", SCALINGS)
-def test_the_same_probabilities(llama_cpp, tmp_path, scaling, tied):
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_probabilities(llama_cpp, tmp_path, name):
     path = tmp_path / "tiny.gguf"
     shape = {"dim": 96, "num_kv_heads": 3, "rope_theta": 500.0, "norm_eps": 1e-6}
-    weights = tiny_weights(**shape, tied_embeddings=tied, rope_scaling=SCALINGS[scaling])
+    weights = tiny_weights(**shape | MODELS[name])
     gguf.write(weights, path)
     prompt, model = [1, *np.random.default_rng(0).integers(3, 283, 30).tolist()], llama_cpp(path)
     ours_TV = np.asarray(jax.nn.log_softmax(in_float32(weights)(jnp.asarray([prompt]))[0][0]))
@@ -148,14 +156,14 @@ def test_the_same_probabilities(llama_cpp, tmp_path, scaling, tied):
     assert compared >= 3
 
 
-def test_the_same_tokens(llama_cpp, tmp_path):
-    """Pieces, bytes and the space before a text."""
-    for adds_space in (True, False):
-        vocabulary = dataclasses.replace(tiny_vocabulary(), adds_space=adds_space)
-        (tmp_path / "tokenizer.model").write_bytes(vocabulary.to_model())
-        gguf.write(tiny_weights(tokenizer=vocabulary.to_model()), tmp_path / "tiny.gguf")
-        theirs = llama_cpp(tmp_path / "tiny.gguf", context=32)
-        ours = load_tokenizer(tmp_path / "tokenizer.model")
-        for text in ("a", "ab abc  bcab", " é\n\t猫", "<s>", "cab bab abcabc"):
-            expected = ours.encode(text, bos=True, eos=False)
-            assert theirs.tokenize(text, bos=True) == expected
+@pytest.mark.parametrize("changes", [{}, {"adds_space": False}, {"bos_id": -1}], ids=str)
+def test_the_same_tokens(llama_cpp, tmp_path, changes):
+    """Pieces, bytes and the space before a text; with and without BOS."""
+    model = dataclasses.replace(tiny_vocabulary(), **changes).to_model()
+    has_bos = "bos_id" not in changes
+    weights = dataclasses.replace(tiny_weights(tokenizer=model), bos=has_bos)
+    gguf.write(weights, tmp_path / "tiny.gguf")
+    theirs, ours = llama_cpp(tmp_path / "tiny.gguf", context=32), parse_tokenizer(model, tmp_path)
+    for text in ("a", "ab abc  bcab", " é\n\t猫", "<s>", "cab bab abcabc"):
+        expected = ours.encode(text, bos=has_bos, eos=False)
+        assert theirs.tokenize(text, bos=True) == expected

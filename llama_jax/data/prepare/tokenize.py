@@ -141,7 +141,8 @@ def chosen_tokenizer(options: TokenOptions) -> Tokenizer:
         ("eos", options.eos, tokenizer.eos_id),
     ):
         if wanted and token < 0:
-            instead = "--no-bos --eos" if name == "bos" else "--no-eos"
+            also = " --eos" if name == "bos" and tokenizer.eos_id >= 0 else ""
+            instead = f"--no-{name}{also}"
             raise UserError(f"{tokenizer.path} has no {name.upper()} token; use {instead}")
     return tokenizer
 

@@ -17,7 +17,7 @@ from llama_jax.formats.gguf.metadata import (
     read_config,
     rope_factors,
 )
-from llama_jax.formats.gguf.vocabulary import TOKENS, adds_bos, read_tokenizer, tokenizer_keys
+from llama_jax.formats.gguf.vocabulary import IDS, TOKENS, adds_bos, read_tokenizer, tokenizer_keys
 from llama_jax.formats.prompting import prompting_keys, read_prompting_keys
 from llama_jax.formats.rules import expanded, export_tensors, import_tensors, make_table
 from llama_jax.formats.tokenizer_files import fit_rows, read_tokenizer_file
@@ -125,7 +125,7 @@ def write(
       report: called with the bytes of `weights` written so far, after each tensor.
 
     Raises:
-      UserError: if the model has no tokenizer, or a number does not fit.
+      UserError: if the model has no tokenizer, or one without EOS, or a number does not fit.
     """
     dtype = dtype or weights.dtype.name
     if dtype not in WRITTEN:
@@ -140,6 +140,11 @@ def write(
         sizes = f"{pieces} pieces and the model {weights.config.vocab_size}"
         raise UserError(f"the tokenizer has {sizes}; use the one the model was trained with")
     keys |= prompting_keys(weights)
+    if IDS["eos_id"] not in keys:
+        raise UserError(
+            "GGUF cannot hold this tokenizer: it has no EOS, in whose place readers take an id of"
+            " their own; choose another format"
+        )
     tensors = export_tensors(TABLE, weights.config, weights.tensors)
     if weights.config.rope_scaling.kind == "llama3":
         factors = rope_factors(weights.config)

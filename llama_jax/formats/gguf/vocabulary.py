@@ -166,6 +166,7 @@ def _keys(vocabulary: Vocabulary) -> dict[str, Value]:
     keys[SCORES] = np.array([piece.score for piece in pieces], np.float32)
     keys[KINDS] = np.array([piece.kind for piece in pieces], np.int32)
     keys |= {key: token for ours, key in IDS.items() if (token := getattr(vocabulary, ours)) >= 0}
+    keys = {IDS["bos_id"]: NO_ID[1]} | keys  # without the key, readers take id 1
     keys |= {ADDS_SPACE: vocabulary.adds_space}
     keys |= {JOINS_SPACES: vocabulary.joins_spaces}  # known to few readers
     if vocabulary.characters:

@@ -77,7 +77,7 @@ def write_tokenizer(content: bytes, bos: bool, context: int, folder: Path) -> No
 def to_tokenizer_json(vocabulary: Vocabulary, bos: bool) -> dict[str, Any]:
     """Return the content of tokenizer.json; `bos`: encoded texts begin with BOS."""
     scores = {p.text: p.score for p in vocabulary.pieces if p.kind == Kind.NORMAL}
-    start = vocabulary.pieces[vocabulary.bos_id]
+    start = vocabulary.pieces[vocabulary.bos_id].text if vocabulary.bos_id >= 0 else ""
     has_spaces = any(" " in text for text in scores)  # then older versions cannot read it
     return {
         "version": "1.0",
@@ -86,7 +86,7 @@ def to_tokenizer_json(vocabulary: Vocabulary, bos: bool) -> dict[str, Any]:
         "added_tokens": _added_tokens(vocabulary),
         "normalizer": {"type": "Sequence", "normalizers": _normalizers(vocabulary)},
         "pre_tokenizer": None,
-        "post_processor": bos_template(start.text, vocabulary.bos_id, bos),
+        "post_processor": bos_template(start, vocabulary.bos_id, bos) if start else None,
         "decoder": {"type": "Sequence", "decoders": _decoders(vocabulary)},
         "model": {
             "type": "BPE",

@@ -38,13 +38,11 @@ def read(path: Path) -> Vocabulary:
 
 
 def write(vocabulary: Vocabulary, path: Path) -> None:
-    """Write a vocabulary as a new file; warn if llama2.c gives texts other ids than it does.
-
-    llama2.c puts a space before every text and does not change texts otherwise, and finds no piece
-    in a text before it is split into characters.
+    """Write a vocabulary as a new file; warn if llama2.c gives some texts other ids than it does.
 
     Raises:
-      UserError: if ids are not where llama2.c expects them.
+      UserError: if llama2.c would give other ids to every text, or ids are not where it expects
+        them.
     """
     texts = [piece.text for piece in vocabulary.pieces]
     ids = (vocabulary.unknown_id, vocabulary.bos_id, vocabulary.eos_id)
@@ -53,12 +51,12 @@ def write(vocabulary: Vocabulary, path: Path) -> None:
             "llama2.c cannot use this tokenizer: it takes ids 0, 1 and 2 for <unk>, <s> and </s>"
             " and 3 to 258 for bytes; choose another format"
         )
-    lost = [] if vocabulary.adds_space else ["no space is put before texts"]
-    lost += ["spaces are joined"] if vocabulary.joins_spaces else []
-    lost += ["characters are replaced"] if vocabulary.characters else []
-    found = [repr(p.text) for p in vocabulary.pieces if p.kind == Kind.USER_DEFINED]
-    lost += [f"{found[0]} is always one piece"] if found else []
-    if lost:
+    if not vocabulary.adds_space:
+        raise UserError(
+            "llama2.c cannot use this tokenizer: it puts a space before every text, and this"
+            " tokenizer none; choose another format"
+        )
+    if lost := differences(vocabulary):
         warn(f"llama2.c does not know that in this tokenizer {', '.join(lost)}; some ids differ")
     written = [WRITTEN.get(token, text.replace(SPACE, " ")) for token, text in enumerate(texts)]
     encoded = [text.encode() for text in written]
@@ -66,6 +64,26 @@ def write(vocabulary: Vocabulary, path: Path) -> None:
         file.write(struct.pack("<i", max(map(len, encoded))))
         for piece, text in zip(vocabulary.pieces, encoded):
             file.write(struct.pack("<fi", piece.score, len(text)) + text)
+
+
+def differences(vocabulary: Vocabulary) -> list[str]:
+    """Return for what a vocabulary does with some texts that llama2.c does not.
+
+    llama2.c does not change texts, and finds no piece in one before it is split into characters.
+    """
+    found = ["spaces are joined"] if vocabulary.joins_spaces else []
+    found += ["characters are replaced"] if vocabulary.characters else []
+    whole = [repr(p.text) for p in vocabulary.pieces if p.kind == Kind.USER_DEFINED]
+    return found + ([f"{whole[0]} is always one piece"] if whole else [])
+
+
+def has_pieces(path: Path, vocabulary: Vocabulary) -> bool:
+    """Return whether a file holds the pieces of a vocabulary; not if it is damaged."""
+    try:
+        found = read(path).pieces
+    except UserError:
+        return False
+    return [piece.text for piece in found] == [piece.text for piece in vocabulary.pieces]
 
 
 def is_tokenizer_bin(content: bytes) -> bool:
