@@ -158,6 +158,8 @@ def _run(config: Config, data: TokenFolder, tokenizer: Tokenizer) -> Run:
             )
         names = ("chat_template", "stop_ids", "generation")
         prompting |= {name: getattr(found, name) for name in names}
+    if data.chat_template:
+        prompting["chat_template"] = data.chat_template
     return Run(config=config, **prompting)
 
 

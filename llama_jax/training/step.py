@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llama_jax.config import FLOAT_BASES, Config
+from llama_jax.config import FLOAT_BASES, STORED, Config
 from llama_jax.data.loader import Batch
 from llama_jax.distributed.fsdp import (
     example_ids,
@@ -40,6 +40,7 @@ from llama_jax.kernels.attention import choose_kernel
 from llama_jax.model.execution import HOST_MEMORY, Execution
 from llama_jax.model.lora import init_adapters
 from llama_jax.model.transformer import Llama
+from llama_jax.quantization import quantize, restack
 from llama_jax.training.objectives import Loss, Sums, objective_of
 from llama_jax.training.optimizer import learning_rate_schedule, make_optimizer
 
@@ -92,7 +93,13 @@ def as_base(model: Llama, config: Config) -> Llama:
     if kind in FLOAT_BASES:
         dtype = config.model.compute_dtype if kind == "compute" else kind
         return jax.tree.map(lambda array: array.astype(dtype), model)
-    raise UsageError(f"lora.base={kind!r} is not supported yet")
+    if not kind.startswith(STORED):
+        double = config.lora.double_quantization
+        return quantize(model, kind, double_quantization=double, stacked=True)
+    if isinstance(model.embedding, nnx.Param):  # a float model of the same shape
+        name, *sizes = kind.removeprefix(STORED).split("-")
+        model = quantize(model, name, *map(int, sizes))
+    return restack(model)
 
 
 @lru_cache(maxsize=16)
