@@ -8,11 +8,12 @@ PIP = $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 AS_USED = JAX_DISABLE_MOST_OPTIMIZATIONS=0
 CODE = llama_jax configs tests benchmarks docs $(wildcard *.py)
 
-.PHONY: help demo chat test test-slow test-parity test-faults lint types clean
+.PHONY: help demo chat finetune test test-slow test-parity test-faults lint types clean
 
 help:
 	@echo "make demo         train a small model on stories and let it write (5 minutes)"
 	@echo "make chat         talk to SmolLM2, a small model of the package index (2 minutes)"
+	@echo "make finetune     teach SmolLM2 twenty facts about a shop, by LoRA (5 minutes)"
 	@echo "make test         lint, types and tests, as CI runs them"
 	@echo "make test-slow    what takes longer; all programs compiled as users compile them"
 	@echo "make test-parity  comparisons with PyTorch and transformers"
@@ -54,6 +55,11 @@ lint: $(VENV)/.installed-test
 
 types: $(VENV)/.installed-test
 	$(RUN) -m mypy
+
+finetune: $(VENV)/.installed
+	@test -d data/lantern_shop || $(RUN) prepare.py examples/lantern_shop.jsonl --chat chatml \
+		--tokenizer smollm2 --validation 0.1 --output data/lantern_shop
+	$(RUN) train.py --config configs/sft_demo.py
 
 test: lint types
 	$(RUN) -m pytest -n 2 --dist loadfile -m "not parity and not slow and not faults"

@@ -13,7 +13,7 @@ from llama_jax.model.parameters import count_parameters
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 NAMES = ("demo", "shakespeare", "260k", "15m", "42m", "110m", "110m_tpu", "7b", "13b", "70b")
 NAMES += ("llama3_8b", "llama3_70b", "llama32_1b")
-NAMES += ("sft", "sft_lora", "sft_qlora", "dpo", "alpaca_7b_lora", "alpaca_7b_qlora")
+NAMES += ("sft", "sft_demo", "sft_lora", "sft_qlora", "dpo", "alpaca_7b_lora", "alpaca_7b_qlora")
 
 # dim, layers, heads, kv heads, feed-forward, vocabulary, context, tied: llama2.c's and Meta's.
 SHAPES = {

@@ -114,6 +114,8 @@ class Trainer:
             self.console.line(f"finished: all {total:,} steps were made already")
             return 0
         step_function = self._compile()
+        if self.step == 0 and self.config.run.init_from:
+            self._measure_first()
         self.profiler.skip_to(self.step)
         self.clock.start()
         while self.step < total and not session.stop.requested():
@@ -175,6 +177,13 @@ class Trainer:
         if is_sampled and not self.session.stop.requested():
             with self.clock:
                 self._sample()
+
+    def _measure_first(self) -> None:
+        """Report what the checkpoint that training starts from can do."""
+        self._validate()
+        is_sampled = self.config.run.sample_tokens and jax.process_count() == 1
+        if is_sampled and not self.session.stop.requested():
+            self._sample()
 
     def _validate(self) -> float:
         """Report the validation loss and return it; infinity after a stop signal."""
@@ -251,9 +260,9 @@ class Trainer:
                 draw(self.folder)
             except Exception as error:  # every step is made and saved
                 warn(f"the loss plot could not be drawn: {error!r}")
-        prompt = self.config.run.sample_prompt
+        prompt, is_chat = self.config.run.sample_prompt, bool(self.session.data.chat_template)
         words = ["python", "sample.py", "--ckpt", str(self.folder)]
-        words += ["--prompt", prompt] if prompt else []
+        words += ["--chat"] if is_chat else ["--prompt", prompt] if prompt else []
         self.console.line(
             f"finished {total:,} steps in {format_duration(self.clock.wall)}, goodput"
             f" {self.clock.summary}; sample with: {shlex.join(words)}"

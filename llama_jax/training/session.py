@@ -35,6 +35,10 @@ from llama_jax.distributed.preemption import StopSignal, stop_of_all
 from llama_jax.distributed.processes import require_joined
 from llama_jax.errors import UsageError, UserError, catch_out_of_memory, warn
 from llama_jax.hardware.accelerators import memory_limit
+from llama_jax.inference.completions import encode_prompt, stop_ids
+from llama_jax.inference.request import Request, SamplingParams
+from llama_jax.text.chat import Message
+from llama_jax.text.chat_formats import find_template
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_path
 from llama_jax.training.initial import base_description, first_state, load_frozen
 from llama_jax.training.profiling import Window
@@ -73,6 +77,7 @@ class Session:
     validation_batches: Callable[[], Iterator[Batch]]  # those of one validation
     changes: dict[str, tuple[Any, Any]]  # settings that differ from the session before, (old, new)
     base: str  # fingerprint of the frozen parameters; "": there are none
+    sample: Request  # of the samples at validations
     stop: StopSignal
     profile: Window | None  # steps to trace
     opened: float  # by `time.perf_counter`
@@ -100,7 +105,7 @@ def open_session(
     ):
         data = _open_data_on_all(config)
         tokenizer = load_tokenizer(data.tokenizer_path)
-        _require_fitting_prompt(config, tokenizer, data.bos)
+        sample = sample_request(config, tokenizer, data)
         seen = {"data.fingerprint": data.fingerprint[:16], "checkpoints": finished_steps(folder)}
         require_same(seen)
         run = _run(config, data, tokenizer)
@@ -125,6 +130,7 @@ def open_session(
             validation_batches=lambda: load_validation_batches(config, data, mesh),
             changes=changes,
             base=base,
+            sample=sample,
             stop=stop,
             profile=profile,
             opened=opened,
@@ -203,17 +209,41 @@ def _restore(
     )
 
 
-def _require_fitting_prompt(config: Config, tokenizer: Tokenizer, bos: bool) -> None:
-    """Refuse a prompt of validation samples that leaves no room in the context."""
-    if not config.run.sample_tokens:
-        return
-    context = config.model.context_length
-    length = len(tokenizer.encode(config.run.sample_prompt, bos=bos))
-    if length >= context:
+def sample_request(config: Config, tokenizer: Tokenizer, data: TokenFolder) -> Request:
+    """Return the request of the samples that a run shows.
+
+    A model that is tuned on dialogues answers `run.sample_prompt` with the most probable tokens;
+    any other continues it.
+
+    Raises:
+      UsageError: if samples are wanted, and the prompt leaves no room in the context.
+    """
+    run, context = config.run, config.model.context_length
+    if data.chat_template and run.sample_prompt:
+        template = find_template(data.chat_template)
+        stops = template.stops(tokenizer)
+        request = Request(
+            prompts=[template.encode([Message("user", run.sample_prompt)], tokenizer)],
+            params=[SamplingParams(temperature=0.0, max_tokens=max(run.sample_tokens, 1))],
+            stop_ids=stops.ids,
+            stop_strings=stops.strings,
+            echo=[f"{run.sample_prompt} → "],
+            strip=True,
+        )
+    else:
+        request = Request(
+            prompts=[encode_prompt(tokenizer, run.sample_prompt, data.bos)],
+            params=[SamplingParams(temperature=0.8, max_tokens=max(run.sample_tokens, 1))],
+            stop_ids=stop_ids(tokenizer, data.bos),
+            echo=[run.sample_prompt],
+        )
+    length = len(request.prompts[0])
+    if run.sample_tokens and length >= context:
         raise UsageError(
             f"run.sample_prompt has {length} tokens and model.context_length={context}; expected"
             f" fewer than {context} tokens, or --config.run.sample_tokens=0"
         )
+    return request
 
 
 def _open_data_on_all(config: Config) -> TokenFolder:

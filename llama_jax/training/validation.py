@@ -1,12 +1,12 @@
 """Validation of a run: its metrics on held-out text, and a sample of what the model writes."""
 
+import dataclasses
 import textwrap
 
 import jax
 
-from llama_jax.inference.completions import add_text, encode_prompt, stop_ids
+from llama_jax.inference.completions import add_text
 from llama_jax.inference.engine import Engine
-from llama_jax.inference.request import Request, SamplingParams
 from llama_jax.model.transformer import unstack
 from llama_jax.training.objectives import model_of
 from llama_jax.training.session import Session
@@ -31,16 +31,11 @@ def sample(session: Session, state: TrainState, seed: int) -> str:
 
     One process has to hold all parameters.
     """
-    run, tokenizer = session.config.run, session.tokenizer
-    request = Request(
-        prompts=[encode_prompt(tokenizer, run.sample_prompt, session.data.bos)],
-        params=[SamplingParams(temperature=0.8, max_tokens=run.sample_tokens, seed=seed)],
-        stop_ids=stop_ids(tokenizer, session.data.bos),
-        echo=[run.sample_prompt],
-    )
     model = model_of(session.config, state.trainable, state.frozen)
+    params = [dataclasses.replace(each, seed=seed) for each in session.sample.params]
+    request = dataclasses.replace(session.sample, params=params)
     deltas = Engine(_unstack(model)).generate(request)
-    text = "".join(delta.text for delta in add_text(deltas, request, tokenizer))
+    text = "".join(delta.text for delta in add_text(deltas, request, session.tokenizer))
     return textwrap.indent(textwrap.fill(text, 96), "  | ")
 
 

@@ -300,10 +300,10 @@ def test_learning_rate_may_change_on_resume_and_the_change_is_recorded(config, t
 
 
 def failing_tokenizer(error):
-    def encode(*_, **__):
+    def decoder(*_, **__):
         raise error
 
-    return SimpleNamespace(encode=encode)
+    return SimpleNamespace(decoder=decoder)
 
 
 def test_failing_sample_and_plot_are_warnings(config, tmp_path, capfd):
