@@ -133,18 +133,22 @@ def _parse(tree: dict[str, Any]) -> Run | Description:
     prompting |= {"chat_template": template, "stop_ids": tuple(stop_ids), "generation": generation}
     if tree["kind"] == RUN_KIND:
         return Run(config=parse(Config, tree["config"]), **prompting)
-    quantization = tree.get("quantization")
+    quantization, base = tree.get("quantization"), tree.get("base", "")
+    if not isinstance(base, str):
+        raise ValueError(f"base={base!r} is not a path")
     return Description(
         model=parse(ModelConfig, tree["model"], "model."),
         quantization=quantization and parse(QuantizationConfig, quantization, "quantization."),
+        lora=parse(LoraConfig, tree.get("lora", {}), "lora."),
+        base=base,
         **prompting,
     )
 
 
 def _write(path: Path, kind: str, content: Run | Description) -> None:
     tree = {"kind": kind, "version": VERSION, **dataclasses.asdict(content)}
-    if kind == MODEL_KIND:  # which has no adapters
-        del tree["lora"], tree["base"]
+    if isinstance(content, Description) and not content.lora.rank:
+        del tree["lora"], tree["base"]  # as in earlier versions
     write_atomically(path, (json.dumps(with_checksum(tree), indent=1) + "\n").encode())
 
 

@@ -6,6 +6,9 @@ python convert.py --input ckpt/ --to gguf --output my.gguf --dtype q8_0  # for l
 python convert.py --input stories15M.bin --tokenizer tokenizer.bin --output ckpt/stories15M
 python convert.py --input ckpt/llama-2-7b --output ckpt/small --quantize int4    # to sample with
 python convert.py --input smollm2 --output ckpt/smollm2                          # to chat with
+python convert.py --input ckpt/sft_lora --merge --to hf --output my-chat         # base + adapters
+python convert.py --input ckpt/sft_lora --to peft --output my-adapter            # for PEFT
+python convert.py --input my-adapter --base ckpt/llama-2-7b --output ckpt/adapter
 """
 
 import argparse
@@ -16,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.cli import main as cli
+from llama_jax.errors import UsageError
 
 FORMATS = ("ckpt", "meta", "hf", "llama2c", "gguf")
+PEFT = "peft"  # of adapters alone
 KINDS = ("int8", "int4")
 DTYPES = ("float32", "bfloat16", "float16", "q8_0")
 NEXT = {  # what a user may want to run next: in place of {}, the quoted path
@@ -43,9 +48,19 @@ def main(argv: list[str]) -> None:
         quantization = QuantizationConfig(flags.quantize, flags.group_size or 32)
     named = find_named(flags.input)
     source = named.fetch() if named else Path(flags.input).expanduser()
+    found, adapter = flags.source or format_of(source), None
+    if flags.merge:
+        adapter, source = source, _base(flags, source)
+        found = format_of(source)
+    elif PEFT in (found, flags.target):
+        _convert_adapters(flags, source, found)
+        return
+    elif flags.base:
+        raise UsageError("--base is the model of adapters; it goes with --merge or PEFT's folders")
     job = Conversion(
-        source=flags.source or format_of(source),
+        source=found,
         input=source,
+        adapter=adapter,
         target=flags.target,
         output=Path(flags.output).expanduser(),
         tokenizer=Path(flags.tokenizer).expanduser() if flags.tokenizer else None,
@@ -63,15 +78,61 @@ def main(argv: list[str]) -> None:
     convert_and_report(job, flags.verify)
 
 
+def _base(flags: argparse.Namespace, adapter: Path) -> Path:
+    """Return the model that adapters are merged into.
+
+    Raises:
+      UserError: if the input holds no adapters, or does not say where their model is.
+    """
+    from llama_jax.formats import adapters
+    from llama_jax.formats.named_models import find_named
+
+    if not adapters.is_adapter(adapter):
+        raise UsageError(f"{adapter} holds no adapters to merge; leave --merge out")
+    base = flags.base
+    if not base and not (adapter / adapters.SETTINGS).is_file():
+        base = adapters.read(adapter).base
+    if not base:
+        raise UsageError(f"--merge needs the model that {adapter} belongs to; name it with --base")
+    named = find_named(base)
+    return named.checkpoint() if named else Path(base).expanduser()
+
+
+def _convert_adapters(flags: argparse.Namespace, source: Path, found: str) -> None:
+    """Write adapters of ours as a folder of PEFT, or the other way."""
+    from llama_jax.formats import adapters
+    from llama_jax.formats.named_models import find_named
+
+    output = Path(flags.output).expanduser()
+    if not adapters.is_adapter(source):
+        raise UsageError(f"{source} holds no adapters; expected those of a run with lora.rank")
+    if found == PEFT:
+        if flags.target != "ckpt":
+            raise UsageError(f"--to {flags.target} needs a model; add --merge and --base")
+        if not flags.base:
+            raise UsageError("--from peft needs a checkpoint of the adapter's model; add --base")
+        named = find_named(flags.base)
+        base = named.checkpoint() if named else Path(flags.base).expanduser()
+        count = adapters.from_peft(source, base, output)
+        print(f"{output}: adapters of {count:,} parameters")
+        print(f"sample with: python sample.py --ckpt {shlex.quote(str(output))}")
+        return
+    count = adapters.write_peft(source, output)
+    print(f"{output}: adapters of {count:,} parameters, for PEFT")
+
+
 def _parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--input", required=True, help="folder or file to read, or smollm2, which is fetched")
     source_help = "its format (default: detected from the files)"
-    add("--from", dest="source", choices=FORMATS, default="", help=source_help)
+    add("--from", dest="source", choices=(*FORMATS, PEFT), default="", help=source_help)
     add("--output", required=True, help="folder or file to create; must not exist yet")
     target_help = "its format (default: ckpt); llama2c writes a tokenizer.bin beside it if missing"
-    add("--to", dest="target", choices=FORMATS, default="ckpt", help=target_help)
+    add("--to", dest="target", choices=(*FORMATS, PEFT), default="ckpt", help=target_help)
+    add("--merge", action="store_true", help="convert the model of adapters with them merged in")
+    base_help = "model of the adapters in --input (default: the one that they were trained for)"
+    add("--base", default="", help=base_help)
     tokenizer_help = "tokenizer.model, tokenizer.json or tokenizer.bin (default: that of the input)"
     add("--tokenizer", default="", help=tokenizer_help)
     dtype_help = "of the output (default: that of the input); q8_0 only with --to gguf"

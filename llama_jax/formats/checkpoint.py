@@ -17,7 +17,7 @@ import numpy as np
 
 from llama_jax.checkpoints import layout
 from llama_jax.checkpoints.layout import damaged
-from llama_jax.checkpoints.load import MODEL, abstract_model
+from llama_jax.checkpoints.load import BASE, MODEL, abstract_model, fingerprint
 from llama_jax.checkpoints.metadata import Description, read_description, write_description
 from llama_jax.checkpoints.restore import folder_and_step, read_checkpoint
 from llama_jax.checkpoints.run_folder import require_tokenizer
@@ -25,6 +25,7 @@ from llama_jax.checkpoints.save import partial_checksum
 from llama_jax.errors import UserError
 from llama_jax.formats.tokenizer_files import fit_rows, read_tokenizer_file
 from llama_jax.formats.weights import BLOCKS, DTYPES, Tensor, Weights, of_layer, tensor_shapes
+from llama_jax.model.lora import Adapters
 from llama_jax.model.parameters import abstract, named_leaves
 from llama_jax.model.transformer import Llama
 from llama_jax.quantization import (
@@ -55,6 +56,11 @@ def read(path: Path, tokenizer: Path | None = None) -> Weights:
     """
     folder, step = folder_and_step(path)
     description = read_description(folder)
+    if description.lora.rank:
+        raise UserError(
+            f"{folder} holds adapters, not a model; add --merge to convert their base with them, or"
+            " --to peft to write them alone"
+        )
     read = partial(_read_step, description=description)
     tensors, meta = read_checkpoint(folder, step, read)
     rows = description.model.vocab_size
@@ -73,6 +79,13 @@ def read(path: Path, tokenizer: Path | None = None) -> Weights:
         stop_ids=description.stop_ids,
         generation=description.generation,
     )
+
+
+def read_fingerprint(path: Path) -> str:
+    """Return the fingerprint of the parameters that `read` reads; see `checkpoints.load`."""
+    folder, step = folder_and_step(path)
+    reader = partial(_read_step, description=read_description(folder))
+    return fingerprint(read_checkpoint(folder, step, reader)[1])
 
 
 def _read_step(step: Path, description: Description) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -179,8 +192,6 @@ def write(
     """
     if not weights.tokenizer:
         raise UserError("the model has no tokenizer, without which a checkpoint is not complete")
-    item = path / STEP / MODEL
-    item.mkdir(parents=True)
     description = Description(
         model=weights.config,
         bos=weights.bos,
@@ -190,10 +201,41 @@ def write(
         stop_ids=weights.stop_ids,
         generation=dict(weights.generation),
     )
-    write_description(path, description)
-    tokenizer = tokenizer_file_name(weights.tokenizer)
-    (path / tokenizer).write_bytes(weights.tokenizer)
     parts = _float_parts(weights) if quantization is None else _int_parts(weights, quantization)
+    _write_folder(path, description, weights.tokenizer, parts, report)
+
+
+def write_adapters(
+    path: Path, description: Description, adapters: Adapters, base: str, tokenizer: bytes
+) -> None:
+    """Write adapters as step 0 of a new folder.
+
+    Args:
+      description: of the model that they belong to, with its `lora` and `base`.
+      base: the fingerprint of that model's parameters.
+      tokenizer: content of its tokenizer file.
+    """
+    parts: Iterator[Part] = (
+        (name, leaf.shape, None, np.asarray(leaf), leaf.nbytes)
+        for name, leaf in named_leaves(adapters).items()
+    )
+    _write_folder(path, description, tokenizer, parts, lambda done: None, {BASE: base})
+
+
+def _write_folder(
+    path: Path,
+    description: Description,
+    tokenizer: bytes,
+    parts: Iterator["Part"],
+    report: Report,
+    meta: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a folder with step 0 alone; `meta` is added to the step's metadata."""
+    item = path / STEP / MODEL
+    item.mkdir(parents=True)
+    write_description(path, description)
+    tokenizer_name = tokenizer_file_name(tokenizer)
+    (path / tokenizer_name).write_bytes(tokenizer)
     shapes: dict[str, tuple[int, ...]] = {}
     sums: dict[str, int] = {}
     done = 0
@@ -209,8 +251,9 @@ def write(
         report(done := done + size)
         del array
     layout.write_names(item, shapes)
-    meta = {"checksums": {MODEL: sums}, tokenizer: layout.file_checksum(path / tokenizer)}
-    layout.write_json(path / STEP / META, meta)
+    checksums: dict[str, Any] = {"checksums": {MODEL: sums}}
+    checksums |= {tokenizer_name: layout.file_checksum(path / tokenizer_name)}
+    layout.write_json(path / STEP / META, {**checksums, **(meta or {})})
 
 
 # What is written at a time: the name and shape of a stored array, a layer of it or None for all,

@@ -124,8 +124,8 @@ def format_of(path: Path) -> str:
             except (ValueError, RecursionError, TypeError):
                 is_ours = True
             return "ckpt" if is_ours else "hf"
-    if (path / "adapter_config.json").is_file():  # whose reader says what to do with an adapter
-        return "hf"
+    if (path / "adapter_config.json").is_file():
+        return "peft"
     expected = "; ".join(f"{name}: {each.what}" for name, each in FORMATS.items())
     raise UserError(f"the format of {path} is not recognised; give --from ({expected})")
 
@@ -160,6 +160,7 @@ class Conversion:
     template: str = ""  # as in `checkpoints.metadata.Description`; empty: the source's
     generation: Mapping[str, float] = dataclasses.field(default_factory=dict)  # likewise
     strict: bool = False  # refuse NaN and infinity
+    adapter: Path | None = None  # a folder of adapters that are merged into the input
 
     def __post_init__(self) -> None:
         for name in (self.source, self.target):
@@ -227,6 +228,10 @@ def read_source(job: Conversion) -> Weights:
         )
     if job.options.quantization and weights.is_rounded:
         raise UserError(f"{path} is quantised already; quantise the model that it was made from")
+    if job.adapter:
+        from llama_jax.formats.adapters import merged
+
+        weights = merged(weights, job.adapter, path)
     content = weights.tokenizer
     return dataclasses.replace(
         weights,

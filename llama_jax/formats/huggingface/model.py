@@ -65,8 +65,8 @@ def read(folder: Path, tokenizer: Path | None = None) -> Weights:
     path = find_file(folder, "config.json")
     if path is None and find_file(folder, ADAPTER):
         raise UserError(
-            f"{folder} holds an adapter, not a model; merge it into its base model first, with"
-            " PEFT's merge_and_unload and save_pretrained, and give the folder of the result"
+            f"{folder} holds an adapter, not a model; add --merge --base with its model to merge"
+            " it, or --from peft --base with a checkpoint of it to use it there"
         )
     if path is None:
         raise UserError(f"{folder} has no config.json; give a Hugging Face model's folder")
