@@ -23,6 +23,11 @@ class Sources:
     weights: tuple[int, ...]  # in proportion to how often examples are drawn; without common factor
 
     @property
+    def first(self) -> TokenFolder:
+        """The folder that stands for all: its tokenizer, its chat format, BOS before a prompt."""
+        return self.folders[0]
+
+    @property
     def fingerprint(self) -> str:
         """Hash of all tokens and weights; of one folder, its own."""
         if len(self.folders) == 1:
