@@ -228,7 +228,7 @@ def _write(items: Sequence[_Item], output: Path, encoder: _Encoder, source: str)
                 tokens, mask = np.concatenate(item.tokens), np.concatenate(item.masks)
                 writer.add(split, tokens, starts, item.characters, mask)
             writer.finish(
-                options.bos,
+                options.bos and tokenizer.bos_id >= 0,
                 True,
                 source,
                 kind=items[0].kind,
@@ -257,9 +257,8 @@ def _items(
                 raise Unusable("a duplicate")
         except Unusable as error:
             report.dropped[error.reason] += 1
-            report.first_dropped.setdefault(
-                error.reason, f"{where}{error.detail and f' ({error.detail})'}"
-            )
+            detail = f" ({error.detail})" if error.detail else ""
+            report.first_dropped.setdefault(error.reason, where + detail)
             show(f"dropped {where}: {error}")
             continue
         seen.add(item.digest())
