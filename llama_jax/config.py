@@ -193,6 +193,8 @@ class DataConfig(Section):
     section = "data"
 
     path: str  # token folder, written by prepare.py
+    sources: str = ""  # in place of path, token folders and how often each is drawn from, such as
+    # "data/a:0.7,data/b:0.3"
     corpus: Annotated[str, Choice(CORPORA)] = ""  # prepare.py's name for it; "stories" is
     # generated when the folder is missing
     batch_size: Positive  # sequences per step, over all devices and microbatches
@@ -204,7 +206,8 @@ class DataConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(bool(self.path), "data.path is empty; expected a folder that prepare.py wrote")
+        is_given = bool(self.path or self.sources)
+        require(is_given, "data.path is empty; expected a folder that prepare.py wrote")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

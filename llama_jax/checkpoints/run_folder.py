@@ -39,7 +39,7 @@ OTHER_FOLDER = "choose another folder with --config.run.checkpoint_dir=…"
 # Settings that may differ between two sessions of a run; any other makes it another run.
 SCHEDULE = ("steps", "learning_rate", "min_learning_rate", "warmup_steps", "weight_decay")
 FREE_SECTIONS = ("mesh", "run")
-FREE_KEYS = {"data.path", "data.allow_change", "optimizer.accumulation_steps"}
+FREE_KEYS = {"data.path", "data.sources", "data.allow_change", "optimizer.accumulation_steps"}
 FREE_KEYS |= {f"optimizer.{name}" for name in (*SCHEDULE, "clip_norm")}
 BOUND_KEYS = ("run.seed",)
 RECORDED_SECTIONS = ("mesh", "optimizer")  # whose changes are reported

@@ -32,7 +32,7 @@ from llama_jax.data.prepare.corpora import (
     named_corpus,
 )
 from llama_jax.data.prepare.documents import ReadOptions, ReadProgress
-from llama_jax.data.prepare.examples import ExampleOptions, prepare_examples
+from llama_jax.data.prepare.examples import Display, ExampleOptions, prepare_examples
 from llama_jax.data.prepare.examples import summary as examples_summary
 from llama_jax.data.prepare.records import (
     PARQUET,
@@ -166,6 +166,7 @@ def _prepare_examples(given: dict[str, Any]) -> None:
     else:
         files = find_records(given["inputs"])
         records, source = read_records(files, state), f"examples of {', '.join(given['inputs'])}"
+    display = Display(write=print, count=given.get("show", 0), is_terminal=sys.stdout.isatty())
     folder, report = prepare_examples(
         records,
         output,
@@ -174,9 +175,7 @@ def _prepare_examples(given: dict[str, Any]) -> None:
         source=source,
         state=state,
         size=sum(file.stat().st_size for file in files),
-        show=print if "show" in given else None,
-        show_first=given.get("show", 0),
-        is_terminal=sys.stdout.isatty(),
+        display=display if "show" in given else None,
     )
     for line in examples_summary(folder, report):
         print(line)

@@ -1,8 +1,8 @@
-"""Batches of a token folder, from disk to the devices of a mesh.
+"""Batches of token folders, from disk to the devices of a mesh.
 
-The order of the training examples is a pure function of (seed, step): it depends neither on the
-number of processes nor on where a run was resumed. Each process reads only the sequences that its
-own devices hold.
+The order of the training examples, and the source of each, are pure functions of (seed, step): they
+depend neither on the number of processes nor on where a run was resumed. Each process reads only
+the sequences that its own devices hold.
 
 B: sequences in a batch, T: tokens in a sequence.
 """
@@ -17,7 +17,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from llama_jax.config import Config
-from llama_jax.data.datasets import Dataset, Example, make_example, open_dataset
+from llama_jax.data.datasets import Example, make_example, open_dataset
+from llama_jax.data.sources import Sources, source_of
 from llama_jax.data.token_folder import TokenFolder
 from llama_jax.distributed.mesh import batch_sharding
 from llama_jax.errors import UsageError
@@ -54,7 +55,7 @@ def abstract_batch(config: Config) -> Batch:
 
 
 def load_training_batches(
-    config: Config, data: TokenFolder, mesh: Mesh, step: int
+    config: Config, data: TokenFolder | Sources, mesh: Mesh, step: int
 ) -> "GlobalBatches":
     """Return the endless batches of the steps after `step`."""
     read = partial(
@@ -164,7 +165,7 @@ def merge_shards(starts: list[int], length: int, batch_size: int) -> list[tuple[
 
 
 def training_batches(
-    folder: TokenFolder,
+    data: TokenFolder | Sources,
     *,
     batch_size: int,
     sequence_length: int,
@@ -176,9 +177,9 @@ def training_batches(
 ) -> Generator[Batch]:
     """Return endless batches of the training split from `start_step` on; close them when done.
 
-    Threads read ahead. Every example occurs once per epoch, in an order that depends on the seed
-    and the epoch. The shards of a step, one after another, are the same batch for any number of
-    shards.
+    Threads read ahead. Every example of a source occurs once per epoch of it, in an order that
+    depends on the seed and the epoch; `source_of` says which examples of a batch are of which
+    source. The shards of a step, one after another, are the same batch for any number of shards.
 
     Args:
       batch_size: sequences in a step; each shard has B = batch_size / shard_count.
@@ -194,18 +195,46 @@ def training_batches(
       UserError: if the split is shorter than one example, or the batch does not divide.
     """
     shard_size = _shard_size(batch_size, shard_count)
-    dataset = open_dataset(folder, "train", sequence_length, packing)
-    return _read_ahead(dataset, shard_size, seed, start_step, shard_index, shard_count)
+    examples = _examples(data, seed, sequence_length, packing)
+    stack = partial(_stack, is_packed=packing == "documents")
+    shards = examples.batch(shard_size, batch_fn=stack)
+    return _read_ahead(shards[shard_index::shard_count][start_step:])
 
 
-def _read_ahead(
-    dataset: Dataset, shard_size: int, seed: int, start: int, shard_index: int, shard_count: int
-) -> Generator[Batch]:
+def _examples(data: TokenFolder | Sources, seed: int, sequence_length: int, packing: str) -> Any:
+    """Return the endless examples of a run, as a grain dataset."""
     import grain
 
-    examples = grain.MapDataset.source(dataset).seed(seed).shuffle().repeat()[:ENDLESS]
-    shards = examples.batch(shard_size, batch_fn=partial(_stack, is_packed=dataset.is_packed))
-    mine = shards[shard_index::shard_count][start:]
+    folders = data.folders if isinstance(data, Sources) else (data,)
+    streams = []
+    for number, folder in enumerate(folders):
+        dataset = open_dataset(folder, "train", sequence_length, packing)
+        shuffled = grain.MapDataset.source(dataset).seed((seed + number) % 2**32).shuffle()
+        streams.append(shuffled.repeat()[:ENDLESS])
+    if len(streams) == 1:
+        return streams[0]
+    assert isinstance(data, Sources)
+    return grain.MapDataset.source(_Mixture(streams, data.weights))
+
+
+class _Mixture:
+    """Examples of several endless streams, each as often as its weight says."""
+
+    def __init__(self, streams: Sequence[Any], weights: Sequence[int]) -> None:
+        self._streams, self._weights = streams, weights
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, index: int) -> Example:
+        source, number = source_of(index, self._weights)
+        return self._streams[source][number]
+
+
+def _read_ahead(mine: Any) -> Generator[Batch]:
+    """Yield the elements of a grain dataset, which threads read ahead."""
+    import grain
+
     options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=PREFETCH_BATCHES)
     iterator = iter(mine.to_iter_dataset(options))
     try:

@@ -5,7 +5,7 @@ import pytest
 from tiny_tokenizer import library_of
 
 from llama_jax.data.datasets import open_dataset
-from llama_jax.data.prepare.examples import ExampleOptions, prepare_examples, summary
+from llama_jax.data.prepare.examples import Display, ExampleOptions, prepare_examples, summary
 from llama_jax.errors import UserError
 from llama_jax.text.chat import Message
 from llama_jax.text.chat_formats import TEMPLATES, AlpacaFormat
@@ -25,7 +25,8 @@ def tokenizer(tmp_path_factory):
 def prepare(tokenizer, tmp_path):
     """Prepare some records; return the folder and the report."""
 
-    def prepared(records, show=None, show_first=0, is_terminal=False, **options):
+    def prepared(records, show=None, count=0, is_terminal=False, **options):
+        display = Display(write=show, count=count, is_terminal=is_terminal) if show else None
         located = [(f"x:{number}", record) for number, record in enumerate(records, start=1)]
         return prepare_examples(
             located,
@@ -33,9 +34,7 @@ def prepare(tokenizer, tmp_path):
             tokenizer,
             ExampleOptions(**{"template": CHATML, "validation": 0, "bos": False} | options),
             source="examples of x",
-            show=show,
-            show_first=show_first,
-            is_terminal=is_terminal,
+            display=display,
         )
 
     return prepared
@@ -195,7 +194,7 @@ def test_examples_are_shown_with_trained_tokens_marked(prepare, is_terminal, mar
         dialogue("a", "b", "c"),
         dialogue("c", "d"),
     ]
-    prepare(records, show=shown.append, show_first=1, is_terminal=is_terminal)
+    prepare(records, show=shown.append, count=1, is_terminal=is_terminal)
     assert len(shown) == 3
     assert shown[0].startswith("---- x:1: 3 of ")
     assert "<|im_start|>user\nH\\x1b[2Ji<|im_end|>\n<|im_start|>assistant\n" + marked in shown[0]

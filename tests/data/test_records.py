@@ -8,9 +8,9 @@ from hypothesis import example, given, settings
 
 from llama_jax.data.prepare.documents import ReadProgress
 from llama_jax.data.prepare.records import (
-    Completion,
     Dialogue,
     Instruction,
+    PlainCompletion,
     PlainText,
     Preference,
     Unusable,
@@ -34,7 +34,7 @@ KNOWN = [
     ({"messages": [USER, ASSISTANT, USER]}, Dialogue((U, A), was_unanswered=True)),
     ({"conversations": SHARE}, Dialogue((U, A))),
     ({"conversations": SHARE, "system": "s"}, Dialogue((Message("system", "s"), U, A))),
-    ({"prompt": "Hi", "completion": " Hello"}, Completion("Hi", " Hello")),
+    ({"prompt": "Hi", "completion": " Hello"}, PlainCompletion("Hi", " Hello")),
     ({"prompt": [USER], "completion": [ASSISTANT]}, CHOSEN),
     ({"prompt": "Hi", "completion": [ASSISTANT]}, CHOSEN),
     ({"prompt": [USER], "completion": "Hello"}, CHOSEN),
@@ -49,11 +49,11 @@ KNOWN = [
     ({"chosen": [USER, ASSISTANT], "rejected": [USER, OTHER]}, PAIR),
     (
         {"prompt": "2+2=", "chosen": "4", "rejected": "5"},
-        Preference(Completion("2+2=", "4"), Completion("2+2=", "5")),
+        Preference(PlainCompletion("2+2=", "4"), PlainCompletion("2+2=", "5")),
     ),
     (
         {"chosen": "Q: a A: the one", "rejected": "Q: a A: then two"},
-        Preference(Completion("Q: a A:", " the one"), Completion("Q: a A:", " then two")),
+        Preference(PlainCompletion("Q: a A:", " the one"), PlainCompletion("Q: a A:", " then two")),
     ),
 ]
 

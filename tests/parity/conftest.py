@@ -1,9 +1,16 @@
-"""llama.cpp as a live reference: its own server, which the package xllamacpp contains."""
+"""Live references: llama.cpp's server in the package xllamacpp, and transformers' tokenizers."""
 
 import json
 import urllib.request
 
 import pytest
+from tiny_weights import tiny_vocabulary
+
+from llama_jax.formats.huggingface.tokenizer_writer import write_tokenizer
+from llama_jax.formats.vocabulary import Kind, Piece, Vocabulary
+from llama_jax.text.tokenizer import load_tokenizer
+
+CONTROLS = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 
 
 class LlamaCpp:
@@ -49,3 +56,34 @@ def llama_cpp():
     """Open a GGUF file in llama.cpp; skips where it is not installed."""
     pytest.importorskip("xllamacpp")
     return LlamaCpp
+
+
+@pytest.fixture(scope="module", params=["sentencepiece", "byte level"])
+def both(request, tmp_path_factory):
+    """Our tokenizer and that of transformers, of the same files with control tokens of chats."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("tokenizer")
+    if request.param == "sentencepiece":
+        pieces = tiny_vocabulary(330).pieces
+        pieces += tuple(Piece(text, 0.0, Kind.CONTROL) for text in CONTROLS)
+        write_tokenizer(Vocabulary(pieces=pieces).to_model(), True, 512, folder)
+        ours = load_tokenizer(folder / "tokenizer.model")
+    else:
+        made = tokenizers.Tokenizer(tokenizers.models.BPE())
+        made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = tokenizers.decoders.ByteLevel()
+        made.train_from_iterator(
+            ["Hello there, how are you? user assistant system\n\n" * 9],
+            tokenizers.trainers.BpeTrainer(
+                vocab_size=340,
+                special_tokens=["<s>", "</s>", *CONTROLS],
+                initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+                show_progress=False,
+            ),
+        )
+        made.save(str(folder / "tokenizer.json"))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "</s>"}))
+        ours = load_tokenizer(folder / "tokenizer.json")
+    return ours, transformers.AutoTokenizer.from_pretrained(folder)

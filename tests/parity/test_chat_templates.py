@@ -13,17 +13,13 @@ from tiny_weights import tiny_vocabulary
 from llama_jax.errors import UserError
 from llama_jax.formats.huggingface.tokenizer_writer import write_tokenizer
 from llama_jax.formats.prompting import read_prompting
-from llama_jax.formats.vocabulary import Kind, Piece, Vocabulary
 from llama_jax.text.chat_formats import TEMPLATES
 from llama_jax.text.jinja_template import JinjaTemplate
-from llama_jax.text.tokenizer import load_tokenizer
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
 
-CONTROLS = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 ALTERNATE = "raise_exception('Conversation roles must alternate user/assistant/user/assistant/...')"
 ORDER = "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ " + ALTERNATE
 ORDER += " }}{% endif %}"
@@ -64,35 +60,6 @@ DIALOGUES = [
     dialogue("Be kind.", ["Hello", "Hi there", "How are you?"]),
     dialogue("Sei höflich. 🙂", ["a  b\n- c", "```\nx = 1\n```", "日本", "1234567", "abc"]),
 ]
-
-
-@pytest.fixture(scope="module", params=["sentencepiece", "byte level"])
-def both(request, tmp_path_factory):
-    """Our tokenizer and theirs, of the same files."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    if request.param == "sentencepiece":
-        pieces = tiny_vocabulary(330).pieces
-        pieces += tuple(Piece(text, 0.0, Kind.CONTROL) for text in CONTROLS)
-        write_tokenizer(Vocabulary(pieces=pieces).to_model(), True, 512, folder)
-        ours = load_tokenizer(folder / "tokenizer.model")
-    else:
-        made = tokenizers.Tokenizer(tokenizers.models.BPE())
-        made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        made.decoder = tokenizers.decoders.ByteLevel()
-        made.train_from_iterator(
-            ["Hello there, how are you? user assistant system\n\n" * 9],
-            tokenizers.trainers.BpeTrainer(
-                vocab_size=340,
-                special_tokens=["<s>", "</s>", *CONTROLS],
-                initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-                show_progress=False,
-            ),
-        )
-        made.save(str(folder / "tokenizer.json"))
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "</s>"}))
-        ours = load_tokenizer(folder / "tokenizer.json")
-    return ours, transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def their_ids(theirs, messages, template):

@@ -17,13 +17,13 @@ import numpy as np
 from llama_jax.data.prepare.corpora import VALIDATION_FRACTION, choose_held_out
 from llama_jax.data.prepare.documents import ReadProgress
 from llama_jax.data.prepare.records import (
-    Completion,
     Dialogue,
-    Example,
     Instruction,
     Located,
+    PlainCompletion,
     PlainText,
     Preference,
+    RawExample,
     Unusable,
     parse_example,
 )
@@ -81,8 +81,21 @@ class _Item(NamedTuple):
     characters: int
     kind: str
 
+    def digest(self) -> bytes:
+        """Return a hash of the tokens and weights."""
+        digest = hashlib.blake2b(digest_size=16)
+        for tokens, mask in zip(self.tokens, self.masks):
+            digest.update(len(tokens).to_bytes(8, "little") + tokens.tobytes() + mask.tobytes())
+        return digest.digest()
 
-Show = Callable[[str], None]  # prints a line, or a few
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Display:
+    """Shows examples while they are prepared: the first ones, and all that are dropped or cut."""
+
+    write: Callable[[str], None]  # a line, or a few
+    count: int  # of the first ones
+    is_terminal: bool = False  # trained tokens in colour, not between marks
 
 
 class _Encoder:
@@ -104,7 +117,7 @@ class _Encoder:
         template.encode_example([Message("user", "x"), Message("assistant", "x")], self.tokenizer)
         return template
 
-    def encode(self, example: Example, train_on: str) -> Tokenized:
+    def encode(self, example: RawExample, train_on: str) -> Tokenized:
         """Return the ids and weights of an example that is not a pair.
 
         Raises:
@@ -117,7 +130,7 @@ class _Encoder:
                 self._require_eos()
                 ids = tokenizer.encode(text, bos=options.bos, eos=True)
                 return Tokenized(ids, [1] * len(ids))
-            case Completion(prompt, completion):
+            case PlainCompletion(prompt, completion):
                 self._require_eos()
                 start: list[Part] = [BOS] if options.bos else []
                 parts = [*start, prompt, Answer(completion, keeps_prompt=True), EOS]
@@ -164,9 +177,7 @@ def prepare_examples(
     source: str,
     state: ReadProgress | None = None,
     size: int = 0,
-    show: Show | None = None,
-    show_first: int = 0,
-    is_terminal: bool = False,
+    display: Display | None = None,
 ) -> tuple[TokenFolder, Report]:
     """Write records as examples to a new token folder, and return what became of them.
 
@@ -174,25 +185,21 @@ def prepare_examples(
       records: see `records.parse_example`; exact duplicates are dropped.
       source: what they are, for messages and metadata.
       state, size: the bytes read so far, and in total, for the progress bar.
-      show: prints the first `show_first` examples, and every one that is dropped or cut.
-      is_terminal: whether it prints in colour.
 
     Raises:
-      UserError: if a record is damaged or of no known kind, no example is left, the tokenizer
-        lacks the tokens of the chat format, or the folder cannot be written.
+      UserError: if a record is damaged or of no known kind, too few examples are left, the
+        tokenizer lacks the tokens of the chat format, or the folder cannot be written.
     """
     encoder, report, state = _Encoder(tokenizer, options), Report(), state or ReadProgress()
     items: list[_Item] = []
     with progress("encoding examples", size) as bar:
-        for where, item in _items(records, encoder, report, show):
+        for where, item in _items(records, encoder, report, display):
             if items and item.kind != items[0].kind:
                 raise UserError(
                     f"{where} and the examples before it are of different kinds, {item.kind} and"
                     f" {items[0].kind}; prepare them by themselves"
                 )
             items.append(item)
-            if show and len(items) <= show_first:
-                show(_shown_example(where, item, tokenizer, is_terminal))
             bar(state.done)
     least = 2 if options.validation else 1
     if len(items) < least:
@@ -201,7 +208,15 @@ def prepare_examples(
             f"{len(items)} of the {report.read:,} {source} can be trained on; expected at least"
             f" {least}{'; dropped: ' * bool(counts)}{', '.join(counts)}"
         )
+    _write(items, output, encoder, source)
+    return TokenFolder.open(output), report
+
+
+def _write(items: Sequence[_Item], output: Path, encoder: _Encoder, source: str) -> None:
+    """Write examples to a new folder, some of them held out for validation."""
+    options, tokenizer = encoder.options, encoder.tokenizer
     held_out, _ = choose_held_out(np.ones(len(items), int), options.validation, is_one_file=False)
+    templates = encoder.used_templates
     with new_folder(output) as folder:
         content = tokenizer.path.read_bytes()
         (folder / tokenizer_file_name(content)).write_bytes(content)
@@ -213,66 +228,53 @@ def prepare_examples(
                 tokens, mask = np.concatenate(item.tokens), np.concatenate(item.masks)
                 writer.add(split, tokens, starts, item.characters, mask)
             writer.finish(
-                options.bos,
+                options.bos and tokenizer.bos_id >= 0,
                 True,
                 source,
                 kind=items[0].kind,
-                chat_template=" ".join(encoder.used_templates) * (len(encoder.used_templates) == 1),
-                longest=max(_positions(item) for item in items),
+                chat_template=templates.pop() if len(templates) == 1 else "",
+                longest=max(sum(len(tokens) - 1 for tokens in item.tokens) for item in items),
             )
         except OSError as error:
             reason = f"cannot write to {output}: {error.strerror or error}"
             raise UserError(f"{reason}; free some space or choose another place") from error
         finally:
             writer.close()
-    return TokenFolder.open(output), report
-
-
-def _positions(item: _Item) -> int:
-    """Return how many positions in a sequence an example takes."""
-    return sum(len(tokens) - 1 for tokens in item.tokens)
 
 
 def _items(
-    records: Iterable[Located], encoder: _Encoder, report: Report, show: Show | None
+    records: Iterable[Located], encoder: _Encoder, report: Report, display: Display | None
 ) -> Iterator[tuple[str, _Item]]:
-    """Yield the examples that are kept, with their places; count the others."""
+    """Yield the examples that are kept, with their places; count and show the others."""
+    show = display.write if display else lambda _: None
     seen: set[bytes] = set()
     for where, record in records:
         report.read += 1
         try:
             example = parse_example(record, where)
             item, cut = _item(example, encoder)
-            digest = hashlib.blake2b(digest_size=16)
-            for tokens, mask in zip(item.tokens, item.masks):
-                digest.update(len(tokens).to_bytes(8, "little") + tokens.tobytes() + mask.tobytes())
-            if digest.digest() in seen:
+            if item.digest() in seen:
                 raise Unusable("a duplicate")
-            seen.add(digest.digest())
         except Unusable as error:
             report.dropped[error.reason] += 1
-            report.first_dropped.setdefault(error.reason, f"{where}{_detail(error)}")
-            if show:
-                show(f"dropped {where}: {error}")
+            detail = f" ({error.detail})" if error.detail else ""
+            report.first_dropped.setdefault(error.reason, where + detail)
+            show(f"dropped {where}: {error}")
             continue
+        seen.add(item.digest())
         report.kept += 1
         if cut:
             report.changed["examples cut from the right"] += 1
-            if show:
-                show(f"cut {where}: {cut}")
+            show(f"cut {where}: {cut}")
         if isinstance(example, Dialogue) and example.was_unanswered:
             report.changed["last questions without an answer, which were left out"] += 1
-            if show:
-                show(f"cut {where}: its last question has no answer")
+            show(f"cut {where}: its last question has no answer")
+        if display and report.kept <= display.count:
+            show(_shown_example(where, item, encoder.tokenizer, display.is_terminal))
         yield where, item
 
 
-def _detail(error: Unusable) -> str:
-    detail = str(error).removeprefix(error.reason).removeprefix(": ")
-    return f" ({detail})" if detail else ""
-
-
-def _item(example: Example, encoder: _Encoder) -> tuple[_Item, str]:
+def _item(example: RawExample, encoder: _Encoder) -> tuple[_Item, str]:
     """Return an encoded example, and what was cut off, if anything."""
     options, tokenizer = encoder.options, encoder.tokenizer
     is_pair, cut = isinstance(example, Preference), ""
@@ -282,7 +284,7 @@ def _item(example: Example, encoder: _Encoder) -> tuple[_Item, str]:
     most = options.sequence_length
     positions = sum(len(ids) - 1 for ids, _ in encoded)
     if most and positions > most:
-        is_text = isinstance(example, PlainText | Completion | Instruction)
+        is_text = isinstance(example, PlainText | PlainCompletion | Instruction)
         if options.overlong != "cut" or not is_text:
             raise Unusable(f"longer than a sequence of {most}", f"{positions:,} positions")
         [(ids, weights)] = encoded
@@ -304,7 +306,7 @@ def _item(example: Example, encoder: _Encoder) -> tuple[_Item, str]:
     return item, cut
 
 
-def _characters(example: Example) -> int:
+def _characters(example: RawExample) -> int:
     """Return the characters of an example's texts."""
     if isinstance(example, Dialogue):
         return sum(len(message.content) for message in example.messages)

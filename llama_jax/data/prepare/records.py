@@ -24,7 +24,7 @@ PARQUET = ".parquet"
 RECORD_SUFFIXES = (".json", ".jsonl", PARQUET)
 DEFAULT_FUNCTION = "examples"
 MOST_KEYS_SHOWN = 8
-KINDS = (
+KNOWN_KEYS = (
     "`messages`, `conversations`, `prompt` and `completion`, `instruction` and `output`, `text`, or"
     " `chosen` and `rejected`"
 )
@@ -40,7 +40,7 @@ class PlainText:
 
 
 @dataclasses.dataclass(frozen=True)
-class Completion:
+class PlainCompletion:
     """A text that follows another, without a chat format."""
 
     prompt: str
@@ -69,11 +69,11 @@ class Dialogue:
 class Preference:
     """Two answers to one prompt."""
 
-    chosen: Dialogue | Completion
-    rejected: Dialogue | Completion
+    chosen: Dialogue | PlainCompletion
+    rejected: Dialogue | PlainCompletion
 
 
-Example = PlainText | Completion | Instruction | Dialogue | Preference
+RawExample = PlainText | PlainCompletion | Instruction | Dialogue | Preference
 
 
 class Unusable(Exception):
@@ -84,7 +84,7 @@ class Unusable(Exception):
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
+        self.reason, self.detail = reason, detail
 
 
 # ---- records of files and functions ----
@@ -175,7 +175,7 @@ def is_example(record: object) -> bool:
     return bool(keys & {"messages", "conversations"}) or any(pair <= keys for pair in pairs)
 
 
-def parse_example(record: object, where: str) -> Example:
+def parse_example(record: object, where: str) -> RawExample:
     """Return the example that a record holds.
 
     Raises:
@@ -183,7 +183,9 @@ def parse_example(record: object, where: str) -> Example:
       Unusable: if there is nothing to train on, or its roles are out of order.
     """
     if not isinstance(record, Mapping):
-        raise UserError(f"{where} is {shown(record)}; expected an object with the keys {KINDS}")
+        raise UserError(
+            f"{where} is {shown(record)}; expected an object with the keys {KNOWN_KEYS}"
+        )
     if {"chosen", "rejected"} <= set(record):
         return _preference(record, where)
     if "messages" in record:
@@ -203,7 +205,7 @@ def parse_example(record: object, where: str) -> Example:
         return PlainText(text)
     keys = ", ".join(repr(str(key)) for key in list(record)[:MOST_KEYS_SHOWN])
     found = f"the keys {keys}" if keys else "no keys"
-    raise UserError(f"{where} has {found}; expected {KINDS}")
+    raise UserError(f"{where} has {found}; expected {KNOWN_KEYS}")
 
 
 def _text(record: Mapping[Any, Any], key: str, where: str) -> str:
@@ -266,12 +268,12 @@ def _dialogue(messages: list[Message], is_prompted: bool = False) -> Dialogue:
     return Dialogue(tuple(answered), is_prompted, was_unanswered=answered != messages)
 
 
-def _completion(record: Mapping[Any, Any], key: str, where: str) -> Dialogue | Completion:
+def _completion(record: Mapping[Any, Any], key: str, where: str) -> Dialogue | PlainCompletion:
     """Return what follows `prompt`, both of them texts or lists of messages."""
     if isinstance(record.get("prompt"), str) and isinstance(record[key], str | None):
         completion = _text(record, key, where)
         _require_answer(completion)
-        return Completion(_text(record, "prompt", where), completion)
+        return PlainCompletion(_text(record, "prompt", where), completion)
     prompt = record.get("prompt")
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
