@@ -95,6 +95,7 @@ def test_ctrl_c_stops_only_the_answer(terminal):
     assert "Traceback" not in terminal.shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("terminal", [1000], indirect=True)
 def test_a_line_may_be_longer_than_4095_bytes(terminal, tmp_path):
     question = "abc " * 1250 + "."  # 5,001 bytes; a terminal's line ends after 4,095

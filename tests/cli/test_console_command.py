@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llama_jax.cli.main import COMMANDS
+from llama_jax.cli.main import COMMANDS, main
+from llama_jax.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = "from llama_jax.cli.main import main; main()"
@@ -33,9 +34,10 @@ def test_help_lists_every_command():
     assert llama_jax()[0] == 2
 
 
-def test_debug_may_precede_the_command(tmp_path):
-    code, _, err = llama_jax("--debug", "plot", str(tmp_path))
-    assert code == 1 and "Traceback" in err
+def test_debug_may_precede_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["llama-jax", "--debug", "plot", str(tmp_path)])
+    with pytest.raises(UserError, match="has no metrics.jsonl"):
+        main()
 
 
 def test_a_misspelt_command_is_a_one_line_error():

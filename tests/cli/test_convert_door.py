@@ -218,6 +218,7 @@ def test_help_needs_no_jax():
     subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=60)
 
 
+@pytest.mark.slow
 def test_a_converted_model_is_sampled_and_not_trained_in(place, tmp_path):
     """The whole way in processes of their own: convert, sample, refuse to train."""
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": xla_flags()}

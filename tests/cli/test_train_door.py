@@ -121,7 +121,8 @@ def test_a_run_ends_well_and_says_so_in_plain_lines(place, straight):
     ).read_bytes()
 
 
-@pytest.mark.parametrize("moment", [pytest.param("compiled", marks=pytest.mark.slow), "step 20/"])
+@pytest.mark.slow  # `tests/faults` kills runs at many moments
+@pytest.mark.parametrize("moment", ["compiled", "step 20/"])
 def test_killed_at_any_moment_the_same_command_goes_on_bit_by_bit(place, straight, moment):
     name, random = f"killed-at-{moment[:4]}", np.random.default_rng()
     folder, process = place / name, started(place, at(name))
@@ -167,6 +168,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(place, straight, number, mo
         assert checksums(place / name) == checksums(straight[0])
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_saves(place):
     ours, terminal = os.openpty()
     pipes = {"stdin": terminal, "stdout": terminal, "stderr": terminal, "text": False}
@@ -247,6 +249,7 @@ def test_a_finished_run_is_left_as_it_is(place, straight, inside):
     assert changed <= {".lock"}
 
 
+@pytest.mark.slow  # the run in `training`, the exit code in `test_main`
 def test_a_loss_that_is_not_finite_has_an_exit_code_of_its_own(place, inside):
     absurd = ("--config.optimizer.learning_rate=10", "--config.optimizer.weight_decay=10")
     code, stdout, stderr = inside("--config=tiny.py", at("absurd"), *absurd)

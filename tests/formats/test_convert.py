@@ -337,7 +337,11 @@ def test_a_failure_leaves_nothing(sources, tmp_path, target):
 
 @pytest.mark.parametrize(
     ("number", "target"),
-    [(signal.SIGINT, "hf"), (signal.SIGKILL, "llama2c"), (signal.SIGTERM, "ckpt")],
+    [
+        (signal.SIGINT, "hf"),
+        pytest.param(signal.SIGKILL, "llama2c", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "ckpt", marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_an_interrupted_conversion_leaves_nothing_that_looks_finished(
