@@ -193,13 +193,13 @@ def changes(folder):
 
 def test_a_checkpoint_is_only_read(sample, place, tmp_path):
     shutil.copytree(place / "ckpt", tmp_path / "ckpt")
-    before = changes(tmp_path)
+    before = changes(tmp_path / "ckpt")
     for path in before:
         path.chmod(0o555 if path.is_dir() else 0o444)
     code, text, stderr = sample(*SHORT, "--ckpt", str(tmp_path / "ckpt"))
     assert code == 0, stderr
     assert text == sample(*SHORT)[1]
-    assert changes(tmp_path) == before
+    assert changes(tmp_path / "ckpt") == before
     for path in before:
         path.chmod(0o755)
 
