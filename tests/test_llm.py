@@ -182,6 +182,7 @@ def test_a_smaller_context_ends_earlier(folder):
     assert (made.usage.total_tokens, made.finish_reason) == (20, "length")
 
 
+@pytest.mark.slow  # the engine's tests have both
 def test_speculation_and_an_int8_cache(folder, llm):
     assert llm.complete("Tim saw", speculate=True, **GREEDY) == llm.complete("Tim saw", **GREEDY)
     near = LLM(folder, cache_dtype="int8").complete("Tim saw", **GREEDY)

@@ -102,7 +102,14 @@ LOADED = {  # stored, backend, requested dtype: dtype of parameters, of arithmet
 }
 
 
-@pytest.mark.parametrize("case", LOADED, ids=str)
+SECOND = {("float16", "cpu", ""), ("float16", "tpu", ""), ("bfloat16", "gpu", "float32")}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] * (case in SECOND)) for case in LOADED],
+    ids=str,
+)
 def test_dtypes_of_parameters_and_arithmetic(converted, monkeypatch, case):
     stored, backend, dtype = case
     monkeypatch.setattr(jax, "default_backend", lambda: backend)

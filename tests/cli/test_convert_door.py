@@ -120,6 +120,7 @@ def test_flags_reach_the_format(run):
     assert code == 1 and "vocab_size=283 does not divide into 2 shards" in stderr
 
 
+@pytest.mark.slow  # `test_quantized_checkpoint` has the library's side
 def test_a_quantised_checkpoint_has_its_kind_and_template(run):
     code, stdout, stderr = run(
         "--input in.hf --output q --quantize int4 --group_size 64 --template none"

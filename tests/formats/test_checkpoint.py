@@ -285,7 +285,7 @@ def test_large_arrays_in_small_files_are_refused_before_anything_is_read(folder)
         checkpoint_folder.read(folder)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_mutated_files_give_an_error_or_the_right_tensors(good, tmp_path_factory, data):
     folder = shutil.copytree(good, tmp_path_factory.mktemp("mutated") / "ckpt")

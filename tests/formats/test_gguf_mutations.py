@@ -44,7 +44,7 @@ def check(model, content):
     same(dataclasses.replace(found, config=weights.config), weights)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data(), change=CHANGES)
 def test_changed_headers(model, data, change):
     _, content, _ = model

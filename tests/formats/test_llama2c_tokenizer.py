@@ -161,7 +161,7 @@ def test_a_vocabulary_that_llama2c_encodes_otherwise_is_written_with_a_warning(t
     assert "spaces are joined, '<tool>' is always one piece; some ids" in capsys.readouterr().err
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     flips=st.lists(st.tuples(st.integers(0, 3800), st.integers(0, 255)), max_size=4),
     length=st.none() | st.integers(0, 3800),

@@ -200,7 +200,7 @@ def assert_refused_or_right(path, data):
     assert sum(tensor.nbytes for tensor in tensors.values()) == len(numbers)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4))
 def test_changed_bytes_are_refused_or_right(tmp_path_factory, changes):
     data = bytearray(whole())
@@ -222,7 +222,7 @@ NUMBERS = st.integers(-2, 40) | st.sampled_from([2**31, 2**63, 2**64, 10**30, 1.
 VALUES = NUMBERS | st.lists(NUMBERS, max_size=3) | st.sampled_from(["F32", "BF16", "U8", "x", {}])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(sorted(HEADER)),
     st.sampled_from(["dtype", "shape", "data_offsets", "more"]),

@@ -225,7 +225,7 @@ WIDE = zipped(parts(), wide=True)
 
 @pytest.mark.parametrize("good", [GOOD, WIDE], ids=["plain", "wide"])
 @given(edits=edits)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_an_edited_file_is_refused_or_right(tmp_path_factory, good, edits):
     path = tmp_path_factory.getbasetemp() / "edited.pth"
     path.write_bytes(edited(good, edits))

@@ -307,7 +307,7 @@ def trained(tmp_path_factory):
 
 
 BOUNDS = [
-    ("int8", 32, 0.005),
+    pytest.param("int8", 32, 0.005, marks=pytest.mark.slow),
     ("int4", 32, 0.05),
     pytest.param("int4", 64, 0.05, marks=pytest.mark.slow),
 ]
