@@ -36,7 +36,7 @@ def test_help_lists_every_command():
 
 def test_debug_may_precede_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["llama-jax", "--debug", "plot", str(tmp_path)])
-    with pytest.raises(UserError, match="has no metrics.jsonl"):
+    with pytest.raises(UserError, match="has no metrics"):
         main()
 
 
