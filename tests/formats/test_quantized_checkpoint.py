@@ -209,6 +209,7 @@ def test_damage_is_reported_in_one_line(tmp_path, reader, damage):
     assert str(tmp_path / "c") in error_line(UserError, reader, tmp_path / "c")
 
 
+@pytest.mark.slow
 def test_defaults_of_a_config_are_used(tmp_path):
     """Widths by the rule, and inputs that are no multiple of a group."""
     config = {"hidden_dim": 0, "multiple_of": 8, "dim": 24, "num_heads": 6}
