@@ -193,12 +193,22 @@ class Trainer:
         metrics = validation_metrics(self.session, self.state)
         if metrics is None:
             return math.inf
-        loss = metrics.pop("loss")
+        overall = metrics.pop("")
+        sources = metrics if len(metrics) > 1 else {}
+        by_source = {
+            f"validation_{name}/{source}": value
+            for source, means in sources.items()
+            for name, value in means.items()
+        }
+        loss = overall.pop("loss")
         if self.config.optimizer.loss == "next_token":
-            metrics = {"perplexity": math.exp(min(loss, 700))} | metrics
-        self.metrics.write({"step": self.step, "validation_loss": loss} | metrics)
-        fields = [f"step {self.step}", f"validation loss {loss:.4f}", *format_metrics(metrics)]
+            overall = {"perplexity": math.exp(min(loss, 700))} | overall
+        self.metrics.write({"step": self.step, "validation_loss": loss} | overall | by_source)
+        fields = [f"step {self.step}", f"validation loss {loss:.4f}", *format_metrics(overall)]
         self.console.line("  ".join(fields + ["best so far"] * (loss < self.best_loss)))
+        for source, means in sources.items():
+            fields = [f"loss {means.pop('loss'):.4f}", *format_metrics(means), source]
+            self.console.line(f"  of it {'  '.join(fields)}")
         return loss
 
     def _report(self) -> None:
@@ -260,7 +270,7 @@ class Trainer:
                 draw(self.folder)
             except Exception as error:  # every step is made and saved
                 warn(f"the loss plot could not be drawn: {error!r}")
-        prompt, is_chat = self.config.run.sample_prompt, bool(self.session.data.chat_template)
+        prompt, is_chat = self.config.run.sample_prompt, bool(self.session.data.first.chat_template)
         words = ["python", "sample.py", "--ckpt", str(self.folder)]
         words += ["--chat"] if is_chat else ["--prompt", prompt] if prompt else []
         self.console.line(

@@ -28,7 +28,8 @@ from llama_jax.checkpoints.run_folder import (
 )
 from llama_jax.config import Config
 from llama_jax.data.loader import Batch, load_training_batches, load_validation_batches
-from llama_jax.data.token_folder import TokenFolder
+from llama_jax.data.sources import Sources, open_sources
+from llama_jax.data.token_folder import PREFERENCES, TokenFolder
 from llama_jax.distributed.consistency import require_same, together
 from llama_jax.distributed.mesh import make_mesh, placed
 from llama_jax.distributed.preemption import StopSignal, stop_of_all
@@ -68,13 +69,13 @@ class Session:
 
     config: Config
     folder: Path  # the run's, claimed by this process
-    data: TokenFolder
+    data: Sources
     tokenizer: Tokenizer
     mesh: Mesh
     programs: Programs
     start: Start
     batches: Callable[[int], Iterator[Batch]]  # the endless batches after a step
-    validation_batches: Callable[[], Iterator[Batch]]  # those of one validation
+    validation_batches: Callable[[], dict[str, Iterator[Batch]]]  # of one validation, by source
     changes: dict[str, tuple[Any, Any]]  # settings that differ from the session before, (old, new)
     base: str  # fingerprint of the frozen parameters; "": there are none
     sample: Request  # of the samples at validations
@@ -104,12 +105,12 @@ def open_session(
         catch_out_of_memory(memory_advice(config, mesh), memory_limit(mesh.devices.flat)),
     ):
         data = _open_data_on_all(config)
-        tokenizer = load_tokenizer(data.tokenizer_path)
-        sample = sample_request(config, tokenizer, data)
+        tokenizer = load_tokenizer(data.first.tokenizer_path)
+        sample = sample_request(config, tokenizer, data.first)
         seen = {"data.fingerprint": data.fingerprint[:16], "checkpoints": finished_steps(folder)}
         require_same(seen)
-        run = _run(config, data, tokenizer)
-        changes = require_same_run(folder, run, data.tokenizer_path)
+        run = _run(config, data.first, tokenizer)
+        changes = require_same_run(folder, run, data.first.tokenizer_path)
         if config.run.init_from and jax.process_index() == 0:
             print(f"loading   {config.run.init_from}", flush=True)
         frozen, base = load_frozen(config, mesh)
@@ -117,7 +118,7 @@ def open_session(
         start = start or Start(state=first_state(config, programs, mesh, frozen))
         with together():
             if jax.process_index() == 0:
-                write_metadata(folder, run, data.tokenizer_path)
+                write_metadata(folder, run, data.first.tokenizer_path)
         yield Session(
             config=config,
             folder=folder,
@@ -127,7 +128,10 @@ def open_session(
             programs=programs,
             start=start,
             batches=lambda step: load_training_batches(config, data, mesh, step),
-            validation_batches=lambda: load_validation_batches(config, data, mesh),
+            validation_batches=lambda: {
+                name: load_validation_batches(config, each, mesh)
+                for name, each in data.validation.items()
+            },
             changes=changes,
             base=base,
             sample=sample,
@@ -170,7 +174,7 @@ def _run(config: Config, data: TokenFolder, tokenizer: Tokenizer) -> Run:
 
 
 def _restore(
-    config: Config, folder: Path, data: TokenFolder, mesh: Mesh, frozen: Any, base: str
+    config: Config, folder: Path, data: Sources, mesh: Mesh, frozen: Any, base: str
 ) -> Start | None:
     """Return the state of the newest intact checkpoint on this mesh; None if there is none at all.
 
@@ -188,8 +192,9 @@ def _restore(
         return None
     if restored.meta.get("data") != data.fingerprint and not config.data.allow_change:
         raise UserError(
-            f"{data.path} does not hold the data that step {restored.step} of {folder} was trained"
-            " on; restore it, or accept the change with --config.data.allow_change=true"
+            f"{config.data.sources or config.data.path} does not hold the data that step"
+            f" {restored.step} of {folder} was trained on; restore it, or accept the change with"
+            " --config.data.allow_change=true"
         )
     if restored.meta.get(BASE, "") != base:
         raise UserError(
@@ -246,7 +251,7 @@ def sample_request(config: Config, tokenizer: Tokenizer, data: TokenFolder) -> R
     return request
 
 
-def _open_data_on_all(config: Config) -> TokenFolder:
+def _open_data_on_all(config: Config) -> Sources:
     """Open the data on every process; process 0 first, since it may have to prepare them."""
     is_first = jax.process_index() == 0
     with together():
@@ -255,27 +260,34 @@ def _open_data_on_all(config: Config) -> TokenFolder:
         return data or open_data(config)
 
 
-def open_data(config: Config) -> TokenFolder:
-    """Return the run's token folder; the embedded stories are prepared if it does not exist.
+def open_data(config: Config) -> Sources:
+    """Return the run's token folders; the embedded stories are prepared if they do not exist.
 
     Raises:
-      UsageError: if its vocabulary has another size than the model's.
-      UserError: if it is missing or damaged.
+      UsageError: if the vocabulary has another size than the model's, or the objective needs other
+        data.
+      UserError: if a folder is missing or damaged.
     """
-    path = Path(config.data.path).expanduser()
-    if config.data.corpus == "stories" and not path.exists():
+    path, is_stories = Path(config.data.path).expanduser(), config.data.corpus == "stories"
+    if is_stories and not config.data.sources and not path.exists():
         from llama_jax.data.prepare.tokenize import TokenOptions, prepare_corpus
 
         options = TokenOptions(vocab_size=config.model.vocab_size)
         prepare_corpus("stories", path, options)
-    folder = TokenFolder.open(path)
+    data = open_sources(config.data)
+    folder = data.first
     if folder.vocab_size != config.model.vocab_size:
-        remedy = "move it away, so that it is prepared again, or " * (
-            config.data.corpus == "stories"
-        )
+        remedy = "move it away, so that it is prepared again, or " * is_stories
         raise UsageError(
-            f"{path} has a vocabulary of {folder.vocab_size} and model.vocab_size is"
+            f"{folder.path} has a vocabulary of {folder.vocab_size} and model.vocab_size is"
             f" {config.model.vocab_size}; {remedy}set"
             f" --config.model.vocab_size={folder.vocab_size}"
         )
-    return folder
+    loss = config.optimizer.loss
+    if (loss == "dpo") != (folder.kind == PREFERENCES):
+        remedy = "'next_token'" if loss == "dpo" else "'dpo'"
+        raise UsageError(
+            f"optimizer.loss={loss!r} does not fit {folder.path}, which holds {folder.kind}; set"
+            f" optimizer.loss={remedy}, or name other data"
+        )
+    return data

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from llama_jax.config import Config
 from llama_jax.data.datasets import open_dataset
+from llama_jax.data.sources import Sources
 from llama_jax.data.token_folder import TokenFolder
 from llama_jax.distributed.mesh import batch_shards
 from llama_jax.hardware.accelerators import chip_of, machine_name, peak_flops
@@ -17,34 +18,23 @@ from llama_jax.model.parameters import count_parameters
 from llama_jax.training.step import abstract_state, attention_kernel, state_shardings
 
 
-def run_summary(
-    config: Config, mesh: Mesh, data: TokenFolder, folder: Path, step: int
-) -> list[str]:
+def run_summary(config: Config, mesh: Mesh, data: Sources, folder: Path, step: int) -> list[str]:
     """Return a line each on devices, model, attention, memory, batch, data, packing and run."""
     device = mesh.devices.flat[0]
-    train, validation = data.splits["train"], data.splits["validation"]
     batch, length = config.data.batch_size, config.data.sequence_length
     microbatches = config.optimizer.accumulation_steps
-    packed = (
-        open_dataset(data, "train", length, "documents") if config.data.packing != "none" else None
-    )
-    tokens = len(packed) * length if packed else max(train.tokens, 1)
-    epochs = config.optimizer.steps * config.tokens_per_step / tokens
     where = f"resuming from step {step:,}" if step else "a new run"
     lines = [
         f"device    {_devices(config, mesh)}, jax {jax.__version__}",
-        f"model     {count_parameters(config.model):,} parameters, {config.model.compute_dtype}",
+        *_model(config),
         f"attention {_attention(config, device)}; remat {config.run.remat}",
         f"memory    {_state_bytes(config, mesh) / 1e9:.3f} GB a device for parameters and moments",
         f"batch     {config.tokens_per_step:,} tokens a step: {batch} sequences × {length} tokens"
         f" in {microbatches} microbatch{'es' if microbatches > 1 else ''}",
-        f"data      {data.path}: {train.tokens:,} tokens ({epochs:.2f} epochs) and"
-        f" {validation.tokens:,} for validation",
-        f"run       {folder}: {where}, {config.optimizer.steps:,} steps in all",
     ]
-    if packed:
-        filled = f"{packed.efficiency:.1%} of positions filled"
-        lines.insert(-1, f"packing   documents in {len(packed):,} sequences, {filled}")
+    for source, weight in zip(data.folders, data.weights):
+        lines += _data(config, source, weight / sum(data.weights))
+    lines.append(f"run       {folder}: {where}, {config.optimizer.steps:,} steps in all")
     if peak := peak_flops(device, config.run.peak_flops):
         lines.append(
             f"peak      {peak / 1e12:,.4g} TFLOP/s a device; mfu is relative to it at"
@@ -52,6 +42,37 @@ def run_summary(
         )
     if device.platform == "cpu" and config.model.compute_dtype == "bfloat16":
         lines.append("hint      bfloat16 is slow on CPU; add --config.model.compute_dtype=float32")
+    return lines
+
+
+def _model(config: Config) -> list[str]:
+    """Return lines on the model, and on its adapters if those are trained."""
+    model, lora = config.model, config.lora
+    lines = [f"model     {count_parameters(model):,} parameters, {model.compute_dtype}"]
+    if lora.rank:
+        trained = sum(leaf.size for leaf in jax.tree.leaves(abstract_state(config).trainable))
+        kind = model.compute_dtype if lora.base == "compute" else lora.base
+        what = f"adapters of rank {lora.rank}, {trained:,} parameters, on {lora.targets}"
+        lines.append(f"lora      {what}; base frozen in {kind}")
+    return lines
+
+
+def _data(config: Config, folder: TokenFolder, fraction: float) -> list[str]:
+    """Return lines on a source, from which a fraction of the examples is drawn."""
+    train, validation = folder.splits["train"], folder.splits["validation"]
+    length, packed = config.data.sequence_length, None
+    if config.data.packing != "none":
+        packed = open_dataset(folder, "train", length, "documents")
+    tokens = len(packed) * length if packed else max(train.tokens, 1)
+    epochs = fraction * config.optimizer.steps * config.tokens_per_step / tokens
+    share = f"{fraction:.1%} from " if fraction < 1 else ""
+    lines = [
+        f"data      {share}{folder.path}: {train.tokens:,} tokens ({epochs:.2f} epochs) and"
+        f" {validation.tokens:,} for validation"
+    ]
+    if packed:
+        filled = f"{packed.efficiency:.1%} of positions filled"
+        lines.append(f"packing   documents in {len(packed):,} sequences, {filled}")
     return lines
 
 

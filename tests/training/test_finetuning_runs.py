@@ -1,6 +1,7 @@
 """Runs that start from a checkpoint: resumed to the bit, small checkpoints, the right base."""
 
 import json
+import math
 import shutil
 
 import jax
@@ -9,7 +10,11 @@ import pytest
 from tiny_run import fit, make_config, make_tokens, quick_runs
 
 from llama_jax.checkpoints.load import load, load_for_inference
-from llama_jax.errors import UserError
+from llama_jax.data.prepare.examples import ExampleOptions, prepare_examples
+from llama_jax.errors import UsageError, UserError
+from llama_jax.llm import LLM
+from llama_jax.text.chat_formats import TEMPLATES
+from llama_jax.text.tokenizer import load_tokenizer
 from llama_jax.training.metrics import read_metrics
 
 
@@ -118,3 +123,92 @@ def test_what_does_not_fit_the_base_is_one_line(tokens, base, tmp_path, changes,
     with pytest.raises(UserError, match=reason) as caught:
         fit(tuned(tokens, base, tmp_path / "run", **changes))
     assert "\n" not in str(caught.value)
+
+
+# ---- data of fine-tuning ----
+
+ENDS = ("sails home", "sinks", "waits", "turns")
+
+
+def prepared(tokens, path, records):
+    """Examples as tokens of the tokenizer that the base was trained with."""
+    tokenizer = load_tokenizer(tokens / "tokenizer.model")
+    located = [(f"x:{number}", record) for number, record in enumerate(records)]
+    options = ExampleOptions(template=TEMPLATES["llama2"], validation=0.1)
+    return prepare_examples(located, path, tokenizer, options, source="boats")[0].path
+
+
+@pytest.fixture(scope="module")
+def pairs(tokens, tmp_path_factory):
+    answers = [f"The boat number {n} {ENDS[n % 4]}." for n in range(40)]
+    records = [
+        {"prompt": f"Boat {n}? ", "chosen": answer, "rejected": answer.replace("boat", "goat")}
+        for n, answer in enumerate(answers)
+    ]
+    return prepared(tokens, tmp_path_factory.mktemp("pairs") / "pairs", records)
+
+
+@pytest.fixture(scope="module")
+def dialogues(tokens, tmp_path_factory):
+    records = [
+        {"messages": [{"role": role, "content": text} for role, text in pair]}
+        for pair in (
+            (("user", f"Boat {n}?"), ("assistant", f"It {ENDS[n % 2]}.")) for n in range(60)
+        )
+    ]
+    return prepared(tokens, tmp_path_factory.mktemp("dialogues") / "dialogues", records)
+
+
+LONG = {"model__context_length": 128, "data__sequence_length": 96}
+
+
+def test_dpo_resumed_is_uninterrupted_and_prefers_the_chosen_answers(pairs, base, tmp_path):
+    straight, parted = tmp_path / "straight", tmp_path / "parted"
+    changes = LONG | {"optimizer__loss": "dpo", "optimizer__learning_rate": 3e-3}
+    assert fit(tuned(pairs, base, straight, **changes)) == 0
+    assert fit(tuned(pairs, base, parted, **changes)) == 0
+    shutil.rmtree(parted / "10")
+    assert fit(tuned(pairs, base, parted, **changes)) == 0
+    assert checksums(straight, 10) == checksums(parted, 10)
+    records = list(read_metrics(straight).values())
+    assert records[1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert records[10]["margin"] > 0 and records[10]["validation_loss"] < math.log(2)
+
+
+def test_a_run_on_dialogues_answers_in_their_format_and_stops(dialogues, base, tmp_path, capfd):
+    folder = tmp_path / "chat"
+    changes = LONG | {
+        "optimizer__steps": 200,
+        "optimizer__learning_rate": 2e-2,
+        "lora__rank": 8,
+        "lora__dropout": 0.0,
+        "run__eval_every": 200,
+        "run__save_every": 200,
+        "run__sample_tokens": 20,
+        "run__sample_prompt": "Boat 8?",
+    }
+    assert fit(tuned(dialogues, base, folder, **changes)) == 0
+    out = capfd.readouterr().out
+    assert "step 0  validation loss" in out and f"--ckpt {folder} --chat" in out
+    llm = LLM(folder)
+    asked = [[{"role": "user", "content": f"Boat {n}?"}] for n in range(100)]
+    answers = [llm.chat(messages, temperature=0, max_tokens=20) for messages in asked]
+    assert sum(answer.finish_reason == "stop" for answer in answers) >= 99
+    assert sum(answer.text.startswith("It s") for answer in answers) >= 95
+
+
+def test_sources_are_validated_one_by_one(dialogues, tokens, base, tmp_path, capfd):
+    sources = f"{dialogues}:0.75,{tokens}:0.25"
+    assert fit(tuned(tokens, base, tmp_path / "run", **LONG, data__sources=sources)) == 0
+    out = capfd.readouterr().out
+    assert f"data      75.0% from {dialogues}" in out and f"data      25.0% from {tokens}" in out
+    found = read_metrics(tmp_path / "run")[10]
+    losses = [found[f"validation_loss/{folder}"] for folder in (dialogues, tokens)]
+    assert min(losses) < found["validation_loss"] < max(losses)
+
+
+def test_data_that_do_not_fit_the_loss_are_refused(pairs, dialogues, base, tmp_path):
+    for data, loss in ((pairs, "next_token"), (dialogues, "dpo")):
+        config = tuned(data, base, tmp_path / "run", **LONG, optimizer__loss=loss)
+        with pytest.raises(UsageError, match=rf"optimizer.loss='{loss}' does not fit"):
+            fit(config)

@@ -13,7 +13,8 @@ from llama_jax.training import summary as module
 from llama_jax.training.summary import run_summary
 
 SPLIT = SimpleNamespace(tokens=5120)
-DATA = SimpleNamespace(path="tokens", splits={"train": SPLIT, "validation": SPLIT})
+FOLDER = SimpleNamespace(path="tokens", splits={"train": SPLIT, "validation": SPLIT})
+DATA = SimpleNamespace(folders=(FOLDER,), weights=(1,))
 
 
 def lines(config, mesh, step=0):
