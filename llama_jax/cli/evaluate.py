@@ -7,14 +7,14 @@ of your own, and any other name is a task of lm-evaluation-harness (`pip install
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.cli import main as cli
 from llama_jax.cli.sample import add_model_flags, load_llm
 from llama_jax.config import require
-from llama_jax.errors import UserError, whole_number
+from llama_jax.errors import UserError, did_you_mean, first_line, whole_number
 
 if TYPE_CHECKING:  # JAX would make --help slow
     from llama_jax.evaluation.perplexity import Perplexity
@@ -74,7 +74,8 @@ def main(argv: list[str]) -> None:
     if flags.text:
         _evaluate_texts(flags)
     else:
-        _evaluate_tasks(flags)
+        changed = {name for name in FOR_HARNESS if getattr(flags, name) != known.get_default(name)}
+        _evaluate_tasks(flags, changed)
 
 
 # --- perplexity ---
@@ -123,7 +124,7 @@ def _print_perplexity(name: str, found: "Perplexity", as_json: bool) -> None:
 # --- tasks ---
 
 
-def _evaluate_tasks(flags: argparse.Namespace) -> None:
+def _evaluate_tasks(flags: argparse.Namespace, for_harness: Collection[str]) -> None:
     from llama_jax.evaluation.multiple_choice import choice_accuracy, read_items, shipped_tasks
 
     names = [name.strip() for name in flags.tasks.split(",") if name.strip()]
@@ -138,13 +139,18 @@ def _evaluate_tasks(flags: argparse.Namespace) -> None:
     }
     items = {name: read_items(path)[: flags.limit] for name, path in local.items()}
     others = [name for name in names if name not in local]
-    for name in FOR_HARNESS if not others else ():
-        unused = f"--{name} is for tasks of lm-evaluation-harness; leave it out"
-        require(not getattr(flags, name), unused)
+    for name in for_harness:
+        require(others != [], f"--{name} is for tasks of lm-evaluation-harness; leave it out")
     manager: Any = None
     if others:
-        from llama_jax.evaluation import harness
-
+        try:
+            from llama_jax.evaluation import harness
+        except ImportError as error:
+            raise UserError(
+                f"task {others[0]!r} is unknown; expected {', '.join(shipped)}, a .jsonl file or,"
+                " after `pip install '.[eval]'`, a task of lm-evaluation-harness"
+                f" ({first_line(error)}){did_you_mean(others[0], shipped)}"
+            ) from error
         manager = harness.task_manager(others, list(shipped), flags.include_path)
     llm = load_llm(flags)
     if not flags.json:

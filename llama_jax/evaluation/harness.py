@@ -11,6 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.tasks import TaskManager
+
 from llama_jax.distributed.mesh import on_mesh
 from llama_jax.errors import UserError, did_you_mean, first_line
 from llama_jax.evaluation.multiple_choice import fit_window
@@ -19,17 +24,6 @@ from llama_jax.inference.request import MAX_STOPS
 from llama_jax.inference.scoring import MAX_BATCH, score_windows, split_windows
 from llama_jax.llm import LLM
 from llama_jax.text.chat import parse_messages
-
-try:
-    from lm_eval.api.instance import Instance
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.evaluator import simple_evaluate
-    from lm_eval.tasks import TaskManager
-except ImportError as error:
-    raise UserError(
-        f"lm-evaluation-harness cannot be imported ({first_line(error)}); install it with"
-        " `pip install '.[eval]'`"
-    ) from error
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it logs every step
 
@@ -202,15 +196,12 @@ def task_manager(
     manager = _TaskManager(include_path=include_path)
     for name in names:
         if name not in manager.task_index:
-            raise unknown_task(name, [*local, *manager.all_tasks], local)
+            hint = did_you_mean(name, [*local, *manager.all_tasks])
+            raise UserError(
+                f"task {name!r} is unknown; expected {', '.join(local)}, a .jsonl file or a task of"
+                f" lm-evaluation-harness{hint}"
+            )
     return manager
-
-
-def unknown_task(name: str, known: Sequence[str], local: Sequence[str]) -> UserError:
-    """Return the error for a name that is not among the known ones."""
-    hint = did_you_mean(name, known)
-    expected = f"expected {', '.join(local)}, a .jsonl file or a task of lm-evaluation-harness"
-    return UserError(f"task {name!r} is unknown; {expected}{hint}")
 
 
 @dataclasses.dataclass(frozen=True)
