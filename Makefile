@@ -16,7 +16,7 @@ help:
 	@echo "make finetune     teach SmolLM2 twenty facts about a shop, by LoRA (5 minutes)"
 	@echo "make test         lint, types and tests, as CI runs them"
 	@echo "make test-slow    what takes longer; all programs compiled as users compile them"
-	@echo "make test-parity  comparisons with PyTorch and transformers"
+	@echo "make test-parity  comparisons with PyTorch, transformers and lm-evaluation-harness"
 	@echo "make test-faults  kills, full disks, damaged files; FAULTS=long takes hours (5 minutes)"
 	@echo "make clean        remove the virtual environment"
 
@@ -38,7 +38,7 @@ $(VENV)/.installed-slow: $(VENV)/.installed-test
 	@touch $@
 
 $(VENV)/.installed-parity: $(VENV)/.installed-test
-	$(PIP) -e ".[parity]"
+	$(PIP) -e ".[parity,eval]"
 	@touch $@
 
 demo: $(VENV)/.installed

@@ -28,7 +28,7 @@ from llama_jax.inference.completions import (
 from llama_jax.inference.engine import Engine
 from llama_jax.inference.request import Delta, Request, SamplingOptions, SamplingParams
 from llama_jax.inference.scoring import Score, embed_sequences, score_sequences
-from llama_jax.text.chat import TruncationWarning, fit, parse_messages
+from llama_jax.text.chat import Template, TruncationWarning, fit, parse_messages
 from llama_jax.text.chat_formats import TEMPLATES, find_template, resolve_template
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -60,6 +60,7 @@ class LLM:
         cache_dtype: str = "",
         template: str = "",
         tensor: int = 1,
+        base: str = "",
     ):
         """Load a checkpoint folder.
 
@@ -73,6 +74,7 @@ class LLM:
           template: the chat format, a name such as "chatml" or a Jinja template; "" is the
             checkpoint's, or "llama2" for a checkpoint without one.
           tensor: number of devices that the matrices are sharded over.
+          base: of adapters, the checkpoint that they were trained for; "" is where it was then.
 
         Raises:
           UsageError: naming an argument out of range.
@@ -85,14 +87,16 @@ class LLM:
         mesh = tensor_mesh(tensor)
         if named := find_named(checkpoint):
             checkpoint = named.checkpoint()
+        if base and (named := find_named(base)):
+            base = str(named.checkpoint())
         loaded = load_for_inference(
-            checkpoint, dtype, quantize=quantize, max_context=max_context, mesh=mesh
+            checkpoint, dtype, quantize=quantize, max_context=max_context, mesh=mesh, base=base
         )
         self.tokenizer: Tokenizer = loaded.tokenizer
         self.engine = Engine(loaded.model, cache_dtype, mesh)
         self.generation = loaded.generation  # sampling that the model's authors recommend
-        self._bos = loaded.bos and self.tokenizer.bos_id >= 0
-        self._stop_ids = stop_ids(self.tokenizer, self._bos, loaded.stop_ids)
+        self.bos = loaded.bos and self.tokenizer.bos_id >= 0  # whether texts begin with BOS
+        self._stop_ids = stop_ids(self.tokenizer, self.bos, loaded.stop_ids)
         self._template = template or loaded.chat_template
         self._name = f"{str(checkpoint)!r}" + (f", quantize={quantize!r}" if quantize else "")
 
@@ -105,6 +109,11 @@ class LLM:
     def context_length(self) -> int:
         """Tokens that prompt and completion may have together."""
         return self.engine.model.config.context_length
+
+    @property
+    def template(self) -> Template:
+        """The chat format; errors as for `text.chat_formats.resolve_template`."""
+        return resolve_template(self._template)
 
     @property
     def chat_format(self) -> str:
@@ -294,7 +303,7 @@ class LLM:
         is_list = isinstance(listed, list | tuple) and listed
         for each in listed if is_list else (None,):
             if isinstance(each, str):
-                sequences.append(encode_prompt(self.tokenizer, each, self._bos))
+                sequences.append(encode_prompt(self.tokenizer, each, self.bos))
                 continue
             ids = list(each) if isinstance(each, list | tuple | np.ndarray) else []
             if not ids or not all(isinstance(token, int | np.integer) for token in ids):

@@ -33,8 +33,9 @@ ROOMS = {  # what each may import, in an order in which rooms import only earlie
     "planning": "training inference data distributed hardware quantization kernels model config"
     " errors",
     "llm": "inference checkpoints formats distributed text config errors",
-    "cli": "llm inference checkpoints training data formats planning quantization model hardware"
-    " distributed text config_parsing config errors files",
+    "evaluation": "llm inference data distributed text errors files",
+    "cli": "evaluation llm inference checkpoints training data formats planning quantization model"
+    " hardware distributed text config_parsing config errors files",
 }
 SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py")) if path.stem != "setup"]
 ONLY_IN = {  # libraries that one room, or a few modules, may import
@@ -52,6 +53,7 @@ ONLY_IN = {  # libraries that one room, or a few modules, may import
     "ml_collections": {"config", "cli.config_flags", "configs"},
     "matplotlib": {"training.plot"},
     "tensorboardX": {"training.metrics"},
+    "lm_eval": {"evaluation.harness"},
     "torch": {"formats.verify"},
     "transformers": {"formats.verify"},
 }

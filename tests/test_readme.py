@@ -71,7 +71,9 @@ def commands(text):
     return {name: found for name, found in flags.items() if (ROOT / f"{name}.py").is_file()}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/training.md", "docs/pods.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/training.md", "docs/evaluation.md", "docs/pods.md"]
+)
 def test_flags_in_commands_exist(page):
     for script, flags in commands((ROOT / page).read_text()).items():
         words = [sys.executable, str(ROOT / f"{script}.py"), "--help"]

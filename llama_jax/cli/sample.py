@@ -36,19 +36,28 @@ UNUSED = {  # flags that a mode does not use; "" is completion, which has no fla
 UNUSED["embed"] = UNUSED["score"]
 
 
-def parser() -> cli.Parser:
-    """Return the parser of the command's flags."""
-    parser = cli.Parser("--prompt", description=__doc__.splitlines()[0])
-    default = SamplingParams()
+def add_model_flags(parser: cli.Parser) -> None:
+    """Add the flags that `load_llm` uses."""
     model = parser.add_argument_group("model")
     model.add_argument(
         "--ckpt", default="ckpt", help="checkpoint folder of a run, or of one step; or smollm2"
     )
+    model.add_argument("--base", default="", help="of adapters: the checkpoint they belong to")
     model.add_argument("--dtype", default="", help="float32 or bfloat16; empty: by device")
     model.add_argument("--quantize", default=None, help="quantize the matrices to int8 or int4")
     model.add_argument("--cache_dtype", default="", help="int8: a smaller key/value cache")
     model.add_argument("--max_context", type=int, default=0, help="tokens; 0: the model's context")
     model.add_argument("--tensor", type=int, default=1, help="devices to shard the matrices over")
+    model.add_argument(
+        "--template", default="", help="chat format by name, or a .jinja file; empty: its own"
+    )
+
+
+def parser() -> cli.Parser:
+    """Return the parser of the command's flags."""
+    parser = cli.Parser("--prompt", description=__doc__.splitlines()[0])
+    default = SamplingParams()
+    add_model_flags(parser)
     text = parser.add_argument_group("text")
     text.add_argument("--prompt", action="append", help="text to continue; may be repeated")
     text.add_argument("--prompt_file", help="file with the prompt; - is stdin")
@@ -98,8 +107,6 @@ def parser() -> cli.Parser:
     chat.add_argument("--chat", action="store_true", help="chat on stdin and stdout, line by line")
     chat.add_argument("--messages", help="JSON file with messages to answer; - is stdin")
     chat.add_argument("--system", default="", help="system prompt")
-    template_help = "chat format by name, or a .jinja file; empty: the checkpoint's"
-    chat.add_argument("--template", default="", help=template_help)
     chat.add_argument("--truncate", action="store_true", help="drop the oldest exchanges if full")
     return parser
 
@@ -130,14 +137,14 @@ def main(argv: list[str]) -> None:
     if mode == "chat":
         from llama_jax.cli.chat import Conversation, print_format, run_chat
 
-        llm = _load(flags)
+        llm = load_llm(flags)
         print_format(llm)
         _print_recommended(llm, params)
         run_chat(Conversation(llm, flags.system, truncate=flags.truncate, **params))
     elif mode == "messages":
         from llama_jax.cli.chat import print_answer, print_format
 
-        messages, llm = _read_messages(flags.messages), _load(flags)
+        messages, llm = _read_messages(flags.messages), load_llm(flags)
         print_format(llm)
         _print_recommended(llm, params)
         print_answer(llm, messages, truncate=flags.truncate, **params)
@@ -146,16 +153,16 @@ def main(argv: list[str]) -> None:
         require(any(prompts), "--score needs a text; add --prompt or --prompt_file")
         if not flags.json:  # tokens but the first, usually BOS
             print("logprob\ttokens\tperplexity", file=sys.stderr)
-        for score in _load(flags).score(prompts):
+        for score in load_llm(flags).score(prompts):
             line = f"{score.total:.4f}\t{len(score.logprobs)}\t{score.perplexity:.4f}"
             print(json.dumps(dataclasses.asdict(score)) if flags.json else line)
     elif mode == "embed":
         prompts = _read_prompts(flags)
         require(any(prompts), "--embed needs a text; add --prompt or --prompt_file")
-        for vector in _load(flags).embed(prompts):
+        for vector in load_llm(flags).embed(prompts):
             print(json.dumps(vector.tolist()))
     else:
-        prompts, llm = _read_prompts(flags), _load(flags)
+        prompts, llm = _read_prompts(flags), load_llm(flags)
         if flags.prompt is flags.prompt_ids is flags.prompt_file is None:
             prompts = [_training_prompt(flags.ckpt)]
         _print_recommended(llm, params)
@@ -170,7 +177,8 @@ def main(argv: list[str]) -> None:
             print_samples(llm, request, start=start)
 
 
-def _load(flags: Any) -> "LLM":
+def load_llm(flags: Any) -> "LLM":
+    """Return the model that the flags of `add_model_flags` describe."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every file
     from llama_jax.cli.startup import use_compilation_cache
     from llama_jax.llm import LLM
@@ -185,6 +193,7 @@ def _load(flags: Any) -> "LLM":
         cache_dtype=flags.cache_dtype,
         template=read_template(flags.template),
         tensor=flags.tensor,
+        base=flags.base,
     )
 
 

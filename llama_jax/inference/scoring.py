@@ -3,8 +3,9 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +29,15 @@ def full_sequence_execution(model: Llama) -> Execution:
 
 
 @partial(jax.jit, static_argnames="chunk")
-def token_logprobs(model: Llama, tokens_BT: jax.Array, chunk: int = LOGITS_CHUNK) -> jax.Array:
-    """Return nats [B, T - 1] of each token after the first, given those before it; float32.
+def token_logprobs(
+    model: Llama, tokens_BT: jax.Array, chunk: int = LOGITS_CHUNK
+) -> tuple[jax.Array, jax.Array]:
+    """Return the log-probability of each token after the first, given those before it.
 
     Sequences may be padded at the end: later tokens change nothing before them.
+
+    Returns:
+      Nats [B, T - 1], float32; and whether the token is the most likely one [B, T - 1], bool.
     """
     hidden_BTD, _ = model.hidden(tokens_BT, execution=full_sequence_execution(model))
     B, T = tokens_BT.shape
@@ -42,14 +48,18 @@ def token_logprobs(model: Llama, tokens_BT: jax.Array, chunk: int = LOGITS_CHUNK
         filled = jnp.pad(x, fill + ((0, 0),) * (x.ndim - 2))
         return filled.reshape(B, chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
 
-    def of_chunk(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def join(x: jax.Array) -> jax.Array:
+        return x.swapaxes(0, 1).reshape(B, -1)[:, : T - 1]
+
+    def of_chunk(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         hidden_BCD, targets_BC = pair
         logits_BCV = model.logits(hidden_BCD)
-        target_BC1 = jnp.take_along_axis(logits_BCV, targets_BC[:, :, None], axis=-1)
-        return target_BC1[:, :, 0] - jax.nn.logsumexp(logits_BCV, axis=-1)
+        target_BC = jnp.take_along_axis(logits_BCV, targets_BC[:, :, None], axis=-1)[:, :, 0]
+        logprob_BC = target_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
+        return logprob_BC, target_BC >= logits_BCV.max(axis=-1)
 
-    logprobs = jax.lax.map(of_chunk, (split(hidden_BTD[:, :-1]), split(tokens_BT[:, 1:])))
-    return logprobs.swapaxes(0, 1).reshape(B, -1)[:, : T - 1]
+    found = jax.lax.map(of_chunk, (split(hidden_BTD[:, :-1]), split(tokens_BT[:, 1:])))
+    return join(found[0]), join(found[1])
 
 
 @partial(jax.jit, static_argnames="normalize")
@@ -88,31 +98,75 @@ def score_sequences(model: Llama, sequences: Sequence[Sequence[int]]) -> list[Sc
     """
     context = model.config.context_length
     windows = [
-        (number, start)
+        (number, window)
         for number, ids in enumerate(sequences)
-        for start in _window_starts(len(ids), context)
+        for window in split_windows([ids], context, max(context // 2, 1))
     ]
-    parts = [sequences[number][start : start + context] for number, start in windows]
-    logprobs_of: dict[int, np.ndarray] = {}
-    for batch in batches(model, parts):
-        logprobs_BT = np.asarray(token_logprobs(model, batch.tokens_BT), np.float64)
-        for place, length, row_T in zip(batch.places, batch.length_B, logprobs_BT):
-            logprobs_of[place] = row_T[: length - 1]
     scored: list[list[float]] = [[] for _ in sequences]
-    for place, (number, start) in enumerate(windows):
-        known = len(scored[number]) - start  # scored in an earlier window
-        scored[number] += logprobs_of[place][known:].tolist()
+    results = score_windows(model, [window for _, window in windows])
+    for (number, _), result in zip(windows, results):
+        scored[number] += result.logprobs.tolist()
     return [
         Score(tuple(ids), tuple(own), math.fsum(own), math.exp(-math.fsum(own) / max(len(own), 1)))
         for ids, own in zip(sequences, scored)
     ]
 
 
-def _window_starts(length: int, context: int) -> list[int]:
-    """Return where windows of the context start so that they cover a sequence."""
-    if length <= context:
-        return [0]
-    return [*range(0, length - context, max(context // 2, 1)), length - context]
+class Window(NamedTuple):
+    """Tokens that a model reads at once, of which the last ones are scored."""
+
+    ids: Sequence[int]
+    known: int  # tokens at the start that are only read; at least 1
+
+
+class WindowScore(NamedTuple):
+    """The scored tokens of a window."""
+
+    logprobs: np.ndarray  # nats of each, given those before it in the window; float64
+    are_top: np.ndarray  # whether each is the most likely token
+
+
+def split_windows(parts: Iterable[Sequence[int]], context: int, stride: int) -> Iterator[Window]:
+    """Yield windows that cover a sequence; each token but the first is scored in one of them.
+
+    Args:
+      parts: of the sequence, which are read as the windows need them.
+      context: tokens of a window; a shorter sequence is one window.
+      stride: tokens from one window's start to that of the next, less than the context. The last
+        window ends where the sequence ends.
+    """
+    held: list[int] = []
+    start, known = 0, 1  # of the next window in `held`, if more than a window follows
+    for part in parts:
+        held += part
+        while len(held) - start > context:
+            yield Window(held[start : start + context], known)
+            start, known = start + stride, context - stride
+        used = max(start - stride, 0)  # the last window may begin between two others
+        del held[:used]
+        start -= used
+    last = max(len(held) - context, 0)
+    yield Window(held[last:], start + known - last)
+
+
+def score_windows(
+    model: Llama, windows: Sequence[Window], batch_size: int = MAX_BATCH
+) -> list[WindowScore]:
+    """Return the score of each window; `batch_size` of them, of similar length, are read together.
+
+    Raises:
+      UserError: for a window longer than the context.
+    """
+    scores: dict[int, WindowScore] = {}
+    for batch in batches(model, [window.ids for window in windows], batch_size):
+        found = token_logprobs(model, batch.tokens_BT)
+        logprobs_BT, are_top_BT = np.asarray(found[0], np.float64), np.asarray(found[1])
+        for place, length, logprobs_T, are_top_T in zip(
+            batch.places, batch.length_B, logprobs_BT, are_top_BT
+        ):
+            scored = slice(windows[place].known - 1, length - 1)
+            scores[place] = WindowScore(logprobs_T[scored], are_top_T[scored])
+    return [scores[place] for place in range(len(windows))]
 
 
 def embed_sequences(
@@ -139,7 +193,9 @@ class Batch:
     length_B: np.ndarray  # ids; 1 for filler, since a mean over none would be NaN
 
 
-def batches(model: Llama, sequences: Sequence[Sequence[int]]) -> Iterator[Batch]:
+def batches(
+    model: Llama, sequences: Sequence[Sequence[int]], batch_size: int = MAX_BATCH
+) -> Iterator[Batch]:
     """Yield sequences of similar length together, in few shapes: little padding, few compilations.
 
     Raises:
@@ -155,8 +211,8 @@ def batches(model: Llama, sequences: Sequence[Sequence[int]]) -> Iterator[Batch]
     by_width = sorted(range(len(sequences)), key=widths.__getitem__)
     for width, group in itertools.groupby(by_width, key=widths.__getitem__):
         similar = list(group)
-        for start in range(0, len(similar), MAX_BATCH):
-            places = similar[start : start + MAX_BATCH]
+        for start in range(0, len(similar), batch_size):
+            places = similar[start : start + batch_size]
             batch = [list(sequences[place]) for place in places]
             batch += [[]] * (2 ** (len(batch) - 1).bit_length() - len(batch))
             length_B = np.asarray([max(len(ids), 1) for ids in batch], np.int32)

@@ -11,6 +11,7 @@ from llama_jax.inference.scoring import (
     embed_sequences,
     embeddings,
     score_sequences,
+    split_windows,
     token_logprobs,
 )
 from llama_jax.model.transformer import unstack
@@ -44,17 +45,18 @@ def tokens():
 @pytest.mark.parametrize("chunk", [4, 64])
 @pytest.mark.parametrize("layout", [unstack, lambda model: model])
 def test_scores_are_log_probabilities_of_the_tokens(model, chunk, layout):
-    found = token_logprobs(layout(model), tokens(), chunk=chunk)
+    found, are_top = token_logprobs(layout(model), tokens(), chunk=chunk)
     log_BTV = jax.nn.log_softmax(model(tokens())[0], axis=-1)
     expected = np.take_along_axis(np.asarray(log_BTV)[:, :-1], np.asarray(tokens())[:, 1:, None], 2)
     assert found.shape == (B, T - 1)
     np.testing.assert_allclose(found, expected[:, :, 0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(are_top, log_BTV[:, :-1].argmax(axis=-1) == tokens()[:, 1:])
 
 
 def test_padding_changes_no_score(model):
     padded = jnp.pad(tokens(), ((0, 0), (0, 9)))
-    found = token_logprobs(model, padded)[:, : T - 1]
-    np.testing.assert_allclose(found, token_logprobs(model, tokens()), rtol=1e-5, atol=1e-5)
+    found = token_logprobs(model, padded)[0][:, : T - 1]
+    np.testing.assert_allclose(found, token_logprobs(model, tokens())[0], rtol=1e-5, atol=1e-5)
 
 
 def test_an_embedding_is_the_mean_of_a_sequences_own_states(model):
@@ -92,10 +94,23 @@ def test_long_sequences_are_scored_in_windows(model, length):
     expected = []
     for start in [*range(0, length - 32, 16), length - 32]:
         window = jnp.asarray([ids[start : start + 32]])
-        expected += token_logprobs(model, window)[0, len(expected) - start :].tolist()
+        expected += token_logprobs(model, window)[0][0, len(expected) - start :].tolist()
     assert (score.token_ids, len(score.logprobs)) == (tuple(ids), length - 1)
     np.testing.assert_allclose(score.logprobs, expected, atol=1e-5)
     assert score.total == pytest.approx(sum(expected))
+
+
+@pytest.mark.parametrize("stride", [1, 5, 7])
+@pytest.mark.parametrize("part", [3, 40])
+def test_windows_score_each_token_once_with_the_context_that_the_stride_leaves(stride, part):
+    for length in range(1, 30):
+        ids = list(range(length))
+        parts = [ids[start : start + part] for start in range(0, length, part)]
+        windows = list(split_windows(parts, 8, stride))
+        assert [i for ids, known in windows for i in ids[known:]] == ids[1:]
+        starts = [0] if length <= 8 else [*range(0, length - 8, stride), length - 8]
+        assert [list(window.ids) for window in windows] == [ids[s : s + 8] for s in starts]
+        assert all(known >= 8 - stride for _, known in windows[1:])
 
 
 def test_filler_sequences_are_not_nan(parts):

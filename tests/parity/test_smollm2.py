@@ -4,7 +4,6 @@ All three read the same GGUF file, whose quantised matrices each dequantises to 
 """
 
 import gc
-import math
 import subprocess
 import sys
 
@@ -15,7 +14,9 @@ import pytest
 from odd_texts import odd_texts
 
 from llama_jax.checkpoints.metadata import read_description
+from llama_jax.data.prepare.documents import Chunk
 from llama_jax.errors import UserError
+from llama_jax.evaluation.perplexity import text_perplexity
 from llama_jax.formats.convert import Conversion, Options, convert
 from llama_jax.formats.named_models import NAMED_MODELS
 from llama_jax.inference.request import Request, SamplingParams
@@ -123,30 +124,28 @@ def test_logits_and_greedy_tokens_equal_those_of_transformers(llm, theirs):
     assert greedy(llm, prompt, 100) == continued
 
 
-def test_perplexity_equals_that_of_transformers(llm, theirs, shared_data):
-    """On the same windows of text that neither has seen."""
+@pytest.mark.parametrize("stride", [0, 256])
+def test_perplexity_equals_that_of_transformers(llm, theirs, shared_data, stride):
+    """On the same windows of text that neither has seen, each token scored once."""
     import torch
 
-    text = (shared_data / "tinyshakespeare.txt").read_bytes()[-HELD_OUT:].decode()
-    ids = llm.tokenizer.encode(text)
-    windows = [ids[start : start + WINDOW] for start in range(0, len(ids), WINDOW)]
-    ours = theirs_total = 0.0
-    nll = jax.jit(
-        lambda model, ids_BT: (
-            -jnp.take_along_axis(
-                jax.nn.log_softmax(model(ids_BT)[0][0, :-1]), ids_BT[0, 1:, None], axis=-1
-            ).sum()
-        )
-    )
-    for window in windows[:-1]:  # the last is shorter, another shape to compile
-        ours += float(nll(llm.engine.model, jnp.asarray([window])))
+    length = HELD_OUT if stride == 0 else HELD_OUT // 4
+    text = (shared_data / "tinyshakespeare.txt").read_bytes()[-length:].decode().strip()
+    found = text_perplexity(llm, [Chunk(text, is_first=True, is_last=True)], stride)
+    ids, total, scored = llm.tokenizer.encode(text), 0.0, 1
+    last = len(ids) - WINDOW
+    for start in [*range(0, last, stride or WINDOW - 1), last]:
+        labels_BT = torch.tensor([ids[start : start + WINDOW]])
+        ids_BT = labels_BT.clone()
+        labels_BT[:, : scored - start] = -100  # scored in the window before
         with torch.no_grad():
-            ids_BT = torch.tensor([window])
-            theirs_total += float(theirs(ids_BT, labels=ids_BT).loss) * (len(window) - 1)
-    count = sum(len(window) - 1 for window in windows[:-1])
-    ratio = math.exp((ours - theirs_total) / count)
-    assert abs(ratio - 1) <= 0.005
-    assert math.exp(ours / count) < 100
+            new = start + WINDOW - scored
+            total += float(theirs(ids_BT, labels=labels_BT).loss) * new
+        scored += new
+    assert scored == len(ids) == found.tokens + 1
+    assert found.loss == pytest.approx(total / found.tokens, rel=1e-4)
+    assert found.bytes == len(text.encode()) - len(llm.tokenizer.piece_bytes(ids[0]))
+    assert found.perplexity < 100
 
 
 def test_ids_equal_those_of_transformers_and_llama_cpp(llm, their_tokenizer, llama_cpp, gguf_file):

@@ -277,7 +277,7 @@ def test_a_quantized_model_is_not_quantized_again():
 
 
 def perplexity(model, tokens_BT):
-    return float(np.exp(-np.mean(score(model, tokens_BT))))
+    return float(np.exp(-np.mean(score(model, tokens_BT)[0])))
 
 
 @pytest.fixture(scope="module")

@@ -107,7 +107,7 @@ def _cut_position(text: str, start: int, end: int) -> int:
 
 def _fragments(file: Path, options: ReadOptions, progress: ReadProgress) -> Iterator[str | None]:
     """Yield the text of a file, and None where a document ends."""
-    if file.suffix.lower() == ".txt":
+    if file.suffix.lower() not in (".jsonl", ".json"):
         text = read_blocks(file, options, progress)
         separator = _separator(file, options.split_at)
         yield from text if separator is None else _split(text, separator)

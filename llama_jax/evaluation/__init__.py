@@ -1,0 +1,1 @@
+"""How good a model is: perplexity of texts, multiple-choice tasks, lm-evaluation-harness."""
