@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from llama_jax.distributed.mesh import RULES, automatic, batch_shards, manual, partition_spec, specs
 
@@ -57,6 +57,10 @@ def _over_rows(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or batch_shards(mesh) == 1:
         return function(trainable, frozen, batch)
+    structure = jax.tree.structure(gradients)
+    trainable, frozen, gradients = (
+        _replicate_undivided(tree, mesh) for tree in (trainable, frozen, gradients)
+    )
     # Axes of size 1 are made manual too: then nothing is left to XLA's partitioner.
     axes = {*ROW_AXES} | {name for name, size in mesh.shape.items() if size == 1}
 
@@ -68,13 +72,36 @@ def _over_rows(
         return jax.tree.map(lambda spec: _only(spec, axes), specs(axes_of, mesh))
 
     rows = PartitionSpec(RULES["batch"])
-    return jax.shard_map(
+    sums, found = jax.shard_map(
         shard,
         in_specs=(along(trainable), along(frozen), rows),
         out_specs=(PartitionSpec(), along(gradients)),
         axis_names=axes,
         check_vma=False,
     )(trainable, frozen, batch)
+    return sums, jax.tree.unflatten(structure, jax.tree.leaves(found))
+
+
+def _replicate_undivided(tree: Tree, mesh: AbstractMesh) -> Tree:
+    """The tree, with the axis "" in place of each that `fsdp` shards but does not divide.
+
+    A device sees one shard of a dim, and cannot tell there whether it is all of it. The groups of
+    a quantized matrix are such: 9 for 576 inputs.
+    """
+
+    def of(leaf: Any) -> Any:
+        if not isinstance(leaf, nnx.Variable):
+            return leaf
+        spec = partition_spec(leaf.axes, leaf.shape, mesh)[-len(leaf.axes) :]
+        axes = (axis if name == RULES.get(axis) else "" for axis, name in zip(leaf.axes, spec))
+        return leaf.replace(axes=tuple(axes))
+
+    return jax.tree.map(of, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def _sharded_dims(axes: tuple[str, ...]) -> list[int]:
+    """The dims that are sharded along `fsdp`, one or none, counted from the last."""
+    return [dim - len(axes) for dim, axis in enumerate(axes) if RULES.get(axis) == "fsdp"]
 
 
 def _only(spec: PartitionSpec, axes: set[str]) -> PartitionSpec:
@@ -87,8 +114,8 @@ def _summed(gradients: Tree) -> Tree:
     sizes = manual()
 
     def of(leaf: nnx.Variable) -> nnx.Variable:
-        cut = "fsdp" in [RULES[axis] for axis in leaf.axes]
-        axes = tuple(name for name in ROW_AXES[: 1 if cut else 2] if sizes[name] > 1)
+        replicated = ROW_AXES[: 1 if _sharded_dims(leaf.axes) else 2]
+        axes = tuple(name for name in replicated if sizes[name] > 1)
         return jax.tree.map(lambda part: jax.lax.psum(part, axes) if axes else part, leaf)
 
     return jax.tree.map(of, gradients, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
@@ -102,7 +129,8 @@ def is_sharded() -> bool:
 def gather(tree: Tree, dtype: Any) -> Tree:
     """A tree of parameters all-gathered along `fsdp` and cast to `dtype`.
 
-    Its gradient is a reduce-scatter: each device keeps the sum for its own shard.
+    Its gradient is a reduce-scatter: each device keeps the sum for its own shard. Arrays of
+    quantized matrices are not cast, and leaves that are no parameters pass through.
     """
     if not is_sharded():
         return tree
@@ -110,14 +138,19 @@ def gather(tree: Tree, dtype: Any) -> Tree:
     def of(leaf: Any) -> Any:
         if not isinstance(leaf, nnx.Variable):  # the key of an adapter's dropout
             return leaf
-        return jax.tree.map(lambda part: _gathered(part.astype(dtype), leaf.axes), leaf)
+        is_exact = leaf.get_metadata("is_exact", False)
+
+        def gathered(part: jax.Array) -> jax.Array:
+            return _gathered(part if is_exact else part.astype(dtype), leaf.axes)
+
+        return jax.tree.map(gathered, leaf)
 
     return jax.tree.map(of, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def _gathered(part: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """A parameter with the logical `axes`, all-gathered along `fsdp`."""
-    cut = [dim - len(axes) for dim, axis in enumerate(axes) if RULES[axis] == "fsdp"]
+    cut = _sharded_dims(axes)
     if not cut:
         return part
 

@@ -17,15 +17,24 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Literal, jaxprs_in_params
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from llama_jax.config import ModelConfig
+from llama_jax.config import (
+    Config,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+)
 from llama_jax.distributed.fsdp import example_ids, gather, lookup
 from llama_jax.distributed.mesh import MESH_AXES, shardings
 from llama_jax.kernels.attention import xla_attention
 from llama_jax.kernels.splash import LANES
 from llama_jax.model.execution import Execution
-from llama_jax.model.parameters import abstract
 from llama_jax.training.loss import summed_nll
-from llama_jax.training.step import UNROLLED_ON_CPU
+from llama_jax.training.objectives import model_of
+from llama_jax.training.step import UNROLLED_ON_CPU, abstract_state
+
+NO_ADAPTERS = LoraConfig()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +47,7 @@ class DeviceStep:
     remat: str
     attention: str  # the kernel
     is_tpu: bool
+    lora: LoraConfig = NO_ADAPTERS
     packed: bool = False  # with several documents per sequence
     sequence_shards: int = 1  # shards of the residual stream between blocks
     fsdp: int = 1  # shards of the parameters
@@ -97,7 +107,7 @@ def _residuals(step: DeviceStep) -> list[Value]:
 
     The program that is read returns the residuals, and runs the backward pass that reads them.
     """
-    config = step.model
+    config = state_config(Config(model=step.model, lora=step.lora, **IRRELEVANT))
     execution = Execution(
         attention=xla_attention if step.attention == "xla" else _flash_attention(step),
         # Offloaded residuals are in the host's memory: the device keeps as much as without them.
@@ -109,32 +119,39 @@ def _residuals(step: DeviceStep) -> list[Value]:
         example_ids=example_ids,
     )
 
-    def program(model: Any, tokens_BT: jax.Array, weights_BT: jax.Array) -> tuple[list[Any], Any]:
-        def hidden(model: Any) -> jax.Array:
+    def program(
+        parts: tuple[Any, Any], tokens_BT: jax.Array, weights_BT: jax.Array
+    ) -> tuple[list[Any], Any]:
+        trainable, frozen = parts
+        key = jax.random.key(0) if step.model.dropout or step.lora.dropout else None
+
+        def hidden(trainable: Any) -> jax.Array:
+            model = model_of(config, trainable, frozen, execution=execution, dropout_key=key)
             return model.hidden(
                 tokens_BT,
                 segments_BT=tokens_BT if step.packed else None,
-                dropout_key=jax.random.key(0) if config.dropout else None,
+                dropout_key=key,
                 execution=execution,
             )[0]
 
-        hidden_BTD, backward = jax.vjp(hidden, model)
-        # The loss keeps nothing but its gradients, which it computes together with its value.
-        loss_gradients = jax.grad(summed_nll, argnums=(0, 1))
-        gradient_BTD, gradient_VD = loss_gradients(
-            hidden_BTD, model.output_VD, tokens_BT, weights_BT
-        )
+        hidden_BTD, backward = jax.vjp(hidden, trainable)
+        # The loss keeps nothing but its gradients, which it computes together with its value. That
+        # by a frozen output matrix is not computed.
+        output_VD = model_of(config, trainable, frozen, execution=execution).output_VD
+        loss_gradients = jax.grad(summed_nll, argnums=(0,) if step.lora.rank else (0, 1))
+        gradient_BTD, *others = loss_gradients(hidden_BTD, output_VD, tokens_BT, weights_BT)
         gradient_BTD = _named(gradient_BTD, STREAM)
-        kept = [*jax.tree.leaves(backward), gradient_BTD, gradient_VD]
+        kept = [*jax.tree.leaves(backward), gradient_BTD, *others]
         return kept, backward(gradient_BTD)
 
     axis_types = (AxisType.Auto,) * len(MESH_AXES)
     mesh = AbstractMesh((1, step.fsdp, 1), MESH_AXES, axis_types=axis_types)
-    model = _model(config)
+    state = abstract_state(config)
+    parts = state.trainable, state.frozen
     shards = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(place.shard_shape(leaf.shape), leaf.dtype),
-        model,
-        shardings(model, mesh),
+        parts,
+        shardings(parts, mesh),
     )
     batch = [
         jax.ShapeDtypeStruct((step.batch, step.length), dtype) for dtype in (jnp.int32, jnp.float32)
@@ -149,7 +166,19 @@ def _residuals(step: DeviceStep) -> list[Value]:
     return [value for value in residuals if value not in inputs]
 
 
-_model = functools.cache(abstract)
+# Settings that neither the train state nor what a device keeps depends on.
+IRRELEVANT: Any = {
+    "data": DataConfig(path="none", batch_size=1, sequence_length=2, packing="documents"),
+    "optimizer": OptimizerConfig(steps=1, learning_rate=0.1, warmup_steps=0),
+    "run": RunConfig(init_from="none"),
+}
+
+
+def state_config(config: Config) -> Config:
+    """Return a config of the same train state, equal for all configs that have it."""
+    optimizer = dataclasses.replace(config.optimizer, accumulation_steps=1)
+    others = IRRELEVANT | {"optimizer": optimizer}
+    return Config(model=config.model, lora=config.lora, **others)
 
 
 # ---- the traced program ----

@@ -15,13 +15,13 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from llama_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig
+from llama_jax.config import Config, MeshConfig, ModelConfig
 from llama_jax.distributed.mesh import MESH_AXES, batch_shards, mesh_shape, require_fitting
 from llama_jax.hardware.accelerators import Chip
 from llama_jax.kernels.attention import choose_kernel
 from llama_jax.kernels.splash import LANES, block_length
 from llama_jax.model.parameters import block_parameters, table_parameters
-from llama_jax.planning.activations import DeviceStep, residual_bytes
+from llama_jax.planning.activations import DeviceStep, residual_bytes, state_config
 from llama_jax.training.loss import CHUNK_TOKENS
 from llama_jax.training.step import abstract_state, state_shardings
 
@@ -62,10 +62,11 @@ def training_memory(
       UsageError: when a microbatch does not divide over the mesh, or the attention kernel cannot
         run on the chip.
     """
-    optimizer = dataclasses.replace(config.optimizer, accumulation_steps=1)  # of no consequence
-    parameters, moments = state_bytes(config.model, optimizer, mesh, is_tpu=chip.is_tpu)
+    trainable, frozen, moments = state_bytes(state_config(config), mesh, is_tpu=chip.is_tpu)
+    parameters = trainable + frozen
     step = DeviceStep(
         model=model_shard(config.model, mesh.shape["tensor"]),
+        lora=config.lora,
         batch=sequences_per_device(config, mesh),
         length=config.data.sequence_length,
         remat=config.run.remat,
@@ -77,10 +78,10 @@ def training_memory(
     )
     accumulates = config.optimizer.accumulation_steps > 1
     residuals = residual_bytes(step)
-    backward = parameters + _block_bytes(step)
+    backward = trainable + _block_bytes(step)
     if step.fsdp > 1:  # gathered at once: a block's matrices, their gradients, the next block's
         backward += 3 * block_parameters(step.model) * step.width
-    temporary = _lasting_bytes(step, parameters, accumulates) + max(backward, _loss_bytes(step))
+    temporary = _lasting_bytes(step, trainable, accumulates) + max(backward, _loss_bytes(step))
     if step.sequence_shards > 1:
         room = chip.usable / correction - parameters - moments - residuals - temporary
         least, most = MIN_GATHERED_STREAMS * step.stream, GATHERED_STREAMS * step.stream
@@ -89,29 +90,31 @@ def training_memory(
 
 
 @functools.cache
-def state_bytes(
-    model: ModelConfig, optimizer: OptimizerConfig, mesh: AbstractMesh, *, is_tpu: bool
-) -> tuple[int, int]:
-    """Return the bytes of the parameters and of the optimizer state on one device."""
-    data = DataConfig(path="none", batch_size=1, sequence_length=2)  # irrelevant to the state
-    config = Config(model=model, data=data, optimizer=optimizer)
+def state_bytes(config: Config, mesh: AbstractMesh, *, is_tpu: bool) -> tuple[int, int, int]:
+    """Return the bytes on one device of what is trained, what is frozen, and the optimizer state.
+
+    Cached: `config` should be a `state_config`.
+    """
     state = abstract_state(config)
     places = state_shardings(config, mesh)  # type: ignore[arg-type]
-    parameters = device_bytes(state.trainable, places.trainable, is_tpu=is_tpu)
-    return parameters, device_bytes(state.optimizer, places.optimizer, is_tpu=is_tpu)
+    trainable, frozen, moments = (
+        device_bytes(getattr(state, part), getattr(places, part), is_tpu=is_tpu)
+        for part in ("trainable", "frozen", "optimizer")
+    )
+    return trainable, frozen, moments
 
 
-def _lasting_bytes(step: DeviceStep, parameters: float, accumulates: bool) -> float:
+def _lasting_bytes(step: DeviceStep, trainable: float, accumulates: bool) -> float:
     """Return what lives during the whole step: gradient sums, parameters in the compute dtype.
 
-    XLA converts the parameters once, before the loop over microbatches. Both copies of the
+    XLA converts the trained parameters once, before the loop over microbatches. Both copies of the
     embedding are row-major, since tokens look rows up: few columns per device fill a TPU's tiles
     badly.
     """
     # Per parameter.
     each = FLOAT32 * accumulates + step.width * (step.width < FLOAT32)
-    lasting = parameters / FLOAT32 * each
-    if step.is_tpu:
+    lasting = trainable / FLOAT32 * each
+    if step.is_tpu and not step.lora.rank:
         table = step.model.vocab_size, step.model.dim // step.fsdp
         lasting += each * (padded_row_major_size(table) - padded_size(table))
     return lasting

@@ -44,7 +44,7 @@ def training_report(plan: TrainingPlan) -> str:
         f" {microbatches} of {sequences_per_device(config, mesh)} per chip; {sizes}"
         f"{', sequence parallel' if config.mesh.sequence else ''}, remat {config.run.remat}",
         f"attention {attention_backend(config, target.chip)},"
-        f" parameters float32, moments {config.optimizer.moments_dtype},"
+        f" {_parameters(config)}, moments {config.optimizer.moments_dtype},"
         f" arithmetic {config.model.compute_dtype}",
         "",
         *_memory_table(list(columns), rows),
@@ -58,6 +58,16 @@ def training_report(plan: TrainingPlan) -> str:
     if config.run.remat == "offload":
         parts += ["  transfers of run.remat=offload to and from the host are not counted"]
     return "\n".join([*parts, "", *_advice_lines(plan)])
+
+
+def _parameters(config: Config) -> str:
+    """Return how a run stores its parameters, such as "parameters float32"."""
+    lora = config.lora
+    if not lora.rank:
+        return "parameters float32"
+    base = config.model.compute_dtype if lora.base == "compute" else lora.base
+    double = " with double quantization" if lora.double_quantization else ""
+    return f"adapters of rank {lora.rank} float32, frozen weights {base}{double}"
 
 
 def figures(plan: TrainingPlan | DecodingPlan) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from llama_jax.hardware.accelerators import Chip
 from llama_jax.model.parameters import (
     count_parameters,
     flops_per_token,
+    matmul_parameters,
     matrices,
     table_parameters,
 )
@@ -52,13 +53,18 @@ def training_speed(config: Config, mesh: AbstractMesh, chip: Chip, memory: Memor
     tokens = config.microbatch_size / batch_shards(mesh) * config.data.sequence_length
     passes = 2 if config.run.remat == "none" else 3  # that read the weights: also recomputation
 
+    trained, stored = memory.parameters, weights * width  # bytes that have gradients, or are read
+    if config.lora.rank:
+        moment = jnp.dtype(config.optimizer.moments_dtype).itemsize
+        trained = memory.optimizer / 2 / moment * FLOAT32  # there are two moments
+        stored = memory.parameters
     each = (
-        passes * weights * width
-        + 4 * memory.parameters  # gradients written and read, their sums read and written
+        passes * stored
+        + 4 * trained  # gradients written and read, their sums read and written
         + 2 * memory.activations
         + 4 * tokens * model.vocab_size / tensor * FLOAT32  # logits
     )
-    traffic = microbatches * each + 2 * (memory.parameters + memory.optimizer) + memory.parameters
+    traffic = microbatches * each + 2 * (trained + memory.optimizer) + trained
 
     # Bytes that one device sends, every collective being a ring. Blocks are gathered twice and
     # their gradients scattered once, all in the compute dtype. The output matrix is gathered once,
@@ -79,12 +85,16 @@ def training_speed(config: Config, mesh: AbstractMesh, chip: Chip, memory: Memor
 
 
 def _flops_per_token(config: Config) -> float:
-    """Return training FLOPs per token, recomputation included."""
+    """Return training FLOPs per token, recomputation included.
+
+    Adapters are not counted, only that what they leave frozen has no gradients.
+    """
     model = config.model
     once = flops_per_token(model, config.data.sequence_length)
+    frozen = 2 * matmul_parameters(model) if config.lora.rank else 0
     if config.run.remat == "none":
-        return once
+        return once - frozen
     recomputed = once - 6 * table_parameters(model)  # all but the output matrix
     if config.run.remat in ("save-qkv", "offload"):
         recomputed -= 6 * sum(one.total for one in matrices(model) if one.name in QKV)
-    return once + recomputed / 3  # a forward pass is a third of a step
+    return once - frozen + recomputed / 3  # a forward pass is a third of a step

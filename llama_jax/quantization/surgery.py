@@ -26,6 +26,7 @@ FLOAT32 = 4  # bytes
 # tables; among blocks the last costs most, since nothing after it corrects its errors.
 INT4_BUDGET = 0.2  # of the bytes of the float32 model
 ALWAYS_INT8 = ("wk", "wv")
+TABLES = ("embedding", "output")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +88,9 @@ def quantize(
       group_size: inputs, 32 or 64, that share a scale; "int4" only.
       double_quantization: quantize the scales too; "nf4" only.
       stacked: for training on top of it. The blocks of a stacked model stay stacked, all layers
-        alike, and tables stay floats. False: blocks become a list. They are quantized one after the
-        other, so that beside the old model there is never more than the new one and one float
-        block.
+        alike, and tables become floats of the compute dtype. False: blocks become a list. They are
+        quantized one after the other, so that beside the old model there is never more than the new
+        one and one float block.
 
     Raises:
       UsageError: for another kind or group size, or a model that is quantized already.
@@ -154,7 +155,7 @@ def _quantized(model: Llama, allocation: Allocation) -> Llama:
         layers.append(jax.block_until_ready(block))
     new = _shallow_copy(model)
     new.blocks = nnx.List(layers)
-    for name in ("embedding", "output"):
+    for name in TABLES:
         if hasattr(model, name):
             table = getattr(model, name)
             # A row is looked up whole: its columns are not sharded.
@@ -168,13 +169,17 @@ def _quantized_stacked(model: Llama, quantization: QuantizationConfig) -> Llama:
     """Quantize one kind of layer after the other, each layer by layer."""
     require(isinstance(model.blocks, Block), "stacked=True needs a stacked model")
     alike = Allocation(quantization, quantization, quantization)
-    new = _shallow_copy(model)
+    dtype, new = jnp.dtype(model.config.compute_dtype), _shallow_copy(model)
 
     def quantize_layers(name: str, layers: Linear) -> QuantizedLinear:
         convert = partial(_quantize_linear, alike, False, name)
         return jax.block_until_ready(jax.jit(partial(jax.lax.map, convert))(layers))
 
     replace_linears(new.blocks, quantize_layers)
+    for name in TABLES:
+        if hasattr(model, name):
+            table = getattr(model, name)
+            setattr(new, name, table.replace(table[...].astype(dtype)))
     return new
 
 
