@@ -13,7 +13,13 @@ from typing import Any, Literal, TypeVar, Unpack, overload
 
 import numpy as np
 
-from llama_jax.checkpoints.load import load_for_inference, tensor_mesh
+from llama_jax.checkpoints.load import (
+    Loaded,
+    load_for_inference,
+    replace_adapters,
+    tensor_mesh,
+)
+from llama_jax.checkpoints.metadata import Description
 from llama_jax.config import require
 from llama_jax.distributed.mesh import on_mesh
 from llama_jax.errors import UsageError, UserError
@@ -94,11 +100,33 @@ class LLM:
         )
         self.tokenizer: Tokenizer = loaded.tokenizer
         self.engine = Engine(loaded.model, cache_dtype, mesh)
-        self.generation = loaded.generation  # sampling that the model's authors recommend
-        self.bos = loaded.bos and self.tokenizer.bos_id >= 0  # whether texts begin with BOS
-        self._stop_ids = stop_ids(self.tokenizer, self.bos, loaded.stop_ids)
-        self._template = template or loaded.chat_template
+        self._fingerprint, self._own_template = loaded.fingerprint, template
+        self._follow(loaded)
         self._name = f"{str(checkpoint)!r}" + (f", quantize={quantize!r}" if quantize else "")
+
+    def _follow(self, prompting: Loaded | Description) -> None:
+        """Prompt and sample as a checkpoint records it."""
+        self.generation = prompting.generation  # sampling that the model's authors recommend
+        self.bos = prompting.bos and self.tokenizer.bos_id >= 0  # whether texts begin with BOS
+        self._stop_ids = stop_ids(self.tokenizer, self.bos, prompting.stop_ids)
+        self._template = self._own_template or prompting.chat_template
+
+    def use_adapter(self, checkpoint: str | Path) -> None:
+        """Replace the adapters of the model by those of a run with `lora.rank`, if any by others.
+
+        The model itself stays loaded, and compiled programs are used again where the adapters have
+        the same shapes. Its chat format and stop tokens become those of the run.
+
+        Raises:
+          UsageError: if the checkpoint holds no adapters.
+          UserError: if it cannot be read, or its adapters belong to another model.
+        """
+        engine = self.engine
+        model, description = replace_adapters(
+            engine.model, self._fingerprint, checkpoint, engine.mesh
+        )
+        self.engine = Engine(model, engine.cache_dtype, engine.mesh)
+        self._follow(description)
 
     def __repr__(self) -> str:
         config = self.engine.model.config

@@ -22,7 +22,7 @@ from llama_jax.checkpoints.run_folder import require_tokenizer
 from llama_jax.config import MeshConfig, ModelConfig, require
 from llama_jax.distributed.mesh import make_mesh, placed, shardings
 from llama_jax.errors import UsageError, UserError, whole_number
-from llama_jax.model.lora import Adapters, attach, init_adapters
+from llama_jax.model.lora import Adapters, attach, detach, init_adapters
 from llama_jax.model.parameters import abstract, count_parameters, named_leaves
 from llama_jax.model.transformer import Llama, unstack
 from llama_jax.quantization import QuantizedMatrix, abstract_quantized, require_kind
@@ -91,7 +91,7 @@ def _load(
     if description.lora.rank:
         own = read_adapters(path, mesh)
         loaded = load(base or description.base, dtype, quantize=quantize, mesh=mesh)
-        require_base(loaded, own, folder)
+        require_base(loaded.fingerprint, own, folder)
         prompting = {name: getattr(description, name) for name in PROMPTING if name != "eos"}
         attached = partial(attach, adapters=own.adapters, lora=description.lora)
         return dataclasses.replace(loaded, step=own.step, **prompting), attached
@@ -177,14 +177,30 @@ def read_adapters(path: str | Path, mesh: Mesh | None = None) -> StoredAdapters:
     return StoredAdapters(restored.trees[MODEL], restored.step, base, description)
 
 
-def require_base(loaded: Loaded, stored: StoredAdapters, folder: Path) -> None:
-    """Raise `UserError` unless a model is the one that adapters were trained for."""
-    if loaded.fingerprint != stored.base:
+def require_base(found: str, stored: StoredAdapters, folder: Path) -> None:
+    """Raise `UserError` unless the model with a fingerprint is that of some adapters."""
+    if found != stored.base:
         raise UserError(
             f"the adapters in {folder} were trained for another model than the one loaded (its"
-            f" fingerprint is {loaded.fingerprint[:12]}, expected {stored.base[:12]}); name theirs"
-            " with --base"
+            f" fingerprint is {found[:12]}, expected {stored.base[:12]}); name theirs with --base"
         )
+
+
+def replace_adapters(
+    model: Llama, found: str, path: str | Path, mesh: Mesh | None
+) -> tuple[Llama, Description]:
+    """Return a model with the adapters of a checkpoint, in place of those it may have.
+
+    Args:
+      found: the fingerprint of the model's own parameters.
+      mesh: that the model's parameters are sharded over.
+
+    Raises:
+      UsageError, UserError: as for `read_adapters`, or if they belong to another model.
+    """
+    stored = read_adapters(path, mesh)
+    require_base(found, stored, Path(path))
+    return attach(detach(model), stored.adapters, stored.description.lora), stored.description
 
 
 def fingerprint(meta: dict[str, Any]) -> str:

@@ -28,6 +28,7 @@ from llama_jax.model.transformer import ONE_DEVICE, Block, Llama
 Adapters = dict[str, dict[str, nnx.Param]]
 
 LINEAR = "linear"  # the target that means every linear layer of the blocks
+BLOCK_PARTS = ("attention", "ffn")  # that have linear layers
 DROPOUT_STREAM = 0x10A  # folded into the key of a step, whose other parts the model uses
 
 
@@ -186,6 +187,17 @@ def attach(
             new = LoraLinear(base, own_adapter, scale, rate, own_key, execution)
             setattr(part, attribute, new)
     return adapted
+
+
+def detach(model: Llama) -> Llama:
+    """Return the model that adapters were attached to; `model` is unchanged."""
+    plain = jax.tree.map(lambda leaf: leaf, model)
+    blocks = [plain.blocks] if isinstance(plain.blocks, Block) else list(plain.blocks)
+    for part in (plain, *(getattr(block, name) for block in blocks for name in BLOCK_PARTS)):
+        for name, layer in list(vars(part).items()):
+            if isinstance(layer, LoraLinear | LoraTable):
+                setattr(part, name, layer.base)
+    return plain
 
 
 def merge(model: Llama, adapters: Adapters, lora: LoraConfig) -> Llama:
