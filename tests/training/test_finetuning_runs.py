@@ -98,6 +98,21 @@ def test_a_loaded_run_is_the_base_with_its_adapters(tokens, base, tmp_path):
     assert np.abs(logits - load(base).model(tokens_BT)[0]).max() > 1e-2
 
 
+def test_adapters_are_exchanged_on_a_loaded_base(tokens, base, tmp_path):
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for seed, folder in enumerate(folders):
+        fit(tuned(tokens, base, folder, run__seed=seed))
+    llm, texts = LLM(base), ["The red boat", "number 7 sails"]
+    plain = llm.score(texts)
+    for folder in (*folders, folders[0]):
+        llm.use_adapter(folder)
+        for found, expected in zip(llm.score(texts), LLM(folder).score(texts)):
+            assert found.total == pytest.approx(expected.total, abs=1e-4)
+        assert abs(llm.score(texts)[0].total - plain[0].total) > 1e-3
+    with pytest.raises(UsageError, match="holds a model; expected the folder of a run"):
+        llm.use_adapter(base)
+
+
 def test_another_base_is_refused(tokens, base, tmp_path):
     folder, other = tmp_path / "lora", tmp_path / "other"
     fit(tuned(tokens, base, folder))

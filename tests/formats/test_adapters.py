@@ -1,0 +1,180 @@
+"""Folders of adapters: PEFT's there and back, merged on the way to other formats, and refused."""
+
+import dataclasses
+import json
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from tiny_weights import SIZES, built, same, tiny_weights
+
+from llama_jax.checkpoints.load import load
+from llama_jax.config import LoraConfig
+from llama_jax.errors import UserError
+from llama_jax.formats import adapters, checkpoint
+from llama_jax.formats.convert import FORMATS, Conversion, convert, read_source
+from llama_jax.formats.huggingface import safetensors
+from llama_jax.formats.weights import Tensor
+from llama_jax.model.lora import init_adapters, merge
+from llama_jax.quantization import QuantizationConfig
+
+TOKENS_BT = np.random.default_rng(1).integers(0, SIZES["vocab_size"], (2, 9))
+LORA = LoraConfig(rank=3, alpha=7.0, targets="linear,output", rslora=True)
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return tiny_weights(tied_embeddings=False)
+
+
+@pytest.fixture(scope="module")
+def base(weights, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "ckpt"
+    checkpoint.write(weights, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(weights):
+    """Random adapters."""
+    start = init_adapters(weights.config, LORA, jax.random.key(0))
+    keys = iter(jax.random.split(jax.random.key(1), 99))
+    return jax.tree.map(lambda x: 0.1 * jax.random.normal(next(keys), x.shape), start)
+
+
+@pytest.fixture
+def folder(weights, base, made, tmp_path):
+    """A folder of ours with them."""
+    description = checkpoint.read_description(base)
+    description = dataclasses.replace(description, lora=LORA, base=str(base))
+    path = tmp_path / "ours"
+    fingerprint = checkpoint.read_fingerprint(base)
+    checkpoint.write_adapters(path, description, made, fingerprint, weights.tokenizer)
+    return path
+
+
+def logits(model):
+    return np.asarray(model(TOKENS_BT)[0])
+
+
+def test_to_peft_and_back_is_the_same(folder, base, made, tmp_path):
+    adapters.write_peft(folder, tmp_path / "peft")
+    adapters.from_peft(tmp_path / "peft", base, tmp_path / "back")
+    back = adapters.read(tmp_path / "back")
+    assert back.lora.targets == "down,gate,output,up,wk,wo,wq,wv"
+    assert (back.lora.rank, back.lora.alpha, back.lora.rslora) == (3, 7.0, True)
+    for name, adapter in made.items():
+        for part, array in adapter.items():
+            np.testing.assert_array_equal(back.adapters[name][part][...], array[...])
+
+
+def test_names_and_shapes_are_those_of_peft(folder, tmp_path):
+    adapters.write_peft(folder, tmp_path / "peft")
+    stored = safetensors.read(tmp_path / "peft" / "adapter_model.safetensors")
+    prefix = "base_model.model."
+    layer = f"{prefix}model.layers.2."
+    assert stored[f"{layer}self_attn.k_proj.lora_A.weight"].shape == (3, 24)
+    assert stored[f"{layer}self_attn.k_proj.lora_B.weight"].shape == (8, 3)
+    assert stored[f"{layer}self_attn.o_proj.lora_A.weight"].shape == (3, 24)
+    assert stored[f"{layer}mlp.down_proj.lora_A.weight"].shape == (3, 40)
+    assert stored[f"{prefix}lm_head.lora_B.weight"].shape == (SIZES["vocab_size"], 3)
+    settings = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert settings["r"] == 3 and settings["lora_alpha"] == 7.0 and settings["use_rslora"]
+    assert settings["target_modules"][0] == "down_proj" and "lm_head" in settings["target_modules"]
+
+
+@pytest.mark.parametrize("target", ["ckpt", "hf", "gguf"])
+def test_merged_on_the_way_is_merged_in_memory(weights, folder, base, made, tmp_path, target):
+    output = tmp_path / ("out.gguf" if target == "gguf" else "out")
+    convert(Conversion(source="ckpt", input=base, adapter=folder, target=target, output=output))
+    expected = logits(merge(built(weights), made, LORA))
+    found = logits(built(FORMATS[target].read(output)))
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(logits(load(folder).model), expected, atol=1e-4)
+
+
+def test_nothing_learned_is_the_base(weights, base, made, tmp_path):
+    zero = jax.tree.map(lambda x: 0 * x, made)
+    description = dataclasses.replace(checkpoint.read_description(base), lora=LORA, base=str(base))
+    fingerprint = checkpoint.read_fingerprint(base)
+    checkpoint.write_adapters(tmp_path / "zero", description, zero, fingerprint, weights.tokenizer)
+    job = Conversion(
+        source="ckpt", input=base, adapter=tmp_path / "zero", target="hf", output=tmp_path / "x"
+    )
+    same(read_source(job), weights)
+
+
+def test_a_quantized_base_is_refused_with_the_way_to_do_it(weights, folder, tmp_path):
+    small = tmp_path / "small"
+    checkpoint.write(weights, small, quantization=QuantizationConfig("int8"))
+    job = Conversion(source="ckpt", input=small, adapter=folder, target="hf", output=tmp_path / "x")
+    with pytest.raises(UserError, match=r"is quantized, .* name the model .* with --base"):
+        read_source(job)
+
+
+def test_another_base_is_refused(folder, tmp_path):
+    checkpoint.write(tiny_weights(seed=5, tied_embeddings=False), tmp_path / "other")
+    job = Conversion(
+        source="ckpt",
+        input=tmp_path / "other",
+        adapter=folder,
+        target="hf",
+        output=tmp_path / "x",
+    )
+    with pytest.raises(UserError, match="were trained for another model than"):
+        read_source(job)
+
+
+def test_adapters_of_a_tied_embedding_are_not_for_peft(tmp_path):
+    weights, lora = tiny_weights(), LoraConfig(rank=2, targets="embedding")
+    checkpoint.write(weights, tmp_path / "base")
+    description = dataclasses.replace(
+        checkpoint.read_description(tmp_path / "base"), lora=lora, base="base"
+    )
+    made = init_adapters(weights.config, lora, jax.random.key(0))
+    checkpoint.write_adapters(tmp_path / "ours", description, made, "", weights.tokenizer)
+    with pytest.raises(UserError, match="PEFT cannot express; use --merge"):
+        adapters.write_peft(tmp_path / "ours", tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+
+
+BROKEN = {
+    "dora": ({"use_dora": True}, "use_dora=True is not supported"),
+    "biases": ({"bias": "all"}, "bias='all' is not supported"),
+    "whole modules": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    "other kind": ({"peft_type": "IA3"}, "peft_type='IA3'; expected LORA"),
+    "no rank": ({"r": 0}, "r=0 and lora_alpha=7.0; expected numbers"),
+    "rank is text": ({"r": "8"}, "r='8'"),
+    "another rank": ({"r": 4}, "it belongs to another model"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_what_is_not_understood_is_refused_in_one_line(folder, base, tmp_path, kind):
+    changes, reason = BROKEN[kind]
+    adapters.write_peft(folder, tmp_path / "peft")
+    path = tmp_path / "peft" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError) as caught:
+        adapters.from_peft(tmp_path / "peft", base, tmp_path / "x")
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "x").exists()
+
+
+def test_missing_and_unknown_arrays_are_named(folder, base, tmp_path):
+    adapters.write_peft(folder, tmp_path / "peft")
+    path = tmp_path / "peft" / "adapter_model.safetensors"
+    arrays = {name: np.array(tensor.read()) for name, tensor in safetensors.read(path).items()}
+    tensors = {name: Tensor(x.shape, x.dtype, partial(np.copy, x)) for name, x in arrays.items()}
+    layer = "base_model.model.model.layers.{}.mlp.up_proj.lora_A.weight".format
+    dropped = {name: tensor for name, tensor in tensors.items() if name != layer(1)}
+    odd = tensors | {layer(9): tensors[layer(1)]}
+    for broken, reason in ((dropped, "not both matrices"), (odd, "which is no adapter")):
+        path.unlink()
+        safetensors.write(path, broken)
+        with pytest.raises(UserError, match=reason):
+            adapters.from_peft(tmp_path / "peft", base, tmp_path / "x")
+    path.unlink()
+    with pytest.raises(UserError, match=r"has no adapter_model\.safetensors"):
+        adapters.from_peft(tmp_path / "peft", base, tmp_path / "x")
