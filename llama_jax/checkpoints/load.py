@@ -65,7 +65,7 @@ def load(
     Args:
       dtype: of parameters and arithmetic, "float32" or "bfloat16". If empty, both are as stored,
         except that half precision becomes float32 on a CPU.
-      quantize: "int8" or "int4" quantises matrices; None leaves them as stored.
+      quantize: "int8", "int4" or "nf4" quantises matrices; None leaves them as stored.
       mesh: devices that parameters are sharded over; each reads its own shards. None: the first
         device.
       base: of adapters, the checkpoint that they belong to; "": where it was in training.

@@ -23,7 +23,7 @@ from llama_jax.errors import UsageError
 
 FORMATS = ("ckpt", "meta", "hf", "llama2c", "gguf")
 PEFT = "peft"  # of adapters alone
-KINDS = ("int8", "int4")
+KINDS = ("int8", "int4", "nf4")
 DTYPES = ("float32", "bfloat16", "float16", "q8_0")
 NEXT = {  # what a user may want to run next: in place of {}, the quoted path
     "ckpt": "sample with: python sample.py --ckpt {}",

@@ -36,7 +36,7 @@ def parse_flags(argv: list[str]) -> tuple[Any, list[str]]:
     decode.add_argument(
         "--context", type=int, default=0, help="tokens per sequence; 0: the model's context"
     )
-    decode.add_argument("--quantize", default="", help="int8 or int4: quantize the weights")
+    decode.add_argument("--quantize", default="", help="int8, int4 or nf4: quantize the weights")
     decode.add_argument("--cache_dtype", default="", help="int8: quantize the KV cache")
     decode.add_argument(
         "--dtype", default="", help="float32 or bfloat16; empty: the model's compute dtype"

@@ -44,7 +44,9 @@ def add_model_flags(parser: cli.Parser) -> None:
     )
     model.add_argument("--base", default="", help="of adapters: the checkpoint they belong to")
     model.add_argument("--dtype", default="", help="float32 or bfloat16; empty: by device")
-    model.add_argument("--quantize", default=None, help="quantize the matrices to int8 or int4")
+    model.add_argument(
+        "--quantize", default=None, help="quantize the matrices to int8, int4 or nf4"
+    )
     model.add_argument("--cache_dtype", default="", help="int8: a smaller key/value cache")
     model.add_argument("--max_context", type=int, default=0, help="tokens; 0: the model's context")
     model.add_argument("--tensor", type=int, default=1, help="devices to shard the matrices over")

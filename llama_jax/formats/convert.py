@@ -26,7 +26,8 @@ from llama_jax.quantization import QuantizationConfig
 from llama_jax.text.tokenizer import parse_tokenizer
 
 Report = Callable[[int], None]
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "q8_0": 34 / 32, "int8": 1.25, "int4": 0.9}
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "q8_0": 34 / 32, "int8": 1.25}
+BYTES |= {"int4": 0.9, "nf4": 0.9}
 MAX_CONFIG = 2**20  # bytes read to tell a folder of Hugging Face's from ours
 TOKENIZER_BIN = "tokenizer.bin"  # where llama2.c's programs look for it, beside the model
 

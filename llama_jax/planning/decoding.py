@@ -56,7 +56,7 @@ class DecodingOptions:
 
     batch: int = 1  # sequences decoded together
     context: int = 0  # tokens of prompt and completion; 0: the model's
-    quantize: str = ""  # "int8", "int4" or ""
+    quantize: str = ""  # of `quantization.KINDS`, or ""
     cache_dtype: str = ""  # "int8", or "" for the model's compute dtype
     dtype: str = ""  # of weights and arithmetic; "": the model's compute dtype
 

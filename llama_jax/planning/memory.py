@@ -32,6 +32,9 @@ FLOAT32 = 4  # bytes
 # figures: with room, and without, where it then gathers some of them again.
 GATHERED_STREAMS = 3.8
 MIN_GATHERED_STREAMS = 2.35
+# Copies of the integers of frozen matrices on TPU, in the layouts that forward and backward matmuls
+# read: two of some matrices at the peak. Fitted to the compiler's figure.
+COPIES_OF_INTEGERS = 1.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +65,8 @@ def training_memory(
       UsageError: when a microbatch does not divide over the mesh, or the attention kernel cannot
         run on the chip.
     """
-    trainable, frozen, moments = state_bytes(state_config(config), mesh, is_tpu=chip.is_tpu)
+    bare = state_config(config)
+    trainable, frozen, moments = state_bytes(bare, mesh, is_tpu=chip.is_tpu)
     parameters = trainable + frozen
     step = DeviceStep(
         model=model_shard(config.model, mesh.shape["tensor"]),
@@ -82,6 +86,8 @@ def training_memory(
     if step.fsdp > 1:  # gathered at once: a block's matrices, their gradients, the next block's
         backward += 3 * block_parameters(step.model) * step.width
     temporary = _lasting_bytes(step, trainable, accumulates) + max(backward, _loss_bytes(step))
+    if chip.is_tpu:
+        temporary += COPIES_OF_INTEGERS * _integer_bytes(bare, mesh)
     if step.sequence_shards > 1:
         room = chip.usable / correction - parameters - moments - residuals - temporary
         least, most = MIN_GATHERED_STREAMS * step.stream, GATHERED_STREAMS * step.stream
@@ -102,6 +108,15 @@ def state_bytes(config: Config, mesh: AbstractMesh, *, is_tpu: bool) -> tuple[in
         for part in ("trainable", "frozen", "optimizer")
     )
     return trainable, frozen, moments
+
+
+@functools.cache
+def _integer_bytes(config: Config, mesh: AbstractMesh) -> int:
+    """Return the bytes on one TPU device of the integers of frozen matrices."""
+    state, places = abstract_state(config), state_shardings(config, mesh)  # type: ignore[arg-type]
+    pairs = zip(jax.tree.leaves(state.frozen), jax.tree.leaves(places.frozen))
+    integers = [pair for pair in pairs if pair[0].dtype.itemsize == 1]
+    return sum(device_bytes(*pair, is_tpu=True) for pair in integers)
 
 
 def _lasting_bytes(step: DeviceStep, trainable: float, accumulates: bool) -> float:

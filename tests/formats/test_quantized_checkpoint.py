@@ -30,6 +30,7 @@ KINDS = {
     "int8": QuantizationConfig("int8"),
     "int4": QuantizationConfig("int4"),
     "int4-64": QuantizationConfig("int4", 64),
+    "nf4": QuantizationConfig("nf4", double_quantization=True),
 }
 
 
@@ -55,14 +56,24 @@ def same_leaves(found, expected):
         assert np.asarray(found[name]).tobytes() == np.asarray(leaf).tobytes(), name
 
 
-@pytest.mark.parametrize("name", ["int8", pytest.param("int4", marks=pytest.mark.slow), "int4-64"])
+@pytest.mark.parametrize(
+    "name", ["int8", pytest.param("int4", marks=pytest.mark.slow), "int4-64", "nf4"]
+)
 def test_stored_matrices_equal_those_quantised_on_load(place, name):
     quantization, stored = KINDS[name], load(place / name)
     floats = load(place / "float").model
-    same_leaves(stored.model, quantize(floats, quantization.kind, quantization.group_size))
-    most = {"int8": 0.3, "int4": 0.2}[quantization.kind]
+    same_leaves(
+        stored.model,
+        quantize(
+            floats,
+            quantization.kind,
+            quantization.group_size,
+            double_quantization=quantization.double_quantization,
+        ),
+    )
+    most = {"int8": 0.3, "int4": 0.2, "nf4": 0.2}[quantization.kind]
     assert model_nbytes(stored.model) < most * model_nbytes(floats)
-    if name != "int4-64":
+    if name in ("int8", "int4"):  # the options that `load` takes
         same_leaves(stored.model, load(place / "float", quantize=quantization.kind).model)
     assert load(place / name, quantize=quantization.kind).config == stored.config
 

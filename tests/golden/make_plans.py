@@ -1,6 +1,6 @@
-"""Makes plans.json: what the TPU compiler says that each shipped config takes on each TPU target,
-and a shallow 7B on meshes with a tensor axis, with and without mesh.sequence; and what decoding
-takes.
+"""Makes plans.json: what the TPU compiler says that each shipped config takes on each TPU target
+(fine-tuning of 7B on the smallest that holds it), and a shallow 7B on meshes with a tensor axis,
+with and without mesh.sequence; and what decoding takes.
 
     python tests/golden/make_plans.py [NAME ...]
 
@@ -43,6 +43,7 @@ ON_TENSOR_MESHES = {  # few rows and many, one axis and two, each policy; some t
     "v6e-8": ("fsdp=1 tensor=8 sequence=true batch_size=16 remat=none",),
     "v5p-64": ("data=4 fsdp=1 tensor=8 sequence=true batch_size=480 remat=block",),
 }
+FINE_TUNING = {"alpaca_7b_qlora": ("v5e-1",)}  # on these alone
 DECODING = (  # narrow heads and wide ones, a table that tiles pad and one not, int4 and int8 tables
     "15m v5e-1",
     "15m v5e-1 batch=8",
@@ -83,7 +84,8 @@ def on_tensor_meshes():
 def planned():
     """Every plan to record, by key: the config as it runs, and its target."""
     for name, config in shipped_configs().items():
-        for target in map(parse_target, TARGETS):
+        targets = FINE_TUNING.get(name, ()) if config.run.init_from else TARGETS
+        for target in map(parse_target, targets):
             way = over_all_chips(config, target.devices)
             if target.chip.is_tpu and way is not None:
                 yield f"{name} {target.name}", way, target
