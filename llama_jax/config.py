@@ -217,6 +217,8 @@ class OptimizerConfig(Section):
     section = "optimizer"
 
     steps: Positive  # optimizer updates in total
+    epochs: Annotated[float, Range(0, 1e6)] = 0.0  # passes over the data, in place of the steps
+    # above; 0: those count
     learning_rate: Annotated[float, Range(0, 10)]  # at the peak
     min_learning_rate: Annotated[float, Range(0, 10)] = 0.0  # at the end of the cosine decay
     warmup_steps: Count  # steps of linear increase from 0
@@ -279,6 +281,7 @@ class RunConfig(Section):
     seed: Count = 0  # of initial weights and dropout
     log_every: Positive = 10  # steps between log lines
     eval_every: Positive = 250  # steps between validations; also after the last step
+    eval_epochs: bool = False  # validate after each pass over the data too
     eval_batches: Count = 0  # batches per validation, always the same ones; 0: all
     save_every: Positive = 250  # steps between checkpoints; also after the last step
     keep_last: Positive = 3  # checkpoints kept, besides the best

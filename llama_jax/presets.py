@@ -36,4 +36,4 @@ smollm2_model = partial(
 sft_data = partial(
     DataConfig, path="data/sft", batch_size=8, sequence_length=512, packing="documents"
 )
-sft_run = partial(RunConfig, init_from="smollm2", eval_every=50, save_every=50)
+sft_run = partial(RunConfig, init_from="smollm2", eval_every=50, eval_epochs=True, save_every=50)

@@ -37,7 +37,7 @@ PATIENCE = 10.0  # seconds that a network disk may take to show a new file
 OTHER_FOLDER = "choose another folder with --config.run.checkpoint_dir=…"
 
 # Settings that may differ between two sessions of a run; any other makes it another run.
-SCHEDULE = ("steps", "learning_rate", "min_learning_rate", "warmup_steps", "weight_decay")
+SCHEDULE = ("steps", "epochs", "learning_rate", "min_learning_rate", "warmup_steps", "weight_decay")
 FREE_SECTIONS = ("mesh", "run")
 FREE_KEYS = {"data.path", "data.sources", "data.allow_change", "optimizer.accumulation_steps"}
 FREE_KEYS |= {f"optimizer.{name}" for name in (*SCHEDULE, "clip_norm")}

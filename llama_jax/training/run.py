@@ -160,7 +160,8 @@ class Trainer:
     def _follow_up(self, is_last: bool) -> None:
         """Report, validate, save and sample where it is due."""
         run, loss = self.config.run, math.inf
-        is_validated = self.step % run.eval_every == 0 or is_last
+        is_epoch = run.eval_epochs and self.step % self.session.epoch == 0
+        is_validated = self.step % run.eval_every == 0 or is_epoch or is_last
         is_saved = self.step % run.save_every == 0 or is_last
         if is_validated or is_saved or self.step % run.log_every == 0:
             self._report()  # what is validated or saved is known to be finite

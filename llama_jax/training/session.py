@@ -27,6 +27,7 @@ from llama_jax.checkpoints.run_folder import (
     write_metadata,
 )
 from llama_jax.config import Config
+from llama_jax.data.datasets import open_dataset
 from llama_jax.data.loader import Batch, load_training_batches, load_validation_batches
 from llama_jax.data.sources import Sources, open_sources
 from llama_jax.data.token_folder import PREFERENCES, TokenFolder
@@ -73,6 +74,7 @@ class Session:
     tokenizer: Tokenizer
     mesh: Mesh
     programs: Programs
+    epoch: int  # steps of a pass over the data
     start: Start
     batches: Callable[[int], Iterator[Batch]]  # the endless batches after a step
     validation_batches: Callable[[], dict[str, Iterator[Batch]]]  # of one validation, by source
@@ -105,6 +107,9 @@ def open_session(
         catch_out_of_memory(memory_advice(config, mesh), memory_limit(mesh.devices.flat)),
     ):
         data = _open_data_on_all(config)
+        epoch = epoch_steps(config, data)
+        config = with_epochs(config, epoch)
+        programs = jit_programs(config, mesh)
         tokenizer = load_tokenizer(data.first.tokenizer_path)
         sample = sample_request(config, tokenizer, data.first)
         seen = {"data.fingerprint": data.fingerprint[:16], "checkpoints": finished_steps(folder)}
@@ -126,6 +131,7 @@ def open_session(
             tokenizer=tokenizer,
             mesh=mesh,
             programs=programs,
+            epoch=epoch,
             start=start,
             batches=lambda step: load_training_batches(config, data, mesh, step),
             validation_batches=lambda: {
@@ -149,6 +155,28 @@ def _what_is_kept(folder: Path) -> str:
         if steps
         else "has no complete checkpoint yet, so the same command starts anew"
     )
+
+
+def epoch_steps(config: Config, data: Sources) -> int:
+    """Return the steps of a pass over the data, rounded up; with several sources, over the first.
+
+    Raises:
+      UserError: if the training split is too short.
+    """
+    settings, folder = config.data, data.first
+    examples = len(open_dataset(folder, "train", settings.sequence_length, settings.packing))
+    drawn = examples * sum(data.weights) / data.weights[0]
+    return max(1, math.ceil(drawn / settings.batch_size))
+
+
+def with_epochs(config: Config, epoch: int) -> Config:
+    """Return the config with the steps that `optimizer.epochs` amounts to, if it is set."""
+    if not config.optimizer.epochs:
+        return config
+    steps = max(1, round(config.optimizer.epochs * epoch))
+    warmup = min(config.optimizer.warmup_steps, steps)
+    changed = dataclasses.replace(config.optimizer, steps=steps, warmup_steps=warmup)
+    return dataclasses.replace(config, optimizer=changed)
 
 
 def _run(config: Config, data: TokenFolder, tokenizer: Tokenizer) -> Run:

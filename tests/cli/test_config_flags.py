@@ -162,11 +162,11 @@ def test_a_file_with_a_bom_is_read_and_utf16_is_named(place):
         ),
         ("--config.wandb=1", "has no key 'wandb'; see configs/demo.py"),
         ("--lr=1", "did you mean --config.optimizer.learning_rate=1?"),
-        ("epochs=3", "did you mean --config.optimizer.steps=3?"),
+        ("epochs=3", "did you mean --config.optimizer.epochs=3?"),
     ],
 )
 def test_names_of_other_projects_are_known(place, word, says):
-    settings = '"optimizer": {"learning_rate": 0.1, "steps": 9, "eps": 1e-8}, "run"'
+    settings = '"optimizer": {"learning_rate": 0.1, "steps": 9, "epochs": 0.0, "eps": 1e-8}, "run"'
     (place / "other.py").write_text(FILE.replace('"run"', settings))
     assert says in message(word, path="other.py")
 

@@ -100,9 +100,11 @@ def test_adapters_change_nothing_at_first():
     np.testing.assert_array_equal(adapted(batch.inputs_BT)[0], state.frozen(batch.inputs_BT)[0])
 
 
-@pytest.mark.parametrize("loss", ["next_token", "dpo"])
-def test_only_adapters_learn_and_the_base_stays_to_the_bit(loss):
-    config, batch = make_config(loss), make_batch()
+@pytest.mark.parametrize(
+    ("loss", "base"), [("next_token", "compute"), ("dpo", "compute"), ("next_token", "nf4")]
+)
+def test_only_adapters_learn_and_the_base_stays_to_the_bit(loss, base):
+    config, batch = make_config(loss, base=base, double_quantization=True), make_batch()
     state, mesh = perturbed(init_state(config)), make_mesh(MeshConfig(), jax.devices()[:1])
     before = jax.device_get(state)
     with jax.set_mesh(mesh):

@@ -10,7 +10,9 @@ import pytest
 from tiny_run import fit, make_config, make_tokens, quick_runs
 
 from llama_jax.checkpoints.load import load, load_for_inference
+from llama_jax.data.datasets import open_dataset
 from llama_jax.data.prepare.examples import ExampleOptions, prepare_examples
+from llama_jax.data.token_folder import TokenFolder
 from llama_jax.errors import UsageError, UserError
 from llama_jax.llm import LLM
 from llama_jax.text.chat_formats import TEMPLATES
@@ -210,6 +212,17 @@ def test_a_run_on_dialogues_answers_in_their_format_and_stops(dialogues, base, t
     answers = [llm.chat(messages, temperature=0, max_tokens=20) for messages in asked]
     assert sum(answer.finish_reason == "stop" for answer in answers) >= 99
     assert sum(answer.text.startswith("It s") for answer in answers) >= 95
+
+
+def test_epochs_set_the_steps_and_are_validated(dialogues, base, tmp_path):
+    changes = {"optimizer__epochs": 1.5, "run__eval_epochs": True, "run__eval_every": 100}
+    assert fit(tuned(dialogues, base, tmp_path / "run", **LONG, **changes)) == 0
+    records = read_metrics(tmp_path / "run")
+    examples = len(open_dataset(TokenFolder.open(dialogues), "train", 96, "documents"))
+    epoch = -(-examples // 8)
+    assert max(records) == round(1.5 * epoch)
+    validated = [step for step, record in records.items() if "validation_loss" in record]
+    assert validated == [0, epoch, max(records)]
 
 
 def test_sources_are_validated_one_by_one(dialogues, tokens, base, tmp_path, capfd):
