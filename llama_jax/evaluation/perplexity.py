@@ -17,8 +17,10 @@ BATCHES_AT_ONCE = 8  # whose windows are sorted by length together
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-    """How well a model predicts a text. Tokens that it only reads do not count: BOS, or without
-    one the first token of a document."""
+    """How well a model predicts a text.
+
+    Tokens that are only read do not count: BOS, or without it the first token of a document.
+    """
 
     documents: int
     tokens: int
