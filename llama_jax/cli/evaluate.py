@@ -15,6 +15,7 @@ from llama_jax.cli import main as cli
 from llama_jax.cli.sample import add_model_flags, load_llm
 from llama_jax.config import require
 from llama_jax.errors import UserError, did_you_mean, first_line, whole_number
+from llama_jax.files import progress
 
 if TYPE_CHECKING:  # JAX would make --help slow
     from llama_jax.evaluation.perplexity import Perplexity
@@ -101,7 +102,8 @@ def _evaluate_texts(flags: argparse.Namespace) -> None:
     total = NOTHING
     for path in files:
         chunks = read_documents(path, options, ReadProgress())
-        found = text_perplexity(llm, chunks, flags.stride, flags.batch_size)
+        with progress(f"scoring {path.name}", 0, " tokens") as show:
+            found = text_perplexity(llm, chunks, flags.stride, flags.batch_size, show)
         if not found.tokens:
             raise UserError(f"{path} has no text to score; expected two tokens or more")
         _print_perplexity(str(path), found, flags.json)
@@ -115,10 +117,12 @@ def _print_perplexity(name: str, found: "Perplexity", as_json: bool) -> None:
         counts = {"documents": found.documents, "tokens": found.tokens, "bytes": found.bytes}
         means = {"loss": found.loss, "perplexity": found.perplexity}
         means |= {"logprob": found.logprob, "bits_per_byte": found.bits_per_byte}
-        print(json.dumps({"text": name, **counts, **means}))
+        print(json.dumps({"text": name, **counts, **means}), flush=True)
         return
     figures = f"{found.perplexity:10.4f} {found.bits_per_byte:10.4f} {found.loss:7.4f}"
-    print(f"{figures} {found.tokens:10,} {found.bytes:10,} {found.documents:10,}  {name}")
+    print(
+        f"{figures} {found.tokens:10,} {found.bytes:10,} {found.documents:10,}  {name}", flush=True
+    )
 
 
 # --- tasks ---
@@ -170,10 +174,10 @@ def _evaluate_tasks(flags: argparse.Namespace, for_harness: Collection[str]) -> 
 
 def _print_task(name: str, figures: Mapping[str, float], as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"task": name, **figures}))
+        print(json.dumps({"task": name, **figures}), flush=True)
         return
     for metric, value in figures.items():
         if "_stderr" not in metric and metric != "items":
             stderr = figures.get(f"{metric}_stderr")
             error = "" if stderr is None else f"{stderr:8.4f}"
-            print(f"{name:24} {metric:24} {value:8.4f} {error}".rstrip())
+            print(f"{name:24} {metric:24} {value:8.4f} {error}".rstrip(), flush=True)

@@ -166,6 +166,8 @@ def sampling_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _TaskManager(TaskManager):
+    """The harness's index, whose errors while loading data are one line."""
+
     def load(self, task_list: Any) -> Any:
         """Load tasks with their data; what goes wrong there is the user's to fix."""
         try:

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from llama_jax.data.prepare.documents import Chunk
 from llama_jax.distributed.mesh import on_mesh
@@ -17,8 +17,10 @@ BATCHES_AT_ONCE = 8  # whose windows are sorted by length together
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-    """How well a model predicts a text. Tokens that it only reads do not count: BOS, or without
-    one the first token of a document."""
+    """How well a model predicts a text.
+
+    Tokens that are only read do not count: BOS, or without it the first token of a document.
+    """
 
     documents: int
     tokens: int
@@ -49,7 +51,11 @@ NOTHING = Perplexity(documents=0, tokens=0, bytes=0, logprob=0.0)
 
 
 def text_perplexity(
-    llm: LLM, chunks: Iterable[Chunk], stride: int = 0, batch_size: int = MAX_BATCH
+    llm: LLM,
+    chunks: Iterable[Chunk],
+    stride: int = 0,
+    batch_size: int = MAX_BATCH,
+    show: Callable[[int], object] = lambda tokens: None,
 ) -> Perplexity:
     """Return how well a model predicts documents, each by itself, in little memory.
 
@@ -60,6 +66,7 @@ def text_perplexity(
         each token is read once, given those of its window. Smaller strides give tokens more
         context, context - stride tokens at least, and cost more.
       batch_size: windows that are read together, which may be of several documents.
+      show: called now and then with the number of tokens scored so far.
 
     Raises:
       UsageError: for a stride or a batch size out of range.
@@ -95,4 +102,5 @@ def text_perplexity(
             for score in score_windows(llm.engine.model, group, batch_size):
                 tokens += len(score.logprobs)
                 logprob += float(score.logprobs.sum())
+            show(tokens)
     return Perplexity(documents, tokens, size, logprob)
