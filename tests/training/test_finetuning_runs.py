@@ -14,7 +14,9 @@ from llama_jax.data.datasets import open_dataset
 from llama_jax.data.prepare.examples import ExampleOptions, prepare_examples
 from llama_jax.data.token_folder import TokenFolder
 from llama_jax.errors import UsageError, UserError
+from llama_jax.formats.convert import Conversion, Options, convert
 from llama_jax.llm import LLM
+from llama_jax.quantization import QuantizationConfig
 from llama_jax.text.chat_formats import TEMPLATES
 from llama_jax.text.tokenizer import load_tokenizer
 from llama_jax.training.metrics import read_metrics
@@ -240,3 +242,33 @@ def test_data_that_do_not_fit_the_loss_are_refused(pairs, dialogues, base, tmp_p
         config = tuned(data, base, tmp_path / "run", **LONG, optimizer__loss=loss)
         with pytest.raises(UsageError, match=rf"optimizer.loss='{loss}' does not fit"):
             fit(config)
+
+
+# ---- bases as they are stored ----
+
+
+@pytest.mark.parametrize(
+    ("kind", "base_kind"),
+    [("bfloat16", "compute"), ("int8", "stored-int8"), ("int4", "stored-int4-64")],
+)
+def test_training_starts_from_any_checkpoint(tokens, base, tmp_path, kind, base_kind):
+    """Stored in half precision or quantized; a resumed run and a loaded one have the same base."""
+    is_quantized = kind.startswith("int")
+    options = Options(
+        dtype="" if is_quantized else kind,
+        quantization=QuantizationConfig(kind, 64) if is_quantized else None,
+    )
+    stored, folder = tmp_path / "stored", tmp_path / "run"
+    convert(Conversion(source="ckpt", input=base, target="ckpt", output=stored, options=options))
+    config = tuned(tokens, stored, folder, lora__base=base_kind)
+    assert fit(config) == 0
+    validated = read_metrics(folder)[10]["validation_loss"]
+    shutil.rmtree(folder / "10")
+    assert fit(config) == 0
+    assert read_metrics(folder)[10]["validation_loss"] == validated
+    assert validated < read_metrics(folder)[0]["validation_loss"]
+    if is_quantized:
+        with pytest.raises(UsageError, match="is stored as int"):
+            fit(tuned(tokens, stored, tmp_path / "all", lora__rank=0, lora__dropout=0.0))
+        with pytest.raises(UsageError, match=f"expected '{base_kind}'"):
+            fit(tuned(tokens, stored, tmp_path / "other"))
