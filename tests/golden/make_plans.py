@@ -43,7 +43,7 @@ ON_TENSOR_MESHES = {  # few rows and many, one axis and two, each policy; some t
     "v6e-8": ("fsdp=1 tensor=8 sequence=true batch_size=16 remat=none",),
     "v5p-64": ("data=4 fsdp=1 tensor=8 sequence=true batch_size=480 remat=block",),
 }
-FINE_TUNING = {"alpaca_7b_qlora": ("v5e-1",)}  # on these alone
+FINE_TUNING = {"alpaca_7b_lora": ("v6e-1",), "alpaca_7b_qlora": ("v5e-1",)}  # on these alone
 DECODING = (  # narrow heads and wide ones, a table that tiles pad and one not, int4 and int8 tables
     "15m v5e-1",
     "15m v5e-1 batch=8",

@@ -27,7 +27,7 @@ def test_qlora_of_7b_holds_a_third_of_what_lora_does():
     assert held("alpaca_7b_qlora") <= 0.35 * held("alpaca_7b_lora")
 
 
-@pytest.mark.parametrize("key", ["alpaca_7b_qlora v5e-1"])
+@pytest.mark.parametrize("key", ["alpaca_7b_qlora v5e-1", "alpaca_7b_lora v6e-1"])
 def test_7b_leaves_a_tenth_of_one_chip(key):
     plans = json.loads((REPOSITORY / "tests" / "golden" / "plans.json").read_text())["plans"]
     usable = parse_target(key.split()[1]).chip.usable / 2**30
