@@ -368,8 +368,8 @@ def print_in_order(count: int, deltas: Iterable[Delta]) -> Iterator[Delta]:
 def report_speed(deltas: Iterable[Delta], start: float) -> Iterator[Delta]:
     """Yield the deltas, then print the time to the first token and the speed after it.
 
-    The chunk after the first tokens includes compiling or loading its program. If there are more
-    chunks, the speed is that of the others; else there is none.
+    Where there are more, the chunk after the first tokens does not count: the program of llama2.c's
+    sampler is compiled or loaded in it.
     """
     times: list[float] = []  # of the first token, and of the end of each chunk after it
     tokens: list[int] = []  # of all sequences in each chunk
@@ -382,10 +382,7 @@ def report_speed(deltas: Iterable[Delta], start: float) -> Iterator[Delta]:
         index, times[-1] = delta.index, now
         tokens[-1] += len(delta.ids)
         yield delta
-    if len(times) > 2:
-        then = f"{sum(tokens[2:]) / (times[-1] - times[1]):,.0f} tokens/s"
-    elif len(times) == 2:
-        then = f"{tokens[1]:,} tokens in {times[1] - times[0]:.2f} s, compiling included"
-    else:
-        then = "one token"
+    since = min(len(times) - 2, 1)  # the chunk whose end the speed counts from
+    seconds = max(times[-1] - times[since], 1e-9)
+    then = f"{sum(tokens[since + 1 :]) / seconds:,.0f} tokens/s" if since >= 0 else "one token"
     print(f"\n[first token after {times[0] - start:.2f} s, then {then}]", file=sys.stderr)

@@ -47,17 +47,14 @@ def test_texts_are_printed_in_order_with_an_empty_line_between(capsys):
     ]
 
 
-def test_tokens_of_one_chunk_have_no_speed(capsys, monkeypatch):
+def test_the_speed_of_one_chunk_counts_from_the_first_token(capsys, monkeypatch):
     times = iter([103.5, 108.5])
     monkeypatch.setattr(printing.time, "perf_counter", lambda: next(times))
     deltas = [delta(0, "a"), delta(0, "b", 20, "stop")]
     assert list(printing.report_speed(deltas, start=100)) == deltas
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert (
-        printed.err
-        == "\n[first token after 3.50 s, then 20 tokens in 5.00 s, compiling included]\n"
-    )
+    assert printed.err == "\n[first token after 3.50 s, then 4 tokens/s]\n"
 
 
 def test_the_speed_excludes_the_chunk_whose_program_is_compiled(capsys, monkeypatch):
