@@ -304,7 +304,7 @@ class LoraConfig(Section):
     section = "lora"
 
     rank: Count = 0  # of each adapter (R); 0: no adapters, all weights are trained
-    alpha: Annotated[float, Range(0, 1e6)] = 16.0  # what adapters add is scaled by alpha / rank
+    alpha: Annotated[float, Range(1e-6, 1e6)] = 16.0  # what adapters add is scaled by alpha / rank
     rslora: bool = False  # scale by alpha / √rank instead (Kalajdzievski 2023)
     dropout: Annotated[float, Range(0, 0.99)] = 0.0  # probability, of the inputs of adapters
     targets: str = "linear"  # what is adapted, separated by commas: linear (every linear layer of
@@ -354,6 +354,16 @@ class Config:
         ):
             message = f"{key} needs a model to start from; set run.init_from to a checkpoint"
             require(not is_set or bool(self.run.init_from), message)
+        require(
+            self.lora.rank > 0 or self.lora.base == "compute",
+            f"lora.base={self.lora.base!r} is of frozen weights, and lora.rank=0 trains all; set"
+            " lora.rank, such as 16",
+        )
+        require(
+            self.optimizer.loss != "dpo" or self.optimizer.z_loss == 0,
+            f"optimizer.z_loss={self.optimizer.z_loss} is no part of optimizer.loss='dpo'; set it"
+            " to 0",
+        )
         require(
             self.optimizer.loss != "dpo" or self.data.packing == "documents",
             f"optimizer.loss='dpo' needs data.packing='documents', not {self.data.packing!r}",

@@ -12,6 +12,7 @@ from llama_jax.config import (
     Config,
     DataConfig,
     MeshConfig,
+    LoraConfig,
     ModelConfig,
     OptimizerConfig,
     RopeScaling,
@@ -32,9 +33,11 @@ GOOD = {
     MeshConfig: {},
     RunConfig: {},
     RopeScaling: {},
+    LoraConfig: {},
 }
 REFUSED = [  # class, field, value, part of the message
     *[(ModelConfig, name, 0, f"model.{name}=0 is out of range; expected at least 1") for name in MODEL],
+    (LoraConfig, "alpha", 0.0, "lora.alpha=0.0 is out of range; expected from 1e-06 to 1000000"),
     (ModelConfig, "hidden_dim", -1, "model.hidden_dim=-1 is out of range; expected at least 0"),
     (ModelConfig, "multiple_of", 0, "model.multiple_of=0 is out of range; expected at least 1"),
     (ModelConfig, "ffn_dim_multiplier", 0.0, "=0.0 is out of range; expected from 0.001 to 1000"),
@@ -89,9 +92,12 @@ def test_message_for_two_greedy_mesh_axes_names_the_flags_to_add():
         MeshConfig(fsdp=-1, tensor=-1)
 
 
-def make_config(data=DATA, optimizer=OPTIMIZER):
+def make_config(data=DATA, optimizer=OPTIMIZER, **sections):
     return Config(
-        model=ModelConfig(**MODEL), data=DataConfig(**data), optimizer=OptimizerConfig(**optimizer)
+        model=ModelConfig(**MODEL),
+        data=DataConfig(**data),
+        optimizer=OptimizerConfig(**optimizer),
+        **sections,
     )
 
 
@@ -136,6 +142,12 @@ def test_properties_follow_overrides():
     [
         ({"optimizer": OPTIMIZER | {"accumulation_steps": 3}}, "data.batch_size=8 does not divide"),
         ({"data": DATA | {"sequence_length": 33}}, "=33 is longer than model.context_length=32"),
+        ({"lora": LoraConfig(rank=4)}, "lora.rank=4 needs a model to start from"),
+        ({"lora": LoraConfig(base="nf4")}, "lora.base='nf4' is of frozen weights, and lora.rank=0"),
+        (
+            {"optimizer": OPTIMIZER | {"loss": "dpo", "z_loss": 0.1}, "run": RunConfig(init_from="x")},
+            "optimizer.z_loss=0.1 is no part of optimizer.loss='dpo'",
+        ),
     ],
 )
 def test_contradicting_sections_are_refused(change, message):

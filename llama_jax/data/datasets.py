@@ -163,7 +163,7 @@ class PackedDataset:
 Dataset = WindowDataset | PackedDataset
 
 
-@functools.lru_cache(maxsize=4)  # each validation opens its split again, and packing is slow
+@functools.lru_cache(maxsize=64)  # each validation opens its split again, and packing is slow
 def open_dataset(folder: TokenFolder, split: str, sequence_length: int, packing: str) -> Dataset:
     """Return the examples of a split; of windows, validation includes partial ones.
 

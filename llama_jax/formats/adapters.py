@@ -26,7 +26,7 @@ from llama_jax.formats.huggingface import safetensors
 from llama_jax.formats.huggingface.model import TABLE
 from llama_jax.formats.json_files import read_object, shown, write_object
 from llama_jax.formats.rules import KERNEL, WEIGHT
-from llama_jax.formats.weights import BLOCKS, Tensor, Weights, find_file, of_layer
+from llama_jax.formats.weights import BLOCKS, DTYPES, Tensor, Weights, find_file, of_layer
 from llama_jax.model.lora import Adapters, init_adapters, scale_of, targets
 from llama_jax.model.parameters import matrices
 from llama_jax.text.tokenizer import read_file, tokenizer_path
@@ -92,11 +92,13 @@ def read(path: Path, config: ModelConfig | None = None) -> AdapterFolder:
 # ---- merging ----
 
 
-def merged(weights: Weights, path: Path, source: Path) -> Weights:
+def merged(weights: Weights, path: Path, source: Path, keeps_dtype: bool = True) -> Weights:
     """Return a model with the adapters of a folder added to its matrices, tensor by tensor.
 
     Args:
       weights: the model that they belong to, read from `source`.
+      keeps_dtype: round the sums to the dtypes of the model; else they are float32, for a target
+        that rounds them to its own.
 
     Raises:
       UserError: if the model is quantized, or is not that of the adapters.
@@ -113,11 +115,11 @@ def merged(weights: Weights, path: Path, source: Path) -> Weights:
     for name, adapter in folder.adapters.items():
         a, b = (np.asarray(adapter[part][...]) for part in ("a", "b"))
         if not kinds[name].per_layer:
-            tensors[name] = _added(tensors[name], a, b, folder.lora)
+            tensors[name] = _added(tensors[name], a, b, folder.lora, keeps_dtype)
             continue
         for layer in range(weights.config.num_layers):
             full = of_layer(name, layer) + KERNEL
-            tensors[full] = _added(tensors[full], a[layer], b[layer], folder.lora)
+            tensors[full] = _added(tensors[full], a[layer], b[layer], folder.lora, keeps_dtype)
     changes: dict[str, Any] = {"tensors": tensors}
     if own := folder.description:
         changes |= {"bos": own.bos, "stop_ids": own.stop_ids, "generation": own.generation}
@@ -125,16 +127,18 @@ def merged(weights: Weights, path: Path, source: Path) -> Weights:
     return dataclasses.replace(weights, **changes)
 
 
-def _added(tensor: Tensor, a: np.ndarray, b: np.ndarray, lora: LoraConfig) -> Tensor:
-    """Return a tensor plus scale · a · b, computed in float32, in its own dtype."""
+def _added(
+    tensor: Tensor, a: np.ndarray, b: np.ndarray, lora: LoraConfig, keeps_dtype: bool
+) -> Tensor:
+    """Return a tensor plus scale · a · b, computed in float32."""
 
     def read() -> np.ndarray:
         R = a.shape[-1]
         product = (a.reshape(-1, R) @ b.reshape(R, -1)).reshape(tensor.shape)
-        wide = tensor.read().astype(np.float32) + np.float32(scale_of(lora)) * product
-        return wide.astype(tensor.dtype)
+        return tensor.read().astype(np.float32) + np.float32(scale_of(lora)) * product
 
-    return dataclasses.replace(tensor, read=read)
+    wide = Tensor(tensor.shape, DTYPES["float32"], read)
+    return wide.astype(tensor.dtype) if keeps_dtype else wide
 
 
 def require_base(folder: AdapterFolder, path: Path, source: Path) -> None:
@@ -341,6 +345,8 @@ def from_peft(path: Path, base: Path, output: Path) -> int:
     """
     home = folder_and_step(base)[0]
     description = read_description(home)
+    if description.lora.rank:
+        raise UserError(f"{base} holds adapters; name the model that they belong to with --base")
     folder = _read_peft(path, description.model)
     own = dataclasses.replace(description, quantization=None, lora=folder.lora, base=str(base))
     found = checkpoint.read_fingerprint(base)

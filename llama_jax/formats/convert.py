@@ -232,7 +232,8 @@ def read_source(job: Conversion) -> Weights:
     if job.adapter:
         from llama_jax.formats.adapters import merged
 
-        weights = merged(weights, job.adapter, path)
+        is_rounded_later = bool(job.options.dtype or job.options.quantization)
+        weights = merged(weights, job.adapter, path, keeps_dtype=not is_rounded_later)
     content = weights.tokenizer
     return dataclasses.replace(
         weights,

@@ -13,9 +13,9 @@ from llama_jax.checkpoints.load import load
 from llama_jax.config import LoraConfig
 from llama_jax.errors import UserError
 from llama_jax.formats import adapters, checkpoint
-from llama_jax.formats.convert import FORMATS, Conversion, convert, read_source
+from llama_jax.formats.convert import FORMATS, Conversion, Options, convert, read_source
 from llama_jax.formats.huggingface import safetensors
-from llama_jax.formats.weights import Tensor
+from llama_jax.formats.weights import DTYPES, Tensor
 from llama_jax.model.lora import init_adapters, merge
 from llama_jax.quantization import QuantizationConfig
 
@@ -94,6 +94,30 @@ def test_merged_on_the_way_is_merged_in_memory(weights, folder, base, made, tmp_
     np.testing.assert_allclose(logits(load(folder).model), expected, atol=1e-4)
 
 
+def test_sums_are_rounded_once_to_the_dtype_that_is_asked_for(tmp_path):
+    half = tiny_weights(dtype="bfloat16")
+    base, path, lora = tmp_path / "base", tmp_path / "ours", LoraConfig(rank=2, targets="wq")
+    checkpoint.write(half, base)
+    start = init_adapters(half.config, lora, jax.random.key(0))
+    made = jax.tree.map(lambda x: 0.1 * jax.random.normal(jax.random.key(2), x.shape), start)
+    description = dataclasses.replace(checkpoint.read_description(base), lora=lora, base=str(base))
+    fingerprint = checkpoint.read_fingerprint(base)
+    checkpoint.write_adapters(path, description, made, fingerprint, half.tokenizer)
+    name, found = "blocks.1.attention.wq.kernel", {}
+    for dtype in ("", "float32"):
+        output = tmp_path / f"out{dtype}"
+        options = Options(dtype=dtype)
+        job = Conversion(
+            source="ckpt", input=base, adapter=path, target="ckpt", output=output, options=options
+        )
+        convert(job)
+        found[dtype] = checkpoint.read(output).tensors[name].read()
+    expected = merge(built(half), made, lora).blocks.attention.wq.kernel[1]
+    assert found["float32"].dtype == np.float32 and found[""].dtype == DTYPES["bfloat16"]
+    np.testing.assert_allclose(found["float32"], expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(found[""], found["float32"].astype(DTYPES["bfloat16"]))
+
+
 def test_nothing_learned_is_the_base(weights, base, made, tmp_path):
     zero = jax.tree.map(lambda x: 0 * x, made)
     description = dataclasses.replace(checkpoint.read_description(base), lora=LORA, base=str(base))
@@ -160,6 +184,12 @@ def test_what_is_not_understood_is_refused_in_one_line(folder, base, tmp_path, k
         adapters.from_peft(tmp_path / "peft", base, tmp_path / "x")
     assert reason in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_base_that_is_an_adapter_is_refused(folder, tmp_path):
+    adapters.write_peft(folder, tmp_path / "peft")
+    with pytest.raises(UserError, match="holds adapters; name the model that they belong to"):
+        adapters.from_peft(tmp_path / "peft", folder, tmp_path / "back")
 
 
 def test_missing_and_unknown_arrays_are_named(folder, base, tmp_path):
