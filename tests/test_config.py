@@ -145,7 +145,10 @@ def test_properties_follow_overrides():
         ({"lora": LoraConfig(rank=4)}, "lora.rank=4 needs a model to start from"),
         ({"lora": LoraConfig(base="nf4")}, "lora.base='nf4' is of frozen weights, and lora.rank=0"),
         (
-            {"optimizer": OPTIMIZER | {"loss": "dpo", "z_loss": 0.1}, "run": RunConfig(init_from="x")},
+            {
+                "optimizer": OPTIMIZER | {"loss": "dpo", "z_loss": 0.1},
+                "run": RunConfig(init_from="x"),
+            },
             "optimizer.z_loss=0.1 is no part of optimizer.loss='dpo'",
         ),
     ],

@@ -30,7 +30,7 @@ from llama_jax.quantization import quantize as quantize_model
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_path
 
 MODEL = "model"  # the item of a step
-BASE = "base"  # of a step with adapters: the fingerprint of their model
+BASE = "base"  # of a step: the fingerprint of the model that its run started from
 DTYPES = ("", "float32", "bfloat16")
 
 
@@ -206,6 +206,24 @@ def replace_adapters(
 def fingerprint(meta: dict[str, Any]) -> str:
     """Return what two steps share if their models have the same parameters."""
     return layout.json_checksum(meta["checksums"][MODEL])
+
+
+def read_fingerprint(path: str | Path) -> str:
+    """Return the fingerprint of the parameters that `load` loads, without reading them.
+
+    Raises:
+      UserError: when there is no checkpoint.
+    """
+
+    def of_step(step: Path) -> str:
+        try:
+            return fingerprint(layout.read_json(step / "meta"))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise layout.damaged(step, error) from error
+
+    folder, step = folder_and_step(path)
+    read_description(folder)
+    return read_checkpoint(folder, step, of_step)
 
 
 def _restore_model(step: Path, description: Description, mesh: Mesh | None) -> Restored:

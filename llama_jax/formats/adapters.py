@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llama_jax.checkpoints.load import read_adapters
+from llama_jax.checkpoints.load import read_adapters, read_fingerprint
 from llama_jax.checkpoints.metadata import Description, read_description
 from llama_jax.checkpoints.restore import folder_and_step
 from llama_jax.config import LoraConfig, ModelConfig
@@ -144,7 +144,7 @@ def _added(
 def require_base(folder: AdapterFolder, path: Path, source: Path) -> None:
     """Raise `UserError` if adapters are known to belong to another model than that at `source`."""
     try:
-        found = checkpoint.read_fingerprint(source)
+        found = read_fingerprint(source)
     except UserError:  # of another format, whose parameters have no fingerprint
         warn(f"it cannot be checked that the adapters of {path} belong to {source}")
         return
@@ -349,7 +349,7 @@ def from_peft(path: Path, base: Path, output: Path) -> int:
         raise UserError(f"{base} holds adapters; name the model that they belong to with --base")
     folder = _read_peft(path, description.model)
     own = dataclasses.replace(description, quantization=None, lora=folder.lora, base=str(base))
-    found = checkpoint.read_fingerprint(base)
+    found = read_fingerprint(base)
     with new_path(output) as place:
         checkpoint.write_adapters(
             place, own, folder.adapters, found, read_file(tokenizer_path(home))

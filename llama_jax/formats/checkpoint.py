@@ -17,7 +17,7 @@ import numpy as np
 
 from llama_jax.checkpoints import layout
 from llama_jax.checkpoints.layout import damaged
-from llama_jax.checkpoints.load import BASE, MODEL, abstract_model, fingerprint
+from llama_jax.checkpoints.load import BASE, MODEL, abstract_model
 from llama_jax.checkpoints.metadata import Description, read_description, write_description
 from llama_jax.checkpoints.restore import folder_and_step, read_checkpoint
 from llama_jax.checkpoints.run_folder import require_tokenizer
@@ -79,13 +79,6 @@ def read(path: Path, tokenizer: Path | None = None) -> Weights:
         stop_ids=description.stop_ids,
         generation=description.generation,
     )
-
-
-def read_fingerprint(path: Path) -> str:
-    """Return the fingerprint of the parameters that `read` reads; see `checkpoints.load`."""
-    folder, step = folder_and_step(path)
-    reader = partial(_read_step, description=read_description(folder))
-    return fingerprint(read_checkpoint(folder, step, reader)[1])
 
 
 def _read_step(step: Path, description: Description) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from llama_jax.checkpoints.load import load
+from llama_jax.checkpoints.load import load, read_fingerprint
 from llama_jax.checkpoints.metadata import Description, read_description
 from llama_jax.checkpoints.restore import folder_and_step
 from llama_jax.config import FLOAT_BASES, STORED, Config, MeshConfig, ModelConfig
@@ -33,13 +33,19 @@ def base_description(config: Config) -> Description | None:
     """Return the description of the checkpoint that a run starts from; None: it has none.
 
     Raises:
-      UsageError: if its model has another shape than the config's, or it holds adapters.
+      UsageError: if its model has another shape than the config's, it holds adapters, or it is of
+        this run itself.
       UserError: if it is missing or damaged.
     """
     if not config.run.init_from:
         return None
     folder, _ = folder_and_step(config.run.init_from)
     found = read_description(folder)
+    if folder.resolve() == Path(config.run.checkpoint_dir).expanduser().resolve():
+        raise UsageError(
+            f"run.init_from={config.run.init_from} is in run.checkpoint_dir, which the run writes"
+            " to; choose another folder with --config.run.checkpoint_dir=…"
+        )
     if found.lora.rank:
         raise UsageError(
             f"run.init_from={config.run.init_from} holds adapters; merge them with"
@@ -73,14 +79,14 @@ def _require_base_kind(config: Config, found: Description, folder: Path) -> None
 
 
 def load_frozen(config: Config, mesh: Mesh) -> tuple[Any, str]:
-    """Return the frozen part of a run's state, or None, and the fingerprint of its parameters.
+    """Return the frozen part of a run's state, or None, and the fingerprint of `run.init_from`.
 
     Raises:
       UserError: if the checkpoint cannot be loaded.
     """
     expected, places = abstract_state(config).frozen, state_shardings(config, mesh).frozen
     if expected is None:
-        return None, ""
+        return None, read_fingerprint(config.run.init_from) if config.run.init_from else ""
     if config.lora.base in FLOAT_BASES:
         loaded = load(config.run.init_from, jax.tree.leaves(expected)[0].dtype.name, mesh=mesh)
         model = loaded.model

@@ -21,6 +21,7 @@ from llama_jax.checkpoints.load import BASE
 from llama_jax.checkpoints.metadata import Run
 from llama_jax.checkpoints.restore import finished_steps, folder_and_step, restore_newest
 from llama_jax.checkpoints.run_folder import (
+    OTHER_FOLDER,
     claimed_by_all,
     require_same_run,
     settings,
@@ -79,7 +80,7 @@ class Session:
     batches: Callable[[int], Iterator[Batch]]  # the endless batches after a step
     validation_batches: Callable[[], dict[str, Iterator[Batch]]]  # of one validation, by source
     changes: dict[str, tuple[Any, Any]]  # settings that differ from the session before, (old, new)
-    base: str  # fingerprint of the frozen parameters; "": there are none
+    base: str  # fingerprint of `run.init_from`; "": there is none
     sample: Request  # of the samples at validations
     stop: StopSignal
     profile: Window | None  # steps to trace
@@ -226,9 +227,8 @@ def _restore(
         )
     if restored.meta.get(BASE, "") != base:
         raise UserError(
-            f"{config.run.init_from} is not the model that step {restored.step} of {folder} was"
-            " trained on (its fingerprint differs); restore it, or name it with"
-            " --config.run.init_from"
+            f"run.init_from={config.run.init_from!r} is not the model that step {restored.step} of"
+            f" {folder} was trained on (its fingerprint differs); name that, or {OTHER_FOLDER}"
         )
     step, healthy = jax.device_put(
         (jnp.int32(restored.step), jnp.bool(True)), (shardings.step, shardings.healthy)

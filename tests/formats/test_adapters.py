@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_weights import SIZES, built, same, tiny_weights
 
-from llama_jax.checkpoints.load import load
+from llama_jax.checkpoints.load import load, read_fingerprint
 from llama_jax.config import LoraConfig
 from llama_jax.errors import UserError
 from llama_jax.formats import adapters, checkpoint
@@ -49,7 +49,7 @@ def folder(weights, base, made, tmp_path):
     description = checkpoint.read_description(base)
     description = dataclasses.replace(description, lora=LORA, base=str(base))
     path = tmp_path / "ours"
-    fingerprint = checkpoint.read_fingerprint(base)
+    fingerprint = read_fingerprint(base)
     checkpoint.write_adapters(path, description, made, fingerprint, weights.tokenizer)
     return path
 
@@ -101,7 +101,7 @@ def test_sums_are_rounded_once_to_the_dtype_that_is_asked_for(tmp_path):
     start = init_adapters(half.config, lora, jax.random.key(0))
     made = jax.tree.map(lambda x: 0.1 * jax.random.normal(jax.random.key(2), x.shape), start)
     description = dataclasses.replace(checkpoint.read_description(base), lora=lora, base=str(base))
-    fingerprint = checkpoint.read_fingerprint(base)
+    fingerprint = read_fingerprint(base)
     checkpoint.write_adapters(path, description, made, fingerprint, half.tokenizer)
     name, found = "blocks.1.attention.wq.kernel", {}
     for dtype in ("", "float32"):
@@ -121,7 +121,7 @@ def test_sums_are_rounded_once_to_the_dtype_that_is_asked_for(tmp_path):
 def test_nothing_learned_is_the_base(weights, base, made, tmp_path):
     zero = jax.tree.map(lambda x: 0 * x, made)
     description = dataclasses.replace(checkpoint.read_description(base), lora=LORA, base=str(base))
-    fingerprint = checkpoint.read_fingerprint(base)
+    fingerprint = read_fingerprint(base)
     checkpoint.write_adapters(tmp_path / "zero", description, zero, fingerprint, weights.tokenizer)
     job = Conversion(
         source="ckpt", input=base, adapter=tmp_path / "zero", target="hf", output=tmp_path / "x"

@@ -127,6 +127,18 @@ def test_another_base_is_refused(tokens, base, tmp_path):
         fit(tuned(tokens, other, folder, optimizer__steps=12))
 
 
+def test_all_weights_too_go_on_from_the_model_they_started_from(tokens, base, tmp_path):
+    folder, other = tmp_path / "sft", tmp_path / "other"
+    fit(tuned(tokens, base, folder, **KINDS["all"]))
+    fit(make_config(tokens, other, model__dropout=0.0, run__seed=5))
+    for start in (str(other), ""):
+        changes = KINDS["all"] | {"run__init_from": start, "optimizer__steps": 12}
+        with pytest.raises(UserError, match=r"is not the model that step 10 of .* was trained on"):
+            fit(tuned(tokens, base, folder, **changes))
+    with pytest.raises(UsageError, match="is in run.checkpoint_dir"):
+        fit(tuned(tokens, base, base, **KINDS["all"]))
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
