@@ -11,8 +11,8 @@ import pytest
 from llama_jax.config import (
     Config,
     DataConfig,
-    MeshConfig,
     LoraConfig,
+    MeshConfig,
     ModelConfig,
     OptimizerConfig,
     RopeScaling,

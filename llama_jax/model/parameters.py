@@ -105,8 +105,11 @@ def table_parameters(config: ModelConfig) -> int:
     return next(matrix.size for matrix in matrices(config) if matrix.name == EMBEDDING)
 
 
-def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+def flops_per_token(config: ModelConfig, sequence_length: int, is_frozen: bool = False) -> float:
     """Return the training FLOPs of one token: 6·N + 12·L·H·Q·T.
+
+    Of a frozen model, on which adapters are trained, 4·N + 12·L·H·Q·T: its parameters have no
+    gradients. The adapters themselves are not counted.
 
     From Chowdhery et al. 2022 (PaLM), appendix B. N: parameters but for an untied embedding; L:
     layers; H: query heads; Q: width of a head; T: `sequence_length`. What is recomputed to save
@@ -116,4 +119,4 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     looked_up = 0 if config.tied_embeddings else table_parameters(config)
     N, L = count_parameters(config) - looked_up, config.num_layers
     H, Q, T = config.num_heads, config.head_size, sequence_length
-    return 6 * N + 12 * L * H * Q * T
+    return (4 if is_frozen else 6) * N + 12 * L * H * Q * T

@@ -15,7 +15,6 @@ from llama_jax.hardware.accelerators import Chip
 from llama_jax.model.parameters import (
     count_parameters,
     flops_per_token,
-    matmul_parameters,
     matrices,
     table_parameters,
 )
@@ -89,12 +88,13 @@ def _flops_per_token(config: Config) -> float:
 
     Adapters are not counted, only that what they leave frozen has no gradients.
     """
-    model = config.model
-    once = flops_per_token(model, config.data.sequence_length)
-    frozen = 2 * matmul_parameters(model) if config.lora.rank else 0
+    model, length = config.model, config.data.sequence_length
+    once = flops_per_token(model, length, is_frozen=config.lora.rank > 0)
     if config.run.remat == "none":
-        return once - frozen
-    recomputed = once - 6 * table_parameters(model)  # all but the output matrix
+        return once
+    recomputed = flops_per_token(model, length) - 6 * table_parameters(
+        model
+    )  # all but the output matrix
     if config.run.remat in ("save-qkv", "offload"):
         recomputed -= 6 * sum(one.total for one in matrices(model) if one.name in QKV)
-    return once - frozen + recomputed / 3  # a forward pass is a third of a step
+    return once + recomputed / 3  # a forward pass is a third of a step

@@ -336,7 +336,8 @@ class Reporter:
         self._metrics, self._console = metrics, console
         self._pending: list[StepMetrics] = []  # of steps not reported yet, still on the device
         self._peak = peak_flops(devices[0], config.run.peak_flops) * len(devices)
-        self._flops = flops_per_token(config.model, config.data.sequence_length)
+        length, is_frozen = config.data.sequence_length, config.lora.rank > 0
+        self._flops = flops_per_token(config.model, length, is_frozen)
 
     def add(self, metrics: StepMetrics) -> None:
         """Take the metrics of a step; wait only for those of the step before it."""

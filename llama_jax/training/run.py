@@ -194,6 +194,11 @@ class Trainer:
         metrics = validation_metrics(self.session, self.state)
         if metrics is None:
             return math.inf
+        if self.config.optimizer.loss == "next_token":
+            metrics = {
+                source: {"perplexity": math.exp(min(means["loss"], 700))} | means
+                for source, means in metrics.items()
+            }
         overall = metrics.pop("")
         sources = metrics if len(metrics) > 1 else {}
         by_source = {
@@ -202,8 +207,6 @@ class Trainer:
             for name, value in means.items()
         }
         loss = overall.pop("loss")
-        if self.config.optimizer.loss == "next_token":
-            overall = {"perplexity": math.exp(min(loss, 700))} | overall
         self.metrics.write({"step": self.step, "validation_loss": loss} | overall | by_source)
         fields = [f"step {self.step}", f"validation loss {loss:.4f}", *format_metrics(overall)]
         self.console.line("  ".join(fields + ["best so far"] * (loss < self.best_loss)))

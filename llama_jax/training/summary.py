@@ -38,7 +38,7 @@ def run_summary(config: Config, mesh: Mesh, data: Sources, folder: Path, step: i
     if peak := peak_flops(device, config.run.peak_flops):
         lines.append(
             f"peak      {peak / 1e12:,.4g} TFLOP/s a device; mfu is relative to it at"
-            " 6N + 12·L·H·Q·T FLOPs a token"
+            f" {4 if config.lora.rank else 6}N + 12·L·H·Q·T FLOPs a token"
         )
     if device.platform == "cpu" and config.model.compute_dtype == "bfloat16":
         lines.append("hint      bfloat16 is slow on CPU; add --config.model.compute_dtype=float32")

@@ -56,4 +56,6 @@ def test_counts_follow_from_the_matrices(tied, layers):
 def test_flops_are_those_of_the_formula_and_an_embedding_only_looked_up_takes_none(tied):
     config = ModelConfig(**SIZES, tied_embeddings=tied)
     attention = 12 * 3 * 6 * 10 * 11  # layers, heads, their width, tokens
-    assert flops_per_token(config, 11) == 6 * (53 * 24 + 3 * BLOCK + 7 * 24) + attention
+    parameters = 53 * 24 + 3 * BLOCK + 7 * 24
+    assert flops_per_token(config, 11) == 6 * parameters + attention
+    assert flops_per_token(config, 11, is_frozen=True) == 4 * parameters + attention

@@ -135,7 +135,7 @@ def test_all_weights_too_go_on_from_the_model_they_started_from(tokens, base, tm
         changes = KINDS["all"] | {"run__init_from": start, "optimizer__steps": 12}
         with pytest.raises(UserError, match=r"is not the model that step 10 of .* was trained on"):
             fit(tuned(tokens, base, folder, **changes))
-    with pytest.raises(UsageError, match="is in run.checkpoint_dir"):
+    with pytest.raises(UsageError, match=r"is in run\.checkpoint_dir"):
         fit(tuned(tokens, base, base, **KINDS["all"]))
 
 
@@ -247,6 +247,7 @@ def test_sources_are_validated_one_by_one(dialogues, tokens, base, tmp_path, cap
     found = read_metrics(tmp_path / "run")[10]
     losses = [found[f"validation_loss/{folder}"] for folder in (dialogues, tokens)]
     assert min(losses) < found["validation_loss"] < max(losses)
+    assert found[f"validation_perplexity/{tokens}"] == pytest.approx(math.exp(losses[1]))
 
 
 def test_data_that_do_not_fit_the_loss_are_refused(pairs, dialogues, base, tmp_path):
