@@ -111,14 +111,12 @@ def targets(config: ModelConfig, lora: LoraConfig) -> list[Matrix]:
             bool(names), f"lora.targets has {target!r}, which matches nothing{hint}; {expected}"
         )
         chosen |= names
-    for name in chosen:
-        matrix = found[name]
+    matched = [matrix for matrix in found.values() if matrix.name in chosen]
+    for matrix in matched:
         least = min(math.prod(matrix.inputs), math.prod(matrix.outputs))
-        message = (
-            f"lora.rank={lora.rank} is more than the {least} of {name}'s smaller dim; lower it"
-        )
-        require(lora.rank <= least, message)
-    return [matrix for matrix in found.values() if matrix.name in chosen]
+        smaller = f"the {least} of {matrix.name}'s smaller dim"
+        require(lora.rank <= least, f"lora.rank={lora.rank} is more than {smaller}; lower it")
+    return matched
 
 
 def init_adapters(config: ModelConfig, lora: LoraConfig, key: jax.Array) -> Adapters:

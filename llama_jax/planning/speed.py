@@ -92,9 +92,8 @@ def _flops_per_token(config: Config) -> float:
     once = flops_per_token(model, length, is_frozen=config.lora.rank > 0)
     if config.run.remat == "none":
         return once
-    recomputed = flops_per_token(model, length) - 6 * table_parameters(
-        model
-    )  # all but the output matrix
+    recomputed = flops_per_token(model, length)
+    recomputed -= 6 * table_parameters(model)  # all but the output matrix
     if config.run.remat in ("save-qkv", "offload"):
         recomputed -= 6 * sum(one.total for one in matrices(model) if one.name in QKV)
     return once + recomputed / 3  # a forward pass is a third of a step
