@@ -90,13 +90,28 @@ def _load(
     description = read_description(folder)
     if description.lora.rank:
         own = read_adapters(path, mesh)
-        loaded = load(base or description.base, dtype, quantize=quantize, mesh=mesh)
+        origin = base or description.base
+        _require_model(origin, folder)
+        loaded = load(origin, dtype, quantize=quantize, mesh=mesh)
         require_base(loaded.fingerprint, own, folder)
         prompting = {name: getattr(description, name) for name in PROMPTING if name != "eos"}
         attached = partial(attach, adapters=own.adapters, lora=description.lora)
         return dataclasses.replace(loaded, step=own.step, **prompting), attached
     require(not base, f"{folder} is no adapter; leave out the base")
     return _load_model(folder, step, description, dtype, quantize, mesh), lambda model: model
+
+
+def _require_model(origin: str, adapters: Path) -> None:
+    """Raise `UserError` unless the base of some adapters exists and is a model."""
+    folder, _ = folder_and_step(origin)
+    wrong = "" if folder.exists() else "does not exist"
+    if not wrong and read_description(folder).lora.rank:  # attached, they would be added twice
+        wrong = "holds adapters itself"
+    if wrong:
+        raise UserError(
+            f"{origin}, named as the model of the adapters in {adapters}, {wrong}; name the model"
+            " with --base"
+        )
 
 
 def _load_model(

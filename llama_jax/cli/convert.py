@@ -106,6 +106,9 @@ def _convert_adapters(flags: argparse.Namespace, source: Path, found: str) -> No
     output = Path(flags.output).expanduser()
     if not adapters.is_adapter(source):
         raise UsageError(f"{source} holds no adapters; expected those of a run with lora.rank")
+    for name in ("dtype", "quantize", "template", "tokenizer"):
+        if getattr(flags, name):
+            raise UsageError(f"--{name} is for models, not adapters alone; leave it out")
     if found == PEFT:
         if flags.target != "ckpt":
             raise UsageError(f"--to {flags.target} needs a model; add --merge and --base")

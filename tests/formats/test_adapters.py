@@ -190,6 +190,9 @@ def test_a_base_that_is_an_adapter_is_refused(folder, tmp_path):
     adapters.write_peft(folder, tmp_path / "peft")
     with pytest.raises(UserError, match="holds adapters; name the model that they belong to"):
         adapters.from_peft(tmp_path / "peft", folder, tmp_path / "back")
+    for base, wrong in ((folder, "holds adapters itself"), (tmp_path / "no", "does not exist")):
+        with pytest.raises(UserError, match=f"{wrong}; name the model with --base"):
+            load(folder, base=str(base))
 
 
 def test_missing_and_unknown_arrays_are_named(folder, base, tmp_path):
