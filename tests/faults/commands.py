@@ -62,7 +62,7 @@ class Command:
 
 def _run_result(folder: Path) -> object:
     sums = json.loads((folder / str(STEPS) / "meta" / "metadata").read_text())["checksums"]
-    losses = {step: record["loss"] for step, record in read_metrics(folder).items()}
+    losses = {step: record.get("loss") for step, record in read_metrics(folder).items()}
     return sums, losses
 
 
@@ -146,12 +146,12 @@ def make_inputs(place: Path) -> None:
     checkpoint.write(weights, place / "model")
     _make_adapters(place, weights)
     content = tokens.tokenizer_path.read_bytes()
-    base = tiny_weights(vocab_size=tiny_run.VOCAB, tokenizer=content)
+    base = tiny_weights(vocab_size=tiny_run.VOCAB, tokenizer=content, context_length=128)
     checkpoint.write(base, place / "base")
     _make_examples(place, load_tokenizer(tokens.tokenizer_path))
     run |= {"run__init_from": str(place / "base"), "lora__rank": 3, "lora__dropout": 0.1}
-    run |= {"data__packing": "documents", "run__sample_tokens": 0}
-    long = {"model__context_length": 128, "data__sequence_length": 96}
+    run |= {"data__packing": "documents", "run__sample_tokens": 0, "model__context_length": 128}
+    long = {"data__sequence_length": 96}
     for name, data, changes in (
         ("lora", "tokens", {}),
         ("qlora", "tokens", {"lora__base": "nf4", "lora__double_quantization": True}),
