@@ -8,8 +8,10 @@ value, what was expected, what to do.
 import codecs
 import contextlib
 import difflib
+import errno
 import math
 import numbers
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -70,6 +72,24 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error's message that is not empty, cut at 160 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:160]
+
+
+# Whose words are looked for in the middle of longer messages of Orbax and TensorStore.
+SYSTEM_ERRORS = [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM]
+SYSTEM_ERRORS += [errno.EMFILE, errno.EIO]
+
+
+def reason(error: BaseException) -> str:
+    """Return why an operation failed, in one line: the system's words if it was the system."""
+    known = (os.strerror(code) for code in SYSTEM_ERRORS)
+    return next((words for words in known if words in str(error)), "") or first_line(error)
+
+
+def write_error(path: object, error: BaseException) -> UserError:
+    """Return the error for a file or folder that cannot be written."""
+    return UserError(
+        f"cannot write to {path}: {reason(error)}; free some space or choose another place"
+    )
 
 
 def did_you_mean(name: str, choices: Iterable[str], cutoff: float = 0.65) -> str:

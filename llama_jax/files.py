@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol, TextIO
 
-from llama_jax.errors import UserError
+from llama_jax.errors import SYSTEM_ERRORS, UserError, write_error
 
 CACHE_VARIABLE = "LLAMA_JAX_CACHE"
 LOCK = ".lock"  # locked while a partial folder is written; the system releases it if we die
@@ -49,7 +49,8 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     the same path removes it.
 
     Raises:
-      UserError: if `path` exists already or cannot be written; checked before the block runs.
+      UserError: if `path` exists already or cannot be written, checked before the block runs; and
+        where the system refuses what the block writes.
     """
     path = Path(path)
     with _hidden_folder(path) as partial:
@@ -86,9 +87,14 @@ def _hidden_folder(path: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):  # without locks, nobody removes partial folders
                 lock(file)
         except OSError as error:
-            reason = f"cannot write to {path}: {error.strerror}"
-            raise UserError(f"{reason}; choose another place") from error
-        yield partial
+            raise write_error(path, error) from error
+        try:
+            yield partial
+        except OSError as error:
+            is_here = not error.filename or Path(error.filename).is_relative_to(partial)
+            if is_here and error.errno in SYSTEM_ERRORS:
+                raise write_error(path, error) from error
+            raise  # another file, which is read, or a broken connection
 
 
 def _publish(made: Path, path: Path) -> None:

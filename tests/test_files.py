@@ -125,6 +125,24 @@ def test_without_file_locks_nothing_of_others_is_removed(tmp_path, monkeypatch, 
     assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "out"]
 
 
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO])
+def test_what_the_system_refuses_to_write_is_one_line(tmp_path, code):
+    line = rf"cannot write to .*/out: {os.strerror(code)}; free some space or choose another place"
+    for name in ("", "file"):
+        with pytest.raises(UserError, match=line), new_path(tmp_path / "out") as path:
+            path.mkdir()
+            raise OSError(code, os.strerror(code), *([str(path / name)] if name else []))
+        assert not list(tmp_path.iterdir())
+
+
+def test_errors_of_other_files_and_connections_keep_their_own_words(tmp_path):
+    with pytest.raises(IsADirectoryError), new_folder(tmp_path / "out"):
+        tmp_path.open()
+    for error in (BrokenPipeError(errno.EPIPE, "Broken pipe"), TimeoutError("timed out")):
+        with pytest.raises(type(error)), new_folder(tmp_path / "out"):
+            raise error
+
+
 def test_path_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with (

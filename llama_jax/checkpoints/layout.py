@@ -24,7 +24,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from llama_jax.errors import UsageError, UserError, first_line
+from llama_jax.errors import UsageError, UserError, reason, write_error
 
 FLOATS = {
     np.dtype(np.float32): "<f4",
@@ -281,10 +281,6 @@ def quiet_orbax() -> None:
 
 # ---- errors in one line ----
 
-# Whose words are looked for in the middle of longer messages of Orbax and TensorStore.
-SYSTEM_ERRORS = [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM]
-SYSTEM_ERRORS += [errno.EMFILE, errno.EIO]
-
 
 def damaged(checkpoint: Path, why: Exception | str) -> UserError:
     """Return the error for a checkpoint that cannot be read."""
@@ -300,11 +296,4 @@ def write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        message = f"{path.name} could not be written: {reason(error)}; make room or choose another"
-        raise UserError(f"{message} place") from error
-
-
-def reason(error: Exception) -> str:
-    """Return why an operation failed, in one line: the system's words if it was the system."""
-    known = (os.strerror(code) for code in SYSTEM_ERRORS)
-    return next((words for words in known if words in str(error)), "") or first_line(error)
+        raise write_error(path.name, error) from error

@@ -22,12 +22,11 @@ from llama_jax.checkpoints.layout import (
     names,
     orbax_path,
     quiet_orbax,
-    reason,
     with_checksum,
 )
 from llama_jax.checkpoints.run_folder import require_space
 from llama_jax.distributed.consistency import together
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, reason
 from llama_jax.model.parameters import named_leaves
 from llama_jax.model.transformer import Llama
 from llama_jax.text.tokenizer import tokenizer_path

@@ -5,6 +5,7 @@ Hugging Face's models, [outputs, inputs], with rotary pairs in halves as ours: n
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from llama_jax.checkpoints.load import read_adapters, read_fingerprint
 from llama_jax.checkpoints.metadata import Description, read_description
 from llama_jax.checkpoints.restore import folder_and_step
 from llama_jax.config import LoraConfig, ModelConfig
-from llama_jax.errors import UserError, warn
+from llama_jax.errors import UsageError, UserError, warn
 from llama_jax.files import new_path
 from llama_jax.formats import checkpoint
 from llama_jax.formats.huggingface import safetensors
@@ -304,13 +305,16 @@ def _lora_config(values: Mapping[str, Any], found: Mapping[str, Any], path: Path
     if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
         raise UserError(f"{path}: r={shown(rank)} and lora_alpha={shown(alpha)}; expected numbers")
     names = sorted({name.rpartition(".")[2] for name in found})
-    return LoraConfig(
-        rank=rank,
-        alpha=float(alpha),
-        rslora=values.get("use_rslora") is True,
-        dropout=float(rate) if type(rate) in (int, float) else 0.0,
-        targets=",".join(names),
-    )
+    try:
+        return LoraConfig(
+            rank=rank,
+            alpha=float(alpha),
+            rslora=values.get("use_rslora") is True,
+            dropout=float(rate) if type(rate) in (int, float) else 0.0,
+            targets=",".join(names),
+        )
+    except (UsageError, OverflowError) as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def _from_peft(name: str, pair: Mapping[str, np.ndarray], path: Path) -> tuple[Any, Any]:
@@ -326,12 +330,14 @@ def _param(
     pairs: list[tuple[Any, Any]], number: int, shape: nnx.Param, path: Path, name: str
 ) -> nnx.Param:
     """Return one factor of all layers' adapters as a parameter of the expected shape."""
-    arrays = [pair[number] for pair in pairs]
-    value = arrays[0] if len(arrays) == 1 and not name.startswith(BLOCKS) else np.stack(arrays)
-    if value.size != np.prod(shape.shape):
-        message = f"{path} has {list(value.shape)} for {name}, expected {list(shape.shape)}"
-        raise UserError(f"{message}; it belongs to another model")
-    return nnx.Param(jnp.asarray(value.reshape(shape.shape)), axes=shape.axes)
+    arrays, dims = [pair[number] for pair in pairs], shape.shape[name.startswith(BLOCKS) :]
+    split = (len(dims) - 1, 1)[number]  # a is [inputs, R], b [R, outputs]
+    expected = math.prod(dims[:split]), math.prod(dims[split:])
+    for array in arrays:
+        if array.shape != expected:
+            message = f"{path} has {list(array.shape)} for {name}, expected {list(expected)}"
+            raise UserError(f"{message}; it belongs to another model")
+    return nnx.Param(jnp.asarray(np.stack(arrays).reshape(shape.shape)), axes=shape.axes)
 
 
 def from_peft(path: Path, base: Path, output: Path) -> int:

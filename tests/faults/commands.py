@@ -13,19 +13,30 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
+import jax
 import tiny_run
 from readers import digest
+from tiny_weights import tiny_weights
 
+from llama_jax.checkpoints.load import read_adapters
 from llama_jax.checkpoints.restore import finished_steps
+from llama_jax.config import LoraConfig
+from llama_jax.data.prepare.examples import ExampleOptions, prepare_examples
 from llama_jax.data.token_folder import TokenFolder
-from llama_jax.formats import convert
+from llama_jax.formats import adapters, checkpoint, convert
+from llama_jax.formats.weights import Weights
+from llama_jax.model.lora import init_adapters
+from llama_jax.text.chat_formats import TEMPLATES
+from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.training.metrics import read_metrics
 
 SEED = int(os.environ.get("FAULTS_SEED", "0"))
 ROUNDS = 60 if os.environ.get("FAULTS") == "long" else 1  # times as many disturbances
 STEPS = 40
 TIMEOUT = 300
+TURNS = (("user", "Where is boat"), ("assistant", "At home, with sails:"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +49,7 @@ class Command:
       partial: a pattern of what exists only while it writes.
       resumes: what it has written counts the next time; else an existing `out` is refused.
       kills: how many times to kill it in the short form of the suite.
+      is_like: the command that writes in the same way; the short form kills it, and that is all.
     """
 
     words: tuple[str, ...]
@@ -45,11 +57,12 @@ class Command:
     partial: str
     resumes: bool = False
     kills: int = 5
+    is_like: str = ""
 
 
 def _run_result(folder: Path) -> object:
     sums = json.loads((folder / str(STEPS) / "meta" / "metadata").read_text())["checksums"]
-    losses = {step: record["loss"] for step, record in read_metrics(folder).items()}
+    losses = {step: record.get("loss") for step, record in read_metrics(folder).items()}
     return sums, losses
 
 
@@ -65,38 +78,116 @@ def _model_result(source: str) -> Callable[[Path], object]:
     return result
 
 
+def _adapters_result(path: Path) -> object:
+    folder = adapters.read(path)
+    return digest([folder.lora, folder.fingerprint, *jax.tree.leaves(folder.adapters)])
+
+
+def _peft_result(folder: Path) -> object:
+    return digest([path.name, path.read_bytes()] for path in sorted(folder.iterdir()))
+
+
+def _training(config: str, **fields: Any) -> Command:
+    words = ("train.py", "--config", config, f"--config.run.checkpoint_dir={OUT}")
+    return Command(words, _run_result, f"{OUT}/*tmp*", resumes=True, **fields)
+
+
+def _writing(*words: str, result: Callable[[Path], object], **fields: Any) -> Command:
+    return Command((*words, "--output", OUT), result, f".{OUT}.partial-*", **fields)
+
+
 OUT = "out"
-CONVERT = ("convert.py", "--input", "model", "--no_verify", "--output", OUT, "--to")
+CONVERT = ("convert.py", "--no_verify", "--input")
 COMMANDS = {
-    "train": Command(
-        ("train.py", "--config", "tiny.py", f"--config.run.checkpoint_dir={OUT}"),
-        _run_result,
-        f"{OUT}/*tmp*",
-        resumes=True,
+    "train": _training("tiny.py"),
+    "prepare": _writing(
+        "prepare.py", "text.txt", "--vocab_size", "320", result=_tokens_result, kills=10
     ),
-    "prepare": Command(
-        ("prepare.py", "text.txt", "--output", OUT, "--vocab_size", "320"),
-        _tokens_result,
-        f".{OUT}.partial-*",
-        kills=10,
+    "convert to ckpt": _writing(*CONVERT, "model", "--to", "ckpt", result=_model_result("ckpt")),
+    "convert to gguf": _writing(*CONVERT, "model", "--to", "gguf", result=_model_result("gguf")),
+    "train adapters": _training("lora.py", kills=3, is_like="train"),
+    "train adapters on nf4": _training("qlora.py", kills=3, is_like="train"),
+    "train on preferences": _training("dpo.py", kills=3, is_like="train"),
+    "prepare examples": _writing(
+        *("prepare.py", "dialogues.jsonl", "--tokenizer", "model", "--chat", "llama2"),
+        *("--sequence_length", "96"),
+        result=_tokens_result,
+        kills=3,
+        is_like="prepare",
     ),
-    "convert to ckpt": Command((*CONVERT, "ckpt"), _model_result("ckpt"), f".{OUT}.partial-*"),
-    "convert to gguf": Command((*CONVERT, "gguf"), _model_result("gguf"), f".{OUT}.partial-*"),
+    "merge adapters": _writing(
+        *(*CONVERT, "adapter", "--merge", "--to", "hf"),
+        result=_model_result("hf"),
+        kills=3,
+        is_like="convert to ckpt",
+    ),
+    "adapters to peft": _writing(
+        *(*CONVERT, "adapter", "--to", "peft"),
+        result=_peft_result,
+        kills=3,
+        is_like="convert to ckpt",
+    ),
+    "adapters from peft": _writing(
+        *(*CONVERT, "peft", "--base", "model"),
+        result=_adapters_result,
+        kills=3,
+        is_like="convert to ckpt",
+    ),
 }
 
 
 def make_inputs(place: Path) -> None:
     """Write what the commands read."""
-    tiny_run.make_tokens(place / "tokens")
+    tokens = tiny_run.make_tokens(place / "tokens")
     tiny_run.make_text(place / "text.txt", stories=20_000)
-    config = tiny_run.make_config(
-        place / "tokens", OUT, optimizer__steps=STEPS, run__sample_tokens=8
-    )
-    tiny_run.write_config(place / "tiny.py", config)
-    from tiny_weights import tiny_weights
-
+    run = {"optimizer__steps": STEPS, "run__sample_tokens": 8}
+    tiny_run.write_config(place / "tiny.py", tiny_run.make_config(place / "tokens", OUT, **run))
     weights = tiny_weights(dim=96, hidden_dim=320, num_layers=12)
-    convert.FORMATS["ckpt"].write(weights, place / "model", convert.Options(), lambda done: None)
+    checkpoint.write(weights, place / "model")
+    _make_adapters(place, weights)
+    content = tokens.tokenizer_path.read_bytes()
+    base = tiny_weights(vocab_size=tiny_run.VOCAB, tokenizer=content, context_length=128)
+    checkpoint.write(base, place / "base")
+    _make_examples(place, load_tokenizer(tokens.tokenizer_path))
+    run |= {"run__init_from": str(place / "base"), "lora__rank": 3, "lora__dropout": 0.1}
+    run |= {"data__packing": "documents", "run__sample_tokens": 0, "model__context_length": 128}
+    long = {"data__sequence_length": 96}
+    for name, data, changes in (
+        ("lora", "tokens", {}),
+        ("qlora", "tokens", {"lora__base": "nf4", "lora__double_quantization": True}),
+        ("dpo", "pairs", {"optimizer__loss": "dpo"} | long),
+    ):
+        config = tiny_run.make_config(place / data, OUT, **run | changes)
+        tiny_run.write_config(place / f"{name}.py", config)
+
+
+def _make_adapters(place: Path, weights: Weights) -> None:
+    """Write adapters of a model, ours and PEFT's."""
+    lora = LoraConfig(rank=4)
+    description = checkpoint.read_description(place / "model")
+    description = dataclasses.replace(description, lora=lora, base=str(place / "model"))
+    made = init_adapters(weights.config, lora, jax.random.key(0))
+    made = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(1), x.shape), made)
+    base = checkpoint.read_fingerprint(place / "model")
+    checkpoint.write_adapters(place / "adapter", description, made, base, weights.tokenizer)
+    adapters.write_peft(place / "adapter", place / "peft")
+
+
+def _make_examples(place: Path, tokenizer: Tokenizer) -> None:
+    """Write dialogues to prepare, and pairs that are prepared."""
+    dialogues = [
+        {"messages": [{"role": role, "content": f"{text} {n}"} for role, text in TURNS]}
+        for n in range(5_000)
+    ]
+    lines = "\n".join(map(json.dumps, dialogues))
+    (place / "dialogues.jsonl").write_text(lines)
+    pairs = [
+        {"prompt": f"Boat {n}? ", "chosen": f"It sails {n}.", "rejected": f"It sinks {n}."}
+        for n in range(60)
+    ]
+    located = [(f"pair {n}", pair) for n, pair in enumerate(pairs)]
+    options = ExampleOptions(template=TEMPLATES["llama2"])
+    prepare_examples(located, place / "pairs", tokenizer, options, source="pairs")
 
 
 def copy_inputs(place: Path, folder: Path) -> Path:
@@ -152,6 +243,9 @@ def assert_intact(command: Command, folder: Path) -> None:
     out = folder / OUT
     if command.resumes:
         for step in finished_steps(out) if out.is_dir() else []:
+            if adapters.is_adapter(out):
+                assert read_adapters(out / str(step)).adapters
+                continue
             found = convert.FORMATS["ckpt"].read(out / str(step))
             assert all(tensor.read().size for tensor in found.tensors.values())
     elif out.exists():

@@ -11,7 +11,8 @@ from readers import READERS
 
 pytestmark = pytest.mark.faults
 SHORT = 150  # damaged files of each reader
-SLOW = {"converted-int4": 5, "run-loaded": 2, "run-resumed": 3}  # times slower than others
+# How many times slower than others they are.
+SLOW = {"converted-int4": 5, "run-loaded": 2, "run-resumed": 3, "adapters": 5, "peft": 3}
 LONG = 100
 
 

@@ -171,6 +171,8 @@ BROKEN = {
     "no rank": ({"r": 0}, "r=0 and lora_alpha=7.0; expected numbers"),
     "rank is text": ({"r": "8"}, "r='8'"),
     "another rank": ({"r": 4}, "it belongs to another model"),
+    "alpha out of range": ({"lora_alpha": -1}, "adapter_config.json: lora.alpha=-1.0"),
+    "alpha beyond floats": ({"lora_alpha": 10**400}, "adapter_config.json: int too large"),
 }
 
 
@@ -203,7 +205,14 @@ def test_missing_and_unknown_arrays_are_named(folder, base, tmp_path):
     layer = "base_model.model.model.layers.{}.mlp.up_proj.lora_A.weight".format
     dropped = {name: tensor for name, tensor in tensors.items() if name != layer(1)}
     odd = tensors | {layer(9): tensors[layer(1)]}
-    for broken, reason in ((dropped, "not both matrices"), (odd, "which is no adapter")):
+    turned = arrays[layer(1)].T
+    turned = tensors | {layer(1): Tensor(turned.shape, turned.dtype, partial(np.copy, turned))}
+    for broken, reason in (
+        (dropped, "not both matrices"),
+        (odd, "which is no adapter"),
+        (turned, r"has \[3, 24\] for blocks.ffn.up, expected \[24, 3\]"),
+        ({}, "lora.targets"),
+    ):
         path.unlink()
         safetensors.write(path, broken)
         with pytest.raises(UserError, match=reason):

@@ -235,9 +235,6 @@ def _write(items: Sequence[_Item], output: Path, encoder: _Encoder, source: str)
                 chat_template=templates.pop() if len(templates) == 1 else "",
                 longest=max(sum(len(tokens) - 1 for tokens in item.tokens) for item in items),
             )
-        except OSError as error:
-            reason = f"cannot write to {output}: {error.strerror or error}"
-            raise UserError(f"{reason}; free some space or choose another place") from error
         finally:
             writer.close()
 

@@ -83,11 +83,6 @@ def prepare(
                     writer.add(*encoded)
                     show(state.done)
             writer.finish(options.bos, options.eos, corpus.source)
-        except OSError as error:
-            if error.filename:  # reading failed
-                raise
-            reason = f"cannot write to {output}: {error.strerror or error}"
-            raise UserError(f"{reason}; free some space or choose another place") from error
         finally:
             writer.close()
     return TokenFolder.open(output)
