@@ -306,7 +306,7 @@ class LoraConfig(Section):
     rank: Count = 0  # of each adapter (R); 0: no adapters, all weights are trained
     alpha: Annotated[float, Range(1e-6, 1e6)] = 16.0  # what adapters add is scaled by alpha / rank
     rslora: bool = False  # scale by alpha / √rank instead (Kalajdzievski 2023)
-    dropout: Annotated[float, Range(0, 0.99)] = 0.0  # probability, of the inputs of adapters
+    dropout: Annotated[float, Range(0, 0.99)] = 0.0  # probability, of inputs of adapted layers
     targets: str = "linear"  # what is adapted, separated by commas: linear (every linear layer of
     # the blocks), wq, wk, wv, wo, gate, up, down, embedding, output
     base: Annotated[str, Choice(BASES)] = "compute"  # storage of the frozen weights; "compute": in
@@ -358,6 +358,11 @@ class Config:
             self.lora.rank > 0 or self.lora.base == "compute",
             f"lora.base={self.lora.base!r} is of frozen weights, and lora.rank=0 trains all; set"
             " lora.rank, such as 16",
+        )
+        require(
+            self.lora.base == "nf4" or not self.lora.double_quantization,
+            f"lora.double_quantization is of NF4's scales, not of lora.base={self.lora.base!r}; set"
+            " lora.base='nf4', or leave it out",
         )
         require(
             self.optimizer.loss != "dpo" or self.optimizer.z_loss == 0,
