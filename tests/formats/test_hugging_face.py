@@ -222,8 +222,8 @@ def test_a_tensor_under_two_prefixes_is_refused(folder):
 
 def test_a_folder_of_an_adapter_says_what_to_do(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    refused(tmp_path, "holds an adapter", "merge_and_unload")
-    assert format_of(tmp_path) == "hf"
+    refused(tmp_path, "holds an adapter", "--merge --base", "--from peft")
+    assert format_of(tmp_path) == "peft"
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int64, np.float64])

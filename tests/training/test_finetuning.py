@@ -128,7 +128,7 @@ def test_accumulated_is_the_whole_batch(loss, tolerance):
     assert_close(gradients(make_config(loss, accumulation=4), state, batch), expected, tolerance)
 
 
-@pytest.mark.parametrize("remat", ["block", "save-qkv"])
+@pytest.mark.parametrize("remat", ["block", pytest.param("save-qkv", marks=pytest.mark.slow)])
 def test_recomputed_on_a_quantized_base_is_the_same(remat):
     config, batch = make_config(base="nf4", dropout=0.2), make_batch()
     state = perturbed(init_state(config))

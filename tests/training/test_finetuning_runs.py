@@ -68,7 +68,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["lora", pytest.param("qlora", marks=pytest.mark.slow), "all"])
 def test_resumed_is_uninterrupted_to_the_bit(tokens, base, tmp_path, kind):
     straight, parted = tmp_path / "straight", tmp_path / "parted"
     assert fit(tuned(tokens, base, straight, **KINDS[kind])) == 0
@@ -127,6 +127,7 @@ def test_another_base_is_refused(tokens, base, tmp_path):
         fit(tuned(tokens, other, folder, optimizer__steps=12))
 
 
+@pytest.mark.slow
 def test_all_weights_too_go_on_from_the_model_they_started_from(tokens, base, tmp_path):
     folder, other = tmp_path / "sft", tmp_path / "other"
     fit(tuned(tokens, base, folder, **KINDS["all"]))
@@ -206,6 +207,7 @@ def test_dpo_resumed_is_uninterrupted_and_prefers_the_chosen_answers(pairs, base
     assert records[10]["margin"] > 0 and records[10]["validation_loss"] < math.log(2)
 
 
+@pytest.mark.slow
 def test_a_run_on_dialogues_answers_in_their_format_and_stops(dialogues, base, tmp_path, capfd):
     folder = tmp_path / "chat"
     changes = LONG | {
@@ -262,7 +264,11 @@ def test_data_that_do_not_fit_the_loss_are_refused(pairs, dialogues, base, tmp_p
 
 @pytest.mark.parametrize(
     ("kind", "base_kind"),
-    [("bfloat16", "compute"), ("int8", "stored-int8"), ("int4", "stored-int4-64")],
+    [
+        ("bfloat16", "compute"),
+        ("int8", "stored-int8"),
+        pytest.param("int4", "stored-int4-64", marks=pytest.mark.slow),
+    ],
 )
 def test_training_starts_from_any_checkpoint(tokens, base, tmp_path, kind, base_kind):
     """Stored in half precision or quantized; a resumed run and a loaded one have the same base."""
