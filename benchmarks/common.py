@@ -29,11 +29,13 @@ SHAPES = {
     "110m": {"vocab_size": 32000, "dim": 768, "num_layers": 12, "num_heads": 12},
 }
 SHAPES["110m"] |= {"hidden_dim": 2048}
+SHAPES["135m"] = {"vocab_size": 49152, "dim": 576, "num_layers": 30, "num_heads": 9}  # SmolLM2's
+SHAPES["135m"] |= {"hidden_dim": 1536}
 SHAPES["1.1b"] = {"vocab_size": 32000, "dim": 2048, "num_layers": 22, "num_heads": 32}
 SHAPES["1.1b"] |= {"hidden_dim": 5632}
 SHAPES["7b"] = {"vocab_size": 32000, "dim": 4096, "num_layers": 32, "num_heads": 32}
 SHAPES["7b"] |= {"hidden_dim": 11008}
-KV_HEADS = {"260k": 4, "15m": 6, "110m": 12, "1.1b": 4, "7b": 32}
+KV_HEADS = {"260k": 4, "15m": 6, "110m": 12, "135m": 3, "1.1b": 4, "7b": 32}
 
 UNTIED_DIM = 2048  # from this width on embeddings are not tied
 

@@ -79,10 +79,12 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--remat", default="none")
+    parser.add_argument("--bases", default=",".join(BASES), help="comma-separated storages")
     flags = parser.parse_args()
+    bases = flags.bases.split(",")
     for name in flags.models.split(","):
         model = common.model_config(name, flags.length, flags.dtype)
-        steps = {base: Step(config_of(model, flags, base)) for base in ("", *BASES)}
+        steps = {base: Step(config_of(model, flags, base)) for base in ("", *bases)}
         seconds: dict[str, list[float]] = {base: [] for base in steps}
         for _ in range(flags.rounds):
             for base, step in steps.items():
