@@ -148,7 +148,7 @@ def _prepare_examples(given: dict[str, Any]) -> None:
     check_new_path(output)
     path, description = _tokenizer(given["tokenizer"])
     tokenizer = load_tokenizer(path)
-    chat = read_template(given["chat"]) if "chat" in given else ""
+    chat = read_template(given["chat"], "--chat ") if "chat" in given else ""
     changes = {name: given[name] for name in EXAMPLE_OPTION_NAMES if name in given}
     if description:
         recorded = description.chat_template
@@ -156,7 +156,7 @@ def _prepare_examples(given: dict[str, Any]) -> None:
         context = description.model.context_length
         changes = {"bos": description.bos, "sequence_length": context} | changes
     options = ExampleOptions(
-        template=find_template(chat) if chat else None,
+        template=find_template(chat, "--chat ") if chat else None,
         template_for_instructions="chat" in given,
         **changes,
     )

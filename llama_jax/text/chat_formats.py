@@ -315,8 +315,11 @@ FORMATS: tuple[NamedFormat, ...] = (
 TEMPLATES = {each.name: each for each in FORMATS}
 
 
-def find_template(name: str) -> Template:
+def find_template(name: str, argument: str = "template=") -> Template:
     """Return the template of a name, or of a Jinja source.
+
+    Args:
+      argument: what messages call the name.
 
     Raises:
       UsageError: with the nearest name if there is none.
@@ -324,15 +327,16 @@ def find_template(name: str) -> Template:
     """
     expected = f"expected one of {', '.join(TEMPLATES)}, or a Jinja template"
     if not isinstance(name, str):
-        raise UsageError(f"template={name!r} is not text; {expected}")
+        raise UsageError(f"{argument}{name!r} is not text; {expected}")
     if name in TEMPLATES:
         return TEMPLATES[name]
     if "{{" in name or "{%" in name:
         return jinja_template(name)
-    raise UsageError(f"template={name!r:.60} is unknown; {expected}{did_you_mean(name, TEMPLATES)}")
+    hint = did_you_mean(name, TEMPLATES)
+    raise UsageError(f"{argument}{name!r:.60} is unknown; {expected}{hint}")
 
 
-def read_template(word: str) -> str:
+def read_template(word: str, argument: str = "template=") -> str:
     """Return what a flag means: a name of a format, or the source in a file ending with .jinja.
 
     Raises:
@@ -344,10 +348,10 @@ def read_template(word: str) -> str:
             word = Path(word).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8"
-            raise UserError(f"template={word} cannot be read: {reason}") from error
+            raise UserError(f"{argument}{word} cannot be read: {reason}") from error
         return template_name(word)
     if word:
-        find_template(word)
+        find_template(word, argument)
     return word
 
 
