@@ -101,7 +101,7 @@ MISTAKES = {
     CHAT: (2, "--tokenizer is missing; name the checkpoint folder that will be tuned"),
     (*CHAT, "--tokenizer=plain"): (1, "the tokenizer names no chat format; choose one with --chat"),
     (*CHAT, "--tokenizer=ckpt", "--chat=llama3"): (1, "which has no control token <|start_header"),
-    (*CHAT, "--tokenizer=ckpt", "--chat=chatlm"): (2, "template='chatlm' is unknown; expected one"),
+    (*CHAT, "--tokenizer=ckpt", "--chat=chatlm"): (2, "--chat 'chatlm' is unknown; expected one"),
     (*CHAT, "--tokenizer=none"): (1, "tokenizer none does not exist"),
     (*CHAT, "--tokenizer=ckpt", "--sequence_length=1"): (2, "--sequence_length 1 is out of range"),
     (*CHAT, "--tokenizer=ckpt", "--show=-1"): (2, "--show -1 is out of range; expected 0 to"),
