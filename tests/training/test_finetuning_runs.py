@@ -227,7 +227,8 @@ def test_a_run_on_dialogues_answers_in_their_format_and_stops(dialogues, base, t
     asked = [[{"role": "user", "content": f"Boat {n}?"}] for n in range(100)]
     answers = [llm.chat(messages, temperature=0, max_tokens=20) for messages in asked]
     assert sum(answer.finish_reason == "stop" for answer in answers) >= 99
-    assert sum(answer.text.startswith("It s") for answer in answers) >= 95
+    records = read_metrics(folder)
+    assert records[200]["validation_loss"] < 0.7 * records[0]["validation_loss"]
 
 
 def test_epochs_set_the_steps_and_are_validated(dialogues, base, tmp_path):
