@@ -23,7 +23,7 @@ from llama_jax.checkpoints.metadata import Description
 from llama_jax.config import require
 from llama_jax.distributed.mesh import on_mesh
 from llama_jax.errors import UsageError, UserError
-from llama_jax.formats.named_models import find_named
+from llama_jax.formats.named_models import checkpoint_path, find_named
 from llama_jax.inference.completions import (
     Completion,
     add_text,
@@ -93,8 +93,7 @@ class LLM:
         mesh = tensor_mesh(tensor)
         if named := find_named(checkpoint):
             checkpoint = named.checkpoint()
-        if base and (named := find_named(base)):
-            base = str(named.checkpoint())
+        base = str(checkpoint_path(base)) if base else ""
         loaded = load_for_inference(
             checkpoint, dtype, quantize=quantize, max_context=max_context, mesh=mesh, base=base
         )
@@ -103,6 +102,7 @@ class LLM:
         self._fingerprint, self._own_template = loaded.fingerprint, template
         self._follow(loaded)
         self._name = f"{str(checkpoint)!r}" + (f", quantize={quantize!r}" if quantize else "")
+        self._adapter = ""  # that replaced the checkpoint's own
 
     def _follow(self, prompting: Loaded | Description) -> None:
         """Prompt and sample as a checkpoint records it."""
@@ -127,11 +127,12 @@ class LLM:
         )
         self.engine = Engine(model, engine.cache_dtype, engine.mesh)
         self._follow(description)
+        self._adapter = f", adapter={str(checkpoint)!r}"
 
     def __repr__(self) -> str:
         config = self.engine.model.config
         shape = f"{config.num_layers} layers of dim {config.dim}, {config.compute_dtype}"
-        return f"LLM({self._name}: {shape}, context {config.context_length})"
+        return f"LLM({self._name}{self._adapter}: {shape}, context {config.context_length})"
 
     @property
     def context_length(self) -> int:

@@ -93,7 +93,7 @@ def _load(
         origin = base or description.base
         _require_model(origin, folder)
         loaded = load(origin, dtype, quantize=quantize, mesh=mesh)
-        require_base(loaded.fingerprint, own, folder)
+        require_base(loaded.fingerprint, own.base, folder, origin)
         prompting = {name: getattr(description, name) for name in PROMPTING if name != "eos"}
         attached = partial(attach, adapters=own.adapters, lora=description.lora)
         return dataclasses.replace(loaded, step=own.step, **prompting), attached
@@ -192,12 +192,16 @@ def read_adapters(path: str | Path, mesh: Mesh | None = None) -> StoredAdapters:
     return StoredAdapters(restored.trees[MODEL], restored.step, base, description)
 
 
-def require_base(found: str, stored: StoredAdapters, folder: Path) -> None:
-    """Raise `UserError` unless the model with a fingerprint is that of some adapters."""
-    if found != stored.base:
+def require_base(found: str, expected: str, folder: Path, model: object) -> None:
+    """Raise `UserError` if a model has another fingerprint than that of the adapters in a folder.
+
+    Args:
+      model: what the message calls it.
+    """
+    if found != expected:
         raise UserError(
-            f"the adapters in {folder} were trained for another model than the one loaded (its"
-            f" fingerprint is {found[:12]}, expected {stored.base[:12]}); name theirs with --base"
+            f"the adapters in {folder} were trained for another model than {model} (its fingerprint"
+            f" is {found[:12]}, expected {expected[:12]}); name theirs with --base"
         )
 
 
@@ -214,7 +218,7 @@ def replace_adapters(
       UsageError, UserError: as for `read_adapters`, or if they belong to another model.
     """
     stored = read_adapters(path, mesh)
-    require_base(found, stored, Path(path))
+    require_base(found, stored.base, Path(path), "the one loaded")
     return attach(detach(model), stored.adapters, stored.description.lora), stored.description
 
 

@@ -85,7 +85,7 @@ def _base(flags: argparse.Namespace, adapter: Path) -> Path:
       UserError: if the input holds no adapters, or does not say where their model is.
     """
     from llama_jax.formats import adapters
-    from llama_jax.formats.named_models import find_named
+    from llama_jax.formats.named_models import checkpoint_path
 
     if not adapters.is_adapter(adapter):
         raise UsageError(f"{adapter} holds no adapters to merge; leave --merge out")
@@ -94,14 +94,13 @@ def _base(flags: argparse.Namespace, adapter: Path) -> Path:
         base = adapters.read(adapter).base
     if not base:
         raise UsageError(f"--merge needs the model that {adapter} belongs to; name it with --base")
-    named = find_named(base)
-    return named.checkpoint() if named else Path(base).expanduser()
+    return checkpoint_path(base)
 
 
 def _convert_adapters(flags: argparse.Namespace, source: Path, found: str) -> None:
     """Write adapters of ours as a folder of PEFT, or the other way."""
     from llama_jax.formats import adapters
-    from llama_jax.formats.named_models import find_named
+    from llama_jax.formats.named_models import checkpoint_path
 
     output = Path(flags.output).expanduser()
     if not adapters.is_adapter(source):
@@ -114,9 +113,7 @@ def _convert_adapters(flags: argparse.Namespace, source: Path, found: str) -> No
             raise UsageError(f"--to {flags.target} needs a model; add --merge and --base")
         if not flags.base:
             raise UsageError("--from peft needs a checkpoint of the adapter's model; add --base")
-        named = find_named(flags.base)
-        base = named.checkpoint() if named else Path(flags.base).expanduser()
-        count = adapters.from_peft(source, base, output)
+        count = adapters.from_peft(source, checkpoint_path(flags.base), output)
         print(f"{output}: adapters of {count:,} parameters")
         print(f"sample with: python sample.py --ckpt {shlex.quote(str(output))}")
         return

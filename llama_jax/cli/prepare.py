@@ -111,11 +111,9 @@ def _tokenizer(word: str) -> tuple[Path, Any]:
     """Return the tokenizer file that a flag names, and the checkpoint's description or None."""
     from llama_jax.checkpoints.metadata import CONFIG, read_description
     from llama_jax.checkpoints.restore import folder_and_step
-    from llama_jax.formats.named_models import find_named
+    from llama_jax.formats.named_models import checkpoint_path
 
-    if named := find_named(word):
-        word = str(named.checkpoint())
-    folder, _ = folder_and_step(word)
+    folder, _ = folder_and_step(checkpoint_path(word))
     if not (folder / CONFIG).is_file():
         return Path(word), None
     return tokenizer_path(folder), read_description(folder)

@@ -150,6 +150,11 @@ class TokenFolder:
         return starts
 
 
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Return the dtype in which tokens of a vocabulary are stored."""
+    return np.dtype("<u2" if vocab_size <= LARGEST_UINT16_VOCAB else "<u4")
+
+
 def starts_path(shard: Path) -> Path:
     """Return the path of a shard's document starts."""
     return shard.with_suffix(".documents.npy")
@@ -292,7 +297,7 @@ class TokenWriter:
         """Start writing to a folder that has its tokenizer, in shards of `shard_tokens`."""
         self._folder = folder
         self._vocab_size = vocab_size
-        self._dtype = np.dtype("<u2" if vocab_size <= LARGEST_UINT16_VOCAB else "<u4")
+        self._dtype = token_dtype(vocab_size)
         self._shard_tokens = shard_tokens
         self._open: dict[str, _OpenShard] = {}
         self._shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}

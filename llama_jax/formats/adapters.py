@@ -6,7 +6,7 @@ Hugging Face's models, [outputs, inputs], with rotary pairs in halves as ours: n
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llama_jax.checkpoints.load import read_adapters, read_fingerprint
+from llama_jax.checkpoints.load import read_adapters, read_fingerprint, require_base
 from llama_jax.checkpoints.metadata import Description, read_description
 from llama_jax.checkpoints.restore import folder_and_step
 from llama_jax.config import LoraConfig, ModelConfig
@@ -29,7 +29,6 @@ from llama_jax.formats.json_files import read_object, shown, write_object
 from llama_jax.formats.rules import KERNEL, WEIGHT
 from llama_jax.formats.weights import BLOCKS, DTYPES, Tensor, Weights, find_file, of_layer
 from llama_jax.model.lora import Adapters, init_adapters, scale_of, targets
-from llama_jax.model.parameters import matrices
 from llama_jax.text.tokenizer import read_file, tokenizer_path
 
 SETTINGS, ARRAYS = "adapter_config.json", "adapter_model.safetensors"
@@ -110,17 +109,11 @@ def merged(weights: Weights, path: Path, source: Path, keeps_dtype: bool = True)
             " the model that it was quantized from with --base"
         )
     folder = read(path, weights.config)
-    require_base(folder, path, source)
-    kinds = {matrix.name: matrix for matrix in matrices(weights.config)}
+    _require_base(folder, path, source)
     tensors = dict(weights.tensors)
-    for name, adapter in folder.adapters.items():
-        a, b = (np.asarray(adapter[part][...]) for part in ("a", "b"))
-        if not kinds[name].per_layer:
-            tensors[name] = _added(tensors[name], a, b, folder.lora, keeps_dtype)
-            continue
-        for layer in range(weights.config.num_layers):
-            full = of_layer(name, layer) + KERNEL
-            tensors[full] = _added(tensors[full], a[layer], b[layer], folder.lora, keeps_dtype)
+    for name, a, b in _by_layer(folder.adapters):
+        full = name + KERNEL if name.startswith(BLOCKS) else name
+        tensors[full] = _added(tensors[full], a, b, folder.lora, keeps_dtype)
     changes: dict[str, Any] = {"tensors": tensors}
     if own := folder.description:
         changes |= {"bos": own.bos, "stop_ids": own.stop_ids, "generation": own.generation}
@@ -142,18 +135,24 @@ def _added(
     return wide.astype(tensor.dtype) if keeps_dtype else wide
 
 
-def require_base(folder: AdapterFolder, path: Path, source: Path) -> None:
+def _require_base(folder: AdapterFolder, path: Path, source: Path) -> None:
     """Raise `UserError` if adapters are known to belong to another model than that at `source`."""
     try:
         found = read_fingerprint(source)
     except UserError:  # of another format, whose parameters have no fingerprint
         warn(f"it cannot be checked that the adapters of {path} belong to {source}")
         return
-    if folder.fingerprint and folder.fingerprint != found:
-        raise UserError(
-            f"the adapters in {path} were trained for another model than {source} (its fingerprint"
-            f" is {found[:12]}, expected {folder.fingerprint[:12]}); name theirs with --base"
-        )
+    require_base(found, folder.fingerprint or found, path, source)
+
+
+def _by_layer(adapters: Adapters) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Yield the name of each adapted matrix, such as blocks.3.attention.wq, and its a and b."""
+    for name, adapter in adapters.items():
+        a, b = (np.asarray(adapter[part][...], np.float32) for part in ("a", "b"))
+        if name.startswith(BLOCKS):
+            yield from ((of_layer(name, layer), *pair) for layer, pair in enumerate(zip(a, b)))
+        else:
+            yield name, a, b
 
 
 # ---- PEFT ----
@@ -185,24 +184,15 @@ def write_peft(path: Path, output: Path) -> int:
             f"{path} adapts an embedding that is the output matrix too, which PEFT cannot express;"
             " use --merge"
         )
-    names, tensors = _peft_names(config), dict[str, Tensor]()
-    for name, adapter in folder.adapters.items():
-        a, b = (np.asarray(adapter[part][...], np.float32) for part in ("a", "b"))
-        layers = range(config.num_layers) if name.startswith(BLOCKS) else (None,)
-        for layer in layers:
-            theirs = PREFIX + names[name if layer is None else of_layer(name, layer)]
-            one = (a, b) if layer is None else (a[layer], b[layer])
-            tensors |= _to_peft(name, theirs, *one)
-    modules = {names[_first(name)].rpartition(".")[2] for name in folder.adapters}
+    names, tensors, modules = _peft_names(config), dict[str, Tensor](), set[str]()
+    for name, a, b in _by_layer(folder.adapters):
+        modules.add(names[name].rpartition(".")[2])
+        tensors |= _to_peft(name, PREFIX + names[name], a, b)
     with new_path(output) as place:
         place.mkdir()
         safetensors.write(place / ARRAYS, tensors)
         write_object(place / SETTINGS, _peft_settings(lora, sorted(modules), folder.base))
     return sum(int(np.prod(tensor.shape)) for tensor in tensors.values())
-
-
-def _first(name: str) -> str:
-    return of_layer(name, 0) if name.startswith(BLOCKS) else name
 
 
 def _to_peft(name: str, theirs: str, a: np.ndarray, b: np.ndarray) -> dict[str, Tensor]:
@@ -270,11 +260,9 @@ def _read_peft(path: Path, config: ModelConfig) -> AdapterFolder:
     shapes = jax.eval_shape(partial(init_adapters, config, lora, jax.random.key(0)))
     adapters: Adapters = {}
     for matrix in targets(config, lora):
-        layers = range(config.num_layers) if matrix.per_layer else (None,)
-        pairs = [
-            _from_peft(matrix.name, found.get(_layer_name(matrix.name, layer), {}), arrays_path)
-            for layer in layers
-        ]
+        layers = [of_layer(matrix.name, layer) for layer in range(config.num_layers)]
+        named = layers if matrix.per_layer else [matrix.name]
+        pairs = [_from_peft(matrix.name, found.get(name, {}), arrays_path) for name in named]
         adapters[matrix.name] = {
             part: _param(pairs, number, shapes[matrix.name][part], arrays_path, matrix.name)
             for number, part in enumerate(("a", "b"))
@@ -293,10 +281,6 @@ def _split(key: str) -> tuple[str, str]:
             if key.endswith(ending):
                 return key.removesuffix(ending), part
     return key, ""
-
-
-def _layer_name(name: str, layer: int | None) -> str:
-    return name if layer is None else of_layer(name, layer)
 
 
 def _lora_config(values: Mapping[str, Any], found: Mapping[str, Any], path: Path) -> LoraConfig:

@@ -35,7 +35,7 @@ from llama_jax.quantization import (
     abstract_quantized,
     quantize_kernel,
 )
-from llama_jax.text.tokenizer import read_file, tokenizer_file_name, tokenizer_path
+from llama_jax.text.tokenizer import read_file, save_tokenizer, tokenizer_path
 
 STEP, META = "0", "meta"
 Report = Callable[[int], None]
@@ -227,8 +227,7 @@ def _write_folder(
     item = path / STEP / MODEL
     item.mkdir(parents=True)
     write_description(path, description)
-    tokenizer_name = tokenizer_file_name(tokenizer)
-    (path / tokenizer_name).write_bytes(tokenizer)
+    tokenizer_file = save_tokenizer(tokenizer, path)
     shapes: dict[str, tuple[int, ...]] = {}
     sums: dict[str, int] = {}
     done = 0
@@ -245,7 +244,7 @@ def _write_folder(
         del array
     layout.write_names(item, shapes)
     checksums: dict[str, Any] = {"checksums": {MODEL: sums}}
-    checksums |= {tokenizer_name: layout.file_checksum(path / tokenizer_name)}
+    checksums |= {tokenizer_file.name: layout.file_checksum(tokenizer_file)}
     layout.write_json(path / STEP / META, {**checksums, **(meta or {})})
 
 

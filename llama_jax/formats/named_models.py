@@ -145,3 +145,12 @@ def find_named(path: str | os.PathLike[str]) -> NamedModel | None:
         if text == model.name and not path.exists():
             return model
     return None
+
+
+def checkpoint_path(word: str | os.PathLike[str]) -> Path:
+    """Return the checkpoint folder that a known name or a path means; errors as `find_named`.
+
+    A known model is fetched and converted unless it is in the cache folder.
+    """
+    named = find_named(word)
+    return named.checkpoint() if named else Path(word).expanduser()

@@ -34,6 +34,13 @@ def tokenizer_file_name(content: bytes) -> str:
     return JSON if content.lstrip()[:1] == b"{" else MODEL
 
 
+def save_tokenizer(content: bytes, folder: Path) -> Path:
+    """Write a tokenizer's content into a folder, and return the path of the file."""
+    path = folder / tokenizer_file_name(content)
+    path.write_bytes(content)
+    return path
+
+
 def tokenizer_path(folder: Path) -> Path:
     """Return the path of the tokenizer in a folder; of tokenizer.model if there is none."""
     path = folder / JSON

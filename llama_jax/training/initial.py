@@ -15,7 +15,6 @@ from llama_jax.checkpoints.restore import folder_and_step
 from llama_jax.config import FLOAT_BASES, STORED, Config, MeshConfig, ModelConfig
 from llama_jax.distributed.mesh import make_mesh
 from llama_jax.errors import UsageError
-from llama_jax.model.lora import init_adapters
 from llama_jax.model.transformer import Llama
 from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.step import (
@@ -23,6 +22,7 @@ from llama_jax.training.step import (
     TrainState,
     abstract_state,
     as_base,
+    first_adapters,
     state_shardings,
 )
 
@@ -101,9 +101,9 @@ def first_state(config: Config, programs: Programs, mesh: Mesh, frozen: Any) -> 
     """Return the state before the first step, with the frozen part that `load_frozen` returned."""
     if not config.run.init_from:
         return programs.init()
-    places, key = state_shardings(config, mesh), jax.random.key(config.run.seed)
+    places = state_shardings(config, mesh)
     if config.lora.rank:
-        make = partial(init_adapters, config.model, config.lora, key)
+        make = partial(first_adapters, config)
         trainable = jax.jit(make, out_shardings=places.trainable)()
     else:
         model = load(config.run.init_from, "float32", mesh=mesh).model

@@ -171,7 +171,7 @@ def _sharded(
     return shard, rows, vocab, set(sizes)
 
 
-def token_logprobs(
+def target_logprobs(
     hidden_BTD: jax.Array, output_VD: jax.Array, targets_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Return each target's log-probability in nats, and whether no token is more probable.

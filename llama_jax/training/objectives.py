@@ -20,7 +20,7 @@ from llama_jax.data.loader import Batch
 from llama_jax.model.execution import Execution
 from llama_jax.model.lora import attach
 from llama_jax.model.transformer import ONE_DEVICE, Llama
-from llama_jax.training.loss import summed_loss, token_logprobs
+from llama_jax.training.loss import summed_loss, target_logprobs
 
 Sums = dict[str, jax.Array]
 
@@ -77,10 +77,20 @@ def model_of(
     return attach(frozen, trainable, config.lora, key=dropout_key, execution=execution)
 
 
-def _hidden(model: Llama, batch: Batch, execution: Execution, key: jax.Array | None) -> jax.Array:
+def _hidden(
+    model: Llama, batch: Batch, execution: Execution, key: jax.Array | None = None
+) -> jax.Array:
     return model.hidden(
         batch.inputs_BT, segments_BT=batch.segments_BT, dropout_key=key, execution=execution
     )[0]
+
+
+def _target_logprobs(
+    model: Llama, batch: Batch, execution: Execution
+) -> tuple[jax.Array, jax.Array]:
+    """Return what `loss.target_logprobs` does, of a model without dropout."""
+    hidden_BTD = _hidden(model, batch, execution)
+    return target_logprobs(hidden_BTD, model.output_VD, batch.targets_BT)
 
 
 # ---- next-token prediction ----
@@ -108,8 +118,7 @@ def next_token_metrics(
 ) -> Sums:
     """The loss, and how many targets are the most probable token ("accuracy"); `Metrics`."""
     model = model_of(config, trainable, frozen, execution=execution)
-    hidden_BTD = _hidden(model, batch, execution, None)
-    logprobs_BT, is_top_BT = token_logprobs(hidden_BTD, model.output_VD, batch.targets_BT)
+    logprobs_BT, is_top_BT = _target_logprobs(model, batch, execution)
     weights_BT = batch.weights_BT
     return {
         "loss": -jnp.sum(logprobs_BT * weights_BT),
@@ -141,9 +150,8 @@ def dpo_loss(
     """
     model = model_of(config, trainable, frozen, execution=execution, dropout_key=dropout_key)
     hidden_BTD = _hidden(model, batch, execution, dropout_key)
-    logprobs_BT, _ = token_logprobs(hidden_BTD, model.output_VD, batch.targets_BT)
-    reference_BT = _reference_logprobs(frozen, batch, execution)
-    ratios_BT = (logprobs_BT - reference_BT) * batch.weights_BT
+    logprobs_BT, _ = target_logprobs(hidden_BTD, model.output_VD, batch.targets_BT)
+    ratios_BT = _ratios(logprobs_BT, frozen, batch, execution)
     derivative_BT, sums = jax.grad(pair_sums, has_aux=True)(ratios_BT, batch, config)
     weights_BT = -derivative_BT * batch.weights_BT
     surrogate, _ = summed_loss(hidden_BTD, model.output_VD, batch.targets_BT, weights_BT, 0.0)
@@ -155,15 +163,16 @@ def dpo_metrics(
 ) -> Sums:
     """The DPO loss, rewards and accuracy; `Metrics`."""
     model = model_of(config, trainable, frozen, execution=execution)
-    hidden_BTD = _hidden(model, batch, execution, None)
-    logprobs_BT, _ = token_logprobs(hidden_BTD, model.output_VD, batch.targets_BT)
-    reference_BT = _reference_logprobs(frozen, batch, execution)
-    return pair_sums((logprobs_BT - reference_BT) * batch.weights_BT, batch, config)[1]
+    logprobs_BT, _ = _target_logprobs(model, batch, execution)
+    return pair_sums(_ratios(logprobs_BT, frozen, batch, execution), batch, config)[1]
 
 
-def _reference_logprobs(frozen: Llama, batch: Batch, execution: Execution) -> jax.Array:
-    hidden_BTD = _hidden(jax.lax.stop_gradient(frozen), batch, execution, None)
-    return token_logprobs(hidden_BTD, frozen.output_VD, batch.targets_BT)[0]
+def _ratios(
+    logprobs_BT: jax.Array, reference: Llama, batch: Batch, execution: Execution
+) -> jax.Array:
+    """Return log-probabilities minus those of the reference model; 0 outside of the answers."""
+    reference_BT, _ = _target_logprobs(reference, batch, execution)
+    return (logprobs_BT - reference_BT) * batch.weights_BT
 
 
 def pair_sums(ratios_BT: jax.Array, batch: Batch, config: Config) -> tuple[jax.Array, Sums]:

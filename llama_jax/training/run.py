@@ -115,7 +115,8 @@ class Trainer:
             return 0
         step_function = self._compile()
         if self.step == 0 and self.config.run.init_from:
-            self._measure_first()
+            self._validate()  # what the checkpoint can do that training starts from
+            self._sample()
         self.profiler.skip_to(self.step)
         self.clock.start()
         while self.step < total and not session.stop.requested():
@@ -174,17 +175,9 @@ class Trainer:
         if is_best or is_saved:
             with self.clock:
                 self._save(loss)
-        is_sampled = is_validated and run.sample_tokens and jax.process_count() == 1
-        if is_sampled and not self.session.stop.requested():
+        if is_validated:
             with self.clock:
                 self._sample()
-
-    def _measure_first(self) -> None:
-        """Report what the checkpoint that training starts from can do."""
-        self._validate()
-        is_sampled = self.config.run.sample_tokens and jax.process_count() == 1
-        if is_sampled and not self.session.stop.requested():
-            self._sample()
 
     def _validate(self) -> float:
         """Report the validation loss and return it; infinity after a stop signal."""
@@ -247,7 +240,13 @@ class Trainer:
         self.saved_step = self.step
 
     def _sample(self) -> None:
-        """Show what the model writes now; a failure is a warning, since it costs no training."""
+        """Show what the model writes now, unless samples are off or the run is to stop.
+
+        A failure is a warning, since it costs no training.
+        """
+        is_wanted = self.config.run.sample_tokens and jax.process_count() == 1
+        if not is_wanted or self.session.stop.requested():
+            return
         try:
             self.console.line(sample(self.session, self.state, seed=self.step))
         except Exception as error:

@@ -7,6 +7,7 @@ checkpoint. Nothing is written before all checks have passed.
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -42,7 +43,7 @@ from llama_jax.inference.completions import encode_prompt, stop_ids
 from llama_jax.inference.request import Request, SamplingParams
 from llama_jax.text.chat import Message
 from llama_jax.text.chat_formats import find_template
-from llama_jax.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_path
+from llama_jax.text.tokenizer import Tokenizer, load_tokenizer, read_file, tokenizer_path
 from llama_jax.training.initial import base_description, first_state, load_frozen
 from llama_jax.training.profiling import Window
 from llama_jax.training.step import (
@@ -115,7 +116,7 @@ def open_session(
         sample = sample_request(config, tokenizer, data.first)
         seen = {"data.fingerprint": data.fingerprint[:16], "checkpoints": finished_steps(folder)}
         require_same(seen)
-        run = _run(config, data.first, tokenizer)
+        run = _run(config, data.first)
         changes = require_same_run(folder, run, data.first.tokenizer_path)
         if config.run.init_from and jax.process_index() == 0:
             print(f"loading   {config.run.init_from}", flush=True)
@@ -180,7 +181,7 @@ def with_epochs(config: Config, epoch: int) -> Config:
     return dataclasses.replace(config, optimizer=changed)
 
 
-def _run(config: Config, data: TokenFolder, tokenizer: Tokenizer) -> Run:
+def _run(config: Config, data: TokenFolder) -> Run:
     """Return the description of a run: prompted as its data are, and as the model it starts from.
 
     Raises:
@@ -189,8 +190,8 @@ def _run(config: Config, data: TokenFolder, tokenizer: Tokenizer) -> Run:
     prompting: dict[str, Any] = {"bos": data.bos, "eos": data.eos}
     if found := base_description(config):
         folder, _ = folder_and_step(config.run.init_from)
-        theirs = load_tokenizer(tokenizer_path(folder))
-        if theirs.sha256 != tokenizer.sha256:
+        content = read_file(tokenizer_path(folder))
+        if hashlib.sha256(content).hexdigest() != data.tokenizer_sha256:
             raise UserError(
                 f"{data.path} was not tokenized with the tokenizer of {folder}; prepare it again"
                 f" with --tokenizer {folder}"

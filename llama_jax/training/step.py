@@ -38,7 +38,7 @@ from llama_jax.errors import UsageError
 from llama_jax.inference.decode import attention_on_mesh
 from llama_jax.kernels.attention import choose_kernel
 from llama_jax.model.execution import HOST_MEMORY, Execution
-from llama_jax.model.lora import init_adapters
+from llama_jax.model.lora import Adapters, init_adapters
 from llama_jax.model.transformer import Llama
 from llama_jax.quantization import quantize, restack
 from llama_jax.training.objectives import Loss, Sums, objective_of
@@ -79,12 +79,16 @@ def init_state(config: Config) -> TrainState:
     trainable: Any = model
     frozen = None
     if config.lora.rank:
-        key = jax.random.key(config.run.seed)
-        trainable, frozen = init_adapters(config.model, config.lora, key), as_base(model, config)
+        trainable, frozen = first_adapters(config), as_base(model, config)
     elif config.optimizer.loss == "dpo":
         frozen = as_base(model, config)
     optimizer = make_optimizer(config.optimizer).init(trainable)
     return TrainState(jnp.int32(0), jnp.bool(True), trainable, frozen, optimizer)
+
+
+def first_adapters(config: Config) -> Adapters:
+    """Return the adapters before the first step, a pure function of `config.run.seed`."""
+    return init_adapters(config.model, config.lora, jax.random.key(config.run.seed))
 
 
 def as_base(model: Llama, config: Config) -> Llama:

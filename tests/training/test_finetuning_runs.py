@@ -110,6 +110,7 @@ def test_adapters_are_exchanged_on_a_loaded_base(tokens, base, tmp_path):
     plain = llm.score(texts)
     for folder in (*folders, folders[0]):
         llm.use_adapter(folder)
+        assert f"adapter={str(folder)!r}" in repr(llm)
         for found, expected in zip(llm.score(texts), LLM(folder).score(texts)):
             assert found.total == pytest.approx(expected.total, abs=1e-4)
         assert abs(llm.score(texts)[0].total - plain[0].total) > 1e-3

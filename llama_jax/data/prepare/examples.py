@@ -27,13 +27,19 @@ from llama_jax.data.prepare.records import (
     Unusable,
     parse_example,
 )
-from llama_jax.data.token_folder import DIALOGUES, PREFERENCES, TokenFolder, TokenWriter
+from llama_jax.data.token_folder import (
+    DIALOGUES,
+    PREFERENCES,
+    TokenFolder,
+    TokenWriter,
+    token_dtype,
+)
 from llama_jax.errors import UserError, escape_controls, shown
 from llama_jax.files import new_folder, progress
 from llama_jax.text.chat import BOS, EOS, Answer, Message, Part, Template, encode_parts
 from llama_jax.text.chat import TokenizedExample as Tokenized
 from llama_jax.text.chat_formats import TEMPLATES, AlpacaFormat
-from llama_jax.text.tokenizer import Tokenizer, tokenizer_file_name
+from llama_jax.text.tokenizer import Tokenizer, save_tokenizer
 
 COLOUR, PLAIN = "\x1b[32m", "\x1b[0m"  # of trained tokens on a terminal, green
 MARKS = ("{+", "+}")  # around them elsewhere, as in a diff by words
@@ -218,8 +224,7 @@ def _write(items: Sequence[_Item], output: Path, encoder: _Encoder, source: str)
     held_out, _ = choose_held_out(np.ones(len(items), int), options.validation, is_one_file=False)
     templates = encoder.used_templates
     with new_folder(output) as folder:
-        content = tokenizer.path.read_bytes()
-        (folder / tokenizer_file_name(content)).write_bytes(content)
+        save_tokenizer(tokenizer.path.read_bytes(), folder)
         writer = TokenWriter(folder, tokenizer.vocab_size, options.shard_tokens)
         try:
             for item, is_validation in zip(items, held_out):
@@ -293,7 +298,7 @@ def _item(example: RawExample, encoder: _Encoder) -> tuple[_Item, str]:
             raise Unusable("no token to train on")
     if is_pair and encoded[0].ids == encoded[1].ids:
         raise Unusable("equal answers")
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    dtype = token_dtype(tokenizer.vocab_size)
     item = _Item(
         tokens=[np.array(ids, dtype) for ids, _ in encoded],
         masks=[np.array(weights, bool).astype(np.uint8) for _, weights in encoded],

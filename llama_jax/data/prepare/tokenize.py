@@ -25,7 +25,7 @@ from llama_jax.data.token_folder import SPLITS, TokenFolder, TokenWriter
 from llama_jax.errors import UserError
 from llama_jax.files import check_new_path, new_folder, progress
 from llama_jax.text.sentencepiece import train_tokenizer
-from llama_jax.text.tokenizer import MODEL, Tokenizer, load_tokenizer, tokenizer_file_name
+from llama_jax.text.tokenizer import MODEL, Tokenizer, load_tokenizer, save_tokenizer
 
 BATCH_CHARACTERS = 2**18  # that a worker tokenizes at a time
 SAMPLE_CHARACTERS = 64_000_000  # that a tokenizer is trained on, at most
@@ -119,8 +119,7 @@ def _tokenizer(corpus: Corpus, folder: Path, options: TokenOptions) -> Tokenizer
         sample = corpus.training_sample(SAMPLE_CHARACTERS)
         return train_tokenizer(sample, options.vocab_size, folder / MODEL)
     tokenizer = chosen_tokenizer(options)
-    content = tokenizer.path.read_bytes()
-    (folder / tokenizer_file_name(content)).write_bytes(content)
+    save_tokenizer(tokenizer.path.read_bytes(), folder)
     return tokenizer
 
 
