@@ -17,7 +17,7 @@ help:
 	@echo "make test         lint, types and tests, as CI runs them"
 	@echo "make test-slow    what takes longer; all programs compiled as users compile them"
 	@echo "make test-parity  comparisons with PyTorch, transformers and lm-evaluation-harness"
-	@echo "make test-faults  kills, full disks, damaged files; FAULTS=long takes hours (10 minutes)"
+	@echo "make test-faults  kills, full disks, damaged files; FAULTS=long takes hours (5 minutes)"
 	@echo "make clean        remove the virtual environment"
 
 $(RUN):

@@ -20,7 +20,7 @@ import tiny_run
 from readers import digest
 from tiny_weights import tiny_weights
 
-from llama_jax.checkpoints.load import read_adapters
+from llama_jax.checkpoints.load import read_adapters, read_fingerprint
 from llama_jax.checkpoints.restore import finished_steps
 from llama_jax.config import LoraConfig
 from llama_jax.data.prepare.examples import ExampleOptions, prepare_examples
@@ -168,7 +168,7 @@ def _make_adapters(place: Path, weights: Weights) -> None:
     description = dataclasses.replace(description, lora=lora, base=str(place / "model"))
     made = init_adapters(weights.config, lora, jax.random.key(0))
     made = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(1), x.shape), made)
-    base = checkpoint.read_fingerprint(place / "model")
+    base = read_fingerprint(place / "model")
     checkpoint.write_adapters(place / "adapter", description, made, base, weights.tokenizer)
     adapters.write_peft(place / "adapter", place / "peft")
 

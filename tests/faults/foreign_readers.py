@@ -17,6 +17,7 @@ import numpy as np
 from tiny_tokenizer import ROWS, SPECIAL, keys_of, library_of
 from tiny_weights import tiny_vocabulary, tiny_weights
 
+from llama_jax.checkpoints.load import read_fingerprint
 from llama_jax.config import LoraConfig
 from llama_jax.data.prepare.documents import ReadProgress
 from llama_jax.data.prepare.examples import ExampleOptions, prepare_examples
@@ -249,7 +250,7 @@ def _make_peft(folder: Path) -> None:
     description = checkpoint.read_description(folder / "base")
     description = dataclasses.replace(description, lora=lora, base=str(folder / "base"))
     made = init_adapters(weights.config, lora, jax.random.key(0))
-    base = checkpoint.read_fingerprint(folder / "base")
+    base = read_fingerprint(folder / "base")
     checkpoint.write_adapters(folder / "ours", description, made, base, weights.tokenizer)
     adapters.write_peft(folder / "ours", folder / "peft")
     shutil.rmtree(folder / "ours")
