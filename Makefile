@@ -8,16 +8,19 @@ PIP = $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 AS_USED = JAX_DISABLE_MOST_OPTIMIZATIONS=0
 CODE = llama_jax configs tests benchmarks docs $(wildcard *.py)
 
-.PHONY: help demo chat finetune test test-slow test-parity test-faults lint types clean
+.PHONY: help demo chat finetune serve test test-slow test-parity test-faults test-serve test-page lint types clean
 
 help:
 	@echo "make demo         train a small model on stories and let it write (5 minutes)"
 	@echo "make chat         talk to SmolLM2, a small model of the package index (2 minutes)"
 	@echo "make finetune     teach SmolLM2 twenty facts about a shop, by LoRA (5 minutes)"
+	@echo "make serve        serve SmolLM2 with a chat page at http://127.0.0.1:8000"
 	@echo "make test         lint, types and tests, as CI runs them"
 	@echo "make test-slow    what takes longer; all programs compiled as users compile them"
 	@echo "make test-parity  comparisons with PyTorch, transformers and lm-evaluation-harness"
 	@echo "make test-faults  kills, full disks, damaged files; FAULTS=long takes hours (5 minutes)"
+	@echo "make test-serve   servers, spoken to with the openai client and LangChain"
+	@echo "make test-page    the chat page in a browser (needs Debian's chromium)"
 	@echo "make clean        remove the virtual environment"
 
 $(RUN):
@@ -41,6 +44,14 @@ $(VENV)/.installed-parity: $(VENV)/.installed-test
 	$(PIP) -e ".[parity,eval]"
 	@touch $@
 
+$(VENV)/.installed-serve: $(RUN) pyproject.toml
+	$(PIP) -e ".[serve]"
+	@touch $(VENV)/.installed $@
+
+$(VENV)/.installed-test-serve: $(VENV)/.installed-test
+	$(PIP) -e ".[test-serve,test-page]"
+	@touch $(VENV)/.installed-serve $@
+
 demo: $(VENV)/.installed
 	$(RUN) train.py --config configs/demo.py
 	@echo; echo "The loss curve is in ckpt/loss.png. Three stories:"; echo
@@ -48,6 +59,9 @@ demo: $(VENV)/.installed
 
 chat: $(VENV)/.installed
 	@$(RUN) sample.py --ckpt smollm2 --chat
+
+serve: $(VENV)/.installed-serve
+	@$(RUN) serve.py --model smollm2
 
 lint: $(VENV)/.installed-test
 	$(RUN) -m ruff check $(CODE)
@@ -62,16 +76,22 @@ finetune: $(VENV)/.installed
 	$(RUN) train.py --config configs/sft_demo.py
 
 test: lint types
-	$(RUN) -m pytest -n 2 --dist loadfile -m "not parity and not slow and not faults"
+	$(RUN) -m pytest -n 2 --dist loadfile -m "not parity and not slow and not faults and not serve and not page"
 
 test-slow: $(VENV)/.installed-slow
-	$(AS_USED) $(RUN) -m pytest -n 2 --dist loadfile -m "(slow or optimized) and not parity and not faults"
+	$(AS_USED) $(RUN) -m pytest -n 2 --dist loadfile -m "(slow or optimized) and not parity and not faults and not serve and not page"
 
 test-parity: $(VENV)/.installed-parity
 	$(AS_USED) $(RUN) -m pytest -m parity
 
 test-faults: $(VENV)/.installed-test
 	$(RUN) -m pytest -n 2 -m faults tests/faults
+
+test-serve: $(VENV)/.installed-test-serve
+	$(RUN) -m pytest -n 2 --dist loadfile -m serve
+
+test-page: $(VENV)/.installed-test-serve
+	$(RUN) -m pytest -m page
 
 clean:
 	rm -rf $(VENV)

@@ -34,8 +34,9 @@ ROOMS = {  # what each may import, in an order in which rooms import only earlie
     " errors",
     "llm": "inference checkpoints formats distributed text config errors",
     "evaluation": "llm inference data distributed text errors files",
-    "cli": "evaluation llm inference checkpoints training data formats planning quantization model"
-    " hardware distributed text config_parsing config errors files",
+    "serving": "llm inference checkpoints formats distributed model text config errors files",
+    "cli": "serving evaluation llm inference checkpoints training data formats planning"
+    " quantization model hardware distributed text config_parsing config errors files",
 }
 SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py")) if path.stem != "setup"]
 ONLY_IN = {  # libraries that one room, or a few modules, may import
@@ -54,6 +55,10 @@ ONLY_IN = {  # libraries that one room, or a few modules, may import
     "matplotlib": {"training.plot"},
     "tensorboardX": {"training.metrics"},
     "lm_eval": {"evaluation.harness"},
+    "starlette": {"serving"},
+    "uvicorn": {"serving"},
+    "sse_starlette": {"serving"},
+    "llguidance": {"inference.constraints"},
     "torch": {"formats.verify"},
     "transformers": {"formats.verify"},
 }

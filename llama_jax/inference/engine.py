@@ -76,12 +76,13 @@ class Engine:
           UsageError: at once, when a token id of `logit_bias`, or `logprobs`, exceeds the
             vocabulary.
         """
-        self._check(request)
+        self.check(request)
         on_host = request.shared.rng == "xorshift"
         deltas = self._generate_on_host(request) if on_host else self._generate(request)
         return iterate_on_mesh(self.mesh, deltas) if self.mesh else deltas
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
+        """Raise what `generate` raises for a request that this model cannot run."""
         context, vocab_size = self.model.config.context_length, self.model.config.vocab_size
         for prompt in request.prompts:
             if not 0 < len(prompt) < context:
