@@ -6,21 +6,23 @@ All that changes is in `GenerationState`, which is donated: the cache is never c
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from llama_jax.distributed.fsdp import lookup
-from llama_jax.distributed.mesh import constrain, shard_heads
+from llama_jax.distributed.mesh import constrain, partition_spec, shard_heads
 from llama_jax.inference.sampler import Sampler, TokenCounts, TopLogprobs, top_logprobs
 from llama_jax.kernels.attention import KERNELS, AttentionKernel
 from llama_jax.model.cache import KVCache
 from llama_jax.model.execution import Execution
+from llama_jax.model.slot_cache import BLOCK, SlotCache
 from llama_jax.model.transformer import ONE_DEVICE, Llama
 
-DECODE_CHUNK = 16  # tokens per call of `decode`, after which the host sees them
+DECODE_CHUNK = BLOCK  # tokens per call of `decode`, after which the host sees them
 NO_TOKEN = -1  # in place of a token, after the end of a sequence
 MAX_PREFILL_CHUNK = 512  # tokens of each prompt read at once; bounds the memory of a long prompt
 MIN_PREFILL_CHUNK = 16
@@ -35,6 +37,19 @@ def attention_on_mesh(name: str) -> AttentionKernel:
     XLA partitions its own; of the others each device runs its shard of sequences and heads.
     """
     return KERNELS[name] if name == "xla" else shard_heads(KERNELS[name])
+
+
+CacheT = TypeVar("CacheT", KVCache, SlotCache)
+
+
+def shard_cache(cache: CacheT, mesh: Mesh) -> CacheT:
+    """Return the cache sharded by kv heads."""
+
+    def shard(array: jax.Array) -> jax.Array:  # [R, S, H]; R is kv heads times sequences
+        spec = partition_spec(("kv_heads", "length", "head_dim"), array.shape, mesh)
+        return jax.device_put(array, NamedSharding(mesh, spec))
+
+    return dataclasses.replace(cache, layers=jax.tree.map(shard, cache.layers))
 
 
 # --- prefill ---
@@ -134,10 +149,10 @@ def _logits(model: Llama, last_BD: jax.Array) -> jax.Array:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class GenerationState:
+class GenerationState(Generic[CacheT]):
     """The state of a batch of sequences being generated."""
 
-    cache: KVCache
+    cache: CacheT
     token_B: jax.Array  # the last token, not in the cache yet
     stopped_B: jax.Array  # sequences that have met a stop token
     limit_B: jax.Array  # tokens, prompt included, at which a sequence ends
@@ -167,12 +182,12 @@ def are_done(stopped_B: Flags, length_B: Flags, limit_B: Flags) -> Flags:
 
 @partial(jax.jit, donate_argnames="state", static_argnames="logprobs")
 def sample_first_token(
-    state: GenerationState,
+    state: GenerationState[CacheT],
     logits_BV: jax.Array,
     sampler: Sampler,
     stops_S: jax.Array,
     logprobs: int | None = None,
-) -> tuple[GenerationState, Tokens]:
+) -> tuple[GenerationState[CacheT], Tokens]:
     """Return the state after each sequence's first token, chosen from the logits of prefill."""
     none_done_B = jnp.zeros(state.token_B.shape, bool)
     return _sample(state, none_done_B, logits_BV, sampler, stops_S, logprobs)
@@ -181,12 +196,12 @@ def sample_first_token(
 @partial(jax.jit, donate_argnames="state", static_argnames=("logprobs", "execution"))
 def decode(
     model: Llama,
-    state: GenerationState,
+    state: GenerationState[KVCache],
     sampler: Sampler,
     stops_S: jax.Array,
     logprobs: int | None = None,
     execution: Execution = ONE_DEVICE,
-) -> tuple[GenerationState, Tokens]:
+) -> tuple[GenerationState[KVCache], Tokens]:
     """Return the state up to `DECODE_CHUNK` tokens later, and those tokens [B, C].
 
     Fewer tokens are made when all sequences are done earlier.
@@ -195,13 +210,30 @@ def decode(
       stops_S: ids that end a sequence; they are not returned.
       logprobs: how many top tokens to report beside each; None reports nothing.
     """
+    return decode_steps(model, state, sampler, stops_S, DECODE_CHUNK, logprobs, execution)
 
-    def unfinished(carry: tuple[jax.Array, GenerationState, Tokens]) -> jax.Array:
-        return (carry[0] < DECODE_CHUNK) & ~carry[1].done_B.all()
+
+def decode_steps(
+    model: Llama,
+    state: GenerationState[CacheT],
+    sampler: Sampler,
+    stops: jax.Array,
+    steps: int | jax.Array,
+    logprobs: int | None,
+    execution: Execution,
+) -> tuple[GenerationState[CacheT], Tokens]:
+    """As `decode`, for other programs: up to `steps` tokens, at most `DECODE_CHUNK`.
+
+    Args:
+      stops: ids that end a sequence, [S], or of each sequence [B, S].
+    """
+
+    def unfinished(carry: tuple[jax.Array, GenerationState[CacheT], Tokens]) -> jax.Array:
+        return (carry[0] < steps) & ~carry[1].done_B.all()
 
     def step(
-        carry: tuple[jax.Array, GenerationState, Tokens],
-    ) -> tuple[jax.Array, GenerationState, Tokens]:
+        carry: tuple[jax.Array, GenerationState[CacheT], Tokens],
+    ) -> tuple[jax.Array, GenerationState[CacheT], Tokens]:
         index, state, tokens = carry
         logits_B1V, cache = model(state.token_B[:, None], state.cache, execution=execution)
         assert cache is not None
@@ -209,7 +241,7 @@ def decode(
         done_B = state.done_B
         length_B = jnp.where(done_B, state.cache.length_B, cache.length_B)
         state = dataclasses.replace(state, cache=dataclasses.replace(cache, length_B=length_B))
-        state, new = _sample(state, done_B, logits_B1V[:, 0], sampler, stops_S, logprobs)
+        state, new = _sample(state, done_B, logits_B1V[:, 0], sampler, stops, logprobs)
         tokens = jax.tree.map(lambda all_BC, new_B: all_BC.at[:, index].set(new_B), tokens, new)
         return index + 1, state, tokens
 
@@ -229,20 +261,20 @@ def _no_tokens(batch: int, logprobs: int | None) -> Tokens:
 
 
 def _sample(
-    state: GenerationState,
+    state: GenerationState[CacheT],
     done_B: jax.Array,
     logits_BV: jax.Array,
     sampler: Sampler,
-    stops_S: jax.Array,
+    stops: jax.Array,
     logprobs: int | None,
-) -> tuple[GenerationState, Tokens]:
+) -> tuple[GenerationState[CacheT], Tokens]:
     """Return the state with the next token of each sequence that is not done, and those tokens.
 
     `NO_TOKEN` stands where a sequence was done already, or ends here at a stop token.
     """
     keys_B = jax.vmap(jax.random.fold_in)(state.keys_B, state.cache.length_B)
     token_B = sampler(logits_BV, keys_B, state.counts)
-    stops_B = (token_B[:, None] == stops_S[None]).any(axis=-1)
+    stops_B = (token_B[:, None] == jnp.atleast_2d(stops)).any(axis=-1)
     stopped_B = state.stopped_B | (stops_B & ~done_B)
     counts = state.counts.add(token_B, ~done_B) if state.counts else None
     top = None if logprobs is None else top_logprobs(logits_BV, token_B, logprobs)

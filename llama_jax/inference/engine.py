@@ -11,9 +11,9 @@ from collections.abc import Hashable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from llama_jax.distributed.mesh import iterate_on_mesh, partition_spec
+from llama_jax.distributed.mesh import iterate_on_mesh
 from llama_jax.errors import UsageError, UserError
 from llama_jax.inference.decode import (
     DECODE_CHUNK,
@@ -29,6 +29,7 @@ from llama_jax.inference.decode import (
     prefill,
     prefill_chunks,
     sample_first_token,
+    shard_cache,
 )
 from llama_jax.inference.request import Delta, Request, TokenLogprob
 from llama_jax.inference.sampler import Sampler, TokenCounts
@@ -58,7 +59,7 @@ class Engine:
           mesh: what the model's arrays are sharded over, if they are.
         """
         self.model, self.cache_dtype, self.mesh = model, cache_dtype, mesh
-        self._execution = ON_MESH if mesh else ONE_DEVICE
+        self.execution = ON_MESH if mesh else ONE_DEVICE
         self._kept: tuple[list[int], KVCache] | None = None
         self._compiled: set[Hashable] = set()  # decode programs of this engine, by their arguments
         self._lock = threading.Lock()
@@ -112,13 +113,13 @@ class Engine:
         state, tokens = sample_first_token(state, logits_BV, sampler, stops_S, shared.logprobs)
         history_BS = _history(prompts, tokens, state.cache.slots) if shared.speculate else None
 
-        def next_tokens(state: GenerationState) -> tuple[GenerationState, Tokens]:
+        def next_tokens(state: GenerationState[KVCache]) -> tuple[GenerationState[KVCache], Tokens]:
             nonlocal history_BS
             if history_BS is None:
-                options = shared.logprobs, self._execution
+                options = shared.logprobs, self.execution
                 return decode(self.model, state, sampler, stops_S, *options)
             state, history_BS, new_BW = decode_speculating(
-                self.model, state, history_BS, stops_S, self._execution
+                self.model, state, history_BS, stops_S, self.execution
             )
             return state, Tokens(new_BW)
 
@@ -170,9 +171,9 @@ class Engine:
                 yield Delta(0, finish_reason="stop")
                 return
             yield Delta(0, (token,), finish_reason="" if left else "length")
-            logits_V, cache = decode_one(self.model, jnp.int32(token), cache, self._execution)
+            logits_V, cache = decode_one(self.model, jnp.int32(token), cache, self.execution)
 
-    def _prefill(self, request: Request) -> tuple[GenerationState, jax.Array]:
+    def _prefill(self, request: Request) -> tuple[GenerationState[KVCache], jax.Array]:
         """Return the state after reading the prompts, and the logits [B, V] after each."""
         prompts, context = request.prompts, self.model.config.context_length
         lengths = [len(prompt) for prompt in prompts]
@@ -183,10 +184,10 @@ class Engine:
         slots = cache_slots(max(tokens, start + sum(prefill_chunks(max(lengths) - start))))
         if cache is None:
             cache = KVCache.empty(self.model.config, len(prompts), slots, self.cache_dtype)
-            cache = _shard(cache, self.mesh) if self.mesh else cache
+            cache = shard_cache(cache, self.mesh) if self.mesh else cache
         elif cache.slots < slots:
             cache = cache.with_slots(slots)
-        cache, logits_BV = prefill(self.model, cache, prompts, start, execution=self._execution)
+        cache, logits_BV = prefill(self.model, cache, prompts, start, execution=self.execution)
         seeds = [params.seed if params.rng == "jax" else 0 for params in request.params]
         state = GenerationState(
             cache=cache,
@@ -216,23 +217,13 @@ class Engine:
 _keys = jax.jit(jax.vmap(jax.random.key))
 
 
-def _shard(cache: KVCache, mesh: Mesh) -> KVCache:
-    """Return the cache sharded by kv heads."""
-
-    def shard(array: jax.Array) -> jax.Array:  # [R, S, H]; R is kv heads times sequences
-        spec = partition_spec(("kv_heads", "length", "head_dim"), array.shape, mesh)
-        return jax.device_put(array, NamedSharding(mesh, spec))
-
-    return dataclasses.replace(cache, layers=jax.tree.map(shard, cache.layers))
-
-
 def _history(prompts: Sequence[Sequence[int]], tokens: Tokens, slots: int) -> jax.Array:
     """Return the ids of each sequence, the first new one included, as speculation needs them."""
     rows = [[*ids, max(int(first), 0)] for ids, first in zip(prompts, np.asarray(tokens.token))]
     return jnp.asarray(pad_sequences(rows, slots + DECODE_CHUNK + NUM_GUESSES + 1))
 
 
-def _deltas(tokens: Tokens, state: GenerationState) -> list[Delta]:
+def _deltas(tokens: Tokens, state: GenerationState[KVCache]) -> list[Delta]:
     """Return a delta per sequence from arrays on the device."""
     ends = (state.stopped_B, state.cache.length_B, state.limit_B)
     stopped_B, length_B, limit_B = map(np.asarray, ends)

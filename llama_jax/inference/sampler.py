@@ -16,6 +16,7 @@ has the same bits in every program.
 """
 
 import dataclasses
+import enum
 import math
 from collections.abc import Callable, Iterable, Sequence
 
@@ -28,6 +29,22 @@ from llama_jax.inference.request import MAX_TOKEN_ID, SamplingParams
 MAX_TEMPERATURE = 1e30  # a higher temperature is this: its reciprocal would be 0 in float32
 MAX_ADJUSTMENT = 1e9  # biases and penalties are clipped to it, so that float32 does not overflow
 MIN_BIASES = 8  # space for biases is this or the next power of two, so few sizes are compiled
+MAX_BIASES = 512  # space for them where it may not grow, at `Level.ALL`
+
+
+class Level(enum.IntEnum):
+    """Steps that a sampler has, whether its parameters use them or not: few programs for all."""
+
+    GREEDY = 0  # only the most likely token
+    DRAW = 1  # and temperature with the filters
+    ALL = 2  # and biases and penalties
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> "Level":
+        """Return the lowest level that has the steps of these parameters."""
+        if params.has_penalties or params.logit_bias or params.logprobs is not None:
+            return cls.ALL
+        return cls.GREEDY if params.is_greedy else cls.DRAW
 
 
 @jax.tree_util.register_dataclass
@@ -69,13 +86,22 @@ class Sampler:
     biases_BI: tuple[jax.Array, jax.Array] | None  # token ids (`MAX_TOKEN_ID`: none) and values
 
     @classmethod
-    def of(cls, params: Sequence[SamplingParams]) -> "Sampler":
-        """Return the sampler of a batch of sequences with these parameters."""
+    def of(cls, params: Sequence[SamplingParams], level: Level | None = None) -> "Sampler":
+        """Return the sampler of a batch of sequences with these parameters.
+
+        Args:
+          level: the steps it has, used or not; None: those that some sequence uses.
+        """
+
+        def has(is_used: bool, least: Level) -> bool:
+            return is_used if level is None else level >= least
+
         greedy = [each.is_greedy for each in params]
         sampled = [each for each in params if not each.is_greedy]
         temperatures = [1.0 if each.is_greedy else each.temperature for each in params]
+        draws = has(bool(sampled), Level.DRAW)
         penalties = None
-        if any(each.has_penalties for each in params):
+        if has(any(each.has_penalties for each in params), Level.ALL):
             limit = MAX_ADJUSTMENT
             penalties = (
                 _column((each.repetition_penalty for each in params), 1 / limit, limit),
@@ -84,17 +110,18 @@ class Sampler:
             )
         # 0 turns top_k off: then all tokens are among the first MAX_TOKEN_ID.
         top_k = [min(each.top_k or MAX_TOKEN_ID, MAX_TOKEN_ID) for each in params]
-        filters_k = any(each.top_k for each in sampled)
-        filters_p = any(each.top_p < 1 for each in sampled)
-        filters_min_p = any(each.min_p for each in sampled)
+        filters_k = has(any(each.top_k for each in sampled), Level.DRAW)
+        filters_p = has(any(each.top_p < 1 for each in sampled), Level.DRAW)
+        filters_min_p = has(any(each.min_p for each in sampled), Level.DRAW)
+        biases = has(any(each.logit_bias for each in params), Level.ALL)
         return cls(
-            temperature_B=_column(temperatures, 0, MAX_TEMPERATURE) if sampled else None,
-            greedy_B=jnp.asarray(greedy) if sampled and any(greedy) else None,
+            temperature_B=_column(temperatures, 0, MAX_TEMPERATURE) if draws else None,
+            greedy_B=jnp.asarray(greedy) if draws and has(any(greedy), Level.DRAW) else None,
             top_k_B=jnp.asarray(top_k, jnp.int32) if filters_k else None,
             top_p_B=_column((each.top_p for each in params), 0, 1) if filters_p else None,
             min_p_B=_column((each.min_p for each in params), 0, 1) if filters_min_p else None,
             penalties_B=penalties,
-            biases_BI=_bias_arrays(params) if any(each.logit_bias for each in params) else None,
+            biases_BI=_bias_arrays(params, MAX_BIASES if level else MIN_BIASES) if biases else None,
         )
 
     @property
@@ -148,10 +175,10 @@ def _column(values: Iterable[float], least: float, most: float) -> jax.Array:
     return jnp.asarray([min(max(value, least), most) for value in values], jnp.float32)
 
 
-def _bias_arrays(params: Sequence[SamplingParams]) -> tuple[jax.Array, jax.Array]:
-    """Return token ids and biases, [B, I] each; I is a power of two that many requests share."""
+def _bias_arrays(params: Sequence[SamplingParams], least: int) -> tuple[jax.Array, jax.Array]:
+    """Return token ids and biases, [B, I] each; I is `least` or a greater power of two."""
     most = max(len(each.logit_bias) for each in params)
-    shape = (len(params), max(2 ** (most - 1).bit_length(), MIN_BIASES))
+    shape = (len(params), max(2 ** (most - 1).bit_length(), least))
     ids_BI, bias_BI = np.full(shape, MAX_TOKEN_ID, np.int32), np.zeros(shape, np.float32)
     for row, each in enumerate(params):
         for place, (token, bias) in enumerate(each.logit_bias.items()):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from llama_jax.inference.decode import DECODE_CHUNK, NO_TOKEN, GenerationState
 from llama_jax.inference.sampler import most_likely
+from llama_jax.model.cache import KVCache
 from llama_jax.model.execution import Execution
 from llama_jax.model.transformer import ONE_DEVICE, Llama
 
@@ -45,7 +46,7 @@ def guess_tokens(history_BS: jax.Array, length_B: jax.Array) -> jax.Array:
 class Progress(NamedTuple):
     """The state within one call of `decode_speculating`."""
 
-    state: GenerationState
+    state: GenerationState[KVCache]
     history_BS: jax.Array  # ids of each sequence, `state.token_B` the last that is known
     new_BW: jax.Array  # new ids of this call, `NO_TOKEN` after them and for a stop token
     count_B: jax.Array  # new ids, a stop token included
@@ -54,11 +55,11 @@ class Progress(NamedTuple):
 @partial(jax.jit, donate_argnames=("state", "history_BS"), static_argnames="execution")
 def decode_speculating(
     model: Llama,
-    state: GenerationState,
+    state: GenerationState[KVCache],
     history_BS: jax.Array,
     stops_S: jax.Array,
     execution: Execution = ONE_DEVICE,
-) -> tuple[GenerationState, jax.Array, jax.Array]:
+) -> tuple[GenerationState[KVCache], jax.Array, jax.Array]:
     """Decode greedily with guesses, as `inference.decode.decode` does without.
 
     Returns state, history and new tokens [B, W].

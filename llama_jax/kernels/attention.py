@@ -75,6 +75,60 @@ def attend(
     return out_RMH.reshape(K, B, N // K, T, H).transpose(1, 3, 0, 2, 4).reshape(B, T, N, H)
 
 
+def attend_in_chunks(
+    q_BTNH: jax.Array,
+    own: tuple[jax.Array, jax.Array],
+    own_mask_BTC: jax.Array,
+    read: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+    mask: Callable[[jax.Array], jax.Array],
+    num_chunks: jax.Array,
+) -> jax.Array:
+    """`attend` over keys and values that are read a chunk at a time, by an online softmax.
+
+    The sums run over `own` and then chunk 0, 1, … (Milakov and Gimelshein 2018). A chunk that is
+    masked for a query adds zeros and multiplies by one: not a bit of its result changes.
+
+    Args:
+      own: keys and values [R, C, H] of which each query attends to at least one.
+      own_mask_BTC: for them; a dim may be 1 where it makes no difference.
+      read: keys and values of a chunk, [R, C, H].
+      mask: which of them a query attends to, [B, T, C].
+      num_chunks: how many there are; an array, so that it may differ from call to call.
+    """
+    B, T, N, H = q_BTNH.shape
+    K = own[0].shape[0] // B
+    q_KBGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(2, 0, 3, 1, 4)
+    q_RMH = q_KBGTH.reshape(K * B, -1, H)  # M = G·T
+    f32 = {"preferred_element_type": jnp.float32}
+
+    def scores(keys_RCH: jax.Array, mask_BTC: jax.Array) -> jax.Array:
+        scores_RMC = jnp.einsum("RMH,RCH->RMC", q_RMH, keys_RCH, **f32) * (1.0 / math.sqrt(H))
+        by_query = scores_RMC.reshape(K, B, N // K, T, -1)
+        return jnp.where(mask_BTC[None, :, None], by_query, -jnp.inf).reshape(scores_RMC.shape)
+
+    def add(chunk: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        keys_RCH, values_RCH = read(chunk)
+        return added(sums, scores(keys_RCH, mask(chunk)), values_RCH)
+
+    def added(
+        sums: tuple[jax.Array, ...], scores_RMC: jax.Array, values_RCH: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        largest_RM1, weight_RM1, out_RMH = sums
+        new_RM1 = jnp.maximum(largest_RM1, scores_RMC.max(axis=-1, keepdims=True))
+        weights_RMC, rescale_RM1 = jnp.exp(scores_RMC - new_RM1), jnp.exp(largest_RM1 - new_RM1)
+        mixed = jnp.einsum("RMC,RCH->RMH", weights_RMC.astype(values_RCH.dtype), values_RCH, **f32)
+        total_RM1 = weight_RM1 * rescale_RM1 + weights_RMC.sum(axis=-1, keepdims=True)
+        return new_RM1, total_RM1, out_RMH * rescale_RM1 + mixed
+
+    own_scores_RMC = scores(own[0], own_mask_BTC)
+    largest_RM1 = own_scores_RMC.max(axis=-1, keepdims=True)
+    nothing = (largest_RM1, jnp.zeros_like(largest_RM1), jnp.zeros(q_RMH.shape, jnp.float32))
+    start = added(nothing, own_scores_RMC, own[1])
+    _, total_RM1, out_RMH = jax.lax.fori_loop(0, num_chunks, add, start)
+    out_RMH = (out_RMH / total_RM1).astype(own[1].dtype)
+    return out_RMH.reshape(K, B, N // K, T, H).transpose(1, 3, 0, 2, 4).reshape(B, T, N, H)
+
+
 def xla_attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,

@@ -4,13 +4,21 @@ Each sequence has its own length, so prompts of different lengths share a batch.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from llama_jax.config import ModelConfig
-from llama_jax.kernels.attention import merge_heads_and_batch
+from llama_jax.kernels.attention import attend, causal_mask, merge_heads_and_batch
+
+# (q_BTNH, k_BTKH, v_BTKH, the layer's cache or None, dropout key or None) -> (the mixed values
+# [B, T, N, H], the updated cache). `Llama.hidden` makes one that all blocks share.
+AttentionFunction = Callable[
+    [jax.Array, jax.Array, jax.Array, Any, jax.Array | None], tuple[jax.Array, Any]
+]
 
 
 @jax.tree_util.register_dataclass
@@ -26,7 +34,10 @@ class LayerCache:
     values_RSH: jax.Array
 
     def write(self, keys_BTKH: jax.Array, values_BTKH: jax.Array, at_B: jax.Array) -> "LayerCache":
-        """This cache with T more slots of each sequence filled, from its slot `at_B` on."""
+        """This cache with T more slots of each sequence filled, from its slot `at_B` on.
+
+        An `at_B` without dims is the slot of all sequences.
+        """
         return LayerCache(
             _write(self.keys_RSH, keys_BTKH, at_B),
             _write(self.values_RSH, values_BTKH, at_B),
@@ -77,12 +88,15 @@ def _quantized(x_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
     return rounded_BTKH.astype(jnp.int8), scale_BTK1
 
 
+StoredLayer = LayerCache | Int8LayerCache
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
     """The cache of every layer, and how many slots of each sequence hold a token."""
 
-    layers: tuple[LayerCache | Int8LayerCache, ...]
+    layers: tuple[StoredLayer, ...]
     length_B: jax.Array
 
     @classmethod
@@ -94,7 +108,7 @@ class KVCache:
         R, S, H = config.num_kv_heads * batch, slots, config.head_size
         zeros = partial(jnp.zeros, dtype=config.compute_dtype)
 
-        def layer() -> LayerCache | Int8LayerCache:
+        def layer() -> StoredLayer:
             if dtype != "int8":
                 return LayerCache(zeros((R, S, H)), zeros((R, S, H)))
             parts = [(jnp.zeros((R, S, H), jnp.int8), zeros((R, S, 1))) for _ in range(2)]
@@ -108,6 +122,24 @@ class KVCache:
         """Tokens that a sequence has room for."""
         return jax.tree.leaves(self.layers)[0].shape[1]
 
+    def positions(self, T: int) -> jax.Array:
+        """The positions of the next T tokens of each sequence, int32 [B, T]."""
+        return self.length_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+
+    def attention(self, positions_BT: jax.Array, window: int = 0) -> AttentionFunction:
+        """Attention over the cache, after writing new keys and values behind those it holds."""
+        mask_BTS = causal_mask(positions_BT, self.slots, window)
+
+        def attention(q_BTNH, k_BTKH, v_BTKH, layer, _key):  # type: ignore[no-untyped-def]
+            layer = layer.write(k_BTKH, v_BTKH, self.length_B)
+            return attend(q_BTNH, layer.keys_RSH, layer.values_RSH, mask_BTS), layer
+
+        return attention
+
+    def filled(self, layers: tuple[StoredLayer, ...], T: int) -> "KVCache":
+        """The cache after T more tokens of each sequence."""
+        return KVCache(layers, self.length_B + T)
+
     def with_slots(self, slots: int) -> "KVCache":
         """The same tokens with room for more."""
         more = ((0, 0), (0, slots - self.slots), (0, 0))
@@ -118,7 +150,7 @@ def _write(old_RSH: jax.Array, new_BTKH: jax.Array, at_B: jax.Array) -> jax.Arra
     """`old` with `new` written along S, in each sequence from its own slot on."""
     B, _, K, _ = new_BTKH.shape
     new_RTH = merge_heads_and_batch(new_BTKH.astype(old_RSH.dtype))
-    if B == 1:  # one sequence needs no scatter
-        return jax.lax.dynamic_update_slice_in_dim(old_RSH, new_RTH, at_B[0], axis=1)
+    if not at_B.ndim or B == 1:  # one place needs no scatter
+        return jax.lax.dynamic_update_slice_in_dim(old_RSH, new_RTH, at_B.reshape(-1)[0], axis=1)
     write = partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
     return jax.vmap(write)(old_RSH, new_RTH, jnp.tile(at_B, K))

@@ -8,7 +8,7 @@ blocks, made once by `unstack`, each layer with its own cache: the cache never g
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax.config import ModelConfig
-from llama_jax.kernels.attention import attend, causal_mask
 from llama_jax.kernels.matmul import prefers_outputs_first
-from llama_jax.model.cache import Int8LayerCache, KVCache, LayerCache
+from llama_jax.model.cache import AttentionFunction, KVCache
 from llama_jax.model.execution import Execution
 from llama_jax.model.layers import (
     Linear,
@@ -30,15 +29,11 @@ from llama_jax.model.layers import (
     unembed,
 )
 from llama_jax.model.positions import positions_within, rotary_embedding, rotate
+from llama_jax.model.slot_cache import SlotCache, SlotPrompt
 
 ONE_DEVICE = Execution()
 
-Cache = LayerCache | Int8LayerCache | None
-# (q_BTNH, k_BTKH, v_BTKH, the layer's cache or None, dropout key or None) -> (the mixed values
-# [B, T, N, H], the updated cache). `Llama.hidden` makes one that all blocks share.
-AttentionFunction = Callable[
-    [jax.Array, jax.Array, jax.Array, Cache, jax.Array | None], tuple[jax.Array, Cache]
-]
+CacheT = TypeVar("CacheT", KVCache, SlotCache, SlotPrompt)
 
 
 class Attention(nnx.Module):
@@ -58,9 +53,9 @@ class Attention(nnx.Module):
         x_BTD: jax.Array,
         rotary: tuple[jax.Array, jax.Array],
         attention: AttentionFunction,
-        cache: Cache = None,
+        cache: Any = None,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache]:
+    ) -> tuple[jax.Array, Any]:
         """The output [B, T, D], and the cache with T more slots filled if one came in."""
         # The names are what rematerialisation policies keep; see `model.execution`.
         q_BTNH = checkpoint_name(rotate(self.wq(x_BTD), *rotary), "queries")
@@ -68,19 +63,6 @@ class Attention(nnx.Module):
         v_BTKH = checkpoint_name(self.wv(x_BTD), "values")
         mixed_BTNH, cache = attention(q_BTNH, k_BTKH, v_BTKH, cache, dropout_key)
         return self.wo(mixed_BTNH), cache
-
-
-def update_cache_and_attend(
-    cache: KVCache, positions_BT: jax.Array, window: int = 0
-) -> AttentionFunction:
-    """Attention over a cache, after writing the new keys and values behind those it holds."""
-    mask_BTS, start_B = causal_mask(positions_BT, cache.slots, window), cache.length_B
-
-    def attention(q_BTNH, k_BTKH, v_BTKH, layer, _key):  # type: ignore[no-untyped-def]
-        layer = layer.write(k_BTKH, v_BTKH, start_B)
-        return attend(q_BTNH, layer.keys_RSH, layer.values_RSH, mask_BTS), layer
-
-    return attention
 
 
 def attend_within(
@@ -136,9 +118,9 @@ class Block(nnx.Module):
         rotary: tuple[jax.Array, jax.Array],
         attention: AttentionFunction,
         execution: Execution,
-        cache: Cache = None,
+        cache: Any = None,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache]:
+    ) -> tuple[jax.Array, Any]:
         """The residual stream [B, T, D] after this block, and the layer's updated cache."""
         keys = [None] * 3 if dropout_key is None else list(jax.random.split(dropout_key, 3))
         example_ids = execution.example_ids
@@ -176,12 +158,12 @@ class Llama(nnx.Module):
     def hidden(
         self,
         tokens_BT: jax.Array,
-        cache: KVCache | None = None,
+        cache: CacheT | None = None,
         *,
         segments_BT: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
         execution: Execution = ONE_DEVICE,
-    ) -> tuple[jax.Array, KVCache | None]:
+    ) -> tuple[jax.Array, CacheT | None]:
         """The normalised hidden states [B, T, D] before the output matrix, and the updated cache.
 
         Args:
@@ -195,8 +177,8 @@ class Llama(nnx.Module):
         config, T = self.config, tokens_BT.shape[1]
         positions_BT = jnp.arange(T, dtype=jnp.int32)[None]
         if cache is not None:
-            positions_BT = cache.length_B[:, None] + positions_BT
-            attention = update_cache_and_attend(cache, positions_BT, config.sliding_window)
+            positions_BT = cache.positions(T)
+            attention = cache.attention(positions_BT, config.sliding_window)
         else:
             if segments_BT is not None:
                 positions_BT = positions_within(segments_BT)
@@ -227,7 +209,7 @@ class Llama(nnx.Module):
             for block, layer in zip(self.blocks, cache.layers):
                 x_BTD, layer = block(x_BTD, rotary, attention, execution, layer)
                 layers.append(layer)
-            cache = KVCache(tuple(layers), cache.length_B + T)
+            cache = cache.filled(tuple(layers), T)
         return execution.gathered(self.norm, x_BTD.dtype)(x_BTD), cache
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
@@ -239,10 +221,10 @@ class Llama(nnx.Module):
     def __call__(
         self,
         tokens_BT: jax.Array,
-        cache: KVCache | None = None,
+        cache: CacheT | None = None,
         *,
         execution: Execution = ONE_DEVICE,
-    ) -> tuple[jax.Array, KVCache | None]:
+    ) -> tuple[jax.Array, CacheT | None]:
         """Float32 logits [B, T, V], and the updated cache if one came in."""
         x_BTD, cache = self.hidden(tokens_BT, cache, execution=execution)
         return self.logits(x_BTD), cache

@@ -14,7 +14,6 @@ from llama_jax.kernels.attention import KERNELS, attend, causal_mask, merge_head
 from llama_jax.model.cache import KVCache, LayerCache
 from llama_jax.model.layers import dropout
 from llama_jax.model.positions import rotary_embedding
-from llama_jax.model.transformer import update_cache_and_attend
 
 B, T, D, N, H = 5, 7, 24, 6, 4
 
@@ -82,7 +81,7 @@ def test_the_layer_agrees_with_the_oracle(tiny_model, kernel):
     if kernel is None:
         cache = LayerCache(*[jnp.zeros((2 * B, 11, H))] * 2)
         whole = KVCache((cache,), jnp.zeros(B, jnp.int32))
-        look = update_cache_and_attend(whole, jnp.arange(T)[None])
+        look = whole.attention(jnp.arange(T)[None])
     else:
         look, cache = lambda *given: (KERNELS[kernel](*given[:3]), None), None
     out, filled = jax.jit(lambda x, cache: layer(x, turn, look, cache))(x_BTD, cache)

@@ -1,0 +1,210 @@
+"""A key/value cache for sequences that come and go: continuous batching.
+
+Each sequence of the batch has a slot. What a slot holds is in two places: `stored`, by position,
+and `recent`, the tokens of the running block of decode steps. All slots write step i of a block at
+index i of `recent`, so that a step is one `dynamic_update_slice` for the whole batch and not a
+scatter, which is slow on TPU. At the end of a block `flush` moves the tokens to their positions.
+
+Attention reads `stored` in chunks up to the longest active sequence, so that one program serves all
+lengths. A chunk beyond a sequence's own length changes none of its bits: a sequence does not
+depend on its neighbours.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.config import ModelConfig
+from llama_jax.kernels.attention import attend_in_chunks, causal_mask
+from llama_jax.model.cache import AttentionFunction, KVCache, StoredLayer
+
+BLOCK = 16  # decode steps at most before `flush`
+CHUNK = 128  # stored tokens that attention reads at a time; of 64 to 512 the fastest on CPU
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SlotLayer:
+    """One layer's keys and values: `stored` [R, S, H] and `recent` [R, `BLOCK`, H]; R = K·B."""
+
+    stored: StoredLayer
+    recent: StoredLayer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SlotCache:
+    """The cache of a batch while it is decoded, one token of every sequence a step."""
+
+    layers: tuple[SlotLayer, ...]
+    stored_B: jax.Array  # tokens of each slot that are in `stored`
+    length_B: jax.Array  # the same with those in `recent`
+    num_recent: jax.Array  # steps since the last flush
+
+    @classmethod
+    def empty(cls, config: ModelConfig, slots: int, tokens: int, dtype: str = "") -> "SlotCache":
+        """Return an empty cache for sequences of up to `tokens` tokens; `dtype` as for `KVCache`.
+
+        Each slot has room for a block more, where a slot that is not active is written to.
+        """
+        size = -(-(tokens + BLOCK) // CHUNK) * CHUNK
+        stored = KVCache.empty(config, slots, size, dtype).layers
+        recent = KVCache.empty(config, slots, BLOCK, dtype).layers
+        layers = tuple(SlotLayer(*layer) for layer in zip(stored, recent))
+        return cls(layers, *(jnp.zeros(shape, jnp.int32) for shape in (slots, slots, ())))
+
+    @property
+    def slots(self) -> int:
+        """Sequences that are decoded together."""
+        return self.length_B.shape[0]
+
+    def positions(self, T: int) -> jax.Array:
+        """Return the position of each slot's next token, int32 [B, 1]; T must be 1."""
+        assert T == 1, "slots are decoded one token a step"
+        return (self.stored_B + self.num_recent)[:, None]
+
+    def attention(self, positions_BT: jax.Array, window: int) -> AttentionFunction:
+        """Return attention over all tokens so far, which adds the new one to `recent`."""
+        chunks = _num_chunks(self.stored_B.max())
+        recent_mask_BTC = causal_mask(self.num_recent[None, None], BLOCK, window)
+
+        def stored_mask(chunk: jax.Array) -> jax.Array:
+            return _mask(chunk, self.stored_B, positions_BT, window)
+
+        def attention(q_BTNH, k_BTKH, v_BTKH, layer, _key):  # type: ignore[no-untyped-def]
+            recent = layer.recent.write(k_BTKH, v_BTKH, self.num_recent)
+
+            def read(chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
+                slice_ = jax.lax.dynamic_slice_in_dim
+                return _pair(
+                    jax.tree.map(lambda x: slice_(x, chunk * CHUNK, CHUNK, 1), layer.stored)
+                )
+
+            mixed_BTNH = attend_in_chunks(
+                q_BTNH, _pair(recent), recent_mask_BTC, read, stored_mask, chunks
+            )
+            return mixed_BTNH, SlotLayer(layer.stored, recent)
+
+        return attention
+
+    def filled(self, layers: tuple[SlotLayer, ...], T: int) -> "SlotCache":
+        """Return the cache after T more tokens of each sequence."""
+        return SlotCache(layers, self.stored_B, self.length_B + T, self.num_recent + T)
+
+    def flush(self, active_B: jax.Array) -> "SlotCache":
+        """Return the cache with the recent tokens of active slots in `stored`.
+
+        Of those, only the first `length_B - stored_B` belong to the sequence. The others lie beyond
+        its length, where they are not read before they are overwritten.
+        """
+        nowhere = self.layers[0].stored.keys_RSH.shape[1] - BLOCK
+        at_B = jnp.where(active_B, self.stored_B, nowhere)
+
+        def store(slot: jax.Array, layers: tuple[SlotLayer, ...]) -> tuple[SlotLayer, ...]:
+            def move(stored_RSH: jax.Array, recent_RCH: jax.Array) -> jax.Array:
+                recent_KCH = _read_slot(recent_RCH, self.slots, slot, jnp.int32(0), BLOCK)
+                return _write_slot(stored_RSH, recent_KCH, self.slots, slot, at_B[slot])
+
+            return tuple(
+                SlotLayer(jax.tree.map(move, layer.stored, layer.recent), layer.recent)
+                for layer in layers
+            )
+
+        layers = jax.lax.fori_loop(0, self.slots, store, self.layers)
+        return SlotCache(layers, self.length_B, self.length_B, jnp.int32(0))
+
+    def copy(self, source: jax.Array, target: jax.Array, length: jax.Array) -> "SlotCache":
+        """Return the cache with the first `length` stored tokens of one slot in another, too."""
+
+        def copy_chunk(chunk: jax.Array, layers: tuple[SlotLayer, ...]) -> tuple[SlotLayer, ...]:
+            def copy(stored_RSH: jax.Array) -> jax.Array:
+                start = chunk * CHUNK
+                tokens_KCH = _read_slot(stored_RSH, self.slots, source, start, CHUNK)
+                return _write_slot(stored_RSH, tokens_KCH, self.slots, target, start)
+
+            return tuple(
+                SlotLayer(jax.tree.map(copy, layer.stored), layer.recent) for layer in layers
+            )
+
+        layers = jax.lax.fori_loop(0, _num_chunks(length), copy_chunk, self.layers)
+        return dataclasses.replace(self, layers=layers)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SlotPrompt:
+    """One slot of a `SlotCache` while a part of its prompt is read, from token `start` on."""
+
+    layers: tuple[SlotLayer, ...]
+    slot: jax.Array
+    start: jax.Array
+
+    def positions(self, T: int) -> jax.Array:
+        """Return the positions of T tokens, int32 [1, T]."""
+        return (self.start + jnp.arange(T, dtype=jnp.int32))[None]
+
+    def attention(self, positions_BT: jax.Array, window: int) -> AttentionFunction:
+        """Return attention over the stored tokens and the new ones, which are stored then."""
+        T = positions_BT.shape[1]
+        own_mask_BTC = causal_mask(jnp.arange(T)[None], T, window)
+
+        def stored_mask(chunk: jax.Array) -> jax.Array:
+            return _mask(chunk, self.start[None], positions_BT, window)
+
+        def attention(q_BTNH, k_BTKH, v_BTKH, layer, _key):  # type: ignore[no-untyped-def]
+            K = k_BTKH.shape[2]
+            slots = layer.stored.keys_RSH.shape[0] // K
+            empty = jax.tree.map(lambda x: jnp.zeros((K, T, x.shape[2]), x.dtype), layer.stored)
+            own = empty.write(k_BTKH, v_BTKH, jnp.int32(0))
+
+            def read(chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
+                at = (slots, self.slot, chunk * CHUNK, CHUNK)
+                return _pair(jax.tree.map(lambda x: _read_slot(x, *at), layer.stored))
+
+            mixed_BTNH = attend_in_chunks(
+                q_BTNH, _pair(own), own_mask_BTC, read, stored_mask, _num_chunks(self.start)
+            )
+            at = (slots, self.slot, self.start)
+            stored = jax.tree.map(lambda old, new: _write_slot(old, new, *at), layer.stored, own)
+            return mixed_BTNH, SlotLayer(stored, layer.recent)
+
+        return attention
+
+    def filled(self, layers: tuple[SlotLayer, ...], T: int) -> "SlotPrompt":
+        """Return the slot after T more tokens."""
+        return SlotPrompt(layers, self.slot, self.start + T)
+
+
+def _num_chunks(tokens: jax.Array) -> jax.Array:
+    return (tokens + CHUNK - 1) // CHUNK
+
+
+def _mask(chunk: jax.Array, length_B: jax.Array, positions_BT: jax.Array, window: int) -> jax.Array:
+    """Return which stored tokens of a chunk a query attends to, [B, T, C]."""
+    slots_C = (chunk * CHUNK + jnp.arange(CHUNK))[None, None]
+    mask_BTC = slots_C < length_B[:, None, None]
+    return mask_BTC & (slots_C > positions_BT[:, :, None] - window) if window else mask_BTC
+
+
+def _pair(layer: StoredLayer) -> tuple[jax.Array, jax.Array]:
+    return layer.keys_RSH, layer.values_RSH
+
+
+def _read_slot(
+    array_RSH: jax.Array, slots: int, slot: jax.Array, start: jax.Array, length: int
+) -> jax.Array:
+    """Return `length` tokens of one slot, [K, length, H]."""
+    R, S, H = array_RSH.shape
+    array_KBSH = array_RSH.reshape(-1, slots, S, H)
+    size = (R // slots, 1, length, H)
+    return jax.lax.dynamic_slice(array_KBSH, (0, slot, start, 0), size)[:, 0]
+
+
+def _write_slot(
+    array_RSH: jax.Array, tokens_KCH: jax.Array, slots: int, slot: jax.Array, start: jax.Array
+) -> jax.Array:
+    """Return the array with tokens of one slot written from `start` on."""
+    array_KBSH = array_RSH.reshape(-1, slots, *array_RSH.shape[1:])
+    written = jax.lax.dynamic_update_slice(array_KBSH, tokens_KCH[:, None], (0, slot, start, 0))
+    return written.reshape(array_RSH.shape)
