@@ -45,8 +45,8 @@ CacheT = TypeVar("CacheT", KVCache, SlotCache)
 def shard_cache(cache: CacheT, mesh: Mesh) -> CacheT:
     """Return the cache sharded by kv heads."""
 
-    def shard(array: jax.Array) -> jax.Array:  # [R, S, H]; R is kv heads times sequences
-        spec = partition_spec(("kv_heads", "length", "head_dim"), array.shape, mesh)
+    def shard(array: jax.Array) -> jax.Array:  # kv heads, perhaps times sequences, come first
+        spec = partition_spec(("kv_heads", *[""] * (array.ndim - 1)), array.shape, mesh)
         return jax.device_put(array, NamedSharding(mesh, spec))
 
     return dataclasses.replace(cache, layers=jax.tree.map(shard, cache.layers))

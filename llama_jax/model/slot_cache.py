@@ -26,7 +26,11 @@ CHUNK = 128  # stored tokens that attention reads at a time; of 64 to 512 the fa
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SlotLayer:
-    """One layer's keys and values: `stored` [R, S, H] and `recent` [R, `BLOCK`, H]; R = K·B."""
+    """One layer's keys and values: `stored` [K, B, S, H] and `recent` [K·B, `BLOCK`, H].
+
+    `stored` has its own dim for slots: with K and B merged, XLA on CPU copied all of it wherever a
+    slot was written.
+    """
 
     stored: StoredLayer
     recent: StoredLayer
@@ -49,7 +53,10 @@ class SlotCache:
         Each slot has room for a block more, where a slot that is not active is written to.
         """
         size = -(-(tokens + BLOCK) // CHUNK) * CHUNK
-        stored = KVCache.empty(config, slots, size, dtype).layers
+        stored = jax.tree.map(
+            lambda x: x.reshape(-1, slots, *x.shape[1:]),
+            KVCache.empty(config, slots, size, dtype).layers,
+        )
         recent = KVCache.empty(config, slots, BLOCK, dtype).layers
         layers = tuple(SlotLayer(*layer) for layer in zip(stored, recent))
         return cls(layers, *(jnp.zeros(shape, jnp.int32) for shape in (slots, slots, ())))
@@ -58,6 +65,11 @@ class SlotCache:
     def slots(self) -> int:
         """Sequences that are decoded together."""
         return self.length_B.shape[0]
+
+    @property
+    def size(self) -> int:
+        """Tokens that a slot has room for."""
+        return jax.tree.leaves(self.layers)[0].shape[2]
 
     def positions(self, T: int) -> jax.Array:
         """Return the position of each slot's next token, int32 [B, 1]; T must be 1."""
@@ -76,10 +88,7 @@ class SlotCache:
             recent = layer.recent.write(k_BTKH, v_BTKH, self.num_recent)
 
             def read(chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
-                slice_ = jax.lax.dynamic_slice_in_dim
-                return _pair(
-                    jax.tree.map(lambda x: slice_(x, chunk * CHUNK, CHUNK, 1), layer.stored)
-                )
+                return _pair(jax.tree.map(lambda x: _read(x, chunk), layer.stored))
 
             mixed_BTNH = attend_in_chunks(
                 q_BTNH, _pair(recent), recent_mask_BTC, read, stored_mask, chunks
@@ -98,13 +107,14 @@ class SlotCache:
         Of those, only the first `length_B - stored_B` belong to the sequence. The others lie beyond
         its length, where they are not read before they are overwritten.
         """
-        nowhere = self.layers[0].stored.keys_RSH.shape[1] - BLOCK
+        nowhere = self.size - BLOCK
         at_B = jnp.where(active_B, self.stored_B, nowhere)
 
         def store(slot: jax.Array, layers: tuple[SlotLayer, ...]) -> tuple[SlotLayer, ...]:
-            def move(stored_RSH: jax.Array, recent_RCH: jax.Array) -> jax.Array:
-                recent_KCH = _read_slot(recent_RCH, self.slots, slot, jnp.int32(0), BLOCK)
-                return _write_slot(stored_RSH, recent_KCH, self.slots, slot, at_B[slot])
+            def move(stored_KBSH: jax.Array, recent_RCH: jax.Array) -> jax.Array:
+                recent_KBCH = recent_RCH.reshape(*stored_KBSH.shape[:2], *recent_RCH.shape[1:])
+                recent_KCH = _read_slot(recent_KBCH, slot, jnp.int32(0), BLOCK)
+                return _write_slot(stored_KBSH, recent_KCH, slot, at_B[slot])
 
             return tuple(
                 SlotLayer(jax.tree.map(move, layer.stored, layer.recent), layer.recent)
@@ -118,10 +128,9 @@ class SlotCache:
         """Return the cache with the first `length` stored tokens of one slot in another, too."""
 
         def copy_chunk(chunk: jax.Array, layers: tuple[SlotLayer, ...]) -> tuple[SlotLayer, ...]:
-            def copy(stored_RSH: jax.Array) -> jax.Array:
-                start = chunk * CHUNK
-                tokens_KCH = _read_slot(stored_RSH, self.slots, source, start, CHUNK)
-                return _write_slot(stored_RSH, tokens_KCH, self.slots, target, start)
+            def copy(stored_KBSH: jax.Array) -> jax.Array:
+                tokens_KCH = _read_slot(stored_KBSH, source, chunk * CHUNK, CHUNK)
+                return _write_slot(stored_KBSH, tokens_KCH, target, chunk * CHUNK)
 
             return tuple(
                 SlotLayer(jax.tree.map(copy, layer.stored), layer.recent) for layer in layers
@@ -145,7 +154,7 @@ class SlotPrompt:
         return (self.start + jnp.arange(T, dtype=jnp.int32))[None]
 
     def attention(self, positions_BT: jax.Array, window: int) -> AttentionFunction:
-        """Return attention over the stored tokens and the new ones, which are stored then."""
+        """Return attention over the stored tokens and the new ones, which it stores."""
         T = positions_BT.shape[1]
         own_mask_BTC = causal_mask(jnp.arange(T)[None], T, window)
 
@@ -153,20 +162,21 @@ class SlotPrompt:
             return _mask(chunk, self.start[None], positions_BT, window)
 
         def attention(q_BTNH, k_BTKH, v_BTKH, layer, _key):  # type: ignore[no-untyped-def]
-            K = k_BTKH.shape[2]
-            slots = layer.stored.keys_RSH.shape[0] // K
-            empty = jax.tree.map(lambda x: jnp.zeros((K, T, x.shape[2]), x.dtype), layer.stored)
+            empty = jax.tree.map(
+                lambda x: jnp.zeros((x.shape[0], T, x.shape[3]), x.dtype), layer.stored
+            )
             own = empty.write(k_BTKH, v_BTKH, jnp.int32(0))
+            # Written before the others are read, so that XLA need not copy them.
+            at = (self.slot, self.start)
+            stored = jax.tree.map(lambda old, new: _write_slot(old, new, *at), layer.stored, own)
 
             def read(chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
-                at = (slots, self.slot, chunk * CHUNK, CHUNK)
-                return _pair(jax.tree.map(lambda x: _read_slot(x, *at), layer.stored))
+                at = (self.slot, chunk * CHUNK, CHUNK)
+                return _pair(jax.tree.map(lambda x: _read_slot(x, *at), stored))
 
             mixed_BTNH = attend_in_chunks(
                 q_BTNH, _pair(own), own_mask_BTC, read, stored_mask, _num_chunks(self.start)
             )
-            at = (slots, self.slot, self.start)
-            stored = jax.tree.map(lambda old, new: _write_slot(old, new, *at), layer.stored, own)
             return mixed_BTNH, SlotLayer(stored, layer.recent)
 
         return attention
@@ -191,20 +201,20 @@ def _pair(layer: StoredLayer) -> tuple[jax.Array, jax.Array]:
     return layer.keys_RSH, layer.values_RSH
 
 
-def _read_slot(
-    array_RSH: jax.Array, slots: int, slot: jax.Array, start: jax.Array, length: int
-) -> jax.Array:
+def _read(array_KBSH: jax.Array, chunk: jax.Array) -> jax.Array:
+    """Return a chunk of tokens of all slots, [R, C, H]."""
+    chunk_KBCH = jax.lax.dynamic_slice_in_dim(array_KBSH, chunk * CHUNK, CHUNK, axis=2)
+    return chunk_KBCH.reshape(-1, *chunk_KBCH.shape[2:])
+
+
+def _read_slot(array_KBSH: jax.Array, slot: jax.Array, start: jax.Array, length: int) -> jax.Array:
     """Return `length` tokens of one slot, [K, length, H]."""
-    R, S, H = array_RSH.shape
-    array_KBSH = array_RSH.reshape(-1, slots, S, H)
-    size = (R // slots, 1, length, H)
-    return jax.lax.dynamic_slice(array_KBSH, (0, slot, start, 0), size)[:, 0]
+    K, _, _, H = array_KBSH.shape
+    return jax.lax.dynamic_slice(array_KBSH, (0, slot, start, 0), (K, 1, length, H))[:, 0]
 
 
 def _write_slot(
-    array_RSH: jax.Array, tokens_KCH: jax.Array, slots: int, slot: jax.Array, start: jax.Array
+    array_KBSH: jax.Array, tokens_KCH: jax.Array, slot: jax.Array, start: jax.Array
 ) -> jax.Array:
     """Return the array with tokens of one slot written from `start` on."""
-    array_KBSH = array_RSH.reshape(-1, slots, *array_RSH.shape[1:])
-    written = jax.lax.dynamic_update_slice(array_KBSH, tokens_KCH[:, None], (0, slot, start, 0))
-    return written.reshape(array_RSH.shape)
+    return jax.lax.dynamic_update_slice(array_KBSH, tokens_KCH[:, None], (0, slot, start, 0))

@@ -373,7 +373,7 @@ class Scheduler:
             return 0
         size = chunk_size(last - sequence.read)
         # A padded chunk may not go beyond the slot; then some tokens are read again.
-        start = min(sequence.read, self._state.cache.layers[0].stored.keys_RSH.shape[1] - size)
+        start = min(sequence.read, self._state.cache.size - size)
         ids_T = np.zeros(size, np.int32)
         ids = sequence.prompt[start : min(start + size, last)]
         ids_T[: len(ids)] = ids
