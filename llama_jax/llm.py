@@ -98,7 +98,7 @@ class LLM:
             checkpoint, dtype, quantize=quantize, max_context=max_context, mesh=mesh, base=base
         )
         self.tokenizer: Tokenizer = loaded.tokenizer
-        self.engine = Engine(loaded.model, cache_dtype, mesh)
+        self.engine = Engine(loaded.model, cache_dtype, mesh, self.tokenizer)
         self._fingerprint, self._own_template = loaded.fingerprint, template
         self._follow(loaded)
         self._name = f"{str(checkpoint)!r}" + (f", quantize={quantize!r}" if quantize else "")
@@ -125,7 +125,7 @@ class LLM:
         model, description = replace_adapters(
             engine.model, self._fingerprint, checkpoint, engine.mesh
         )
-        self.engine = Engine(model, engine.cache_dtype, engine.mesh)
+        self.engine = Engine(model, engine.cache_dtype, engine.mesh, self.tokenizer)
         self._follow(description)
         self._adapter = f", adapter={str(checkpoint)!r}"
 

@@ -36,7 +36,8 @@ class _Text:
         self._decoder = tokenizer.decoder(after=request.prompts[index])
         self._stops = StopStrings(stops) if stops else None
         self._echo = request.echo[index] if request.echo else ""
-        self._strips = request.strip
+        # A constraint says of each character whether it is part of the text.
+        self._strips = request.strip and request.params[index].constraint is None
         self._tokenizer = tokenizer
         self.has_ended = False
 

@@ -204,13 +204,15 @@ def decode(
 ) -> tuple[GenerationState[KVCache], Tokens]:
     """Return the state up to `DECODE_CHUNK` tokens later, and those tokens [B, C].
 
-    Fewer tokens are made when all sequences are done earlier.
+    Fewer tokens are made when all sequences are done earlier, and one if the sampler has a mask of
+    allowed tokens, which holds for the next one only.
 
     Args:
       stops_S: ids that end a sequence; they are not returned.
       logprobs: how many top tokens to report beside each; None reports nothing.
     """
-    return decode_steps(model, state, sampler, stops_S, DECODE_CHUNK, logprobs, execution)
+    steps = DECODE_CHUNK if sampler.allowed_BW is None else 1
+    return decode_steps(model, state, sampler, stops_S, steps, logprobs, execution)
 
 
 def decode_steps(

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from llama_jax.distributed.mesh import iterate_on_mesh
 from llama_jax.errors import UsageError, UserError
+from llama_jax.inference.constraints import Constraint, masks
 from llama_jax.inference.decode import (
     DECODE_CHUNK,
     NO_TOKEN,
@@ -37,6 +38,7 @@ from llama_jax.inference.speculation import NUM_GUESSES, decode_speculating
 from llama_jax.inference.xorshift import XorshiftSampler
 from llama_jax.model.cache import KVCache
 from llama_jax.model.transformer import ONE_DEVICE, Llama
+from llama_jax.text.tokenizer import Tokenizer
 
 
 class Engine:
@@ -50,15 +52,23 @@ class Engine:
     one thread at a time.
     """
 
-    def __init__(self, model: Llama, cache_dtype: str = "", mesh: Mesh | None = None):
+    def __init__(
+        self,
+        model: Llama,
+        cache_dtype: str = "",
+        mesh: Mesh | None = None,
+        tokenizer: Tokenizer | None = None,
+    ):
         """Make an engine.
 
         Args:
           cache_dtype: "int8" for a cache a fourth the size of float32's, "" for one in the model's
             compute dtype.
           mesh: what the model's arrays are sharded over, if they are.
+          tokenizer: the model's; only requests with a json_schema, regex or grammar need it.
         """
         self.model, self.cache_dtype, self.mesh = model, cache_dtype, mesh
+        self.tokenizer = tokenizer
         self.execution = ON_MESH if mesh else ONE_DEVICE
         self._kept: tuple[list[int], KVCache] | None = None
         self._compiled: set[Hashable] = set()  # decode programs of this engine, by their arguments
@@ -75,7 +85,7 @@ class Engine:
         Raises:
           UserError: at once, when a prompt is empty or leaves no room for a token in the context.
           UsageError: at once, when a token id of `logit_bias`, or `logprobs`, exceeds the
-            vocabulary.
+            vocabulary, or no text of the tokenizer fits a constraint.
         """
         self.check(request)
         on_host = request.shared.rng == "xorshift"
@@ -100,12 +110,45 @@ class Engine:
         logprobs = request.shared.logprobs
         if (logprobs or 0) > vocab_size:
             raise UsageError(f"logprobs={logprobs} is out of range; expected 0 to {vocab_size}")
+        self.constraints(request)
+
+    def constraints(self, request: Request) -> list[Constraint | None]:
+        """Return what keeps each sequence of a request within its json_schema, regex or grammar.
+
+        Raises:
+          UsageError: when no text of the tokenizer fits, or the engine has no tokenizer.
+        """
+        return [
+            self._constraint(params.constraint, prompt, request.stop_ids)
+            for params, prompt in zip(request.params, request.prompts)
+        ]
+
+    def _constraint(
+        self, wanted: tuple[str, str] | None, prompt: Sequence[int], stop_ids: Sequence[int]
+    ) -> Constraint | None:
+        if wanted is None:
+            return None
+        if self.tokenizer is None:
+            raise UsageError(f"{wanted[0]} needs the model's tokenizer; give Engine one")
+        vocab_size = self.model.config.vocab_size
+        return Constraint(
+            *wanted, self.tokenizer, stop_ids=stop_ids, vocab_size=vocab_size, prompt=prompt
+        )
 
     def _generate(self, request: Request) -> Iterator[Delta]:
         """Prefill, then decode on the device until every sequence has ended."""
         prompts, shared = request.prompts, request.shared
         state, logits_BV = self._prefill(request)
-        sampler = Sampler.of(request.params)
+        constraints = self.constraints(request)
+
+        def masked(sampler: Sampler) -> Sampler:
+            """Return the sampler of each sequence's next token."""
+            if not any(constraints):
+                return sampler
+            allowed_BW = jnp.asarray(masks(constraints, self.model.config.vocab_size))
+            return dataclasses.replace(sampler, allowed_BW=allowed_BW)
+
+        sampler = masked(Sampler.of(request.params))
         stops_S = np.asarray([*request.stop_ids, NO_TOKEN], np.int32)
         if sampler.needs_counts:
             counts = TokenCounts.of(prompts, self.model.config.vocab_size)
@@ -142,12 +185,14 @@ class Engine:
             while True:
                 for delta in _deltas(tokens, state):
                     if delta.index in running:
+                        delta = _advance(constraints[delta.index], delta)
                         generated[delta.index] += delta.ids
                         if delta.finish_reason:
                             running.remove(delta.index)
                         yield delta
                 if not running:
                     return
+                sampler = masked(sampler)
                 state, tokens = next_tokens(state)
         finally:
             # An interrupt may have come between donating the state and having the next one.
@@ -221,6 +266,15 @@ def _history(prompts: Sequence[Sequence[int]], tokens: Tokens, slots: int) -> ja
     """Return the ids of each sequence, the first new one included, as speculation needs them."""
     rows = [[*ids, max(int(first), 0)] for ids, first in zip(prompts, np.asarray(tokens.token))]
     return jnp.asarray(pad_sequences(rows, slots + DECODE_CHUNK + NUM_GUESSES + 1))
+
+
+def _advance(constraint: Constraint | None, delta: Delta) -> Delta:
+    """Return the delta; it is the last one if its constraint lets no more tokens follow."""
+    if constraint is None:
+        return delta
+    for token in delta.ids:
+        constraint.advance(token)
+    return dataclasses.replace(delta, finish_reason="stop") if constraint.has_ended else delta
 
 
 def _deltas(tokens: Tokens, state: GenerationState[KVCache]) -> list[Delta]:

@@ -9,7 +9,8 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, Unpack
 
-from llama_jax.errors import UsageError, did_you_mean, finite_number, whole_number
+from llama_jax.errors import UsageError, did_you_mean, finite_number, shown, whole_number
+from llama_jax.inference.constraints import compile_grammar, schema_text
 from llama_jax.text.stop_strings import parse_stops
 
 RNGS = ("jax", "xorshift")
@@ -37,6 +38,9 @@ class SamplingOptions(TypedDict, total=False):
     stop: str | Sequence[str] | None
     logprobs: int | None
     speculate: bool
+    json_schema: Mapping[str, Any] | str | bool | None
+    regex: str
+    grammar: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +64,9 @@ class SamplingParams:
       stop: texts that end the completion and are not part of it.
       logprobs: report each token's log-probability and those of so many top tokens; None: neither.
       speculate: guess ahead where the text repeats itself; faster, same text; needs temperature 0.
+      json_schema: only JSON of a schema: a mapping, or its JSON text; True: any JSON object.
+      regex: only text that matches, as a whole, an expression in the syntax of Rust's `regex`.
+      grammar: only text of a grammar in Lark's syntax, whose first rule is `start`.
 
     Raises:
       UsageError: naming the argument and its range, or two that exclude each other.
@@ -79,6 +86,9 @@ class SamplingParams:
     stop: str | Sequence[str] = ()
     logprobs: int | None = None
     speculate: bool = False
+    json_schema: Mapping[str, Any] | str | bool | None = None  # JSON text, once it is here
+    regex: str = ""
+    grammar: str = ""
 
     def __post_init__(self) -> None:
         number, integer = self._check_number, self._check_integer
@@ -95,6 +105,15 @@ class SamplingParams:
             integer("logprobs", lambda n: n >= 0, "0 or more")
         if self.stop != ():
             object.__setattr__(self, "stop", parse_stops(self.stop, MAX_STOPS))
+        if self.json_schema is not None:
+            object.__setattr__(self, "json_schema", schema_text(self.json_schema))
+        for name in ("regex", "grammar"):
+            if not isinstance(value := getattr(self, name), str):
+                raise UsageError(
+                    f"{name}={shown(value)} is not a text; expected one, or '' for none"
+                )
+        if constraint := self.constraint:
+            compile_grammar(*constraint)
         if self.rng not in RNGS:
             raise UsageError(f"rng={self.rng!r} is unknown; expected 'jax' or 'xorshift'")
         if self.rng == "xorshift":
@@ -102,10 +121,10 @@ class SamplingParams:
         else:
             integer("seed", lambda s: 0 <= s < 2**32, f"0 to {2**32 - 1}")
         is_plain = not (self.has_penalties or self.logit_bias) and self.logprobs is None
-        if self.speculate and not (self.is_greedy and is_plain):
+        if self.speculate and not (self.is_greedy and is_plain and self.constraint is None):
             raise UsageError(
                 "speculate=True guesses the most likely token; use it with temperature=0 and"
-                " without penalties, logit_bias and logprobs"
+                " without penalties, logit_bias, logprobs, json_schema, regex and grammar"
             )
 
     @classmethod
@@ -131,6 +150,20 @@ class SamplingParams:
         """Whether tokens that occurred already are treated differently."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
+    @property
+    def constraint(self) -> tuple[str, str] | None:
+        """What text is allowed: the name of the parameter that says so and its value, if any.
+
+        Raises:
+          UsageError: for more than one.
+        """
+        values = {name: getattr(self, name) for name in ("json_schema", "regex", "grammar")}
+        found = [(name, value) for name, value in values.items() if value]
+        if len(found) > 1:
+            names = " and ".join(name for name, _ in found)
+            raise UsageError(f"{names} exclude each other; choose one")
+        return found[0] if found else None
+
     def _check_number(self, name: str, accepts: Any, expected: str) -> None:
         finite_number(name, getattr(self, name), accepts, expected)
 
@@ -145,8 +178,8 @@ class SamplingParams:
             is_off = not value if field.name == "logit_bias" else value == default
             if field.name not in XORSHIFT_PARAMS and not is_off:
                 raise UsageError(
-                    f"{field.name}={value!r} does not go with rng='xorshift', which supports only"
-                    " temperature, top_p, seed, max_tokens and stop; leave one of them out"
+                    f"{field.name}={shown(value)} does not go with rng='xorshift', which supports"
+                    " only temperature, top_p, seed, max_tokens and stop; leave one of them out"
                 )
 
 

@@ -6,8 +6,9 @@ The order, each step on the result of the one before:
 2. `repetition_penalty`: tokens of prompt and completion; positive logits are divided by it,
    negative ones multiplied (Keskar et al. 2019).
 3. `presence_penalty`, `frequency_penalty` are subtracted from tokens of the completion.
-4. `temperature` divides the logits; 0 takes the most likely token and ends here.
-5. `top_k`, 6. `top_p` (Holtzman et al. 2020), 7. `min_p` filter the tokens.
+4. Tokens that a constraint does not allow (see `inference.constraints`) get minus infinity.
+5. `temperature` divides the logits; 0 takes the most likely token and ends here.
+6. `top_k`, 7. `top_p` (Holtzman et al. 2020), 8. `min_p` filter the tokens.
 
 Every parameter is an array with one entry per sequence, so different requests share one program. A
 sequence gets the same token, to the bit, alone and in any batch, for two reasons: probabilities
@@ -84,6 +85,7 @@ class Sampler:
     min_p_B: jax.Array | None
     penalties_B: tuple[jax.Array, jax.Array, jax.Array] | None  # repetition, presence, frequency
     biases_BI: tuple[jax.Array, jax.Array] | None  # token ids (`MAX_TOKEN_ID`: none) and values
+    allowed_BW: jax.Array | None = None  # a bit per token of the next one, from `constraints.masks`
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams], level: Level | None = None) -> "Sampler":
@@ -142,7 +144,7 @@ class Sampler:
         return jnp.where(self.greedy_B, most_likely(logits_BV), token_B)
 
     def adjust(self, logits_BV: jax.Array, counts: TokenCounts | None = None) -> jax.Array:
-        """Return the logits with biases and penalties."""
+        """Return the logits with biases and penalties, and without tokens that are not allowed."""
         if self.biases_BI is not None:
             logits_BV = add_bias(logits_BV.astype(jnp.float32), *self.biases_BI)
         if self.penalties_B is not None:
@@ -151,6 +153,8 @@ class Sampler:
             logits_BV = logits_BV.astype(jnp.float32)
             logits_BV = penalize_repetition(logits_BV, counts, repetition_B)
             logits_BV = penalize_presence(logits_BV, counts, presence_B, frequency_B)
+        if self.allowed_BW is not None:  # last, so that no bias allows a token again
+            logits_BV = keep_allowed(logits_BV, self.allowed_BW)
         return logits_BV
 
     def masses(self, logits_BV: jax.Array) -> jax.Array:
@@ -219,6 +223,17 @@ def penalize_presence(
     generated_BV = counts.generated_BV.astype(jnp.float32)
     lower_BV = logits_BV - presence_B[:, None] * (generated_BV > 0)
     return lower_BV - frequency_B[:, None] * generated_BV
+
+
+def keep_allowed(logits_BV: jax.Array, allowed_BW: jax.Array) -> jax.Array:
+    """Return the logits, minus infinity for tokens whose bit is 0.
+
+    Args:
+      allowed_BW: uint32; token v is bit v % 32 of word v // 32. Some token of each row is allowed.
+    """
+    bit = jnp.arange(32, dtype=jnp.uint32)[None, None]
+    bits_BV = (allowed_BW[:, :, None] >> bit & 1).reshape(allowed_BW.shape[0], -1)
+    return jnp.where(bits_BV[:, : logits_BV.shape[1]] == 1, logits_BV, -jnp.inf)
 
 
 # --- log-probabilities ---
