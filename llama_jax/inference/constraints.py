@@ -170,6 +170,8 @@ class Constraint:
         may_end = bool(found_X[end // 32] >> np.uint32(end % 32) & 1)
         mask_W = _resize(found_X, len(self._texts_W)) & self._texts_W
         self.has_ended = may_end and not mask_W.any()
+        if not (may_end or mask_W.any()):
+            raise self._error()
         return mask_W | self._stops_W if may_end else mask_W
 
     def _without_dropped_space(self) -> np.ndarray:
