@@ -14,8 +14,9 @@ import pytest
 import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from schemas import errors_of
+from schemas import SCHEMAS, errors_of
 from tiny_model import make_model
+from tiny_weights import built
 
 from llama_jax.errors import UsageError, UserError
 from llama_jax.formats.llama2c import model as llama2c
