@@ -26,8 +26,8 @@ SCHEMAS = {
     "any_of": {"anyOf": [record(text=WORD), record(number=SMALL)]},
     "optional": {**record(a=WORD, b=SMALL, c={"type": "null"}), "required": ["b"]},
     "pattern": record(code={"type": "string", "pattern": "^[A-Z]{2}-[0-9]{3}$"}),
-    "date": record(day={"type": "string", "format": "date"}),
-    "time": record(at={"type": "string", "format": "date-time", "pattern": "^.{1,25}$"}),
+    "uuid": record(id={"type": "string", "format": "uuid"}),
+    "ipv4": record(host={"type": "string", "format": "ipv4"}),
     "range": record(x={"type": "number", "minimum": -1, "maximum": 1, "multipleOf": 0.25}),
     "lengths": record(exact={"type": "string", "minLength": 3, "maxLength": 5}),
     "definitions": {
