@@ -278,7 +278,9 @@ def _sample(
     token_B = sampler(logits_BV, keys_B, state.counts)
     stops_B = (token_B[:, None] == jnp.atleast_2d(stops)).any(axis=-1)
     stopped_B = state.stopped_B | (stops_B & ~done_B)
-    counts = state.counts.add(token_B, ~done_B) if state.counts else None
+    counts = state.counts
+    if counts and sampler.needs_counts:
+        counts = counts.add(token_B, ~done_B)
     top = None if logprobs is None else top_logprobs(logits_BV, token_B, logprobs)
     new_B = jnp.where(done_B | stopped_B, NO_TOKEN, token_B)
     state = dataclasses.replace(state, token_B=token_B, stopped_B=stopped_B, counts=counts)

@@ -38,12 +38,13 @@ class Level(enum.IntEnum):
 
     GREEDY = 0  # only the most likely token
     DRAW = 1  # and temperature with the filters
-    ALL = 2  # and biases and penalties
+    ALL = 2  # and biases, penalties and what a constraint allows
 
     @classmethod
     def of(cls, params: SamplingParams) -> "Level":
         """Return the lowest level that has the steps of these parameters."""
-        if params.has_penalties or params.logit_bias or params.logprobs is not None:
+        is_plain = not (params.has_penalties or params.logit_bias or params.constraint)
+        if not is_plain or params.logprobs is not None:
             return cls.ALL
         return cls.GREEDY if params.is_greedy else cls.DRAW
 

@@ -1,0 +1,324 @@
+"""A batch of slots on the device, which sequences enter and leave.
+
+What an ended sequence leaves in its slot is kept until the slot is used again, the least recently
+used first. A prompt that begins like something in a slot, whether that is in use or not, is read
+from where it differs: the next turn of a chat, or a system prompt that many share.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax.errors import UserError
+from llama_jax.inference.constraints import Constraint, masks
+from llama_jax.inference.decode import NO_TOKEN, Tokens, shard_cache
+from llama_jax.inference.engine import Engine
+from llama_jax.inference.request import SamplingParams, TokenLogprob
+from llama_jax.inference.sampler import Level, Sampler
+from llama_jax.inference.slots import (
+    CHUNK_SIZES,
+    activate,
+    chunk_size,
+    copy_prefix,
+    decode_slots,
+    empty_slots,
+    read_chunk,
+)
+
+STEPS = {"cpu": 4}  # decode steps of a block, after which callers see their tokens; by platform
+OTHER_STEPS = 8
+MIN_PREFIX = 16  # tokens in a slot that are worth copying to another
+MAX_STOPS = 32  # token ids that end a sequence
+MAX_LOGPROBS = 20  # top tokens that are reported, as in OpenAI's API
+NOBODY = SamplingParams(temperature=0)  # of a slot that is not used
+
+
+@dataclasses.dataclass(eq=False)
+class Running:
+    """A sequence, from the queue to its end."""
+
+    prompt: Sequence[int]
+    params: SamplingParams
+    limit: int  # tokens, prompt included, at which it ends
+    stop_ids: Sequence[int]
+    constraint: Constraint | None
+    num_read: int = 0  # tokens of the prompt that are in its slot
+    generated: list[int] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(eq=False)
+class _Slot:
+    """What the host knows of a slot."""
+
+    index: int
+    cached: list[int] = dataclasses.field(default_factory=list)  # tokens that are in it
+    sequence: Running | None = None
+    is_active: bool = False  # whether its sequence's prompt has been read
+    used: int = 0  # when a sequence last entered it
+
+    def common(self, prompt: Sequence[int]) -> int:
+        """Return how many tokens of a prompt, without its last, are in the slot."""
+        most = min(len(self.cached), len(prompt) - 1)
+        return next((i for i in range(most) if self.cached[i] != prompt[i]), most)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Decode steps that the device runs or has run."""
+
+    slots: list[tuple[_Slot, Running]]
+    tokens: Tokens
+    stopped_B: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Gain:
+    """What a sequence has gained by a block, or what went wrong with it."""
+
+    sequence: Running
+    ids: Sequence[int] = ()
+    logprobs: Sequence[TokenLogprob] = ()
+    finish_reason: str = ""
+    error: Exception | None = None
+
+
+class Batch:
+    """Slots of one batch. Programs are dispatched, and only `gains` waits for the device."""
+
+    def __init__(self, engine: Engine, slots: int):
+        """Make empty slots, each with room for the model's context."""
+        self._engine, config = engine, engine.model.config
+        state = empty_slots(config, slots, config.context_length, engine.cache_dtype)
+        if engine.mesh:
+            state = dataclasses.replace(state, cache=shard_cache(state.cache, engine.mesh))
+        self._state = state
+        self.cache_bytes = sum(array.nbytes for array in jax.tree.leaves(state.cache.layers))
+        self._slots = [_Slot(index) for index in range(slots)]
+        self._reading: _Slot | None = None
+        self._sampling: tuple[Any, ...] = ()  # arguments of the last block
+        self._steps = STEPS.get(jax.default_backend(), OTHER_STEPS)
+        self._no_counts_V = jnp.zeros(config.vocab_size, jnp.int32)
+        self._all_allowed_BW = jnp.asarray(masks([None] * slots, config.vocab_size))
+
+    def warm_up(self) -> None:
+        """Run every program once, without a sequence."""
+        for size in CHUNK_SIZES:
+            self._read_chunk(np.zeros(size, np.int32), 0, 0)
+        self._state = copy_prefix(self._state, *np.zeros(3, np.int32))
+        self._activate(0, 0, 0, 0, 0, self._no_counts_V)
+        for level in Level:
+            jax.block_until_ready(self._start([], level).stopped_B)
+
+    @property
+    def num_free(self) -> int:
+        """Slots without a sequence."""
+        return sum(slot.sequence is None for slot in self._slots)
+
+    @property
+    def sequences(self) -> list[Running]:
+        """The sequences in slots."""
+        return [slot.sequence for slot in self._slots if slot.sequence]
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether the prompt of some sequence has been read."""
+        return bool(self._decoding)
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether a prompt has been read in part."""
+        return self._reading is not None
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether a block needs to know the tokens of the one before."""
+        return any(
+            slot.is_active and slot.sequence.constraint for slot in self._slots if slot.sequence
+        )
+
+    @property
+    def _decoding(self) -> list[tuple[_Slot, Running]]:
+        return [(slot, slot.sequence) for slot in self._slots if slot.is_active and slot.sequence]
+
+    # --- a sequence enters and leaves ---
+
+    def enter(self, sequence: Running) -> int:
+        """Give a sequence a free slot; return how many tokens of its prompt are in it already.
+
+        It is the one that is read next.
+        """
+        slot, source, length = self._choose(sequence.prompt)
+        if source is not slot and length:
+            numbers = map(np.int32, (source.index, slot.index, length))
+            self._state = copy_prefix(self._state, *numbers)
+        slot.sequence, slot.is_active = sequence, False
+        slot.used = max(each.used for each in self._slots) + 1
+        slot.cached, sequence.num_read = list(sequence.prompt[:length]), length
+        self._reading = slot
+        return length
+
+    def _choose(self, prompt: Sequence[int]) -> tuple[_Slot, _Slot, int]:
+        """Return a free slot, a slot that has the first tokens of the prompt, and their number."""
+        free = [slot for slot in self._slots if slot.sequence is None]
+        oldest = min(free, key=lambda slot: slot.used)
+        source = max(self._slots, key=lambda slot: (slot.common(prompt), slot in free))
+        length = source.common(prompt)
+        # Used as it is, unless most of another dialogue would be thrown away.
+        if source in free and (2 * length > len(source.cached) or source is oldest):
+            return source, source, length
+        return oldest, source, length if length >= MIN_PREFIX else 0
+
+    def leave(self, sequence: Running) -> None:
+        """Free the slot of a sequence, if it has one; what is cached there stays."""
+        for slot in self._slots:
+            if slot.sequence is sequence:
+                slot.sequence, slot.is_active = None, False
+                if self._reading is slot:
+                    self._reading = None
+
+    def read(self) -> tuple[int, int]:
+        """Read a chunk of the prompt that is being read; return its size, and the new tokens in it.
+
+        After its last chunk the sequence takes part in blocks.
+        """
+        slot = self._reading
+        assert slot is not None and slot.sequence is not None
+        sequence = slot.sequence
+        last = len(sequence.prompt) - 1  # the first decode step reads the last token
+        if sequence.num_read == last:
+            self._begin(slot, sequence)
+            return 0, 0
+        size = chunk_size(last - sequence.num_read)
+        # A padded chunk may not go beyond the slot; then some tokens are read again.
+        start = min(sequence.num_read, self._state.cache.size - size)
+        ids = sequence.prompt[start : min(start + size, last)]
+        ids_T = np.zeros(size, np.int32)
+        ids_T[: len(ids)] = ids
+        self._read_chunk(ids_T, slot.index, start)
+        new = start + len(ids) - sequence.num_read
+        sequence.num_read += new
+        slot.cached = list(sequence.prompt[: sequence.num_read])
+        return size, new
+
+    def _begin(self, slot: _Slot, sequence: Running) -> None:
+        counts_V: Any = self._no_counts_V
+        if sequence.params.has_penalties:
+            counts_V = np.bincount(sequence.prompt, minlength=len(counts_V)).astype(np.int32)
+        last, seed = len(sequence.prompt) - 1, sequence.params.seed
+        self._activate(slot.index, sequence.prompt[last], last, sequence.limit, seed, counts_V)
+        slot.is_active, self._reading = True, None
+
+    # --- blocks ---
+
+    def start_block(self) -> Block:
+        """Start decode steps for all sequences whose prompts have been read."""
+        running = [
+            (slot, slot.sequence) for slot in self._slots if slot.is_active and slot.sequence
+        ]
+        return self._start(running, max(Level.of(sequence.params) for _, sequence in running))
+
+    def _start(self, running: list[tuple[_Slot, Running]], level: Level) -> Block:
+        if self._sampling[:2] != (running, level):
+            self._sampling = (running, level, *self._arguments(running, level))
+        active_B, sampler, stops_BS = self._sampling[2:]
+        constraints: list[Constraint | None] = [None] * len(self._slots)
+        for slot, sequence in running:
+            constraints[slot.index] = sequence.constraint
+        is_constrained = any(constraints)
+        if is_constrained:
+            allowed_BW = masks(constraints, self._engine.model.config.vocab_size)
+            sampler = dataclasses.replace(sampler, allowed_BW=allowed_BW)
+        self._state, tokens, stopped_B = decode_slots(
+            self._engine.model,
+            self._state,
+            active_B,
+            sampler,
+            stops_BS,
+            np.int32(1 if is_constrained else self._steps),
+            MAX_LOGPROBS if level is Level.ALL else None,
+            self._engine.execution,
+        )
+        return Block(running, tokens, stopped_B)
+
+    def _arguments(
+        self, running: list[tuple[_Slot, Running]], level: Level
+    ) -> tuple[np.ndarray, Sampler, np.ndarray]:
+        """Return what a block is run with, which changes with the sequences only."""
+        slots = len(self._slots)
+        params, active_B = [NOBODY] * slots, np.zeros(slots, bool)
+        stops_BS = np.full((slots, MAX_STOPS), NO_TOKEN, np.int32)
+        for slot, sequence in running:
+            active_B[slot.index], params[slot.index] = True, sequence.params
+            stops_BS[slot.index, : len(sequence.stop_ids)] = sequence.stop_ids
+        sampler = Sampler.of(params, level)
+        if level is Level.ALL:
+            sampler = dataclasses.replace(sampler, allowed_BW=self._all_allowed_BW)
+        return active_B, sampler, stops_BS
+
+    def gains(self, block: Block) -> Iterator[Gain]:
+        """Wait for a block, and yield what each sequence that is still there has gained.
+
+        A sequence that ends leaves its slot.
+        """
+        ids_BC, stopped_B = np.asarray(block.tokens.token), np.asarray(block.stopped_B)
+        for slot, sequence in block.slots:
+            if slot.sequence is not sequence:  # it ended in the block before, or was cancelled
+                continue
+            ids = [token for token in ids_BC[slot.index].tolist() if token != NO_TOKEN]
+            logprobs = _logprobs(block.tokens, slot.index, len(ids), sequence.params.logprobs)
+            sequence.generated += ids
+            reason = "stop" if stopped_B[slot.index] else ""
+            if len(sequence.prompt) + len(sequence.generated) >= sequence.limit:
+                reason = reason or "length"
+            # What was made last is in the cache only if the model has gone on from it.
+            known = [*sequence.prompt, *sequence.generated]
+            slot.cached = known if reason == "stop" else known[:-1]
+            try:
+                if sequence.constraint and _advance(sequence.constraint, ids):
+                    reason = "stop"
+            except UserError as error:
+                self.leave(sequence)
+                yield Gain(sequence, error=error)
+                continue
+            if reason:
+                self.leave(sequence)
+            yield Gain(sequence, ids, logprobs, reason)
+
+    # --- programs ---
+
+    def _read_chunk(self, ids_T: np.ndarray, slot: int, start: int) -> None:
+        engine, at = self._engine, (np.int32(slot), np.int32(start))
+        self._state = read_chunk(engine.model, self._state, *at, ids_T, engine.execution)
+
+    def _activate(
+        self, slot: int, token: int, length: int, limit: int, seed: int, counts_V: Any
+    ) -> None:
+        numbers = map(np.int32, (slot, token, length, limit))
+        self._state = activate(self._state, *numbers, np.uint32(seed), counts_V)
+
+
+def _advance(constraint: Constraint, ids: Sequence[int]) -> bool:
+    """Continue a constrained text by tokens; return whether it is complete."""
+    for token in ids:
+        constraint.advance(token)
+    return constraint.has_ended
+
+
+def _logprobs(tokens: Tokens, slot: int, count: int, top: int | None) -> list[TokenLogprob]:
+    """Return the log-probabilities of a slot's new tokens; none if they are not requested."""
+    if top is None or tokens.logprobs is None:
+        return []
+    arrays = (tokens.token, tokens.logprobs.token, tokens.logprobs.top_ids, tokens.logprobs.top)
+    ids, own, top_ids, values = (np.asarray(array)[slot, :count] for array in arrays)
+    return [
+        TokenLogprob(
+            int(ids[c]),
+            float(own[c]),
+            tuple(map(TokenLogprob, top_ids[c, :top].tolist(), values[c, :top].tolist())),
+        )
+        for c in range(count)
+    ]
