@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import jax
 
 from llama_jax.distributed.mesh import on_mesh
-from llama_jax.errors import UsageError, UserError
+from llama_jax.errors import UsageError, UserError, whole_number
 from llama_jax.inference.engine import Engine
 from llama_jax.inference.request import Delta, Request
 from llama_jax.inference.sampler import MAX_BIASES
@@ -91,7 +91,12 @@ class Scheduler:
           engine: with the model, the cache's dtype and the mesh.
           slots: sequences that are decoded together; 0 chooses by device.
           max_waiting: sequences that may wait for a slot.
+
+        Raises:
+          UsageError: for a number out of range.
         """
+        whole_number("slots", slots, lambda n: n >= 0, "1 or more, or 0 to choose by device")
+        whole_number("max_waiting", max_waiting, lambda n: n >= 0, "0 or more")
         self.engine, self.max_waiting = engine, max_waiting
         self.slots = slots or SLOTS.get(jax.default_backend(), OTHER_SLOTS)
         self._batch: Batch | None = None
