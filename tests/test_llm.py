@@ -69,6 +69,20 @@ def test_a_list_gives_a_list_with_n_completions_each(llm):
         assert alone.token_ids == made.token_ids, "completion j has seed + j"
 
 
+def test_a_completion_or_an_answer_may_be_constrained(llm):
+    options = {"temperature": 1.0, "max_tokens": 30, "regex": " ?(red|blue) boats"}
+    texts = ("red boats", "blue boats", " red boats", " blue boats")
+    for prompt in ("", "Tim saw"):
+        made = llm.complete(prompt, n=3, echo=True, **options)
+        assert all(each.text in [prompt + text for text in texts] for each in made)
+    answers = [llm.chat(DIALOGUE, seed=seed, **options).text for seed in range(6)]
+    assert set(answers) <= set(texts)
+    assert any(answer.startswith(" ") for answer in answers), "a space of the text is kept"
+    schema = {"enum": ["red", "blue"]}
+    parts = llm.complete("Tim saw", json_schema=schema, stream=True)
+    assert json.loads("".join(part.text for part in parts)) in ("red", "blue")
+
+
 def test_an_empty_prompt_starts_from_nothing(llm):
     assert llm.complete("", **GREEDY).usage.prompt_tokens == 1
 

@@ -69,6 +69,9 @@ def parser() -> cli.Parser:
     text.add_argument("--max_tokens", type=int, default=default.max_tokens, help="new tokens")
     text.add_argument("--num_samples", type=int, default=1, help="completions of each prompt")
     text.add_argument("--stop", action="append", default=[], help="stop string or control token")
+    text.add_argument("--json_schema", help="only JSON of this schema: a file, or {...}")
+    text.add_argument("--regex", help="only text that this expression matches")
+    text.add_argument("--grammar", help="file with a Lark grammar of the text")
     text.add_argument("--no_echo", action="store_true", help="print without the prompt")
     text.add_argument("--logprobs", type=int, help="log-probabilities, with so many top tokens")
     text.add_argument(
@@ -133,6 +136,10 @@ def main(argv: list[str]) -> None:
     if is_timed:
         params["seed"] = int(time.time())  # as llama2.c does
     params["logit_bias"] = _parse_biases(flags.logit_bias)
+    if flags.json_schema and not flags.json_schema.lstrip().startswith("{"):
+        params["json_schema"] = _read_text("--json_schema", flags.json_schema)
+    if flags.grammar is not None:
+        params["grammar"] = _read_text("--grammar", flags.grammar)
     sampling = SamplingParams.of(**params)
     if is_timed:
         print(f"[--seed={sampling.seed}, from the clock]", file=sys.stderr)

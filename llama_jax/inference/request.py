@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, Unpack
 
 from llama_jax.errors import UsageError, did_you_mean, finite_number, shown, whole_number
-from llama_jax.inference.constraints import compile_grammar, schema_text
 from llama_jax.text.stop_strings import parse_stops
 
 RNGS = ("jax", "xorshift")
@@ -39,8 +38,8 @@ class SamplingOptions(TypedDict, total=False):
     logprobs: int | None
     speculate: bool
     json_schema: Mapping[str, Any] | str | bool | None
-    regex: str
-    grammar: str
+    regex: str | None
+    grammar: str | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,8 +86,8 @@ class SamplingParams:
     logprobs: int | None = None
     speculate: bool = False
     json_schema: Mapping[str, Any] | str | bool | None = None  # JSON text, once it is here
-    regex: str = ""
-    grammar: str = ""
+    regex: str | None = None
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         number, integer = self._check_number, self._check_integer
@@ -105,15 +104,8 @@ class SamplingParams:
             integer("logprobs", lambda n: n >= 0, "0 or more")
         if self.stop != ():
             object.__setattr__(self, "stop", parse_stops(self.stop, MAX_STOPS))
-        if self.json_schema is not None:
-            object.__setattr__(self, "json_schema", schema_text(self.json_schema))
-        for name in ("regex", "grammar"):
-            if not isinstance(value := getattr(self, name), str):
-                raise UsageError(
-                    f"{name}={shown(value)} is not a text; expected one, or '' for none"
-                )
-        if constraint := self.constraint:
-            compile_grammar(*constraint)
+        if (self.json_schema, self.regex, self.grammar) != (None, None, None):
+            self._check_constraint()
         if self.rng not in RNGS:
             raise UsageError(f"rng={self.rng!r} is unknown; expected 'jax' or 'xorshift'")
         if self.rng == "xorshift":
@@ -158,7 +150,7 @@ class SamplingParams:
           UsageError: for more than one.
         """
         values = {name: getattr(self, name) for name in ("json_schema", "regex", "grammar")}
-        found = [(name, value) for name, value in values.items() if value]
+        found = [(name, value) for name, value in values.items() if value is not None]
         if len(found) > 1:
             names = " and ".join(name for name, _ in found)
             raise UsageError(f"{names} exclude each other; choose one")
@@ -169,6 +161,18 @@ class SamplingParams:
 
     def _check_integer(self, name: str, accepts: Any, expected: str) -> None:
         whole_number(name, getattr(self, name), accepts, expected)
+
+    def _check_constraint(self) -> None:
+        # Imports NumPy, which would make --help slow.
+        from llama_jax.inference.constraints import compile_grammar, schema_text
+
+        if self.json_schema is not None:
+            object.__setattr__(self, "json_schema", schema_text(self.json_schema))
+        for name in ("regex", "grammar"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise UsageError(f"{name}={shown(value)} is not a text; expected one")
+        if constraint := self.constraint:
+            compile_grammar(*constraint)
 
     def _check_xorshift(self) -> None:
         # From state 0 the generator never moves.

@@ -257,6 +257,9 @@ USAGE = {
     ("--rng=xorshift", "--seed=1", "--logit_bias=3=1"): "logit_bias={3: 1.0} does not go with",
     ("--rng=xorshift", "--seed=1", "--speculate"): "speculate=True does not go with rng='xorshift'",
     ("--rng=xorshift", "--seed=1", "--logprobs=1"): "logprobs=1 does not go with rng='xorshift'",
+    ("--regex=a(",): "regex='a(' cannot be used: unclosed group; change it",
+    ("--json_schema={",): "json_schema='{' is not JSON: Expecting property name",
+    ("--regex=a", "--json_schema={}"): "json_schema and regex exclude each other; choose one",
     ("--tensor=3000",): "tensor=3000 is out of range; expected 1 to",
     ("--template=chatm", "--chat"): "template='chatm' is unknown; expected one of llama2, alpaca",
     ("--cache_dtype=int4",): "cache_dtype='int4' is unknown; expected 'int8' or ''",
@@ -364,6 +367,17 @@ def test_log_probabilities_go_to_stderr(sample):
     lines = [line for line in stderr.splitlines() if line.startswith("[1] ")]
     assert len(lines) == 8
     assert all(float(line.split()[1]) <= 0 and line.count("'") >= 6 for line in lines)
+
+
+def test_a_text_may_be_constrained(sample, tmp_path):
+    (tmp_path / "s.json").write_text('{"enum": ["Tim", "Anna"]}')
+    (tmp_path / "g.lark").write_text('start: "Tim" | "Anna"')
+    words = ("--prompt=Tim", "--no_echo", "--max_tokens=9")
+    for flag in (f"--json_schema={tmp_path}/s.json", f"--grammar={tmp_path}/g.lark", "--regex=Tim"):
+        code, text, _ = sample(*words, flag)
+        assert code == 0 and text.strip().strip('"') in ("Tim", "Anna")
+    code, _, stderr = sample(*words, "--grammar=missing.lark")
+    assert code == 1 and stderr == "error: --grammar=missing.lark: No such file or directory\n"
 
 
 @pytest.mark.parametrize("words", [("--speculate",), ("--rng=xorshift",)])

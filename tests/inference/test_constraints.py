@@ -271,7 +271,7 @@ def test_logprobs_are_the_models_own(tokenizers):
         ({"regex": "a\0"}, "regex='a\\x00' has a null character"),
         ({"regex": "a" * 200_001}, "regex has 200,001 characters; expected at most 200,000"),
         ({"grammar": "start: x"}, "grammar='start: x' cannot be used: at 1(8): unknown name"),
-        ({"grammar": None}, "grammar=None is not a text"),
+        ({"grammar": ""}, "grammar='' cannot be used: Empty grammar; change it"),
         (
             {"json_schema": {"not": {}}},
             """json_schema='{"not": {}}' cannot be used: Unimplemented""",
