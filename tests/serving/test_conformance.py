@@ -1,0 +1,1 @@
+"""Requests of OpenAI's protocol become requests of the engine, or one line that names the field."""
