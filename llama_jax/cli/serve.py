@@ -11,6 +11,7 @@ import os
 import socket
 import stat
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,7 +173,7 @@ def make_registry(flags: argparse.Namespace) -> Any:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every file
     from llama_jax.cli.startup import use_compilation_cache
     from llama_jax.llm import LLM
-    from llama_jax.serving.registry import Registry, find_sources, parameter_bytes
+    from llama_jax.serving.registry import Registry, estimate_bytes, find_sources
     from llama_jax.serving.scheduler import Scheduler
     from llama_jax.text.chat_formats import read_template
 
@@ -202,7 +203,14 @@ def make_registry(flags: argparse.Namespace) -> Any:
         template=template,
         max_context=flags.max_context,
         memory=flags.memory,
-        size_of=lambda source: parameter_bytes(source, flags.quantize, flags.dtype),
+        size_of=partial(
+            estimate_bytes,
+            slots=flags.slots,
+            quantize=flags.quantize,
+            dtype=flags.dtype,
+            cache_dtype=flags.cache_dtype,
+            max_context=flags.max_context,
+        ),
     )
 
 

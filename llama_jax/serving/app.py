@@ -159,7 +159,8 @@ class Api:
             reply = Reply(call, work, served.source.name, llm.tokenizer, scores)
             deltas: AsyncIterable[Delta] = _nothing(work)
             if call.max_tokens != 0:
-                generation = Generation(served.scheduler, work, llm.tokenizer, deadline)
+                with refusing(call.fields, call.text_field):
+                    generation = Generation(served.scheduler, work, llm.tokenizer, deadline)
                 stack.callback(generation.close)
                 deltas = generation
             if call.stream:

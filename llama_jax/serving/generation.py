@@ -5,6 +5,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 
+from llama_jax.errors import UserError
 from llama_jax.inference.completions import RequestText
 from llama_jax.inference.request import Delta, Request
 from llama_jax.serving.fields import ApiError
@@ -48,6 +49,8 @@ class Generation:
                     item = await self._arrived.get()
             except TimeoutError:
                 raise timed_out() from None
+            if isinstance(item, UserError):  # such as a server that stops
+                raise ApiError(item, status=503, code="unavailable", retry_after="1")
             if isinstance(item, Exception):
                 raise item
             delta = self._texts.push(item)

@@ -38,6 +38,11 @@ class Call:
         """Whether it is a dialogue to answer."""
         return bool(self.messages)
 
+    @property
+    def text_field(self) -> str:
+        """The field that has its text."""
+        return "messages" if self.is_chat else "prompt"
+
 
 def _shared(fields: Fields, prompts: int) -> dict[str, Any]:
     """Return what chats and completions have in common."""
@@ -110,7 +115,7 @@ def make_request(call: Call, llm: LLM) -> Request:
     options = dict(call.sampling)
     if call.logprobs is not None or call.best_of > call.n:
         options["logprobs"] = call.logprobs or 0
-    with refusing(call.fields, "messages" if call.is_chat else "prompt"):
+    with refusing(call.fields, call.text_field):
         params = llm.sampling_params(**options)
         if call.is_chat:
             template = llm.template
@@ -144,7 +149,7 @@ def _limit(call: Call, prompt: int, context: int) -> int:
     default = most if call.is_chat else min(TEXT_TOKENS, most)
     asked = default if call.max_tokens is None else call.max_tokens
     if most < 1 or asked > most:
-        name = "messages" if call.is_chat else "prompt"
+        name = call.text_field
         needs = f"the prompt has {prompt} tokens"
         advice = f"shorten {'the dialogue' if call.is_chat else 'it'}"
         if most >= 1:

@@ -21,7 +21,7 @@ from llama_jax.inference.request import SamplingParams
 from llama_jax.llm import LLM
 from llama_jax.model.parameters import count_parameters
 from llama_jax.serving.fields import NUMBERS, ApiError
-from llama_jax.serving.scheduler import Scheduler
+from llama_jax.serving.scheduler import OTHER_SLOTS, SLOTS, Scheduler
 from llama_jax.text.chat_formats import NO_TEMPLATE, TEMPLATES
 
 SHOWN = ("top_k", *NUMBERS)  # sampling parameters in a model's listing
@@ -90,7 +90,7 @@ class Registry:
         template: str = "",
         max_context: int = 0,
         memory: float = 0.0,
-        size_of: Callable[[Source], float] | None = None,
+        size_of: Callable[[Source], tuple[float, float]] | None = None,
     ):
         """Make a registry in which nothing is loaded.
 
@@ -100,7 +100,8 @@ class Registry:
           template: the chat format of all; "": each its own.
           max_context: tokens; 0: each its own.
           memory: GiB that loaded models may fill together; 0: any.
-          size_of: returns the bytes that a model will need; None: the size of its parameters.
+          size_of: returns the bytes that the parameters of a model and its cache will need; None:
+            not known.
 
         Raises:
           UsageError: when one of the models needs more by itself.
@@ -108,11 +109,11 @@ class Registry:
         self._sources = {source.name: source for source in sources}
         self._load, self._make_scheduler = load, make_scheduler
         self._template, self._max_context = template, max_context
-        self._limit, self._size_of = memory * GIB, size_of or parameter_bytes
+        self._limit, self._size_of = memory * GIB, size_of or (lambda source: (0, 0))
         self._loaded: dict[str, Served] = {}
         self._lock = asyncio.Lock()
         for source in sources:
-            needs = self._size_of(source)
+            needs = sum(self._size_of(source))
             require(
                 not memory or needs <= self._limit,
                 f"--memory={memory:g} is less than the {needs / GIB:.2f} GiB of {source.name};"
@@ -214,7 +215,8 @@ class Registry:
     def _new_bytes(self, source: Source) -> float:
         origin = source.base or source.path.resolve()
         is_shared = any(_origin(other.source) == origin for other in self._loaded.values())
-        return 0 if is_shared else self._size_of(source)
+        parameters, cache = self._size_of(source)
+        return cache if is_shared else parameters + cache
 
     def _unload(self, served: Served) -> None:
         del self._loaded[served.source.name]
@@ -242,16 +244,22 @@ def _origin(source: Source) -> Path:
     return source.base or source.path.resolve()
 
 
-def parameter_bytes(source: Source, quantize: str | None = None, dtype: str = "") -> float:
-    """Return an estimate of the bytes of a model's parameters in memory.
-
-    Args:
-      quantize: as for `LLM`.
-      dtype: as for `LLM`.
-    """
+def estimate_bytes(
+    source: Source,
+    *,
+    slots: int,
+    quantize: str | None = None,
+    dtype: str = "",
+    cache_dtype: str = "",
+    max_context: int = 0,
+) -> tuple[float, float]:
+    """Return about how many bytes a model's parameters and its cache take; arguments as `LLM`'s."""
     config, stored = source.description.model, source.description.quantization
     kind = quantize or (stored.kind if stored else "")
     on_cpu = jax.default_backend() == "cpu"
-    name = dtype or ("float32" if on_cpu else config.compute_dtype)
-    each = BYTES.get(kind, jnp.dtype(name).itemsize)
-    return count_parameters(config) * each
+    itemsize = jnp.dtype(dtype or ("float32" if on_cpu else config.compute_dtype)).itemsize
+    parameters = count_parameters(config) * BYTES.get(kind, itemsize)
+    slots = slots or SLOTS.get(jax.default_backend(), OTHER_SLOTS)
+    tokens = slots * (max_context or config.context_length)
+    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_size
+    return parameters, tokens * per_token * (1 if cache_dtype else itemsize)
