@@ -146,20 +146,15 @@ class Template(abc.ABC):
             refuses.
         """
 
+    @abc.abstractmethod
     def encode_begun(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
         """Return the ids whose continuation goes on with the last message, an answer.
 
         Whitespace at its end is left out: in most vocabularies it is a part of the next word.
 
         Raises:
-          UserError: as `encode_example`.
+          UserError: for a dialogue that does not end with an answer, or that the format refuses.
         """
-        prompt = self.encode(messages[:-1], tokenizer) if len(messages) > 1 else []
-        ids, weights = self.encode_example(messages, tokenizer, "last")
-        end = len(weights) - 1 - weights[::-1].index(1)  # the token that ends the answer
-        while end > len(prompt) and not tokenizer.piece_text(ids[end - 1]).strip():
-            end -= 1
-        return ids[:end]
 
     def encode_example(
         self, messages: Sequence[Message], tokenizer: Tokenizer, train_on: str = "answers"

@@ -65,18 +65,23 @@ class Server:
     def __init__(self, *flags, script=ROOT / "serve.py", env=None):
         command = [sys.executable, str(script), "--port=0", *map(str, flags)]
         self.process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, env={**os.environ, **(env or {})}
+            command,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
         )
-        self.lines = []
+        self.lines, self._clients = [], []
         found = None
         for line in self.process.stderr:
             self.lines.append(line)
             if found := ADDRESS.search(line):
                 break
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         if not found:
-            raise RuntimeError("".join(self.lines))
+            self.stop()
+            raise RuntimeError(self.log)
         self.url = found[1]
-        threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self):
         self.lines.extend(self.process.stderr)
@@ -88,7 +93,9 @@ class Server:
 
     def client(self, key="none", **options):
         """The openai client for this server."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **options)
+        made = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **options)
+        self._clients.append(made)
+        return made
 
     def figures(self):
         """The values of /metrics by name, those of all models or routes added."""
@@ -101,6 +108,11 @@ class Server:
 
     def stop(self, number=signal.SIGTERM):
         """End the process; return its exit code."""
+        for client in self._clients:
+            client.close()
         if self.process.poll() is None:
             self.process.send_signal(number)
-        return self.process.wait(30)
+        code = self.process.wait(30)
+        self._reader.join()
+        self.process.stderr.close()
+        return code
