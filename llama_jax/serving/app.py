@@ -351,7 +351,7 @@ async def _nothing(request: Generated) -> AsyncIterator[Delta]:
 
 def content_security_policy(page: str) -> str:
     """Return the policy under which a page runs its own scripts and asks its own server only."""
-    scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    scripts = re.findall(r"<script[^>]*>(.*?)</script>", page, re.DOTALL)
     digests = (hashlib.sha256(script.encode()).digest() for script in scripts)
     hashes = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
     return (
