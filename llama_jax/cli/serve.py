@@ -6,6 +6,7 @@ only, unless --host says otherwise. A key that clients must send comes from $LLA
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import socket
@@ -95,16 +96,13 @@ def main(argv: list[str]) -> None:
         raise UserError(
             f"{error.name} is not installed; install it with: pip install 'llama_jax[serve]'"
         ) from error
-    listener = bind(flags.host, flags.port)
-    _configure_log()
-    is_open = not flags.host.startswith(LOOPBACK) and not key
-    if is_open:
-        print(
-            f"warning: without a key everybody who reaches {flags.host} can use the server; set"
-            f" {KEY_VARIABLE}",
-            file=sys.stderr,
-        )
-    run_server(make_registry(flags), make_options(flags, key), listener, flags.drain_timeout)
+    with contextlib.closing(bind(flags.host, flags.port)) as listener:
+        if not (key or flags.host.startswith(LOOPBACK)):
+            line = f"without a key everybody who reaches {flags.host} can use the server"
+            print(f"warning: {format_line(line)}; set {KEY_VARIABLE}", file=sys.stderr)
+        registry, options = make_registry(flags), make_options(flags, key)
+        _configure_log()
+        run_server(registry, options, listener, flags.drain_timeout)
 
 
 def _check(flags: argparse.Namespace) -> None:
@@ -157,9 +155,11 @@ def bind(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        with contextlib.ExitStack() as stack:
+            listener = stack.enter_context(socket.socket(family, kind, protocol))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            stack.pop_all()
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(

@@ -45,7 +45,7 @@ PAGE = Path(__file__).parent / "page" / "index.html"
 
 
 def make_app(registry: Registry, options: Options) -> Starlette:
-    """Return the server's application; its first model is loaded when it starts."""
+    """Return the server's application; when it ends, so do the schedulers."""
     # Uvicorn waits for running answers when it shuts down; sse-starlette would cut them.
     AppStatus.disable_automatic_graceful_drain()
     api = Api(registry, options)
@@ -66,8 +66,6 @@ def make_app(registry: Registry, options: Options) -> Starlette:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with registry.use(""):
-            pass
         yield
         await asyncio.to_thread(registry.close)
 

@@ -46,7 +46,7 @@ def find_sources(words: Sequence[str], base: str = "") -> list[Source]:
       base: of all adapters among them; "": where it was in training.
 
     Raises:
-      UsageError: for two models of one name.
+      UsageError: for two models of one name, or a base without adapters.
       UserError: when a checkpoint, or the base of one, does not exist or cannot be read.
     """
     found: dict[str, Source] = {}
@@ -66,6 +66,8 @@ def find_sources(words: Sequence[str], base: str = "") -> list[Source]:
             read_description(folder_and_step(origin)[0])
         created = int(home.stat().st_mtime)
         found[name] = Source(name, folder, origin, description, created)
+    has_adapters = any(source.base for source in found.values())
+    require(has_adapters or not base, f"--base={base} is for adapters; leave it out")
     return list(found.values())
 
 

@@ -42,6 +42,9 @@ def run_server(
 
     Args:
       drain_seconds: that running answers have.
+
+    Raises:
+      UserError: when the first model cannot be loaded.
     """
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
     config = uvicorn.Config(
@@ -62,6 +65,11 @@ def run_server(
     shown = f"[{host}]" if ":" in host else host
 
     async def serve() -> None:
+        async with registry.use(""):  # loaded before anybody can connect
+            pass
+        # Uvicorn repeats the signal when it has ended; here that is the orderly end.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
         running = asyncio.create_task(server.serve([listener]))
         while not (server.started or running.done()):
             await asyncio.sleep(0.02)
@@ -70,7 +78,4 @@ def run_server(
             print(f"serving {names} at http://{shown}:{port}", file=sys.stderr, flush=True)
         await running
 
-    # Uvicorn repeats the signal when it has ended; here that is the orderly end.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
     asyncio.run(serve())
