@@ -4,6 +4,7 @@ llm = llama_jax.LLM("ckpt/")
 llm.complete("Once upon a time", max_tokens=64, temperature=0).text
 """
 
+import copy
 import dataclasses
 import inspect
 import warnings
@@ -110,6 +111,16 @@ class LLM:
         self.bos = prompting.bos and self.tokenizer.bos_id >= 0  # whether texts begin with BOS
         self._stop_ids = stop_ids(self.tokenizer, self.bos, prompting.stop_ids)
         self._template = self._own_template or prompting.chat_template
+
+    def with_adapter(self, checkpoint: str | Path) -> "LLM":
+        """Return another LLM with the adapters of a run, which shares this one's model.
+
+        Raises:
+          UsageError, UserError: as for `use_adapter`.
+        """
+        other = copy.copy(self)
+        other.use_adapter(checkpoint)
+        return other
 
     def use_adapter(self, checkpoint: str | Path) -> None:
         """Replace the adapters of the model by those of a run with `lora.rank`, if any by others.
@@ -282,14 +293,7 @@ class LLM:
         fitted = fit(parse_messages(messages), chosen, self.tokenizer, room, truncate)
         if fitted.statement:
             warnings.warn(fitted.statement, TruncationWarning, stacklevel=2)
-        stops = chosen.stops(self.tokenizer)
-        request = Request(
-            prompts=[fitted.ids],
-            params=[sampling],
-            stop_ids=(*stops.ids, *self._stop_ids, *self._control_ids(sampling.stop)),
-            stop_strings=stops.strings,
-            strip=True,  # a format's prompt ends before the space that precedes the answer
-        )
+        request = self.chat_request(fitted.ids, sampling, chosen)
         deltas = self.generate(request)
         if stream:
             return deltas
@@ -304,7 +308,7 @@ class LLM:
         echo: bool = False,
     ) -> Request:
         """Return a call of `complete` as a request for `generate`."""
-        ids = self._encode("prompt", prompt)
+        ids = self.encode("prompt", prompt)
         listed = [prompt] if isinstance(prompt, str) else prompt
         texts = [each if isinstance(each, str) else self.tokenizer.decode(each) for each in listed]
         return Request.same_params(
@@ -315,12 +319,38 @@ class LLM:
             stop_ids=(*self._stop_ids, *self._control_ids(params.stop)),
         )
 
+    def chat_request(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        template: Template,
+        *,
+        n: int = 1,
+        strip: bool = True,
+    ) -> Request:
+        """Return a call of `chat`, whose dialogue is encoded, as a request for `generate`.
+
+        Args:
+          n: answers; answer j has `seed` + j.
+          strip: whether to drop whitespace at the start: a format's prompt ends before the space
+            that precedes the answer.
+        """
+        stops = template.stops(self.tokenizer)
+        return Request.same_params(
+            [prompt],
+            params,
+            n=n,
+            stop_ids=(*stops.ids, *self._stop_ids, *self._control_ids(params.stop)),
+            stop_strings=stops.strings,
+            strip=strip,
+        )
+
     def _control_ids(self, stops: Sequence[str]) -> list[int]:
         """Return the control tokens among stop strings, which no text has."""
         special = self.tokenizer.special_ids
         return [special[stop] for stop in stops if stop in special]
 
-    def _encode(self, name: str, prompts: str | Prompts) -> list[list[int]]:
+    def encode(self, name: str, prompts: str | Prompts) -> list[list[int]]:
         """Return the token ids of the prompts or texts of an argument.
 
         Raises:
@@ -348,19 +378,20 @@ class LLM:
         return add_text(self.engine.generate(request), request, self.tokenizer)
 
     @overload
-    def score(self, texts: str) -> Score: ...
+    def score(self, texts: str, top: int = ...) -> Score: ...
 
     @overload
-    def score(self, texts: Prompts) -> list[Score]: ...
+    def score(self, texts: Prompts, top: int = ...) -> list[Score]: ...
 
-    def score(self, texts: str | Prompts) -> Score | list[Score]:
+    def score(self, texts: str | Prompts, top: int = 0) -> Score | list[Score]:
         """Return the log-probability of each token of a text: a `Score`, or a list for a list.
 
         A list may also have token ids in place of a text. A text longer than the context is read in
         windows that overlap by half, so each token is given at least half a context before it.
+        `top` of the most likely tokens are reported in each place.
         """
         with on_mesh(self.engine.mesh):
-            scores = score_sequences(self.engine.model, self._encode("texts", texts))
+            scores = score_sequences(self.engine.model, self.encode("texts", texts), top)
         return scores[0] if isinstance(texts, str) else scores
 
     def embed(self, texts: str | Prompts, normalize: bool = True) -> np.ndarray:
@@ -371,7 +402,7 @@ class LLM:
         Raises:
           UserError: for a text longer than the context.
         """
-        sequences = self._encode("texts", texts)
+        sequences = self.encode("texts", texts)
         with on_mesh(self.engine.mesh):
             vectors = embed_sequences(self.engine.model, sequences, normalize)
         return vectors[0] if isinstance(texts, str) else vectors

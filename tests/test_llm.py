@@ -449,7 +449,7 @@ def test_results_are_plain_data(llm):
 
 def test_the_readmes_example_runs(folder, capsys):
     readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
-    [example] = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    example, *_ = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     exec(compile(example.replace("ckpt/", str(folder)), "README.md", "exec"), {})
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].endswith("(24,)") and "length 20" in lines[-2]

@@ -34,6 +34,7 @@ COMMANDS = {
     "train": "train a model from a config",
     "sample": "generate text with a trained or converted model",
     "chat": "chat with a model in the terminal",
+    "serve": "serve models over HTTP, with a chat page",
     "evaluate": "perplexity of texts, and accuracy on tasks",
     "prepare": "turn text into a folder of tokens to train on",
     "convert": "convert a model between formats",
@@ -41,7 +42,7 @@ COMMANDS = {
     "plan": "predict whether training or sampling fits on given devices",
     "plot": "draw the loss curve of a run",
 }
-ON_HUGE_PAGES = ("train", "sample", "chat", "evaluate")
+ON_HUGE_PAGES = ("train", "sample", "chat", "serve", "evaluate")
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"  # exists in a clone of the repository
 DEMO = str(CONFIGS / "demo.py")
 SIMILAR = 0.75  # similarity from which an unknown flag is taken for a misspelt one

@@ -42,6 +42,11 @@ def add_model_flags(parser: cli.Parser) -> None:
     model.add_argument(
         "--ckpt", default="ckpt", help="checkpoint folder of a run, or of one step; or smollm2"
     )
+    add_loading_flags(model)
+
+
+def add_loading_flags(model: Any) -> None:
+    """Add the flags that say how a checkpoint is loaded to a group of flags."""
     model.add_argument("--base", default="", help="of adapters: the checkpoint they belong to")
     model.add_argument("--dtype", default="", help="float32 or bfloat16; empty: by device")
     model.add_argument(

@@ -16,16 +16,34 @@ def add_text(
     A character is held back until it is complete, and text that may become a stop string until it
     is clear that it does not. Once every sequence has ended no further delta is drawn.
     """
-    texts = [_Text(request, index, tokenizer) for index in range(len(request.prompts))]
-    running = len(texts)
+    texts = RequestText(request, tokenizer)
     for delta in deltas:
-        text = texts[delta.index]
-        if text.has_ended:  # at a stop string, which the engine does not know
-            continue
-        yield text.extend(delta)
-        running -= text.has_ended
-        if not running:
+        shown = texts.push(delta)
+        if shown is not None:
+            yield shown
+        if not texts.running:
             return
+
+
+class RequestText:
+    """The texts of a request's sequences as they grow.
+
+    A sequence also ends at a stop string, which the engine does not know: `push` then returns a
+    delta with a finish reason where the engine's had none.
+    """
+
+    def __init__(self, request: Request, tokenizer: Tokenizer):
+        self._texts = [_Text(request, index, tokenizer) for index in range(len(request.prompts))]
+        self.running = len(self._texts)  # sequences that have not ended
+
+    def push(self, delta: Delta) -> Delta | None:
+        """Return the engine's delta with its text; None if its sequence has ended."""
+        text = self._texts[delta.index]
+        if text.has_ended:
+            return None
+        shown = text.extend(delta)
+        self.running -= text.has_ended
+        return shown
 
 
 class _Text:

@@ -13,11 +13,13 @@ import numpy as np
 
 from llama_jax.errors import UserError
 from llama_jax.inference.decode import ON_MESH, attention_on_mesh, pad_sequences, prefill_chunks
+from llama_jax.inference.request import TokenLogprob
 from llama_jax.kernels.attention import choose_kernel
 from llama_jax.model.execution import Execution
 from llama_jax.model.transformer import Llama
 
 MAX_BATCH = 16  # texts per forward pass
+TopTokens = tuple[TokenLogprob, ...]  # the most likely ones first
 LOGITS_CHUNK = 64  # positions per sequence whose logits exist at once
 
 
@@ -28,16 +30,17 @@ def full_sequence_execution(model: Llama) -> Execution:
     return dataclasses.replace(ON_MESH, attention=attention_on_mesh(kernel))
 
 
-@partial(jax.jit, static_argnames="chunk")
+@partial(jax.jit, static_argnames=("top", "chunk"))
 def token_logprobs(
-    model: Llama, tokens_BT: jax.Array, chunk: int = LOGITS_CHUNK
-) -> tuple[jax.Array, jax.Array]:
+    model: Llama, tokens_BT: jax.Array, top: int = 0, chunk: int = LOGITS_CHUNK
+) -> tuple[jax.Array, ...]:
     """Return the log-probability of each token after the first, given those before it.
 
     Sequences may be padded at the end: later tokens change nothing before them.
 
     Returns:
-      Nats [B, T - 1], float32; and whether the token is the most likely one [B, T - 1], bool.
+      Nats [B, T - 1], float32; whether the token is the most likely one [B, T - 1], bool; and the
+      log-probabilities and ids of the `top` most likely tokens in its place [B, T - 1, top].
     """
     hidden_BTD, _ = model.hidden(tokens_BT, execution=full_sequence_execution(model))
     B, T = tokens_BT.shape
@@ -49,17 +52,21 @@ def token_logprobs(
         return filled.reshape(B, chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
 
     def join(x: jax.Array) -> jax.Array:
-        return x.swapaxes(0, 1).reshape(B, -1)[:, : T - 1]
+        return x.swapaxes(0, 1).reshape(B, -1, *x.shape[3:])[:, : T - 1]
 
-    def of_chunk(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def of_chunk(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         hidden_BCD, targets_BC = pair
         logits_BCV = model.logits(hidden_BCD)
         target_BC = jnp.take_along_axis(logits_BCV, targets_BC[:, :, None], axis=-1)[:, :, 0]
-        logprob_BC = target_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
-        return logprob_BC, target_BC >= logits_BCV.max(axis=-1)
+        total_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+        own = target_BC - total_BC, target_BC >= logits_BCV.max(axis=-1)
+        if not top:
+            return own
+        top_BCK, ids_BCK = jax.lax.top_k(logits_BCV, top)
+        return *own, top_BCK - total_BC[:, :, None], ids_BCK
 
     found = jax.lax.map(of_chunk, (split(hidden_BTD[:, :-1]), split(tokens_BT[:, 1:])))
-    return join(found[0]), join(found[1])
+    return tuple(join(each) for each in found)
 
 
 @partial(jax.jit, static_argnames="normalize")
@@ -87,9 +94,10 @@ class Score:
     logprobs: tuple[float, ...]  # nats of each id but the first, given those before it
     total: float  # their sum
     perplexity: float  # exp of minus their mean; 1 for a text without tokens
+    top: tuple[TopTokens, ...] = ()  # of each log-probability, if requested
 
 
-def score_sequences(model: Llama, sequences: Sequence[Sequence[int]]) -> list[Score]:
+def score_sequences(model: Llama, sequences: Sequence[Sequence[int]], top: int = 0) -> list[Score]:
     """Return the score of each sequence of token ids, none of them empty.
 
     One longer than the context is read in windows of the context that overlap by half. A token is
@@ -103,13 +111,17 @@ def score_sequences(model: Llama, sequences: Sequence[Sequence[int]]) -> list[Sc
         for window in split_windows([ids], context, max(context // 2, 1))
     ]
     scored: list[list[float]] = [[] for _ in sequences]
-    results = score_windows(model, [window for _, window in windows])
+    tops: list[list[TopTokens]] = [[] for _ in sequences]
+    results = score_windows(model, [window for _, window in windows], top=top)
     for (number, _), result in zip(windows, results):
         scored[number] += result.logprobs.tolist()
-    return [
-        Score(tuple(ids), tuple(own), math.fsum(own), math.exp(-math.fsum(own) / max(len(own), 1)))
-        for ids, own in zip(sequences, scored)
-    ]
+        tops[number] += result.top
+    found = []
+    for ids, own, others in zip(sequences, scored, tops):
+        total = math.fsum(own)
+        perplexity = math.exp(-total / max(len(own), 1))
+        found.append(Score(tuple(ids), tuple(own), total, perplexity, tuple(others)))
+    return found
 
 
 class Window(NamedTuple):
@@ -124,6 +136,7 @@ class WindowScore(NamedTuple):
 
     logprobs: np.ndarray  # nats of each, given those before it in the window; float64
     are_top: np.ndarray  # whether each is the most likely token
+    top: list[TopTokens]  # the most likely tokens in the place of each, if requested
 
 
 def split_windows(parts: Iterable[Sequence[int]], context: int, stride: int) -> Iterator[Window]:
@@ -150,22 +163,27 @@ def split_windows(parts: Iterable[Sequence[int]], context: int, stride: int) -> 
 
 
 def score_windows(
-    model: Llama, windows: Sequence[Window], batch_size: int = MAX_BATCH
+    model: Llama, windows: Sequence[Window], batch_size: int = MAX_BATCH, top: int = 0
 ) -> list[WindowScore]:
     """Return the score of each window; `batch_size` of them, of similar length, are read together.
+
+    Args:
+      top: most likely tokens to report in each place; 0: none.
 
     Raises:
       UserError: for a window longer than the context.
     """
     scores: dict[int, WindowScore] = {}
     for batch in batches(model, [window.ids for window in windows], batch_size):
-        found = token_logprobs(model, batch.tokens_BT)
-        logprobs_BT, are_top_BT = np.asarray(found[0], np.float64), np.asarray(found[1])
-        for place, length, logprobs_T, are_top_T in zip(
-            batch.places, batch.length_B, logprobs_BT, are_top_BT
-        ):
+        found = map(np.asarray, token_logprobs(model, batch.tokens_BT, top))
+        for place, length, *arrays in zip(batch.places, batch.length_B, *found):
             scored = slice(windows[place].known - 1, length - 1)
-            scores[place] = WindowScore(logprobs_T[scored], are_top_T[scored])
+            logprobs_T, are_top_T, *others = (array[scored] for array in arrays)
+            tops = [
+                tuple(map(TokenLogprob, ids.tolist(), values.tolist()))
+                for values, ids in zip(*others)
+            ]
+            scores[place] = WindowScore(logprobs_T.astype(np.float64), are_top_T, tops)
     return [scores[place] for place in range(len(windows))]
 
 

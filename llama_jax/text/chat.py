@@ -146,6 +146,16 @@ class Template(abc.ABC):
             refuses.
         """
 
+    @abc.abstractmethod
+    def encode_begun(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+        """Return the ids whose continuation goes on with the last message, an answer.
+
+        Whitespace at its end is left out: in most vocabularies it is a part of the next word.
+
+        Raises:
+          UserError: for a dialogue that does not end with an answer, or that the format refuses.
+        """
+
     def encode_example(
         self, messages: Sequence[Message], tokenizer: Tokenizer, train_on: str = "answers"
     ) -> TokenizedExample:

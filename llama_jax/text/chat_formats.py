@@ -51,6 +51,17 @@ class NamedFormat(Template):
         """
         return self._encode(messages, tokenizer, is_answered=False)[0]
 
+    def encode_begun(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+        split_dialogue(messages, is_answered=True)
+        *before, last = messages
+        if not last.content.strip():
+            return self.encode(before, tokenizer)
+        begun = Message(last.role, last.content.rstrip())
+        ids, _ = self._encode([*before, begun], tokenizer, is_answered=True, is_begun=True)
+        while not tokenizer.piece_text(ids[-1]).strip():  # that a format puts after an answer
+            ids.pop()
+        return ids
+
     def _encode_answered(
         self, messages: Sequence[Message], tokenizer: Tokenizer, last_only: bool
     ) -> tuple[list[int], list[int]]:
@@ -64,7 +75,11 @@ class NamedFormat(Template):
         return self._encode(messages, tokenizer, is_answered=True)
 
     def _encode(
-        self, messages: Sequence[Message], tokenizer: Tokenizer, is_answered: bool
+        self,
+        messages: Sequence[Message],
+        tokenizer: Tokenizer,
+        is_answered: bool,
+        is_begun: bool = False,
     ) -> tuple[list[int], list[int]]:
         for index, message in enumerate(messages):
             for tag in self._plain_tags(tokenizer):
@@ -74,7 +89,11 @@ class NamedFormat(Template):
                         " uses to mark who speaks; remove it or spell it differently"
                     )
         split_dialogue(messages, is_answered)
-        return encode_parts(list(self.parts(messages)), tokenizer, is_answered)
+        parts = list(self.parts(messages))
+        if is_begun:  # what follows the answer is still to come
+            last = max(place for place, part in enumerate(parts) if isinstance(part, Answer))
+            parts = parts[: last + 1]
+        return encode_parts(parts, tokenizer, is_answered)
 
     def stops(self, tokenizer: Tokenizer) -> Stops:
         ids = (tokenizer.special_ids.get(self.end, -1), tokenizer.eos_id)

@@ -42,6 +42,22 @@ class JinjaTemplate(Template):
         shielded, mark = _shield(messages, tokenizer)
         return _encode_text(self.render(shielded, tokenizer), tokenizer, mark)[0]
 
+    def encode_begun(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+        if len(messages) < 2 or messages[-1].role != "assistant":
+            raise UserError("the dialogue does not end with an answer; expected one to go on with")
+        shielded, mark = _shield(messages, tokenizer)
+        prompt = self.render(shielded[:-1], tokenizer)
+        begun = shielded[-1].content.strip()
+        text = self.render(shielded, tokenizer, answers=False)
+        start = text.find(begun, len(prompt))
+        if not text.startswith(prompt) or start < 0:
+            raise UserError(
+                "the last message cannot be continued: the chat template does not write it right"
+                " after its prompt; choose another chat format"
+            )
+        text = text[: start + len(begun)]
+        return _encode_text(text, tokenizer, mark, [len(prompt), len(text)])[0]
+
     def _encode_answered(
         self, messages: Sequence[Message], tokenizer: Tokenizer, last_only: bool
     ) -> tuple[list[int], list[int]]:

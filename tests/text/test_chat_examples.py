@@ -141,3 +141,31 @@ def test_a_vocabulary_without_the_control_tokens_of_a_format_is_an_error(trained
 def test_a_dialogue_without_a_last_answer_is_an_error(byte_level, name, messages):
     with pytest.raises(UserError, match="expected the assistant's answer at its end"):
         ALL[name].encode_example(messages, byte_level)
+
+
+# ---- an answer that was begun ----
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_an_answer_that_was_begun_is_that_of_an_example_without_its_end(tokenizer, name):
+    messages = [*dialogue("Be kind.", ["Hello"]), Message("assistant", "a bx")]
+    ids, weights = ALL[name].encode_example(messages, tokenizer, "last")
+    last = Message("assistant", "a bx  ")
+    begun = ALL[name].encode_begun([*messages[:-1], last], tokenizer)
+    trained = [token for token, weight in zip(ids, weights) if weight]
+    count = len(begun) - weights.index(1)
+    assert begun == ids[: len(begun)] and 0 < count < len(trained)
+    assert tokenizer.decode(trained[:count]).strip() == "a bx"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_an_answer_of_nothing_is_begun_by_its_prompt(tokenizer, name):
+    prompt = dialogue(None, ["Hello"])
+    begun = ALL[name].encode_begun([*prompt, Message("assistant", " ")], tokenizer)
+    assert begun == ALL[name].encode(prompt, tokenizer)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_only_an_answer_can_have_been_begun(tokenizer, name):
+    with pytest.raises(UserError):
+        ALL[name].encode_begun(dialogue(None, ["Hello"]), tokenizer)
