@@ -146,7 +146,7 @@ class FakeServer:
         is_chat = "messages" in body
         pieces, pause = self.answer(text)
         if body.get("continue_final_message"):
-            pieces, pause = ["and ", "so ", "on."], 0.001
+            pieces, pause = [" and", " so", " on."], 0.001
         elif not is_chat:
             pieces = [" and", " then", " it", " ended."] if pause < 0.01 else pieces
         pieces = pieces[: body["max_tokens"]]
