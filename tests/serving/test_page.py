@@ -217,6 +217,22 @@ def test_an_answer_is_replaced_and_brought_back(page, server):
 
 
 @in_browser
+def test_an_answer_being_written_is_replaced_and_brought_back(page):
+    say(page, "one")
+    say(page, "slow", wait=False)
+    appears(page, "word3 ")
+    act(page, "Answer again", 1)
+    appears(page, "You said: one")
+    page.wait_for_timeout(300)  # the answer that was cut off leaves nothing behind
+    assert texts(page) == ["one", "You said: one"]
+    page.get_by_role("button", name="Undo").click()
+    assert texts(page)[2] == "slow" and texts(page)[3].startswith("word0 word1")
+    page.reload()
+    page.wait_for_selector(".message")
+    assert len(texts(page)) == 4
+
+
+@in_browser
 def test_messages_are_edited_in_place(page, server):
     say(page, "one")
     say(page, "two")
@@ -341,7 +357,7 @@ FOREIGN = {
     ),
     "a number": (
         json.dumps(GOOD | {"conversations": [TALK | {"title": 3}]}),
-        "conversation 1: the title is not a text.",
+        "conversation 1: title is not a string.",
     ),
     "null": (json.dumps(GOOD | {"conversations": [None]}), "conversation 1: it has no messages."),
 }
