@@ -27,8 +27,8 @@ MODELS = [
 MODELS = [{**each, "object": "model", "created": 1, "loaded": True} for each in MODELS]
 
 ATTACKS = """Text <script>window.attacked = "script"</script> and
-<img src=x onerror="window.attacked = 'image'"> and [a link](javascript:window.attacked='link') and
-[another](JaVaScRiPt:window.attacked='link') and [data](data:text/html,<script>alert(1)</script>) and
+<img src=x onerror="window.attacked = 'image'"> and [a link](javascript:window.attacked='link')
+and [another](JaVaScRiPt:window.attacked=1) and [data](data:text/html,<script>alert(1)</script>) and
 ![picture](https://elsewhere.example/pixel.png) and [good](https://example.org/page) and
 <a href="javascript:window.attacked='anchor'" onclick="window.attacked=1">raw</a>
 
@@ -89,7 +89,7 @@ def error(status, message, **headers):
 
 
 class FakeServer:
-    """Serves the page at `url`; `requests` are the bodies that it got, `cancelled` those cut off."""
+    """Serves the page at `url`; has the bodies of `requests`, and how many were `cancelled`."""
 
     def __init__(self, key="", models=MODELS, answer=answer):
         self.key, self.models, self.answer = key, models, answer
