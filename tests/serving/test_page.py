@@ -187,6 +187,7 @@ def test_an_answer_appears_while_it_is_written_and_stops(page, server):
     while server.cancelled == cancelled and time.monotonic() < deadline:
         page.wait_for_timeout(20)
     assert server.cancelled == cancelled + 1  # the server notices, and its slot is free
+    assert page.evaluate("document.activeElement.id") == "draft"
     act(page, "Continue")
     finished(page)
     assert texts(page)[-1] == kept + " and so on."
