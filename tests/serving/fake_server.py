@@ -18,7 +18,7 @@ from starlette.routing import Route
 import llama_jax
 
 PAGE = Path(llama_jax.__file__).parent / "serving" / "page" / "index.html"
-SAMPLING = {"temperature": 0.7, "top_p": 0.9, "top_k": 0, "min_p": 0.0, "max_tokens": 256}
+SAMPLING = {"temperature": 0.7, "top_p": 0.9, "top_k": 0, "min_p": 0.0}
 SAMPLING |= {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 MODELS = [
     {"id": "tiny-chat", "context_length": 2048, "chat_format": "chatml", "sampling": SAMPLING},
@@ -149,7 +149,8 @@ class FakeServer:
             pieces, pause = [" and", " so", " on."], 0.001
         elif not is_chat:
             pieces = [" and", " then", " it", " ended."] if pause < 0.01 else pieces
-        pieces = pieces[: body["max_tokens"]]
+        limit = body.get("max_tokens", 2048)
+        pieces = pieces[:limit]
 
         def event(piece, finish=None):
             part = {"delta": {"content": piece}} if is_chat else {"text": piece}
@@ -167,7 +168,7 @@ class FakeServer:
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
-        yield event("", "length" if len(pieces) == body["max_tokens"] else "stop")
+        yield event("", "length" if len(pieces) == limit else "stop")
         read = len(json.dumps(body.get("messages", body.get("prompt")))) // 4
         usage = {"prompt_tokens": read, "completion_tokens": len(pieces)}
         usage["total_tokens"] = read + len(pieces)

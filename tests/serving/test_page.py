@@ -164,7 +164,7 @@ def test_a_message_is_sent_and_answered(page, server):
     sent = server.requests[-1]
     assert sent["messages"] == [{"role": "user", "content": "Hello there"}]
     assert sent["model"] == "tiny-chat" and sent["stream_options"] == {"include_usage": True}
-    assert (sent["temperature"], sent["max_tokens"]) == (0.7, 256)
+    assert (sent["temperature"], sent["max_tokens"]) == (0.7, 512)
     assert page.inner_text("#speed") == "41.5 tokens/s · 4 tokens · first after 0.12 s"
     assert re.fullmatch(r"\d+ of 2,048 tokens", page.inner_text("#context"))
     assert page.inner_text("#announcer") == "You said: Hello there"
@@ -552,6 +552,19 @@ def test_settings_are_sent_and_kept(page, server):
     assert page.input_value("#set-stop") == "###\n\\nUser:"
     page.get_by_role("button", name="Back to the defaults").click()
     assert page.input_value("#set-top_k") == ""
+
+
+@in_browser
+def test_answers_have_room_in_the_context(page, server):
+    say(page, "hello")
+    assert server.requests[-1]["max_tokens"] == 512
+    say(page, "word " * 1200)  # the server counts what is left
+    assert "max_tokens" not in server.requests[-1]
+    page.click("#new-chat")
+    page.select_option("#model", "tiny-base")
+    page.fill("#sheet", "word " * 100)
+    page.click("#send")
+    assert server.requests[-1]["max_tokens"] == 512 - 167
 
 
 @in_browser
