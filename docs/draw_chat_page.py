@@ -1,0 +1,58 @@
+"""Draw the pictures of the chat page, pictures/chat_wide.png and chat_narrow.png.
+
+Start a server first, then draw: make serve; python docs/draw_chat_page.py
+The answers are the model's own, at temperature 0. It takes Debian's chromium and the extra
+`test-page`.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+
+PICTURES = Path(__file__).parent / "pictures"
+URL = "http://127.0.0.1:8000/"
+CHATS = [
+    "Give me three tips for learning to juggle.",
+    "What is the capital of Norway?",
+    "Write a Python function that counts the words of a text.",
+]
+VIEWS = {
+    "chat_wide": {"viewport": {"width": 1180, "height": 760}, "color_scheme": "light"},
+    "chat_narrow": {"viewport": {"width": 390, "height": 760}, "color_scheme": "dark"},
+}
+
+
+def main(url: str = URL) -> None:
+    """Draw both pictures of the page at a server's address."""
+    with sync_playwright() as driver:
+        chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for name, options in VIEWS.items():
+            page = browser.new_page(device_scale_factor=2, **options)
+            page.goto(url)
+            for question in CHATS:
+                ask(page, question)
+            path = PICTURES / f"{name}.png"
+            page.screenshot(path=path)
+            Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
+            print(path)
+        browser.close()
+
+
+def ask(page: Page, question: str) -> None:
+    """Begin a chat with a question, and wait for the answer."""
+    page.keyboard.press("Alt+KeyN")
+    page.keyboard.press("Alt+KeyP")
+    page.fill("#set-temperature", "0")
+    page.keyboard.press("Escape")
+    page.fill("#draft", question)
+    page.press("#draft", "Enter")
+    page.wait_for_selector("#send:not([hidden])", timeout=120_000)
+    page.locator("#draft").blur()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
