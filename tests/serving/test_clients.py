@@ -1,4 +1,4 @@
-"""The README's examples as shown, LangChain, lm-evaluation-harness's requests, and wild requests."""
+"""README's examples as shown, LangChain, lm-evaluation-harness's requests, and wild requests."""
 
 import json
 import re
