@@ -29,7 +29,7 @@ def empty_slots(
     counts_BV = jnp.zeros((slots, config.vocab_size), jnp.int32)
     zeros_B = jnp.zeros(slots, jnp.int32)
     return GenerationState(
-        cache=SlotCache.empty(config, slots, context, cache_dtype),
+        cache=SlotCache.empty(config, slots, max(context, *CHUNK_SIZES), cache_dtype),
         token_B=zeros_B,
         stopped_B=jnp.ones(slots, bool),
         limit_B=jnp.zeros_like(zeros_B),

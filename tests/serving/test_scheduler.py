@@ -234,6 +234,16 @@ def test_what_one_model_cannot_run_is_refused_at_once(scheduler):
         scheduler.submit(Request(prompts=[[1]], params=[GREEDY], stop_ids=range(40)), print)
 
 
+def test_a_context_shorter_than_a_chunk_is_served():
+    short = Engine(unstack(make_model(num_layers=1, context_length=20)))
+    scheduler = Scheduler(short, slots=2)
+    scheduler.start()
+    request = Request(prompts=[PROMPTS[3], PROMPTS[6]], params=[GREEDY] * 2)
+    ours, theirs = answers(scheduler, request), answers(short, request)
+    assert [ids for ids, *_ in ours] == [ids for ids, *_ in theirs]
+    scheduler.close()
+
+
 @pytest.mark.parametrize("options", [{"slots": -1}, {"slots": 2.5}, {"max_waiting": -1}])
 def test_impossible_sizes_are_refused(engine, options):
     with pytest.raises(UsageError, match=next(iter(options))):
