@@ -133,6 +133,14 @@ def test_a_token_that_is_not_allowed_cannot_follow(tokenizers):
         constraint.advance(letter)
 
 
+def test_a_stop_token_is_no_part_of_a_text(tokenizers):
+    tokenizer = tokenizers["byte_level"]
+    found = bits(start("regex", "[w-z]{2}", tokenizer).mask())
+    assert found >= set(tokenizer.encode("w")) and not found & set(stops(tokenizer))
+    with pytest.raises(UserError, match="no token of the vocabulary continues the constrained"):
+        start("regex", "x", tokenizer)
+
+
 @pytest.mark.parametrize("pattern", [" a", "( |b)a", "a"])
 def test_a_space_that_the_tokenizer_adds_is_not_taken_for_one_of_the_text(tokenizers, pattern):
     tokenizer, random = tokenizers["sentencepiece"], np.random.default_rng(0)
