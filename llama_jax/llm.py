@@ -216,7 +216,7 @@ class LLM:
           n: completions of each prompt; completion j has `seed` + j.
           echo: begin each text with its prompt.
           stream: yield deltas as they are made.
-          params: such as `max_tokens` and `temperature`; `SamplingParams` describes them all.
+          params: such as `max_tokens` or `json_schema`; `SamplingParams` describes them all.
             `generation` has what the model recommends instead of its defaults.
 
         Returns:

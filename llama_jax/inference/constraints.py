@@ -15,7 +15,6 @@ import numpy as np
 from llama_jax.errors import UsageError, UserError, first_line, shown
 from llama_jax.text.tokenizer import Tokenizer
 
-KINDS = ("json_schema", "regex", "grammar")
 # Between the tokens of JSON, as in llama.cpp: without a bound a model may never end.
 WHITESPACE = r" |\n{1,2}[ \t]{0,20}"
 ANY_OBJECT = {"type": "object"}
@@ -53,7 +52,7 @@ def compile_grammar(kind: str, text: str) -> str:
     """Return a constraint as llguidance's own grammar, a JSON text.
 
     Args:
-      kind: of `KINDS`.
+      kind: "json_schema", "regex" or "grammar".
       text: JSON of a schema, a regular expression of Rust's `regex`, or a grammar in Lark's syntax.
 
     Raises:
@@ -63,8 +62,6 @@ def compile_grammar(kind: str, text: str) -> str:
     matcher = _llguidance().LLMatcher
     if len(text) > MAX_LENGTH:
         raise UsageError(f"{kind} has {len(text):,} characters; expected at most {MAX_LENGTH:,}")
-    if "\0" in text:
-        raise UsageError(f"{kind}={shown(text)} has a null character; remove it")
     try:
         if kind == "json_schema":
             options = {"whitespace_pattern": WHITESPACE}
@@ -252,13 +249,12 @@ class _Vocabulary:
 
     def __call__(self, text: str) -> list[int]:
         """Return the ids that a text has within another, without a space before it."""
-        newline = self._tokenizer.encode("\n")
-        for before, begun in (([], ""), (newline, "\n")):
+        for before in ("", "\n"):
             try:
-                ids = self._tokenizer.encode(begun + text)
+                begun, ids = map(self._tokenizer.encode, (before, before + text))
             except UserError:  # a character without a token
                 continue
-            is_begun, ids = ids[: len(before)] == before, ids[len(before) :]
+            is_begun, ids = ids[: len(begun)] == begun, ids[len(begun) :]
             if is_begun and b"".join(self.tokens[token] for token in ids) == text.encode():
                 return ids
         return self.trie.greedy_tokenize(text)
