@@ -19,6 +19,7 @@ MAX_SEQUENCES = 64  # of a request: prompts times completions of each
 MAX_LOGPROBS = 20  # top tokens that are reported in each place
 MAX_STOP = 500  # characters of a stop string
 ALIASES = {"repeat_penalty": "repetition_penalty", "max_completion_tokens": "max_tokens"}
+NAMES = {**ALIASES, "response_format": "json_schema"}  # as errors of the library call fields
 NUMBERS = (
     "temperature",
     "top_p",
@@ -78,7 +79,7 @@ def refusing(fields: Mapping[str, Any], param: str = "") -> Iterator[None]:
     except UserError as error:
         found = re.match(r"\w+", str(error))
         name = found[0] if found else ""
-        alias = next((alias for alias in ALIASES if ALIASES[alias] == name and alias in fields), "")
+        alias = next((alias for alias in NAMES if NAMES[alias] == name and alias in fields), "")
         named = name if fields.get(name) is not None else alias
         raise ApiError(error, named or param) from error
 
@@ -181,12 +182,29 @@ class Fields:
             params["seed"] = random.getrandbits(31)
         params["seed"] %= 2**31  # clients send any; completion j has the seed + j
         params["logit_bias"] = self._biases()
+        params["json_schema"] = self._json_schema()
+        params |= {name: self.text(name) for name in ("regex", "grammar")}
         params["stop"] = self.all.get("stop")
         with refusing(self.all, "stop"):
             params["stop"] = SamplingParams.of(stop=params["stop"]).stop
         if any(len(stop) > MAX_STOP for stop in params["stop"]):
             raise ApiError(f"stop has a text of more than {MAX_STOP} characters", "stop")
         return params
+
+    def _json_schema(self) -> Any:
+        """Return the schema of `response_format`; True for any JSON object, None for any text."""
+        form = self.mapping("response_format")
+        kind = form.get("type", "text")
+        if kind == "json_object":  # with a schema as for llama-cpp-python
+            return form.get("schema") or True
+        if kind == "json_schema":
+            found = form.get("json_schema")
+            return (found.get("schema") if isinstance(found, dict) else found) or True
+        if kind != "text":
+            expected = "expected text, json_object or json_schema"
+            message = f"response_format has the type {shown(kind)}; {expected}"
+            raise ApiError(message, "response_format")
+        return None
 
     def _biases(self) -> dict[int, float]:
         biases = {}
