@@ -183,7 +183,7 @@ class Fields:
         params["seed"] %= 2**31  # clients send any; completion j has the seed + j
         params["logit_bias"] = self._biases()
         params["json_schema"] = self._json_schema()
-        params |= {name: self.text(name) for name in ("regex", "grammar")}
+        params |= {name: self.all.get(name) for name in ("regex", "grammar")}
         params["stop"] = self.all.get("stop")
         with refusing(self.all, "stop"):
             params["stop"] = SamplingParams.of(stop=params["stop"]).stop
