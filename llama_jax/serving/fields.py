@@ -14,11 +14,14 @@ from typing import Any, NoReturn
 from llama_jax.errors import UserError, finite_number, shown, whole_number
 from llama_jax.inference.request import SamplingParams
 from llama_jax.text.chat import Message, parse_messages
+from llama_jax.text.tools import TOOL_ROLE, ToolMessage
 
 MAX_SEQUENCES = 64  # of a request: prompts times completions of each
 MAX_LOGPROBS = 20  # top tokens that are reported in each place
+MAX_TOOLS = 128
 MAX_STOP = 500  # characters of a stop string
 ALIASES = {"repeat_penalty": "repetition_penalty", "max_completion_tokens": "max_tokens"}
+NAMES = {**ALIASES, "response_format": "json_schema"}  # as errors of the library call fields
 NUMBERS = (
     "temperature",
     "top_p",
@@ -78,7 +81,7 @@ def refusing(fields: Mapping[str, Any], param: str = "") -> Iterator[None]:
     except UserError as error:
         found = re.match(r"\w+", str(error))
         name = found[0] if found else ""
-        alias = next((alias for alias in ALIASES if ALIASES[alias] == name and alias in fields), "")
+        alias = next((alias for alias in NAMES if NAMES[alias] == name and alias in fields), "")
         named = name if fields.get(name) is not None else alias
         raise ApiError(error, named or param) from error
 
@@ -181,12 +184,29 @@ class Fields:
             params["seed"] = random.getrandbits(31)
         params["seed"] %= 2**31  # clients send any; completion j has the seed + j
         params["logit_bias"] = self._biases()
+        params["json_schema"] = self._json_schema()
+        params |= {name: self.all.get(name) for name in ("regex", "grammar")}
         params["stop"] = self.all.get("stop")
         with refusing(self.all, "stop"):
             params["stop"] = SamplingParams.of(stop=params["stop"]).stop
         if any(len(stop) > MAX_STOP for stop in params["stop"]):
             raise ApiError(f"stop has a text of more than {MAX_STOP} characters", "stop")
         return params
+
+    def _json_schema(self) -> Any:
+        """Return the schema of `response_format`; True for any JSON object, None for any text."""
+        form = self.mapping("response_format")
+        kind = form.get("type", "text")
+        if kind == "json_object":  # with a schema as for llama-cpp-python
+            return form.get("schema") or True
+        if kind == "json_schema":
+            found = form.get("json_schema")
+            return (found.get("schema") if isinstance(found, dict) else found) or True
+        if kind != "text":
+            expected = "expected text, json_object or json_schema"
+            message = f"response_format has the type {shown(kind)}; {expected}"
+            raise ApiError(message, "response_format")
+        return None
 
     def _biases(self) -> dict[int, float]:
         biases = {}
@@ -216,6 +236,21 @@ class Fields:
                 raise ApiError(f"{name}[{place}]={shown(each)}; expected a text or token ids", name)
         return listed
 
+    def tools(self) -> list[dict[str, Any]]:
+        """Return the functions that an answer may call; none for `tool_choice` "none"."""
+        choice, listed = self.all.get("tool_choice", "auto"), self.all.get("tools", [])
+        if choice not in ("auto", "none"):
+            message = f"tool_choice={shown(choice)} is not supported; expected auto or none"
+            raise ApiError(message, "tool_choice")
+        if not isinstance(listed, list) or len(listed) > MAX_TOOLS:
+            raise ApiError(f"tools={shown(listed)}; expected up to {MAX_TOOLS} of them", "tools")
+        for place, tool in enumerate(listed):
+            function = tool.get("function") if isinstance(tool, dict) else None
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                expected = 'expected {"type": "function", "function": {"name": …}}'
+                raise ApiError(f"tools[{place}]={shown(tool)}; {expected}", "tools")
+        return listed if choice == "auto" else []
+
     def messages(self) -> list[Message]:
         """Return the messages of a chat; their content may be a list of texts."""
         listed = self.all.get("messages")
@@ -229,21 +264,35 @@ def _message(place: int, item: Any) -> Any:
     """Return a message as the library takes it: a developer is the system, parts are joined."""
     if not isinstance(item, dict):
         return item
-    for key in ("tool_calls", "function_call"):
-        if item.get(key):
-            raise ApiError(f"messages[{place}].{key} is not supported; leave it out", "messages")
     role = "system" if item.get("role") == "developer" else item.get("role")
     content = item.get("content")
     if isinstance(content, list):
-        texts = []
-        for part in content:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind != "text" or not isinstance(part.get("text"), str):
-                raise ApiError(
-                    f"messages[{place}].content has a part of type {shown(kind)}; expected texts,"
-                    " which this model reads",
-                    "messages",
-                )
-            texts.append(part["text"])
-        content = "".join(texts)
+        content = "".join(_text_part(place, part) for part in content)
+    calls = item.get("tool_calls") or []
+    if role == TOOL_ROLE or (role == "assistant" and calls):
+        calls = [_made_call(place, call) for call in calls] if isinstance(calls, list) else [None]
+        is_text = isinstance(content, str) or (content is None and calls)
+        if is_text and None not in calls:
+            return ToolMessage(role, content or "", calls)
+        raise ApiError(f"messages[{place}] is no message about tools", "messages")
     return {"role": role, "content": content}
+
+
+def _text_part(place: int, part: Any) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind != "text" or not isinstance(part.get("text"), str):
+        found = f"messages[{place}].content has a part of type {shown(kind)}"
+        raise ApiError(f"{found}; expected texts, which the model reads", "messages")
+    return part["text"]
+
+
+def _made_call(place: int, call: Any) -> dict[str, Any] | None:
+    """Return an earlier call with its arguments as an object, as templates expect; or None."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        return None
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        with refusing({}, "messages"):
+            arguments = parse_json(arguments.encode(errors="replace"))
+    return {**call, "type": "function", "function": {**function, "arguments": arguments}}

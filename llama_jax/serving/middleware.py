@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llama_jax.errors import UserError, format_line, is_out_of_memory
 from llama_jax.serving.fields import ApiError
 
+MAX_RUNNING = 1000  # requests at a time, waiting ones included
 OPEN = ("/", "/health")  # paths that need no key; the page asks for it
 log = logging.getLogger("llama_jax.serving")
 
@@ -84,6 +85,7 @@ class Gate:
     ):
         """Wrap an application; `counts` gets the number of answers by path and status."""
         self._app, self._options, self._counts = app, options, counts
+        self._running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -100,9 +102,13 @@ class Gate:
                 message = {**message, "headers": [*message["headers"], own]}
             await send(message)
 
+        self._running += 1
         try:
             if scope["path"] not in OPEN:
                 self._check_key(scope)
+            if self._running > MAX_RUNNING:
+                message = f"{MAX_RUNNING} requests are running; try again later"
+                raise ApiError(message, status=503, retry_after="1")
             await self._app(scope, receive, send_with_id)
         except (ClientDisconnect, TimeoutError) as error:  # nobody listens
             log.debug("%s: %s", scope["request_id"], type(error).__name__)
@@ -111,6 +117,7 @@ class Gate:
             if not status:
                 await error_response(found)(scope, receive, send_with_id)
         finally:
+            self._running -= 1
             route = getattr(scope.get("route"), "path", "unknown")
             self._counts[route, status or 499] += 1
             seconds = time.perf_counter() - start

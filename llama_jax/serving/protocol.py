@@ -22,6 +22,7 @@ class Call:
     model: str  # "": the first
     fields: Mapping[str, Any]
     messages: Sequence[Message] = ()  # of a chat
+    tools: Sequence[Mapping[str, Any]] = ()  # that an answer may call
     prompts: Sequence[str | list[int]] = ()  # of completions
     sampling: Mapping[str, Any]
     max_tokens: int | None
@@ -76,10 +77,9 @@ def parse_chat(body: Mapping[str, Any]) -> Call:
     logprobs = fields.integer("top_logprobs", 0, MAX_LOGPROBS, 0)
     if logprobs and not fields.flag("logprobs"):
         raise ApiError("top_logprobs needs logprobs; set it to true", "top_logprobs")
-    if fields.all.get("tools"):
-        raise ApiError("tools are not supported by this model's chat format", "tools")
     return Call(
         messages=fields.messages(),
+        tools=fields.tools(),
         max_tokens=fields.integer("max_tokens", 1, 2**31 - 1),
         logprobs=logprobs if fields.flag("logprobs") else None,
         continues=fields.flag("continue_final_message"),
@@ -135,7 +135,7 @@ def make_request(call: Call, llm: LLM) -> Request:
 
 def _dialogue(call: Call, llm: LLM, template: Template) -> list[int]:
     if not call.continues:
-        return template.encode(call.messages, llm.tokenizer)
+        return template.encode(call.messages, llm.tokenizer, call.tools)
     return template.encode_begun(call.messages, llm.tokenizer)
 
 

@@ -1,5 +1,7 @@
 """The answers of OpenAI's protocol: what a model generated, to JSON."""
 
+import collections
+import json
 import time
 import uuid
 from collections.abc import Iterable, Sequence
@@ -10,6 +12,7 @@ from llama_jax.inference.request import Delta, Request, TokenLogprob
 from llama_jax.inference.scoring import Score
 from llama_jax.serving.protocol import Call
 from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tools import parse_tool_calls
 
 
 class Reply:
@@ -38,6 +41,7 @@ class Reply:
         }
         self._scores = scores
         self._offsets: dict[int, _Offsets] = {}
+        self._held: collections.defaultdict[int, str] = collections.defaultdict(str)
         self._timer = _Timer()
         self._completion_tokens = 0
 
@@ -58,12 +62,29 @@ class Reply:
         return {**self._head, "choices": choices, "usage": self._usage(), "timings": self.timings()}
 
     def _choice(self, index: int, place: int, completion: Completion) -> dict[str, Any]:
-        logprobs = self._logprobs(place, completion.logprobs or ())
-        choice = {"index": index, "finish_reason": completion.finish_reason, "logprobs": logprobs}
-        if self._call.is_chat:
-            message = {"role": "assistant", "content": completion.text, "refusal": None}
-            return {**choice, "message": message}
-        return {**choice, "text": completion.text}
+        logprobs, reason = (
+            self._logprobs(place, completion.logprobs or ()),
+            completion.finish_reason,
+        )
+        choice: dict[str, Any] = {"index": index, "logprobs": logprobs}
+        if not self._call.is_chat:
+            return {**choice, "text": completion.text, "finish_reason": reason}
+        said, reason = self._said(completion.text, reason)
+        message = {"role": "assistant", "refusal": None, **said}
+        return {**choice, "message": message, "finish_reason": reason}
+
+    def _said(self, text: str, reason: str) -> tuple[dict[str, Any], str]:
+        """Return an answer as the content of a message, or as calls of tools; and why it ended."""
+        names = {tool["function"]["name"] for tool in self._call.tools}
+        said, calls = parse_tool_calls(text, names) if names and reason == "stop" else (text, [])
+        if not calls:
+            return {"content": text}, reason
+        listed = []
+        for index, call in enumerate(calls):
+            function = {"name": call.name, "arguments": json.dumps(call.arguments)}
+            own = {"index": index, "id": f"call_{uuid.uuid4().hex}", "type": "function"}
+            listed.append({**own, "function": function})
+        return {"content": said or None, "tool_calls": listed}, "tool_calls"
 
     # ---- chunks ----
 
@@ -77,14 +98,19 @@ class Reply:
     def chunks(self, delta: Delta) -> list[dict[str, Any]]:
         """Return the chunks of a delta: its text, and the end of its sequence."""
         self.count(delta)
-        found = []
+        found, text, reason = [], delta.text, delta.finish_reason
+        content: Any = text
+        if self._call.tools:  # whether an answer is a call shows when it is whole
+            text = self._held[delta.index] = self._held[delta.index] + text
+            text = text if reason else ""
+        if self._call.is_chat:
+            content, reason = self._said(text, reason)
         logprobs = self._logprobs(delta.index, delta.logprobs)
-        if delta.text or delta.logprobs:
-            content = {"content": delta.text} if self._call.is_chat else delta.text
+        if text or delta.logprobs:
             found.append(self._chunk(delta.index, content, logprobs))
-        if delta.finish_reason:
+        if reason:
             empty: Any = {} if self._call.is_chat else ""
-            found.append(self._chunk(delta.index, empty, None, delta.finish_reason))
+            found.append(self._chunk(delta.index, empty, None, reason))
         return found
 
     def _chunk(

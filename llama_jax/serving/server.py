@@ -17,11 +17,19 @@ from llama_jax.serving.registry import Registry
 
 KEEP_ALIVE_SECONDS = 15  # of a connection without a request
 MAX_HEADERS = 2**16  # bytes
-MAX_CONNECTIONS = 1000  # beyond which requests get 503
+SILENT_SECONDS = 30  # after which a new connection is closed that has brought no request
 
 
 class Protocol(H11Protocol):
-    """HTTP/1.1, whose own errors have OpenAI's form too."""
+    """HTTP/1.1, whose own errors have OpenAI's form too; silent connections are closed."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.loop.call_later(SILENT_SECONDS, self._close_if_silent)
+
+    def _close_if_silent(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
         error = error_response(ApiError(f"the request is not HTTP/1.1: {msg}"))
@@ -58,7 +66,6 @@ def run_server(
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=drain_seconds,
         h11_max_incomplete_event_size=MAX_HEADERS,
-        limit_concurrency=MAX_CONNECTIONS,
     )
     server = uvicorn.Server(config)
     host, port = listener.getsockname()[:2]

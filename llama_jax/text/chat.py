@@ -9,13 +9,14 @@ import dataclasses
 import reprlib
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llama_jax.errors import UsageError, UserError, did_you_mean, shown
 from llama_jax.text.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
 KEYS = ("role", "content")
+Tools = Sequence[Mapping[str, Any]]
 TRAIN_ON = ("answers", "last", "all")  # tokens of a dialogue that a model is trained on
 
 # ---- messages ----
@@ -136,14 +137,19 @@ class Template(abc.ABC):
     source: str  # a Jinja template that writes the same text
 
     @abc.abstractmethod
-    def encode(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+    def encode(
+        self, messages: Sequence[Message], tokenizer: Tokenizer, tools: Tools = ()
+    ) -> list[int]:
         """Return the ids whose continuation is the assistant's answer to the last message.
 
         Content never becomes a control id.
 
+        Args:
+          tools: functions that the assistant may call, as OpenAI's protocol describes them.
+
         Raises:
           UserError: for a dialogue that does not end with a user message, or that the format
-            refuses.
+            refuses; for tools, if it has no place for them.
         """
 
     @abc.abstractmethod

@@ -18,10 +18,11 @@ from llama_jax.text.chat import (
     Part,
     Stops,
     Template,
+    Tools,
     encode_parts,
     split_dialogue,
 )
-from llama_jax.text.jinja_template import jinja_template
+from llama_jax.text.jinja_template import jinja_template, require_no_tools
 from llama_jax.text.tokenizer import Tokenizer
 
 
@@ -43,12 +44,15 @@ class NamedFormat(Template):
         A control token follows each `Answer`.
         """
 
-    def encode(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+    def encode(
+        self, messages: Sequence[Message], tokenizer: Tokenizer, tools: Tools = ()
+    ) -> list[int]:
         """Return the ids of a prompt, which begin with those for any earlier user message.
 
         Raises:
-          UserError: for roles out of order, and for content with a tag of the format.
+          UserError: for roles out of order, for content with a tag of the format, and for tools.
         """
+        require_no_tools(tools)
         return self._encode(messages, tokenizer, is_answered=False)[0]
 
     def encode_begun(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
@@ -57,7 +61,7 @@ class NamedFormat(Template):
         if not last.content.strip():
             return self.encode(before, tokenizer)
         begun = Message(last.role, last.content.rstrip())
-        ids, _ = self._encode([*before, begun], tokenizer, is_answered=True, is_begun=True)
+        ids, _ = self._encode([*before, begun], tokenizer, is_answered=True, end=False)
         while not tokenizer.piece_text(ids[-1]).strip():  # that a format puts after an answer
             ids.pop()
         return ids
@@ -75,11 +79,7 @@ class NamedFormat(Template):
         return self._encode(messages, tokenizer, is_answered=True)
 
     def _encode(
-        self,
-        messages: Sequence[Message],
-        tokenizer: Tokenizer,
-        is_answered: bool,
-        is_begun: bool = False,
+        self, messages: Sequence[Message], tokenizer: Tokenizer, is_answered: bool, end: bool = True
     ) -> tuple[list[int], list[int]]:
         for index, message in enumerate(messages):
             for tag in self._plain_tags(tokenizer):
@@ -90,7 +90,7 @@ class NamedFormat(Template):
                     )
         split_dialogue(messages, is_answered)
         parts = list(self.parts(messages))
-        if is_begun:  # what follows the answer is still to come
+        if not end:  # what follows the answer is still to come
             last = max(place for place, part in enumerate(parts) if isinstance(part, Answer))
             parts = parts[: last + 1]
         return encode_parts(parts, tokenizer, is_answered)

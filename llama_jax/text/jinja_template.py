@@ -1,14 +1,17 @@
 """Jinja chat templates, as checkpoints from Hugging Face bring them."""
 
 import contextlib
+import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from llama_jax.errors import UserError
-from llama_jax.text.chat import Message, Stops, Template, encode_answer
+from llama_jax.text.chat import Message, Stops, Template, Tools, encode_answer
 from llama_jax.text.jinja_sandbox import Sandbox
 from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tools import TOOL_ROLE, ToolMessage
 
 SECONDS = 10.0  # for one dialogue; usual templates take a few milliseconds
 NONCHARACTERS = range(0xFDD0, 0xFDF0)  # never part of a text, says Unicode
@@ -32,20 +35,27 @@ class JinjaTemplate(Template):
           UserError: if it is not a template.
         """
         self.source = source
+        self._has_tools = re.search(r"\btools\b", source) is not None
         self._sandbox = Sandbox(seconds)
         self._template = self._sandbox.compile_template(source)
 
-    def encode(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
-        if not messages or messages[-1].role != "user":
+    def encode(
+        self, messages: Sequence[Message], tokenizer: Tokenizer, tools: Tools = ()
+    ) -> list[int]:
+        if not messages or messages[-1].role not in ("user", TOOL_ROLE):
             found = "no message" if not messages else f"a last message of {messages[-1].role}'s"
             raise UserError(f"the dialogue has {found}; expected a user message at its end")
-        shielded, mark = _shield(messages, tokenizer)
-        return _encode_text(self.render(shielded, tokenizer), tokenizer, mark)[0]
+        if not self._has_tools:
+            require_no_tools(tools)
+        shield = _Shield(tokenizer, [messages, tools])
+        text = self.render(shield.messages(messages), tokenizer, tools=shield.value(tools))
+        return _encode_text(text, tokenizer, shield.mark)[0]
 
     def encode_begun(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
         if len(messages) < 2 or messages[-1].role != "assistant":
             raise UserError("the dialogue does not end with an answer; expected one to go on with")
-        shielded, mark = _shield(messages, tokenizer)
+        shield = _Shield(tokenizer, messages)
+        shielded, mark = shield.messages(messages), shield.mark
         prompt = self.render(shielded[:-1], tokenizer)
         begun = shielded[-1].content.strip()
         text = self.render(shielded, tokenizer, answers=False)
@@ -61,7 +71,8 @@ class JinjaTemplate(Template):
     def _encode_answered(
         self, messages: Sequence[Message], tokenizer: Tokenizer, last_only: bool
     ) -> tuple[list[int], list[int]]:
-        shielded, mark = _shield(messages, tokenizer)
+        shield = _Shield(tokenizer, messages)
+        shielded, mark = shield.messages(messages), shield.mark
         text = self.render(shielded, tokenizer, answers=False)
         spans: list[tuple[int, int]] = []  # of the answers in the text, with what follows each
         last = len(messages) - 1
@@ -100,7 +111,11 @@ class JinjaTemplate(Template):
         return Stops(ids=tuple(dict.fromkeys(ids)), strings=())
 
     def render(
-        self, messages: Sequence[Message], tokenizer: Tokenizer, answers: bool = True
+        self,
+        messages: Sequence[Message],
+        tokenizer: Tokenizer,
+        answers: bool = True,
+        tools: Tools = (),
     ) -> str:
         """Return the text of a dialogue, up to where the assistant answers if `answers`.
 
@@ -110,11 +125,11 @@ class JinjaTemplate(Template):
         """
         names = {token: text for text, token in tokenizer.special_ids.items()}
         variables = {
-            "messages": [{"role": each.role, "content": each.content} for each in messages],
+            "messages": [_variables(each) for each in messages],
             "bos_token": names.get(tokenizer.bos_id, ""),
             "eos_token": names.get(tokenizer.eos_id, ""),
             "add_generation_prompt": answers,
-            "tools": None,
+            "tools": tools or None,
             "documents": None,
         }
         return self._sandbox.render_bounded(self._template, variables)
@@ -131,21 +146,59 @@ def _controls(tokenizer: Tokenizer) -> dict[str, int]:
     return {text: token for text, token in tokenizer.special_ids.items() if len(text) > 1}
 
 
-def _shield(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[list[Message], str]:
-    """Return messages in which no control token occurs, and the mark that keeps them apart.
+def require_no_tools(tools: Tools) -> None:
+    """Raise `UserError` for tools, if there are any, in a chat format without a place for them."""
+    if tools:
+        raise UserError(
+            "tools have no place in the model's chat format; leave them out, or use a model whose"
+            " chat template has them"
+        )
 
-    It stands after the first character of each control token that the content spells.
+
+def _variables(message: Message) -> dict[str, Any]:
+    """Return a message as templates see it."""
+    found: dict[str, Any] = {"role": message.role, "content": message.content}
+    if isinstance(message, ToolMessage) and message.tool_calls:
+        found["tool_calls"] = message.tool_calls
+    return found
+
+
+class _Shield:
+    """Keeps what users write apart from control tokens.
+
+    A mark stands after the first character of each control token that a text spells.
     """
-    controls = _controls(tokenizer)
-    mark = _unused_character("".join(message.content for message in messages))
-    if not controls:
-        return list(messages), mark
-    starts = re.compile(f"(?=(?:{_either(controls)})).", re.DOTALL)
-    shielded = [
-        Message(each.role, starts.sub(lambda found: found[0] + mark, each.content))
-        for each in messages
-    ]
-    return shielded, mark
+
+    def __init__(self, tokenizer: Tokenizer, values: Any):
+        """Choose a mark that is in none of the texts of `values`, which may be nested."""
+        controls = _controls(tokenizer)
+        self.mark = _unused_character("".join(_texts(values)))
+        self._starts = controls and re.compile(f"(?=(?:{_either(controls)})).", re.DOTALL)
+
+    def messages(self, messages: Sequence[Message]) -> list[Message]:
+        """Return messages in which no control token occurs."""
+        return [dataclasses.replace(each, **self.value(_variables(each))) for each in messages]
+
+    def value(self, value: Any) -> Any:
+        """Return a text, or a collection with texts in it, in which no control token occurs."""
+        if isinstance(value, str) and self._starts:
+            return self._starts.sub(lambda found: found[0] + self.mark, value)
+        if isinstance(value, Mapping):
+            return {self.value(key): self.value(item) for key, item in value.items()}
+        return [self.value(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _texts(value: Any) -> Iterable[str]:
+    """Yield the texts in a value: in messages, mappings and sequences."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Message):
+        yield from _texts(_variables(value))
+    elif isinstance(value, Mapping):
+        yield from _texts([*value, *value.values()])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
 
 
 def _encode_text(

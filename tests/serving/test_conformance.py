@@ -275,6 +275,30 @@ def test_a_bias_changes_the_choice(client, llm):
     assert made.choices[0].text == "qqq"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_schema_is_kept_to(client, stream):
+    properties = {"a": {"enum": [1, 2]}, "b": {"type": "boolean"}}
+    schema = {"type": "object", "properties": properties, "required": ["a", "b"]}
+    schema["additionalProperties"] = False
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    made = chat(client, model="tiny", response_format=form, stream=stream, max_tokens=300)
+    if stream:
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in made)
+    else:
+        text = made.choices[0].message.content
+    found = json.loads(text)
+    assert found.keys() == {"a", "b"} and found["a"] in (1, 2) and found["b"] in (True, False)
+
+
+def test_a_regex_and_a_grammar_are_kept_to(client):
+    for extra in ({"regex": "[0-9]{3}"}, {"grammar": "start: /[0-9]{3}/"}):
+        made = chat(client, model="tiny", extra_body=extra)
+        assert made.choices[0].message.content.isdigit() and made.choices[0].finish_reason == "stop"
+    with pytest.raises(openai.BadRequestError) as error:
+        chat(client, extra_body={"regex": "(a"})
+    assert error.value.param == "regex"
+
+
 # ---- log-probabilities ----
 
 

@@ -53,6 +53,49 @@ def test_fields_are_honoured(llm, field, value, name, expected):
         assert getattr(make(llm, **{field: value}).shared, name) == expected
 
 
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "has"),
+    [
+        ({"response_format": {"type": "json_object"}}, "json_schema", '"object"'),
+        ({"response_format": {"type": "json_object", "schema": SCHEMA}}, "json_schema", '"a"'),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}},
+            "json_schema",
+            '"a"',
+        ),
+        ({"regex": "[ab]+"}, "regex", "[ab]+"),
+        ({"grammar": 'start: "a" | "b"'}, "grammar", "start"),
+    ],
+)
+def test_constraints_are_honoured(llm, fields, kind, has):
+    found, text = chat(llm, **fields).shared.constraint
+    assert found == kind and has in text
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("response_format", "json"),
+        ("response_format", {"type": "xml"}),
+        ("response_format", {"type": "json_schema", "json_schema": {"schema": {"type": "thing"}}}),
+        ("regex", "(a"),
+        ("grammar", "begin: a"),
+        ("regex", 5),
+    ],
+)
+def test_wrong_constraints_are_named(llm, field, value):
+    with pytest.raises(ApiError) as error:
+        chat(llm, **{field: value})
+    assert error.value.param == field
+
+
+def test_text_is_no_constraint(llm):
+    assert chat(llm, response_format={"type": "text"}).shared.constraint is None
+
+
 @pytest.mark.parametrize("field", UNSUPPORTED)
 def test_fields_without_support_are_refused_by_name_unless_neutral(llm, field):
     for neutral in UNSUPPORTED[field]:
