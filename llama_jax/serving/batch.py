@@ -95,6 +95,8 @@ class Batch:
         state = empty_slots(config, slots, config.context_length, engine.cache_dtype)
         if engine.mesh:
             state = dataclasses.replace(state, cache=shard_cache(state.cache, engine.mesh))
+        else:  # committed, as what programs return: each is compiled once
+            state = jax.device_put(state, jax.devices()[0])
         self._state = state
         self.cache_bytes = sum(array.nbytes for array in jax.tree.leaves(state.cache.layers))
         self._slots = [_Slot(index) for index in range(slots)]
