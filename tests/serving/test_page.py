@@ -564,7 +564,7 @@ def test_answers_have_room_in_the_context(page, server):
     page.select_option("#model", "tiny-base")
     page.fill("#sheet", "word " * 100)
     page.click("#send")
-    assert server.requests[-1]["max_tokens"] == 512 - 167
+    assert server.requests[-1]["max_tokens"] == (512 - 167) // 2
 
 
 @in_browser
@@ -803,3 +803,25 @@ def test_the_page_fits_any_width(open_page, width):
         )
         small += " && Math.min(node.offsetWidth, node.offsetHeight) < 24).length"
         assert page.evaluate(small) == 0  # large enough for a finger
+
+
+@in_browser
+def test_the_real_server_has_the_page_and_answers(open_page, tmp_path):
+    pytest.importorskip("openai")  # of the extra test-serve, with which servers are tested
+    from servers import SCRIPT, Server, write_scripted
+
+    server = Server("--slots=1", f"--model=script={write_scripted(tmp_path / 'script')}")
+    try:
+        page = open_page(f"{server.url}/")
+        page.set_default_timeout(60_000)
+        say(page, "hello")
+        assert texts(page) == ["hello", SCRIPT]
+        assert re.match(r"[\d.]+ tokens/s · \d+ tokens", page.inner_text("#speed"))
+        assert page.inner_text("#context").endswith(" of 512 tokens")
+        page.click("#complete-mode")
+        page.fill("#sheet", "on")
+        page.press("#sheet", "Control+Enter")
+        finished(page)
+        assert re.fullmatch("(?s)on.+", page.input_value("#sheet"))
+    finally:
+        server.stop()
