@@ -422,6 +422,50 @@ def test_markdown_becomes_elements(page):
     assert page.evaluate(copied).startswith("# Heading\n\nSome **bold**")
 
 
+MARKDOWN = {  # texts, and the elements that they become, without attributes and code's headers
+    "1. a\n```sh\nx\n```\n2. b\n   c\n\n   d": "<ol><li><p>a</p></li></ol>"
+    "<div><pre><code>x</code></pre></div><ol><li><p>b<br>c</p><p>d</p></li></ol>",
+    "1. a\n    - b\n        - c\n    - d\n2. e": "<ol><li><p>a</p><ul><li><p>b</p><ul><li><p>c</p>"
+    "</li></ul></li><li><p>d</p></li></ul></li><li><p>e</p></li></ol>",
+    "- a\n\n- b\n\nc": "<ul><li><p>a</p></li><li><p>b</p></li></ul><p>c</p>",
+    "1. a\n- [x] b": "<ol><li><p>a</p></li></ol><ul><li><p>☑ b</p></li></ul>",
+    "***a*** **b *c* d** *e **f** g*": "<p><strong><em>a</em></strong> "
+    "<strong>b <em>c</em> d</strong> <em>e <strong>f</strong> g</em></p>",
+    "x_1 + x_2, 2 * 3, **a ** and \\*b\\*": "<p>x_1 + x_2, 2 * 3, **a ** and *b*</p>",
+    "`` a ` b `` and `*c*`": "<p><code>a ` b</code> and <code>*c*</code></p>",
+    "a|b\n-|-\n1|2 \\| 3\n\nc": "<div><table><thead><tr><th>a</th><th>b</th></tr></thead>"
+    "<tbody><tr><td>1</td><td>2 | 3</td></tr></tbody></table></div><p>c</p>",
+    "[a](https://b.c/d_(e)) [f][g] <http://h.i>": "<p><a>a</a> [f][g] <a>http://h.i</a></p>",
+    "> a\n> - b\n\n> c": "<blockquote><p>a</p><ul><li><p>b</p></li></ul></blockquote>"
+    "<blockquote><p>c</p></blockquote>",
+    "# a\n---\n~~~\n```\n~~~": "<h3>a</h3><hr><div><pre><code>```</code></pre></div>",
+    "- a\n  ```\n  b\n\n    c\n  ```": "<ul><li><p>a</p><div><pre><code>b\n\n  c</code></pre></div>"
+    "</li></ul>",
+}
+
+
+def open_messages(page, texts):
+    """Import a conversation of answers and open it."""
+    talk = {"id": "x", "messages": [{"role": "assistant", "content": each} for each in texts]}
+    data = json.dumps(GOOD | {"conversations": [talk]}).encode()
+    with page.expect_file_chooser() as chooser:
+        page.click("#import")
+    chooser.value.set_files({"name": "a.json", "mimeType": "application/json", "buffer": data})
+    page.locator("#conversations a").first.click()
+    page.wait_for_selector(f".message >> nth={len(texts) - 1}")
+
+
+@in_browser
+def test_markdown_of_many_kinds(page):
+    open_messages(page, MARKDOWN)
+    bodies = page.locator(".body").evaluate_all("nodes => nodes.map((node) => node.innerHTML)")
+    bare = [
+        re.sub(r"<header>.*?</header>", "", re.sub(r"<(\w+) [^>]*>", r"<\1>", each))
+        for each in bodies
+    ]
+    assert dict(zip(MARKDOWN, bare)) == MARKDOWN
+
+
 @in_browser
 def test_hostile_markdown_takes_no_time(page):
     """Deep nesting and marks that never close: linear or nearly so."""
@@ -439,14 +483,8 @@ def test_hostile_markdown_takes_no_time(page):
         "    - a\n" * 3000,
         "<http" * 9999,
     ]
-    file = {"id": "x", "messages": [{"role": "assistant", "content": each} for each in hostile]}
     start = time.monotonic()
-    data = json.dumps(GOOD | {"conversations": [file]}).encode()
-    with page.expect_file_chooser() as chooser:
-        page.click("#import")
-    chooser.value.set_files({"name": "a.json", "mimeType": "application/json", "buffer": data})
-    page.locator("#conversations a").first.click()
-    page.wait_for_selector(".message >> nth=9")
+    open_messages(page, hostile)
     assert time.monotonic() - start < 5
 
 
@@ -581,7 +619,7 @@ def test_a_cut_answer_says_why(page, server):
     ("text", "words"),
     [
         ("fail", "the server failed; its log says how"),
-        ("busy", "64 requests are waiting; try again later. Wait 3 s."),
+        ("busy", "64 requests are waiting; try again later (in 3 s)"),
         ("break", "out of memory"),
         ("cut", "The server cannot be reached, or the connection broke."),
     ],
