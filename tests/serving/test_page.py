@@ -157,6 +157,11 @@ def titles(page):
     return page.locator("#conversations a").all_inner_texts()
 
 
+def open_chat(page, title):
+    page.get_by_role("link", name=title).click()
+    page.locator("#conversations .open", has_text=title).wait_for()
+
+
 @in_browser
 def test_a_message_is_sent_and_answered(page, server):
     say(page, "Hello there")
@@ -266,9 +271,10 @@ def test_conversations_survive_a_reload(page, server):
     page.wait_for_selector(".message")
     assert texts(page) == ["second chat", "You said: second chat"]
     assert titles(page) == ["second chat", "first chat"]
-    page.get_by_role("link", name="first chat").click()
+    open_chat(page, "first chat")
     assert texts(page)[0] == "first chat"
     page.go_back()
+    page.locator("#conversations .open", has_text="second chat").wait_for()
     assert texts(page)[0] == "second chat"
     page.goto(server.url)  # without an address of a conversation: a new one
     page.wait_for_selector("#welcome:not([hidden])")
@@ -330,7 +336,7 @@ def test_conversations_are_exported_and_imported(page, open_page, tmp_path):
 
     other = open_page()
     assert import_file(other, file) == "2 conversations imported."
-    other.get_by_role("link", name="keep me").click()
+    open_chat(other, "keep me")
     assert texts(other) == ["keep me", "You said: keep me"]
     act(other, "Edit", 0)
     other.get_by_label("Edit the message").fill("changed here")
@@ -517,9 +523,9 @@ def test_the_model_is_kept_with_each_chat(page, server):
     page.press("#sheet", "Control+Enter")
     finished(page)
     assert server.requests[-1]["model"] == "tiny-base"
-    page.get_by_role("link", name="to the first").click()
+    open_chat(page, "to the first")
     assert page.input_value("#model") == "tiny-chat"
-    page.get_by_role("link", name="Once").click()
+    open_chat(page, "Once")
     assert page.input_value("#model") == "tiny-base"
     assert page.is_disabled("#chat-mode")  # a base model knows no messages
 
@@ -691,7 +697,7 @@ def test_without_storage_the_page_says_so_and_goes_on(open_page, script, words):
     say(page, "again")
     assert texts(page)[-1] == "You said: again"
     page.click("#new-chat")
-    page.get_by_role("link", name="hello").click()
+    open_chat(page, "hello")
     assert len(texts(page)) == 4
 
 
@@ -832,10 +838,10 @@ def test_the_page_fits_any_width(open_page, width):
         page.get_by_role("button", name="Conversations").click()
         assert page.is_visible("#new-chat") and page.evaluate(fits)
         page.keyboard.press("Escape")
-        assert not page.is_visible("#new-chat")
+        page.wait_for_selector("#new-chat", state="hidden")
         page.get_by_role("button", name="Conversations").click()
         page.locator("#conversations a").first.click()
-        assert not page.is_visible("#new-chat")
+        page.wait_for_selector("#new-chat", state="hidden")
         small = (
             "[...document.querySelectorAll('main button')].filter((node) => node.checkVisibility()"
         )
