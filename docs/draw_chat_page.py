@@ -15,9 +15,9 @@ from playwright.sync_api import Page, sync_playwright
 PICTURES = Path(__file__).parent / "pictures"
 URL = "http://127.0.0.1:8000/"
 CHATS = [
-    "Give me three tips for learning to juggle.",
     "What is the capital of Norway?",
-    "Write a Python function that counts the words of a text.",
+    "Explain in two sentences why the sky is blue.",
+    "Write a Python function that reverses a string, with one example.",
 ]
 VIEWS = {
     "chat_wide": {"viewport": {"width": 1180, "height": 760}, "color_scheme": "light"},

@@ -171,9 +171,11 @@ def bind(host: str, port: int) -> socket.socket:
 def make_registry(flags: argparse.Namespace) -> Any:
     """Return the registry of the models that the flags name."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every file
+    from llama_jax.checkpoints.metadata import read_description
+    from llama_jax.checkpoints.restore import folder_and_step
     from llama_jax.cli.startup import use_compilation_cache
     from llama_jax.llm import LLM
-    from llama_jax.serving.registry import Registry, estimate_bytes, find_sources
+    from llama_jax.serving.registry import Registry, estimate_bytes, find_sources, served_context
     from llama_jax.serving.scheduler import Scheduler
     from llama_jax.text.chat_formats import read_template
 
@@ -185,7 +187,9 @@ def make_registry(flags: argparse.Namespace) -> Any:
             path,
             quantize=flags.quantize,
             dtype=flags.dtype,
-            max_context=flags.max_context,
+            max_context=served_context(
+                read_description(folder_and_step(path)[0]), flags.max_context
+            ),
             cache_dtype=flags.cache_dtype,
             template=template,
             tensor=flags.tensor,

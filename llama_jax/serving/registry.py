@@ -25,6 +25,8 @@ from llama_jax.serving.scheduler import OTHER_SLOTS, SLOTS, Scheduler
 from llama_jax.text.chat_formats import NO_TEMPLATE, TEMPLATES
 
 SHOWN = ("top_k", *NUMBERS)  # sampling parameters in a model's listing
+CONTEXT = {"cpu": 2048}  # tokens that a slot has room for, at most, by default; by platform
+OTHER_CONTEXT = 8192
 BYTES = {"int8": 1.1, "int4": 0.6, "nf4": 0.6}  # of a quantized parameter, with its scales
 
 
@@ -37,6 +39,15 @@ class Source:
     base: Path | None  # the checkpoint that adapters belong to; None: it is a model itself
     description: Description
     created: int  # seconds since 1970
+
+
+def served_context(description: Description, max_context: int = 0) -> int:
+    """Return how many tokens a prompt and its completion may have: `max_context`, if it is set.
+
+    By default it is the model's context, up to what every slot can have room for.
+    """
+    most = CONTEXT.get(jax.default_backend(), OTHER_CONTEXT)
+    return max_context or min(description.model.context_length, most)
 
 
 def find_sources(words: Sequence[str], base: str = "") -> list[Source]:
@@ -100,7 +111,7 @@ class Registry:
           load: returns the model of a checkpoint that is no adapter.
           make_scheduler: returns a started scheduler.
           template: the chat format of all; "": each its own.
-          max_context: tokens; 0: each its own.
+          max_context: as for `served_context`; `load` uses it too.
           memory: GiB that loaded models may fill together; 0: any.
           size_of: returns the bytes that the parameters of a model and its cache will need; None:
             not known.
@@ -152,7 +163,7 @@ class Registry:
             "object": "model",
             "created": source.created,
             "owned_by": "llama_jax",
-            "context_length": self._max_context or known.model.context_length,
+            "context_length": served_context(known, self._max_context),
             "chat_format": (template if is_named else "jinja").replace(NO_TEMPLATE, ""),
             "sampling": {name: getattr(defaults, name) for name in SHOWN},
             "loaded": source.name in self._loaded,
@@ -262,6 +273,6 @@ def estimate_bytes(
     itemsize = jnp.dtype(dtype or ("float32" if on_cpu else config.compute_dtype)).itemsize
     parameters = count_parameters(config) * BYTES.get(kind, itemsize)
     slots = slots or SLOTS.get(jax.default_backend(), OTHER_SLOTS)
-    tokens = slots * (max_context or config.context_length)
+    tokens = slots * served_context(source.description, max_context)
     per_token = 2 * config.num_layers * config.num_kv_heads * config.head_size
     return parameters, tokens * per_token * (1 if cache_dtype else itemsize)

@@ -139,7 +139,7 @@ class FakeServer:
         if text == "fail":
             return error(500, "the server failed; its log says how")
         if text == "busy":
-            return error(429, "64 requests are waiting; try again later.", Retry_After="3")
+            return error(429, "64 requests are waiting; try again later", Retry_After="3")
         return StreamingResponse(self._events(body, text), media_type="text/event-stream")
 
     async def _events(self, body, text):

@@ -157,6 +157,11 @@ def titles(page):
     return page.locator("#conversations a").all_inner_texts()
 
 
+def open_chat(page, title):
+    page.get_by_role("link", name=title).click()
+    page.locator("#conversations .open", has_text=title).wait_for()
+
+
 @in_browser
 def test_a_message_is_sent_and_answered(page, server):
     say(page, "Hello there")
@@ -266,9 +271,10 @@ def test_conversations_survive_a_reload(page, server):
     page.wait_for_selector(".message")
     assert texts(page) == ["second chat", "You said: second chat"]
     assert titles(page) == ["second chat", "first chat"]
-    page.get_by_role("link", name="first chat").click()
+    open_chat(page, "first chat")
     assert texts(page)[0] == "first chat"
     page.go_back()
+    page.locator("#conversations .open", has_text="second chat").wait_for()
     assert texts(page)[0] == "second chat"
     page.goto(server.url)  # without an address of a conversation: a new one
     page.wait_for_selector("#welcome:not([hidden])")
@@ -330,7 +336,7 @@ def test_conversations_are_exported_and_imported(page, open_page, tmp_path):
 
     other = open_page()
     assert import_file(other, file) == "2 conversations imported."
-    other.get_by_role("link", name="keep me").click()
+    open_chat(other, "keep me")
     assert texts(other) == ["keep me", "You said: keep me"]
     act(other, "Edit", 0)
     other.get_by_label("Edit the message").fill("changed here")
@@ -422,6 +428,50 @@ def test_markdown_becomes_elements(page):
     assert page.evaluate(copied).startswith("# Heading\n\nSome **bold**")
 
 
+MARKDOWN = {  # texts, and the elements that they become, without attributes and code's headers
+    "1. a\n```sh\nx\n```\n2. b\n   c\n\n   d": "<ol><li><p>a</p></li></ol>"
+    "<div><pre><code>x</code></pre></div><ol><li><p>b<br>c</p><p>d</p></li></ol>",
+    "1. a\n    - b\n        - c\n    - d\n2. e": "<ol><li><p>a</p><ul><li><p>b</p><ul><li><p>c</p>"
+    "</li></ul></li><li><p>d</p></li></ul></li><li><p>e</p></li></ol>",
+    "- a\n\n- b\n\nc": "<ul><li><p>a</p></li><li><p>b</p></li></ul><p>c</p>",
+    "1. a\n- [x] b": "<ol><li><p>a</p></li></ol><ul><li><p>☑ b</p></li></ul>",
+    "***a*** **b *c* d** *e **f** g*": "<p><strong><em>a</em></strong> "
+    "<strong>b <em>c</em> d</strong> <em>e <strong>f</strong> g</em></p>",
+    "x_1 + x_2, 2 * 3, **a ** and \\*b\\*": "<p>x_1 + x_2, 2 * 3, **a ** and *b*</p>",
+    "`` a ` b `` and `*c*`": "<p><code>a ` b</code> and <code>*c*</code></p>",
+    "a|b\n-|-\n1|2 \\| 3\n\nc": "<div><table><thead><tr><th>a</th><th>b</th></tr></thead>"
+    "<tbody><tr><td>1</td><td>2 | 3</td></tr></tbody></table></div><p>c</p>",
+    "[a](https://b.c/d_(e)) [f][g] <http://h.i>": "<p><a>a</a> [f][g] <a>http://h.i</a></p>",
+    "> a\n> - b\n\n> c": "<blockquote><p>a</p><ul><li><p>b</p></li></ul></blockquote>"
+    "<blockquote><p>c</p></blockquote>",
+    "# a\n---\n~~~\n```\n~~~": "<h3>a</h3><hr><div><pre><code>```</code></pre></div>",
+    "- a\n  ```\n  b\n\n    c\n  ```": "<ul><li><p>a</p><div><pre><code>b\n\n  c</code></pre></div>"
+    "</li></ul>",
+}
+
+
+def open_messages(page, texts):
+    """Import a conversation of answers and open it."""
+    talk = {"id": "x", "messages": [{"role": "assistant", "content": each} for each in texts]}
+    data = json.dumps(GOOD | {"conversations": [talk]}).encode()
+    with page.expect_file_chooser() as chooser:
+        page.click("#import")
+    chooser.value.set_files({"name": "a.json", "mimeType": "application/json", "buffer": data})
+    page.locator("#conversations a").first.click()
+    page.wait_for_selector(f".message >> nth={len(texts) - 1}")
+
+
+@in_browser
+def test_markdown_of_many_kinds(page):
+    open_messages(page, MARKDOWN)
+    bodies = page.locator(".body").evaluate_all("nodes => nodes.map((node) => node.innerHTML)")
+    bare = [
+        re.sub(r"<header>.*?</header>", "", re.sub(r"<(\w+) [^>]*>", r"<\1>", each))
+        for each in bodies
+    ]
+    assert dict(zip(MARKDOWN, bare)) == MARKDOWN
+
+
 @in_browser
 def test_hostile_markdown_takes_no_time(page):
     """Deep nesting and marks that never close: linear or nearly so."""
@@ -439,14 +489,8 @@ def test_hostile_markdown_takes_no_time(page):
         "    - a\n" * 3000,
         "<http" * 9999,
     ]
-    file = {"id": "x", "messages": [{"role": "assistant", "content": each} for each in hostile]}
     start = time.monotonic()
-    data = json.dumps(GOOD | {"conversations": [file]}).encode()
-    with page.expect_file_chooser() as chooser:
-        page.click("#import")
-    chooser.value.set_files({"name": "a.json", "mimeType": "application/json", "buffer": data})
-    page.locator("#conversations a").first.click()
-    page.wait_for_selector(".message >> nth=9")
+    open_messages(page, hostile)
     assert time.monotonic() - start < 5
 
 
@@ -479,9 +523,9 @@ def test_the_model_is_kept_with_each_chat(page, server):
     page.press("#sheet", "Control+Enter")
     finished(page)
     assert server.requests[-1]["model"] == "tiny-base"
-    page.get_by_role("link", name="to the first").click()
+    open_chat(page, "to the first")
     assert page.input_value("#model") == "tiny-chat"
-    page.get_by_role("link", name="Once").click()
+    open_chat(page, "Once")
     assert page.input_value("#model") == "tiny-base"
     assert page.is_disabled("#chat-mode")  # a base model knows no messages
 
@@ -564,7 +608,7 @@ def test_answers_have_room_in_the_context(page, server):
     page.select_option("#model", "tiny-base")
     page.fill("#sheet", "word " * 100)
     page.click("#send")
-    assert server.requests[-1]["max_tokens"] == 512 - 167
+    assert server.requests[-1]["max_tokens"] == (512 - 167) // 2
 
 
 @in_browser
@@ -581,7 +625,7 @@ def test_a_cut_answer_says_why(page, server):
     ("text", "words"),
     [
         ("fail", "the server failed; its log says how"),
-        ("busy", "64 requests are waiting; try again later. Wait 3 s."),
+        ("busy", "64 requests are waiting; try again later (in 3 s)"),
         ("break", "out of memory"),
         ("cut", "The server cannot be reached, or the connection broke."),
     ],
@@ -653,7 +697,7 @@ def test_without_storage_the_page_says_so_and_goes_on(open_page, script, words):
     say(page, "again")
     assert texts(page)[-1] == "You said: again"
     page.click("#new-chat")
-    page.get_by_role("link", name="hello").click()
+    open_chat(page, "hello")
     assert len(texts(page)) == 4
 
 
@@ -794,12 +838,34 @@ def test_the_page_fits_any_width(open_page, width):
         page.get_by_role("button", name="Conversations").click()
         assert page.is_visible("#new-chat") and page.evaluate(fits)
         page.keyboard.press("Escape")
-        assert not page.is_visible("#new-chat")
+        page.wait_for_selector("#new-chat", state="hidden")
         page.get_by_role("button", name="Conversations").click()
         page.locator("#conversations a").first.click()
-        assert not page.is_visible("#new-chat")
+        page.wait_for_selector("#new-chat", state="hidden")
         small = (
             "[...document.querySelectorAll('main button')].filter((node) => node.checkVisibility()"
         )
         small += " && Math.min(node.offsetWidth, node.offsetHeight) < 24).length"
         assert page.evaluate(small) == 0  # large enough for a finger
+
+
+@in_browser
+def test_the_real_server_has_the_page_and_answers(open_page, tmp_path):
+    pytest.importorskip("openai")  # of the extra test-serve, with which servers are tested
+    from servers import SCRIPT, Server, write_scripted
+
+    server = Server("--slots=1", f"--model=script={write_scripted(tmp_path / 'script')}")
+    try:
+        page = open_page(f"{server.url}/")
+        page.set_default_timeout(60_000)
+        say(page, "hello")
+        assert texts(page) == ["hello", SCRIPT]
+        assert re.match(r"[\d.]+ tokens/s · \d+ tokens", page.inner_text("#speed"))
+        assert page.inner_text("#context").endswith(" of 512 tokens")
+        page.click("#complete-mode")
+        page.fill("#sheet", "on")
+        page.press("#sheet", "Control+Enter")
+        finished(page)
+        assert re.fullmatch("(?s)on.+", page.input_value("#sheet"))
+    finally:
+        server.stop()
