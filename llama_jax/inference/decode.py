@@ -19,7 +19,7 @@ from llama_jax.inference.sampler import Sampler, TokenCounts, TopLogprobs, top_l
 from llama_jax.kernels.attention import KERNELS, AttentionKernel
 from llama_jax.model.cache import KVCache
 from llama_jax.model.execution import Execution
-from llama_jax.model.slot_cache import BLOCK, SlotCache
+from llama_jax.model.slot_cache import BLOCK, OneSlot, SlotCache
 from llama_jax.model.transformer import ONE_DEVICE, Llama
 
 DECODE_CHUNK = BLOCK  # tokens per call of `decode`, after which the host sees them
@@ -39,7 +39,7 @@ def attention_on_mesh(name: str) -> AttentionKernel:
     return KERNELS[name] if name == "xla" else shard_heads(KERNELS[name])
 
 
-CacheT = TypeVar("CacheT", KVCache, SlotCache)
+CacheT = TypeVar("CacheT", KVCache, SlotCache, OneSlot)
 
 
 def shard_cache(cache: CacheT, mesh: Mesh) -> CacheT:

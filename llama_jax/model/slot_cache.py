@@ -142,16 +142,19 @@ class SlotCache:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class SlotPrompt:
-    """One slot of a `SlotCache` while a part of its prompt is read, from token `start` on."""
+class OneSlot:
+    """One slot of a `SlotCache`, to which tokens are added where they belong.
+
+    For a prompt, which is read in chunks, and for a sequence that is decoded alone.
+    """
 
     layers: tuple[SlotLayer, ...]
     slot: jax.Array
-    start: jax.Array
+    length_B: jax.Array  # tokens that the slot has, [1]
 
     def positions(self, T: int) -> jax.Array:
-        """Return the positions of T tokens, int32 [1, T]."""
-        return (self.start + jnp.arange(T, dtype=jnp.int32))[None]
+        """Return the positions of the next T tokens, int32 [1, T]."""
+        return self.length_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
 
     def attention(self, positions_BT: jax.Array, window: int) -> AttentionFunction:
         """Return attention over the stored tokens and the new ones, which it stores."""
@@ -159,7 +162,7 @@ class SlotPrompt:
         own_mask_BTC = causal_mask(jnp.arange(T)[None], T, window)
 
         def stored_mask(chunk: jax.Array) -> jax.Array:
-            return _mask(chunk, self.start[None], positions_BT, window)
+            return _mask(chunk, self.length_B, positions_BT, window)
 
         def attention(q_BTNH, k_BTKH, v_BTKH, layer, _key):  # type: ignore[no-untyped-def]
             empty = jax.tree.map(
@@ -167,7 +170,7 @@ class SlotPrompt:
             )
             own = empty.write(k_BTKH, v_BTKH, jnp.int32(0))
             # Written before the others are read, so that XLA need not copy them.
-            at = (self.slot, self.start)
+            at = (self.slot, self.length_B[0])
             stored = jax.tree.map(lambda old, new: _write_slot(old, new, *at), layer.stored, own)
 
             def read(chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -175,15 +178,15 @@ class SlotPrompt:
                 return _pair(jax.tree.map(lambda x: _read_slot(x, *at), stored))
 
             mixed_BTNH = attend_in_chunks(
-                q_BTNH, _pair(own), own_mask_BTC, read, stored_mask, _num_chunks(self.start)
+                q_BTNH, _pair(own), own_mask_BTC, read, stored_mask, _num_chunks(self.length_B[0])
             )
             return mixed_BTNH, SlotLayer(stored, layer.recent)
 
         return attention
 
-    def filled(self, layers: tuple[SlotLayer, ...], T: int) -> "SlotPrompt":
-        """Return the slot after T more tokens."""
-        return SlotPrompt(layers, self.slot, self.start + T)
+    def filled(self, layers: tuple[SlotLayer, ...], T: int) -> "OneSlot":
+        """Return the slot with T more tokens."""
+        return OneSlot(layers, self.slot, self.length_B + T)
 
 
 def _num_chunks(tokens: jax.Array) -> jax.Array:

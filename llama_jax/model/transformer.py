@@ -29,11 +29,11 @@ from llama_jax.model.layers import (
     unembed,
 )
 from llama_jax.model.positions import positions_within, rotary_embedding, rotate
-from llama_jax.model.slot_cache import SlotCache, SlotPrompt
+from llama_jax.model.slot_cache import OneSlot, SlotCache
 
 ONE_DEVICE = Execution()
 
-CacheT = TypeVar("CacheT", KVCache, SlotCache, SlotPrompt)
+CacheT = TypeVar("CacheT", KVCache, SlotCache, OneSlot)
 
 
 class Attention(nnx.Module):
@@ -206,8 +206,13 @@ class Llama(nnx.Module):
                 x_BTD, _ = step(x_BTD, (block, None if layer_keys is None else layer_keys[index]))
         else:
             layers = []
+
+            @jax.jit  # traced once for all blocks; XLA inlines it
+            def run(block: Block, x_BTD: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+                return block(x_BTD, rotary, attention, execution, layer)
+
             for block, layer in zip(self.blocks, cache.layers):
-                x_BTD, layer = block(x_BTD, rotary, attention, execution, layer)
+                x_BTD, layer = run(block, x_BTD, layer)
                 layers.append(layer)
             cache = cache.filled(tuple(layers), T)
         return execution.gathered(self.norm, x_BTD.dtype)(x_BTD), cache

@@ -24,6 +24,7 @@ from llama_jax.inference.slots import (
     activate,
     chunk_size,
     copy_prefix,
+    decode_one_slot,
     decode_slots,
     empty_slots,
     read_chunk,
@@ -66,11 +67,14 @@ class _Slot:
         return next((i for i in range(most) if self.cached[i] != prompt[i]), most)
 
 
+_Row = tuple[int, _Slot, Running]  # a row of the arrays of a block, and whose it is
+
+
 @dataclasses.dataclass(frozen=True)
 class Block:
     """Decode steps that the device runs or has run."""
 
-    slots: list[tuple[_Slot, Running]]
+    running: list[_Row]
     tokens: Tokens
     stopped_B: jax.Array
 
@@ -104,7 +108,7 @@ class Batch:
         self._sampling: tuple[Any, ...] = ()  # arguments of the last block
         self._steps = STEPS.get(jax.default_backend(), OTHER_STEPS)
         self._no_counts_V = jnp.zeros(config.vocab_size, jnp.int32)
-        self._all_allowed_BW = jnp.asarray(masks([None] * slots, config.vocab_size))
+        self._may_run_alone = jax.default_backend() == "cpu"  # elsewhere the batch takes no longer
 
     def warm_up(self) -> None:
         """Run every program once, without a sequence."""
@@ -113,7 +117,8 @@ class Batch:
         self._state = copy_prefix(self._state, *np.zeros(3, np.int32))
         self._activate(0, 0, 0, 0, 0, self._no_counts_V)
         for level in Level:
-            jax.block_until_ready(self._start([], level).stopped_B)
+            for is_alone in (False, True) if self._may_run_alone else (False,):
+                jax.block_until_ready(self._start([], level, is_alone).stopped_B)
 
     @property
     def num_free(self) -> int:
@@ -218,26 +223,28 @@ class Batch:
 
     def start_block(self) -> Block:
         """Start decode steps for all sequences whose prompts have been read."""
+        slots = [slot for slot in self._slots if slot.is_active]
+        is_alone = self._may_run_alone and len(slots) == 1
         running = [
-            (slot, slot.sequence) for slot in self._slots if slot.is_active and slot.sequence
+            (0 if is_alone else slot.index, slot, slot.sequence) for slot in slots if slot.sequence
         ]
-        return self._start(running, max(Level.of(sequence.params) for _, sequence in running))
+        level = max(Level.of(sequence.params) for *_, sequence in running)
+        return self._start(running, level, is_alone)
 
-    def _start(self, running: list[tuple[_Slot, Running]], level: Level) -> Block:
-        if self._sampling[:2] != (running, level):
-            self._sampling = (running, level, *self._arguments(running, level))
-        active_B, sampler, stops_BS = self._sampling[2:]
-        constraints: list[Constraint | None] = [None] * len(self._slots)
-        for slot, sequence in running:
-            constraints[slot.index] = sequence.constraint
+    def _start(self, running: list[_Row], level: Level, is_alone: bool) -> Block:
+        made_for = (running, level, is_alone)
+        if self._sampling[:3] != made_for:
+            self._sampling = (*made_for, *self._arguments(*made_for))
+        which, sampler, stops_BS, constraints = self._sampling[3:]
         is_constrained = any(constraints)
         if is_constrained:
             allowed_BW = masks(constraints, self._engine.model.config.vocab_size)
             sampler = dataclasses.replace(sampler, allowed_BW=allowed_BW)
-        self._state, tokens, stopped_B = decode_slots(
+        program = decode_one_slot if is_alone else decode_slots
+        self._state, tokens, stopped_B = program(
             self._engine.model,
             self._state,
-            active_B,
+            which,
             sampler,
             stops_BS,
             np.int32(1 if is_constrained else self._steps),
@@ -246,20 +253,22 @@ class Batch:
         )
         return Block(running, tokens, stopped_B)
 
-    def _arguments(
-        self, running: list[tuple[_Slot, Running]], level: Level
-    ) -> tuple[np.ndarray, Sampler, np.ndarray]:
+    def _arguments(self, running: list[_Row], level: Level, is_alone: bool) -> tuple[Any, ...]:
         """Return what a block is run with, which changes with the sequences only."""
-        slots = len(self._slots)
-        params, active_B = [NOBODY] * slots, np.zeros(slots, bool)
-        stops_BS = np.full((slots, MAX_STOPS), NO_TOKEN, np.int32)
-        for slot, sequence in running:
-            active_B[slot.index], params[slot.index] = True, sequence.params
-            stops_BS[slot.index, : len(sequence.stop_ids)] = sequence.stop_ids
+        rows = 1 if is_alone else len(self._slots)
+        params, active_B = [NOBODY] * rows, np.zeros(rows, bool)
+        constraints: list[Constraint | None] = [None] * rows
+        stops_BS = np.full((rows, MAX_STOPS), NO_TOKEN, np.int32)
+        for row, _, sequence in running:
+            active_B[row], params[row] = True, sequence.params
+            constraints[row] = sequence.constraint
+            stops_BS[row, : len(sequence.stop_ids)] = sequence.stop_ids
         sampler = Sampler.of(params, level)
         if level is Level.ALL:
-            sampler = dataclasses.replace(sampler, allowed_BW=self._all_allowed_BW)
-        return active_B, sampler, stops_BS
+            allowed_BW = masks([None] * rows, self._engine.model.config.vocab_size)
+            sampler = dataclasses.replace(sampler, allowed_BW=jnp.asarray(allowed_BW))
+        slot = next((slot.index for _, slot, _ in running), 0)
+        return np.int32(slot) if is_alone else active_B, sampler, stops_BS, constraints
 
     def gains(self, block: Block) -> Iterator[Gain]:
         """Wait for a block, and yield what each sequence that is still there has gained.
@@ -267,13 +276,13 @@ class Batch:
         A sequence that ends leaves its slot.
         """
         ids_BC, stopped_B = np.asarray(block.tokens.token), np.asarray(block.stopped_B)
-        for slot, sequence in block.slots:
+        for row, slot, sequence in block.running:
             if slot.sequence is not sequence:  # it ended in the block before, or was cancelled
                 continue
-            ids = [token for token in ids_BC[slot.index].tolist() if token != NO_TOKEN]
-            logprobs = _logprobs(block.tokens, slot.index, len(ids), sequence.params.logprobs)
+            ids = [token for token in ids_BC[row].tolist() if token != NO_TOKEN]
+            logprobs = _logprobs(block.tokens, row, len(ids), sequence.params.logprobs)
             sequence.generated += ids
-            reason = "stop" if stopped_B[slot.index] else ""
+            reason = "stop" if stopped_B[row] else ""
             if len(sequence.prompt) + len(sequence.generated) >= sequence.limit:
                 reason = reason or "length"
             # What was made last is in the cache only if the model has gone on from it.
@@ -310,12 +319,12 @@ def _advance(constraint: Constraint, ids: Sequence[int]) -> bool:
     return constraint.has_ended
 
 
-def _logprobs(tokens: Tokens, slot: int, count: int, top: int | None) -> list[TokenLogprob]:
-    """Return the log-probabilities of a slot's new tokens; none if they are not requested."""
+def _logprobs(tokens: Tokens, row: int, count: int, top: int | None) -> list[TokenLogprob]:
+    """Return the log-probabilities of a row's new tokens; none if they are not requested."""
     if top is None or tokens.logprobs is None:
         return []
     arrays = (tokens.token, tokens.logprobs.token, tokens.logprobs.top_ids, tokens.logprobs.top)
-    ids, own, top_ids, values = (np.asarray(array)[slot, :count] for array in arrays)
+    ids, own, top_ids, values = (np.asarray(array)[row, :count] for array in arrays)
     return [
         TokenLogprob(
             int(ids[c]),
