@@ -4,9 +4,9 @@
     python benchmarks/serve.py --model ckpt/ --clients 8 --rounds 5 --mixed 200
     python benchmarks/serve.py --gguf model.gguf
 
-The server is a process of its own. Each round sends as many requests as there are clients, first
-one by one and then together; every prompt is new, so that no prefix is found, greedy, and answered
-in exactly `--tokens` tokens, unless the model ends earlier. With `--gguf`, the same model for
+The server is a process of its own. Each round sends `--requests` requests, first one by one and
+then from so many clients; every prompt is new, so that no prefix is found, and greedy. Answers have
+half to one and a half times `--tokens` tokens, unless the model ends earlier. With `--gguf`, the same model for
 llama.cpp (package xllamacpp), its server gets the same requests with as many slots, in turn.
 
 With `--mixed`, so many requests of mixed lengths and parameters follow from 16 clients, a quarter
@@ -150,12 +150,14 @@ def show(name: str, values: Sequence[float]) -> None:
 
 def measure_load(servers: dict[str, str], flags: argparse.Namespace) -> None:
     """Print rates and times to the first token of servers, in turn."""
-    prompts = Prompts()
+    prompts, order = Prompts(), list(range(flags.requests))
+    random.Random(0).shuffle(order)
     rates: dict[tuple[str, str], list[float]] = {}
     firsts: dict[tuple[str, str], list[float]] = {}
     for number in range(flags.rounds + 1):
         for clients, how in ((1, "one by one"), (flags.clients, "together")):
-            bodies = [prompts.body(flags.tokens) for _ in range(flags.clients)]
+            lengths = [flags.tokens // 2 + n * flags.tokens // flags.requests for n in order]
+            bodies = [prompts.body(length) for length in lengths]
             for name, url in servers.items():
                 answers, rate = ask_all(url, bodies, clients)
                 if number:  # the first round warms the servers up
@@ -215,8 +217,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=64, help="of each answer")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=24, help="of a round")
+    parser.add_argument("--tokens", type=int, default=48, help="of an answer, on average")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--mixed", type=int, default=0, help="mixed requests afterwards")
     parser.add_argument("--gguf", help="the same model for llama.cpp's server")
     flags = parser.parse_args()

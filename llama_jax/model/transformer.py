@@ -207,7 +207,7 @@ class Llama(nnx.Module):
         else:
             layers = []
 
-            @jax.jit  # traced once for all blocks; XLA inlines it
+            @partial(jax.jit, inline=True)  # traced once for all blocks
             def run(block: Block, x_BTD: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
                 return block(x_BTD, rotary, attention, execution, layer)
 

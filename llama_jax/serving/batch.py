@@ -108,7 +108,7 @@ class Batch:
         self._sampling: tuple[Any, ...] = ()  # arguments of the last block
         self._steps = STEPS.get(jax.default_backend(), OTHER_STEPS)
         self._no_counts_V = jnp.zeros(config.vocab_size, jnp.int32)
-        self._may_run_alone = jax.default_backend() == "cpu"  # elsewhere the batch takes no longer
+        self._on_cpu = jax.default_backend() == "cpu"
 
     def warm_up(self) -> None:
         """Run every program once, without a sequence."""
@@ -116,9 +116,10 @@ class Batch:
             self._read_chunk(np.zeros(size, np.int32), 0, 0)
         self._state = copy_prefix(self._state, *np.zeros(3, np.int32))
         self._activate(0, 0, 0, 0, 0, self._no_counts_V)
-        for level in Level:
-            for is_alone in (False, True) if self._may_run_alone else (False,):
-                jax.block_until_ready(self._start([], level, is_alone).stopped_B)
+        blocks = [self._start([], level, is_alone=False) for level in Level]
+        if self._on_cpu:
+            blocks.append(self._start([], Level.ALL, is_alone=True))
+        jax.block_until_ready([block.stopped_B for block in blocks])
 
     @property
     def num_free(self) -> int:
@@ -141,11 +142,13 @@ class Batch:
         return self._reading is not None
 
     @property
-    def is_constrained(self) -> bool:
-        """Whether a block needs to know the tokens of the one before."""
-        return any(
-            slot.is_active and slot.sequence.constraint for slot in self._slots if slot.sequence
-        )
+    def needs_results(self) -> bool:
+        """Whether a block should only be started once the one before has been delivered.
+
+        A mask depends on the last token. And on CPU the host's work takes time from the device's,
+        while a new sequence would wait for two blocks.
+        """
+        return self._on_cpu or any(sequence.constraint for _, sequence in self._decoding)
 
     @property
     def _decoding(self) -> list[tuple[_Slot, Running]]:
@@ -224,12 +227,13 @@ class Batch:
     def start_block(self) -> Block:
         """Start decode steps for all sequences whose prompts have been read."""
         slots = [slot for slot in self._slots if slot.is_active]
-        is_alone = self._may_run_alone and len(slots) == 1
+        is_alone = self._on_cpu and len(slots) == 1
         running = [
             (0 if is_alone else slot.index, slot, slot.sequence) for slot in slots if slot.sequence
         ]
         level = max(Level.of(sequence.params) for *_, sequence in running)
-        return self._start(running, level, is_alone)
+        # For one sequence all steps of sampling take little; another program takes long to compile.
+        return self._start(running, Level.ALL if is_alone else level, is_alone)
 
     def _start(self, running: list[_Row], level: Level, is_alone: bool) -> Block:
         made_for = (running, level, is_alone)
@@ -240,6 +244,9 @@ class Batch:
         if is_constrained:
             allowed_BW = masks(constraints, self._engine.model.config.vocab_size)
             sampler = dataclasses.replace(sampler, allowed_BW=allowed_BW)
+        # A first token should come early; elsewhere blocks are short, and their steps are equal so
+        # that a sequence's bits do not depend on when others begin.
+        begins = self._on_cpu and not all(sequence.generated for *_, sequence in running)
         program = decode_one_slot if is_alone else decode_slots
         self._state, tokens, stopped_B = program(
             self._engine.model,
@@ -247,7 +254,7 @@ class Batch:
             which,
             sampler,
             stops_BS,
-            np.int32(1 if is_constrained else self._steps),
+            np.int32(1 if is_constrained or begins else self._steps),
             MAX_LOGPROBS if level is Level.ALL else None,
             self._engine.execution,
         )

@@ -259,7 +259,7 @@ class Scheduler:
         """Read prompts, start a block, and deliver the one before; return the new one."""
         self._drop_cancelled(batch)
         self._read_prompts(batch)
-        if pending and batch.is_constrained:  # the next mask depends on the last token
+        if pending and batch.needs_results:
             self._deliver(batch, pending)
             pending = None
         block = batch.start_block() if batch.is_decoding else None
