@@ -36,8 +36,8 @@ VIEWS = {
 def main(url: str = URL) -> None:
     """Draw both pictures of the page at a server's address."""
     with sync_playwright() as driver:
-        chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        path = shutil.which("chromium")
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
         for name, options in VIEWS.items():
             page = browser.new_page(device_scale_factor=2, **options)
             page.goto(url)

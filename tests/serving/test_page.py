@@ -13,7 +13,8 @@ import pytest
 import llama_jax
 
 PAGE = Path(llama_jax.__file__).parent / "serving" / "page" / "index.html"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+NAMES = ("chromium", "google-chrome")  # as Debian and GitHub's runners call it
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 in_browser = pytest.mark.page
 
 
