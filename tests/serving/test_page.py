@@ -101,7 +101,7 @@ def open_page(browser, server):
 
     def opened(url=server.url, script="", **options):
         context = browser.new_context(**{"viewport": {"width": 1100, "height": 700}, **options})
-        context.set_default_timeout(5000)
+        context.set_default_timeout(15_000)
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: problems.append(str(error)))
