@@ -240,6 +240,30 @@ def test_an_answer_being_written_is_replaced_and_brought_back(page):
 
 
 @in_browser
+def test_an_answer_being_written_is_asked_for_again(page):
+    say(page, "slow", wait=False)
+    appears(page, "word3 ")
+    page.keyboard.press("Alt+KeyR")
+    page.wait_for_timeout(300)  # the end of the first does not pass for that of the second
+    assert page.is_visible("#stop") and len(texts(page)) == 2
+    page.keyboard.press("Escape")
+    finished(page)
+
+
+@in_browser
+def test_a_chat_deleted_while_it_is_written_stays_deleted(page):
+    say(page, "slow", wait=False)
+    appears(page, "word3 ")
+    page.get_by_role("button", name="Options for slow").click()
+    page.get_by_role("button", name="Delete", exact=True).click()
+    page.wait_for_timeout(300)
+    assert titles(page) == []
+    page.reload()
+    page.wait_for_selector("#welcome:not([hidden])")
+    assert titles(page) == []
+
+
+@in_browser
 def test_messages_are_edited_in_place(page, server):
     say(page, "one")
     say(page, "two")
