@@ -9,11 +9,8 @@ import llama_jax
 PAGE = Path(llama_jax.__file__).parent / "serving" / "page" / "index.html"
 NAMES = ("chromium", "google-chrome")  # as Debian and GitHub's runners call it
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
-EXPORT = {
-    "format": "llama_jax conversations",
-    "version": 1,
-    "conversations": [],
-}  # of no conversations
+# A file of no conversations.
+EXPORT = {"format": "llama_jax conversations", "version": 1, "conversations": []}
 
 
 def say(page, text, wait=True):
