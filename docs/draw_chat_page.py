@@ -15,26 +15,36 @@ from playwright.sync_api import Page, sync_playwright
 PICTURES = Path(__file__).parent / "pictures"
 URL = "http://127.0.0.1:8000/"
 CHATS = [
-    "What is the capital of Norway?",
-    "Explain in two sentences why the sky is blue.",
-    "Write a Python function that reverses a string, with one example.",
+    ["Write a haiku about the sea."],
+    ["Explain in two sentences why the sky is blue."],
+    [
+        "What is the capital of Norway?",
+        "Write a Python function that reverses a string, with one example.",
+    ],
 ]
 VIEWS = {
     "chat_wide": {"viewport": {"width": 1180, "height": 760}, "color_scheme": "light"},
-    "chat_narrow": {"viewport": {"width": 390, "height": 760}, "color_scheme": "dark"},
+    "chat_narrow": {
+        "viewport": {"width": 390, "height": 760},
+        "color_scheme": "dark",
+        "has_touch": True,
+        "is_mobile": True,
+    },
 }
 
 
 def main(url: str = URL) -> None:
     """Draw both pictures of the page at a server's address."""
     with sync_playwright() as driver:
-        chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        path = shutil.which("chromium")
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
         for name, options in VIEWS.items():
             page = browser.new_page(device_scale_factor=2, **options)
             page.goto(url)
-            for question in CHATS:
-                ask(page, question)
+            for questions in CHATS:
+                begin_chat(page)
+                for question in questions:
+                    ask(page, question)
             path = PICTURES / f"{name}.png"
             page.screenshot(path=path)
             Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
@@ -42,12 +52,16 @@ def main(url: str = URL) -> None:
         browser.close()
 
 
-def ask(page: Page, question: str) -> None:
-    """Begin a chat with a question, and wait for the answer."""
+def begin_chat(page: Page) -> None:
+    """Begin a chat that takes the most likely tokens."""
     page.keyboard.press("Alt+KeyN")
     page.keyboard.press("Alt+KeyP")
     page.fill("#set-temperature", "0")
     page.keyboard.press("Escape")
+
+
+def ask(page: Page, question: str) -> None:
+    """Send a question, and wait for the answer."""
     page.fill("#draft", question)
     page.press("#draft", "Enter")
     page.wait_for_selector("#send:not([hidden])", timeout=120_000)
