@@ -6,8 +6,9 @@
 
 The server is a process of its own. Each round sends `--requests` requests, first one by one and
 then from so many clients; every prompt is new, so that no prefix is found, and greedy. Answers have
-half to one and a half times `--tokens` tokens, unless the model ends earlier. With `--gguf`, the same model for
-llama.cpp (package xllamacpp), its server gets the same requests with as many slots, in turn.
+half to one and a half times `--tokens` tokens, unless the model ends earlier. With `--gguf`, the
+same model for llama.cpp (package xllamacpp), its server gets the same requests with as many slots,
+in turn.
 
 With `--mixed`, so many requests of mixed lengths and parameters follow from 16 clients, a quarter
 of which go away in the midst of their answers. Then each greedy answer is compared with what its
