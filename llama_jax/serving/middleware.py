@@ -20,6 +20,7 @@ from llama_jax.serving.fields import ApiError
 
 MAX_RUNNING = 1000  # requests at a time, waiting ones included
 OPEN = ("/", "/health")  # paths that need no key; the page asks for it
+QUIET = ("/health", "/metrics")  # routes that monitors ask every few seconds
 log = logging.getLogger("llama_jax.serving")
 
 
@@ -122,7 +123,8 @@ class Gate:
             self._counts[route, status or 499] += 1
             seconds = time.perf_counter() - start
             what = f"{scope['method']} {format_line(scope['path'])} {status or 499}"
-            log.info("%s %s %.3f s", scope["request_id"], what, seconds)
+            level = logging.DEBUG if route in QUIET and status == 200 else logging.INFO
+            log.log(level, "%s %s %.3f s", scope["request_id"], what, seconds)
 
     def _check_key(self, scope: Scope) -> None:
         """Raise `ApiError` unless a request has the key; compares in constant time."""

@@ -616,6 +616,16 @@ def test_44_sigterm_drains(serve, folder):
     assert "Traceback" not in server.log
 
 
+def test_a_killed_server_starts_again_at_its_port(serve):
+    server = serve()
+    stream = complete(server.client(), stream=True, n=8, max_tokens=10)
+    next(iter(stream))
+    server.stop(signal.SIGKILL)
+    port = server.url.rpartition(":")[2]
+    again = serve(f"--port={port}")
+    assert again.url == server.url and complete(again.client()).choices[0].text == SCRIPT
+
+
 def test_the_log_has_no_prompt_unless_asked(server, serve):
     complete(server.client(), prompt="a secret wish")
     assert "secret wish" not in server.log
