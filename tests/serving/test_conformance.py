@@ -7,14 +7,13 @@ import signal
 import socket
 import time
 
-import httpx
 import numpy as np
-import openai
 import pytest
 from servers import SCRIPT, Server, write_scripted, write_tiny
 
 from llama_jax.llm import LLM
 
+httpx, openai = pytest.importorskip("httpx"), pytest.importorskip("openai")
 pytestmark = pytest.mark.serve
 HELLO = [{"role": "user", "content": "hello"}]
 GREEDY = {"model": "tiny", "temperature": 0}
