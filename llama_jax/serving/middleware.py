@@ -111,12 +111,14 @@ class Gate:
                 message = f"{MAX_RUNNING} requests are running; try again later"
                 raise ApiError(message, status=503, retry_after="1")
             await self._app(scope, receive, send_with_id)
-        except (ClientDisconnect, TimeoutError) as error:  # nobody listens
-            log.debug("%s: %s", scope["request_id"], type(error).__name__)
         except Exception as error:
-            found = as_api_error(error, self._options.debug)
-            if not status:
-                await error_response(found)(scope, receive, send_with_id)
+            has_gone = isinstance(error, ClientDisconnect) or (
+                isinstance(error, TimeoutError) and status  # a stream that is not read
+            )
+            if not has_gone:
+                found = as_api_error(error, self._options.debug)
+                if not status:
+                    await error_response(found)(scope, receive, send_with_id)
         finally:
             self._running -= 1
             route = getattr(scope.get("route"), "path", "unknown")
