@@ -113,11 +113,7 @@ class LLM:
         self._template = self._own_template or prompting.chat_template
 
     def with_adapter(self, checkpoint: str | Path) -> "LLM":
-        """Return another LLM with the adapters of a run, which shares this one's model.
-
-        Raises:
-          UsageError, UserError: as for `use_adapter`.
-        """
+        """Return an LLM with the adapters of a run that shares this model; see `use_adapter`."""
         other = copy.copy(self)
         other.use_adapter(checkpoint)
         return other
@@ -326,15 +322,9 @@ class LLM:
         template: Template,
         *,
         n: int = 1,
-        strip: bool = True,
+        strip: bool = True,  # the space before an answer, which no format's prompt ends with
     ) -> Request:
-        """Return a call of `chat`, whose dialogue is encoded, as a request for `generate`.
-
-        Args:
-          n: answers; answer j has `seed` + j.
-          strip: whether to drop whitespace at the start: a format's prompt ends before the space
-            that precedes the answer.
-        """
+        """Return a call of `chat`, whose dialogue is encoded, as a request for `generate`."""
         stops = template.stops(self.tokenizer)
         return Request.same_params(
             [prompt],

@@ -370,5 +370,5 @@ def metrics_text(counts: Mapping[tuple[str, int], int], loaded: Sequence[Served]
         lines.append(f"# TYPE {name} {'counter' if is_total else 'gauge'}")
         for served in loaded:
             value = getattr(served.scheduler.stats(), field.name)
-            lines.append(f'{name}{{model="{served.source.name}"}} {value}')
+            lines.append(f"{name}{{model={json.dumps(served.source.name)}}} {value}")
     return "\n".join(lines) + "\n"

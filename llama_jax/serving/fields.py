@@ -180,7 +180,7 @@ class Fields:
         params: dict[str, Any] = {name: self.number(name) for name in NUMBERS}
         params["top_k"] = self.integer("top_k", 0, 2**31 - 1)
         params["seed"] = self.integer("seed", -(2**63), 2**63 - 1)
-        if params["seed"] is None:
+        if params["seed"] in (None, -1):  # -1 as for llama.cpp
             params["seed"] = random.getrandbits(31)
         params["seed"] %= 2**31  # clients send any; completion j has the seed + j
         params["logit_bias"] = self._biases()
@@ -270,11 +270,12 @@ def _message(place: int, item: Any) -> Any:
         content = "".join(_text_part(place, part) for part in content)
     calls = item.get("tool_calls") or []
     if role == TOOL_ROLE or (role == "assistant" and calls):
-        calls = [_made_call(place, call) for call in calls] if isinstance(calls, list) else [None]
+        calls = [_made_call(call) for call in calls] if isinstance(calls, list) else [None]
         is_text = isinstance(content, str) or (content is None and calls)
         if is_text and None not in calls:
             return ToolMessage(role, content or "", calls)
-        raise ApiError(f"messages[{place}] is no message about tools", "messages")
+        expected = "expected a text, or tool_calls with names and arguments of functions"
+        raise ApiError(f"messages[{place}] is not understood; {expected}", "messages")
     return {"role": role, "content": content}
 
 
@@ -282,17 +283,19 @@ def _text_part(place: int, part: Any) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind != "text" or not isinstance(part.get("text"), str):
         found = f"messages[{place}].content has a part of type {shown(kind)}"
-        raise ApiError(f"{found}; expected texts, which the model reads", "messages")
+        raise ApiError(f"{found}; expected texts, the only kind that models here read", "messages")
     return part["text"]
 
 
-def _made_call(place: int, call: Any) -> dict[str, Any] | None:
+def _made_call(call: Any) -> dict[str, Any] | None:
     """Return an earlier call with its arguments as an object, as templates expect; or None."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         return None
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
-        with refusing({}, "messages"):
+        try:
             arguments = parse_json(arguments.encode(errors="replace"))
+        except ApiError:
+            return None
     return {**call, "type": "function", "function": {**function, "arguments": arguments}}

@@ -20,6 +20,7 @@ from llama_jax.serving.fields import ApiError
 
 MAX_RUNNING = 1000  # requests at a time, waiting ones included
 OPEN = ("/", "/health")  # paths that need no key; the page asks for it
+QUIET = ("/health", "/metrics")  # routes that monitors ask every few seconds
 log = logging.getLogger("llama_jax.serving")
 
 
@@ -110,19 +111,22 @@ class Gate:
                 message = f"{MAX_RUNNING} requests are running; try again later"
                 raise ApiError(message, status=503, retry_after="1")
             await self._app(scope, receive, send_with_id)
-        except (ClientDisconnect, TimeoutError) as error:  # nobody listens
-            log.debug("%s: %s", scope["request_id"], type(error).__name__)
         except Exception as error:
-            found = as_api_error(error, self._options.debug)
-            if not status:
-                await error_response(found)(scope, receive, send_with_id)
+            has_gone = isinstance(error, ClientDisconnect) or (
+                isinstance(error, TimeoutError) and status  # a stream that is not read
+            )
+            if not has_gone:
+                found = as_api_error(error, self._options.debug)
+                if not status:
+                    await error_response(found)(scope, receive, send_with_id)
         finally:
             self._running -= 1
             route = getattr(scope.get("route"), "path", "unknown")
             self._counts[route, status or 499] += 1
             seconds = time.perf_counter() - start
             what = f"{scope['method']} {format_line(scope['path'])} {status or 499}"
-            log.info("%s %s %.3f s", scope["request_id"], what, seconds)
+            level = logging.DEBUG if route in QUIET and status == 200 else logging.INFO
+            log.log(level, "%s %s %.3f s", scope["request_id"], what, seconds)
 
     def _check_key(self, scope: Scope) -> None:
         """Raise `ApiError` unless a request has the key; compares in constant time."""

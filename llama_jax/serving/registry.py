@@ -181,24 +181,26 @@ class Registry:
           ApiError: if its name is unknown, it cannot be loaded, or others in use fill the memory.
         """
         source = self.find(name)
-        async with self._lock:  # one model is loaded at a time
-            served = self._loaded.get(source.name)
-            if served is None:
-                self._make_room(source)
-                try:
-                    served = await asyncio.to_thread(self._load_source, source)
-                except UserError as error:
-                    message = f"model {source.name} cannot be loaded: {error}"
-                    raise ApiError(
-                        message, "model", status=503, code="model_unavailable"
-                    ) from error
-                self._loaded[source.name] = served
-            served.users += 1
+        served = self._loaded.get(source.name) or await self._load_one(source)
+        served.users += 1
         try:
             yield served
         finally:
             served.users -= 1
             served.last_used = time.monotonic()
+
+    async def _load_one(self, source: Source) -> Served:
+        """Return a model that was not loaded, in a thread; one is loaded at a time."""
+        async with self._lock:
+            served = self._loaded.get(source.name)  # another request may have waited for it
+            if served is None:
+                self._make_room(source)
+                try:
+                    served = await asyncio.to_thread(self._load_source, source)
+                except UserError as error:
+                    raise unavailable(f"model {source.name} cannot be loaded: {error}") from error
+                self._loaded[source.name] = served
+            return served
 
     def _load_source(self, source: Source) -> Served:
         """Load a model; adapters share the model that they belong to, if it is loaded."""
@@ -216,12 +218,8 @@ class Registry:
         while self.bytes_used() + self._new_bytes(source) > self._limit:
             idle = [served for served in self._loaded.values() if not served.users]
             if not idle:
-                raise ApiError(
-                    f"model {source.name} has no room beside those in use; try again later",
-                    "model",
-                    status=503,
-                    code="model_unavailable",
-                    retry_after="5",
+                raise unavailable(
+                    f"model {source.name} has no room beside those in use; try again later"
                 )
             self._unload(min(idle, key=lambda served: served.last_used))
 
@@ -251,6 +249,11 @@ class Registry:
         """Unload all."""
         for served in self.loaded():
             self._unload(served)
+
+
+def unavailable(message: str) -> ApiError:
+    """Return the error for a model that cannot be used now."""
+    return ApiError(message, "model", status=503, code="model_unavailable", retry_after="5")
 
 
 def _origin(source: Source) -> Path:

@@ -62,11 +62,9 @@ class Reply:
         return {**self._head, "choices": choices, "usage": self._usage(), "timings": self.timings()}
 
     def _choice(self, index: int, place: int, completion: Completion) -> dict[str, Any]:
-        logprobs, reason = (
-            self._logprobs(place, completion.logprobs or ()),
-            completion.finish_reason,
-        )
+        logprobs = self._logprobs(place, completion.logprobs or ())
         choice: dict[str, Any] = {"index": index, "logprobs": logprobs}
+        reason = completion.finish_reason
         if not self._call.is_chat:
             return {**choice, "text": completion.text, "finish_reason": reason}
         said, reason = self._said(completion.text, reason)

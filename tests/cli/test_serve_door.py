@@ -13,6 +13,8 @@ from llama_jax.cli.serve import KEY_VARIABLE, read_key
 from llama_jax.errors import UserError
 from llama_jax.formats import checkpoint
 
+pytestmark = pytest.mark.serve  # the flags are checked where the server is installed
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -8,11 +8,10 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.request
 from pathlib import Path
 
-import httpx
 import numpy as np
-import openai
 from tiny_weights import tiny_weights
 
 from llama_jax.formats import checkpoint
@@ -93,6 +92,8 @@ class Server:
 
     def client(self, key="none", **options):
         """The openai client for this server."""
+        import openai
+
         made = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **options)
         self._clients.append(made)
         return made
@@ -100,7 +101,9 @@ class Server:
     def figures(self):
         """The values of /metrics by name, those of all models or routes added."""
         found = collections.Counter()
-        for line in httpx.get(f"{self.url}/metrics").text.splitlines():
+        with urllib.request.urlopen(f"{self.url}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        for line in lines:
             if not line.startswith("#"):
                 name, _, value = line.rpartition(" ")
                 found[name.partition("{")[0]] += float(value)

@@ -9,7 +9,6 @@ import sys
 import urllib.parse
 from pathlib import Path
 
-import httpx
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,6 +16,7 @@ from servers import SCRIPT, Server, write_scripted, write_tiny
 
 from llama_jax.serving.fields import ALIASES, NUMBERS, UNSUPPORTED
 
+httpx = pytest.importorskip("httpx")
 pytestmark = pytest.mark.serve
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
 SECTION = README.split("## Serve\n", 1)[1].split("\n## ", 1)[0]

@@ -7,14 +7,13 @@ import signal
 import socket
 import time
 
-import httpx
 import numpy as np
-import openai
 import pytest
 from servers import SCRIPT, Server, write_scripted, write_tiny
 
 from llama_jax.llm import LLM
 
+httpx, openai = pytest.importorskip("httpx"), pytest.importorskip("openai")
 pytestmark = pytest.mark.serve
 HELLO = [{"role": "user", "content": "hello"}]
 GREEDY = {"model": "tiny", "temperature": 0}
@@ -614,6 +613,16 @@ def test_44_sigterm_drains(serve, folder):
     assert chunks[-1].choices[0].finish_reason == "length"
     assert server.process.wait(20) == 0
     assert "Traceback" not in server.log
+
+
+def test_a_killed_server_starts_again_at_its_port(serve):
+    server = serve()
+    stream = complete(server.client(), stream=True, n=8, max_tokens=10)
+    next(iter(stream))
+    server.stop(signal.SIGKILL)
+    port = server.url.rpartition(":")[2]
+    again = serve(f"--port={port}")
+    assert again.url == server.url and complete(again.client()).choices[0].text == SCRIPT
 
 
 def test_the_log_has_no_prompt_unless_asked(server, serve):

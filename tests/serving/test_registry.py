@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -76,15 +77,17 @@ def write_adapters(path, description, base):
 @pytest.fixture
 def make(folder):
     """A function that makes a registry of fakes, and the list of what it loads."""
-    loaded = []
+    loaded, delays = [], []
 
     def load(path):
         if path.name == "b" and "broken" in loaded:
             raise UserError("the checkpoint is damaged")
         loaded.append(path.name)
+        time.sleep(delays[-1])
         return FakeLLM(path, NUMBERS.copy())
 
-    def make(*names, kib=0.0):
+    def make(*names, kib=0.0, delay=0.0):
+        delays.append(delay)
         sources = find_sources([str(folder / name) for name in names])
         options = {"memory": kib * 1024 / GIB, "size_of": lambda source: (1024, 0)}
         return Registry(sources, load, lambda llm: FakeScheduler(), **options), loaded
@@ -171,6 +174,21 @@ def test_a_model_in_use_stays(make):
 
     error = asyncio.run(both())
     assert error.status == 503 and error.headers["retry-after"]
+
+
+def test_loading_one_holds_up_no_other_and_happens_once(make):
+    registry, loaded = make("a", "b", delay=0.3)
+
+    async def crowd():
+        async with registry.use("a"):
+            pass
+        waiting = [asyncio.create_task(registry.use("b").__aenter__()) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        async with registry.use("a"):
+            assert not any(task.done() for task in waiting)
+        return await asyncio.gather(*waiting)
+
+    assert len(set(asyncio.run(crowd()))) == 1 and loaded == ["a", "b"]
 
 
 def test_memory_less_than_a_model_is_refused_at_start(make):

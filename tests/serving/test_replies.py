@@ -78,6 +78,8 @@ def test_earlier_calls_and_results_are_prompts(llm):
         ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice"),
         ({"messages": [HELLO, {"role": "tool", "content": 5}]}, "messages"),
+        ({"messages": [HELLO, {"role": "tool", "content": "\ud800"}]}, "messages"),
+        ({"tools": [{"type": "function", "function": {"name": "\ud800"}}]}, "messages"),
         ({"messages": [HELLO, {"role": "assistant", "tool_calls": [5]}]}, "messages"),
         ({"messages": [HELLO, {"role": "assistant", "tool_calls": 5}]}, "messages"),
     ],
