@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -376,16 +377,18 @@ except ValueError as error:
 
 
 @pytest.mark.slow
-def test_ten_thousand_json_texts_are_valid(shared_data):
+def test_a_thousand_json_texts_are_valid(shared_data):
+    """JSON_TEXTS=10000 makes ten thousand, which takes minutes."""
+    count = int(os.environ.get("JSON_TEXTS", "1000"))
     tokenizer = load_tokenizer(shared_data / "tok512.model")
     weights = unstack(built(llama2c.read(shared_data / "stories260K.bin")))
     engine, texts = Engine(weights, tokenizer=tokenizer), set[str]()
     for schema in SCHEMAS.values():
         params = SamplingParams(json_schema=schema, temperature=1, top_p=1, max_tokens=180)
-        request = Request.same_params([[1]], params, n=10_000 // len(SCHEMAS), stop_ids=(1, 2))
+        request = Request.same_params([[1]], params, n=count // len(SCHEMAS), stop_ids=(1, 2))
         made = collect(add_text(engine.generate(request), request, tokenizer), request)
         for completion in made:
             assert completion.finish_reason == "stop", completion
             assert not errors_of(schema, json.loads(completion.text)), completion
         texts |= {completion.text for completion in made}
-    assert len(texts) > 5_000
+    assert len(texts) > count // 2
