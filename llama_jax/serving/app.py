@@ -158,6 +158,7 @@ class Api:
             deltas: AsyncIterable[Delta] = _nothing(work)
             if call.max_tokens != 0:
                 with refusing(call.fields, call.text_field):
+                    await asyncio.to_thread(served.scheduler.check, work)  # prepares constraints
                     generation = Generation(served.scheduler, work, llm.tokenizer, deadline)
                 stack.callback(generation.close)
                 deltas = generation
