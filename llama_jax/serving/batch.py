@@ -7,6 +7,7 @@ from where it differs: the next turn of a chat, or a system prompt that many sha
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -111,15 +112,22 @@ class Batch:
         self._on_cpu = jax.default_backend() == "cpu"
 
     def warm_up(self) -> None:
-        """Run every program once, without a sequence."""
-        for size in CHUNK_SIZES:
-            self._read_chunk(np.zeros(size, np.int32), 0, 0)
-        self._state = copy_prefix(self._state, *np.zeros(3, np.int32))
-        self._activate(0, 0, 0, 0, 0, self._no_counts_V)
-        blocks = [self._start([], level, is_alone=False) for level in Level]
+        """Compile every program, or load it from the compilation cache."""
+        engine, state, zero = self._engine, self._state, np.int32(0)
+        calls: list[tuple[Any, tuple[Any, ...]]] = [
+            (read_chunk, (engine.model, state, zero, zero, np.zeros(n, np.int32), engine.execution))
+            for n in CHUNK_SIZES
+        ]
+        calls.append((copy_prefix, (state, zero, zero, zero)))
+        calls.append((activate, (state, zero, zero, zero, zero, np.uint32(0), self._no_counts_V)))
+        calls += [self._call([], level, is_alone=False) for level in Level]
         if self._on_cpu:
-            blocks.append(self._start([], Level.ALL, is_alone=True))
-        jax.block_until_ready([block.stopped_B for block in blocks])
+            calls.append(self._call([], Level.ALL, is_alone=True))
+        calls.reverse()  # those that take longest first
+        with ThreadPoolExecutor() as pool:  # XLA compiles beside Python, which lowers the next one
+            made = [pool.submit(program.lower(*arguments).compile) for program, arguments in calls]
+        for each in made:
+            each.result()
 
     @property
     def num_free(self) -> int:
@@ -208,7 +216,8 @@ class Batch:
         ids = sequence.prompt[start : min(start + size, last)]
         ids_T = np.zeros(size, np.int32)
         ids_T[: len(ids)] = ids
-        self._read_chunk(ids_T, slot.index, start)
+        engine, at = self._engine, (np.int32(slot.index), np.int32(start))
+        self._state = read_chunk(engine.model, self._state, *at, ids_T, engine.execution)
         new = start + len(ids) - sequence.num_read
         sequence.num_read += new
         slot.cached = list(sequence.prompt[: sequence.num_read])
@@ -218,8 +227,9 @@ class Batch:
         counts_V: Any = self._no_counts_V
         if sequence.params.has_penalties:
             counts_V = np.bincount(sequence.prompt, minlength=len(counts_V)).astype(np.int32)
-        last, seed = len(sequence.prompt) - 1, sequence.params.seed
-        self._activate(slot.index, sequence.prompt[last], last, sequence.limit, seed, counts_V)
+        last, seed = len(sequence.prompt) - 1, np.uint32(sequence.params.seed)
+        numbers = map(np.int32, (slot.index, sequence.prompt[last], last, sequence.limit))
+        self._state = activate(self._state, *numbers, seed, counts_V)
         slot.is_active, self._reading = True, None
 
     # --- blocks ---
@@ -233,9 +243,14 @@ class Batch:
         ]
         level = max(Level.of(sequence.params) for *_, sequence in running)
         # For one sequence all steps of sampling take little; another program takes long to compile.
-        return self._start(running, Level.ALL if is_alone else level, is_alone)
+        program, arguments = self._call(running, Level.ALL if is_alone else level, is_alone)
+        self._state, tokens, stopped_B = program(*arguments)
+        return Block(running, tokens, stopped_B)
 
-    def _start(self, running: list[_Row], level: Level, is_alone: bool) -> Block:
+    def _call(
+        self, running: list[_Row], level: Level, is_alone: bool
+    ) -> tuple[Any, tuple[Any, ...]]:
+        """Return the program of a block and its arguments."""
         made_for = (running, level, is_alone)
         if self._sampling[:3] != made_for:
             self._sampling = (*made_for, *self._arguments(*made_for))
@@ -247,8 +262,7 @@ class Batch:
         # A first token should come early; elsewhere blocks are short, and their steps are equal so
         # that a sequence's bits do not depend on when others begin.
         begins = self._on_cpu and not all(sequence.generated for *_, sequence in running)
-        program = decode_one_slot if is_alone else decode_slots
-        self._state, tokens, stopped_B = program(
+        return decode_one_slot if is_alone else decode_slots, (
             self._engine.model,
             self._state,
             which,
@@ -258,7 +272,6 @@ class Batch:
             MAX_LOGPROBS if level is Level.ALL else None,
             self._engine.execution,
         )
-        return Block(running, tokens, stopped_B)
 
     def _arguments(self, running: list[_Row], level: Level, is_alone: bool) -> tuple[Any, ...]:
         """Return what a block is run with, which changes with the sequences only."""
@@ -305,18 +318,6 @@ class Batch:
             if reason:
                 self.leave(sequence)
             yield Gain(sequence, ids, logprobs, reason)
-
-    # --- programs ---
-
-    def _read_chunk(self, ids_T: np.ndarray, slot: int, start: int) -> None:
-        engine, at = self._engine, (np.int32(slot), np.int32(start))
-        self._state = read_chunk(engine.model, self._state, *at, ids_T, engine.execution)
-
-    def _activate(
-        self, slot: int, token: int, length: int, limit: int, seed: int, counts_V: Any
-    ) -> None:
-        numbers = map(np.int32, (slot, token, length, limit))
-        self._state = activate(self._state, *numbers, np.uint32(seed), counts_V)
 
 
 def _advance(constraint: Constraint, ids: Sequence[int]) -> bool:
