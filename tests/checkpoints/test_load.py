@@ -21,6 +21,7 @@ from llama_jax.inference.engine import Engine
 from llama_jax.inference.request import Request, SamplingParams
 from llama_jax.model.parameters import named_leaves
 from llama_jax.model.transformer import Llama
+from llama_jax.training.initial import base_description
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,9 @@ def test_learned_positions_are_trained_saved_resumed_and_loaded(tmp_path, positi
         learned = model.position_embedding if position == "absolute" else block.attention.slopes
         old = first.position_embedding if position == "absolute" else np.ones_like(learned)
         assert np.abs(learned[...] - old[...]).max() > 1e-3
+    tuned = {"run__init_from": str(tmp_path / "ckpt"), "model__context_length": 64}
+    with pytest.raises(UsageError, match=r"context_length=64 is not that of .*, which is 32"):
+        base_description(make_config(tokens, tmp_path / "new", **sizes, **tuned))
     if position == "absolute":
         with pytest.raises(UserError, match=r"max_context=40 .*expected 2 to 32"):
             load_for_inference(tmp_path / "ckpt", max_context=40)
