@@ -240,7 +240,7 @@ class Llama(nnx.Module):
         table_SD = execution.gathered(self.position_embedding, self.config.compute_dtype)[...]
         if length > len(table_SD):
             raise UsageError(
-                f"a sequence of {length} tokens, and model.position='absolute' has learned"
+                f"a sequence has {length} tokens and the table of model.position='absolute' has"
                 f" {len(table_SD)} positions; shorten it"
             )
         return table_SD

@@ -183,7 +183,7 @@ def make_model_again(model, context_length):
 
 def test_a_table_ends_where_its_positions_end():
     model = model_of("absolute", context_length=T - 1, num_layers=1)
-    with pytest.raises(UsageError, match=r"sequence of 11 tokens.*learned 10 positions; shorten"):
+    with pytest.raises(UsageError, match=r"sequence has 11 tokens.* 10 positions; shorten"):
         model(TOKENS_BT)
     cache = KVCache.empty(model.config, B, 32)  # padding may lie beyond it
     padded_BT = np.pad(TOKENS_BT, ((0, 0), (0, 9)))
