@@ -25,6 +25,7 @@ PACKINGS = ("none", "documents")
 CORPORA = ("", "stories", "shakespeare", "tinystories")
 MAX_INT = 2**31 - 1  # of int32: sizes, steps and seeds are numbers on devices
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn", "dynamic")
+POSITIONS = ("rope", "absolute", "sinusoidal", "alibi", "relative", "none")
 
 
 def require(condition: bool, message: str) -> None:
@@ -138,6 +139,9 @@ class ModelConfig(Section):
     multiple_of: Positive = 256  # a computed feed-forward width is rounded up to a multiple of this
     ffn_dim_multiplier: Annotated[float, Range(1e-3, 1e3)] = 1.0  # scales a computed width first
     norm_eps: Annotated[float, Range(1e-12, 1)] = 1e-5  # added to the mean square in RMSNorm
+    position: Annotated[str, Choice(POSITIONS)] = "rope"  # "rope": queries and keys are rotated;
+    # "absolute", "sinusoidal": a learned table, or sines and cosines, added to the embedding;
+    # "alibi", "relative": scores lowered with distance, by fixed or learned slopes; "none"
     rope_theta: Annotated[float, Range(1)] = 10000.0  # base of the rotary wavelengths
     rope_scaling: RopeScaling = RopeScaling()
     tied_embeddings: bool = True  # share the embedding table with the output layer
@@ -161,10 +165,14 @@ class ModelConfig(Section):
         )
         source = "" if self.head_dim else f"model.dim={self.dim} / num_heads={self.num_heads}: "
         require(
-            self.head_size % 2 == 0,
+            self.head_size % 2 == 0 or self.position != "rope",
             f"{source}model.head_dim={self.head_size} is odd; RoPE rotates pairs: make it even",
         )
         kind = self.rope_scaling.kind
+        lost = (
+            f"model.rope_scaling.kind={kind!r} scales what model.position={self.position!r} has not"
+        )
+        require(kind == "none" or self.position == "rope", f"{lost}; set it to 'none'")
         require(
             kind not in ("yarn", "dynamic") or (self.head_size > 2 and self.rope_theta > 1),
             f"model.rope_scaling.kind={kind!r} needs a head_dim above 2 and a rope_theta above 1",

@@ -19,12 +19,18 @@ def parameters(model):
     named |= {f"{name}_bias": x.bias for name, x in linears.items() if hasattr(x, "bias")}
     named |= {name: getattr(model.blocks, name).scale for name in ("attention_norm", "ffn_norm")}
     named |= {"embedding": model.embedding, "norm": model.norm.scale}
+    named |= {"slopes": attention.slopes} if hasattr(attention, "slopes") else {}
+    if hasattr(model, "position_embedding"):
+        named["position_embedding"] = model.position_embedding
     return named if model.config.tied_embeddings else named | {"output": model.output}
 
 
 def plain(model):
     """Return the parameters as NumPy arrays, as `reference` takes them."""
-    return {name: np.asarray(param[...]) for name, param in parameters(model).items()}
+    found = {name: np.asarray(param[...]) for name, param in parameters(model).items()}
+    if "slopes" in found:  # per context there, per position here
+        found["slopes"] = found["slopes"] / model.config.context_length
+    return found
 
 
 def make_model(weights=None, **changes):
@@ -33,5 +39,6 @@ def make_model(weights=None, **changes):
     random = np.random.default_rng(0)
     for name, param in parameters(model).items():
         noise = 0.15 * random.standard_normal(param.shape, np.float32)
+        noise = 30 * noise if name == "slopes" else noise
         param.set_value(jnp.asarray(weights[name] if weights else noise + ("norm" in name)))
     return model

@@ -19,7 +19,7 @@ from llama_jax.checkpoints import layout
 from llama_jax.checkpoints.metadata import PROMPTING, Description, read_description
 from llama_jax.checkpoints.restore import Restored, folder_and_step, read_checkpoint, restore
 from llama_jax.checkpoints.run_folder import require_tokenizer
-from llama_jax.config import MeshConfig, ModelConfig, require
+from llama_jax.config import MAX_INT, MeshConfig, ModelConfig, require
 from llama_jax.distributed.mesh import make_mesh, placed, shardings
 from llama_jax.errors import UsageError, UserError, whole_number
 from llama_jax.model.lora import Adapters, attach, detach, init_adapters
@@ -318,12 +318,14 @@ def load_for_inference(
     """Load a checkpoint as `load` does, its blocks unstacked for decoding.
 
     Args:
-      max_context: positions of prompt and completion together, at most the model's; 0: those.
+      max_context: positions of prompt and completion together, at most the model's where it has
+        rotary or learned positions; 0: the model's.
     """
     loaded, adapt = _load(checkpoint, dtype, quantize, mesh, base)
     context = loaded.config.context_length
     expected = f"2 to {context}, the model's context; 0: all of it"
-    in_range = lambda n: n == 0 or 2 <= n <= context  # noqa: E731
+    most = context if loaded.config.position in ("rope", "absolute") else MAX_INT
+    in_range = lambda n: n == 0 or 2 <= n <= most  # noqa: E731
     max_context = whole_number("max_context", max_context, in_range, expected)
     model = adapt(unstack(loaded.model, consume=True))
     if mesh is not None:

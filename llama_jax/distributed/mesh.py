@@ -252,14 +252,20 @@ def shard_heads(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
     For kernels that XLA cannot partition by itself: a loop, a custom call. The result takes
     queries, keys and values [B, T, heads, H], perhaps the documents of positions [B, T], and the
-    kernel's options by keyword. Heads
-    that the tensor axis does not divide are repeated where that helps (8 kv heads on 16 devices:
-    each serves half a group of queries), else every device computes all of them.
+    kernel's options by keyword, of which `slopes_N` is sharded by heads. Heads that the tensor axis
+    does not divide are repeated where that helps (8 kv heads on 16 devices: each serves half a
+    group of queries), else every device computes all of them.
     """
 
-    def sharded(*arrays: jax.Array | None, **options: Any) -> jax.Array:
+    def sharded(
+        *arrays: jax.Array | None, slopes_N: jax.Array | None = None, **options: Any
+    ) -> jax.Array:
         present = tuple(x for x in arrays if x is not None)
         compute = functools.partial(kernel, **options) if options else kernel
+        if slopes_N is not None:
+            present += (slopes_N,)
+            plain = compute
+            compute = lambda *arrays: plain(*arrays[:-1], slopes_N=arrays[-1])  # noqa: E731
         mesh = jax.sharding.get_abstract_mesh()
         sizes = automatic(mesh)
         if mesh.empty or math.prod(sizes.values()) == 1:
@@ -269,10 +275,10 @@ def shard_heads(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         divides = all(x.shape[2] % shards == 0 for x in repeated if x.ndim == 4)
         batch = partition_spec(("batch",), present[0].shape[:1], mesh)[0]
         spec = PartitionSpec(batch, None, "tensor" if divides else None, None)
-        documents = PartitionSpec(batch, None)
+        spec_of = {4: spec, 2: PartitionSpec(batch, None), 1: PartitionSpec(spec[2])}
         return jax.shard_map(
             compute,
-            in_specs=tuple(spec if x.ndim == 4 else documents for x in present),
+            in_specs=tuple(spec_of[x.ndim] for x in present),
             out_specs=spec,
             axis_names=set(sizes),
             check_vma=False,

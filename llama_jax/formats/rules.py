@@ -121,6 +121,8 @@ def beyond_llama2(config: ModelConfig) -> list[str]:
     found = []
     if config.head_size * config.num_heads != config.dim:
         found.append(f"head_dim={config.head_size}")
+    if config.position != "rope":
+        found.append(f"position={config.position}")
     if config.rope_scaling.kind != "none":
         found.append(f"rope_scaling={config.rope_scaling.kind}")
     found += [f"{name}=True" for name in ("attention_bias", "mlp_bias") if vars(config)[name]]

@@ -25,8 +25,14 @@ LOGITS_CHUNK = 64  # positions per sequence whose logits exist at once
 
 def full_sequence_execution(model: Llama) -> Execution:
     """Return how a pass without a cache runs here, with the device's fastest attention kernel."""
-    head_dim, dtype = model.config.head_size, model.config.compute_dtype
-    kernel = choose_kernel("auto", jax.local_devices()[0], head_dim=head_dim, dtype=dtype)
+    config = model.config
+    kernel = choose_kernel(
+        "auto",
+        jax.local_devices()[0],
+        head_dim=config.head_size,
+        dtype=config.compute_dtype,
+        position=config.position,
+    )
     return dataclasses.replace(ON_MESH, attention=attention_on_mesh(kernel))
 
 

@@ -3,8 +3,9 @@
 Each takes queries [B, T, N, H], keys and values [B, T, K, H] with K dividing N and, for sequences
 packed with several documents, `segments_BT`: the index of each position's document. A query attends
 to positions up to its own, of its own document; with a sliding `window` (Beltagy et al. 2020) to
-the newest `window` of them, its own included; 0: no window. `choose_kernel` decides which one runs;
-none falls back to another by itself.
+the newest `window` of them, its own included; 0: no window. With `slopes_N`, the score of a key d
+positions before the query is lowered by d times the slope of the head (Press et al. 2022).
+`choose_kernel` decides which one runs; none falls back to another by itself.
 
 Masks are boolean, True where a query may attend.
 """
@@ -20,10 +21,12 @@ from llama_jax.kernels import cudnn
 from llama_jax.kernels.blockwise import blockwise_attention
 from llama_jax.kernels.splash import splash_attention
 
-# (q_BTNH, k_BTKH, v_BTKH, segments_BT or None, dropout of weights or None, *, window=0)
-# -> [B, T, N, H]
+# (q_BTNH, k_BTKH, v_BTKH, segments_BT or None, dropout of weights or None, *, window=0,
+#  slopes_N=None) -> [B, T, N, H]
 AttentionKernel = Callable[..., jax.Array]
 Dropout = Callable[[jax.Array], jax.Array]
+
+BIASED = ("alibi", "relative")  # values of `model.position` that pass `slopes_N`
 
 
 def causal_mask(positions_BT: jax.Array, key_length: int, window: int = 0) -> jax.Array:
@@ -34,6 +37,16 @@ def causal_mask(positions_BT: jax.Array, key_length: int, window: int = 0) -> ja
     slots_S = jnp.arange(key_length)[None, None]
     mask_BTS = slots_S <= positions_BT[:, :, None]
     return mask_BTS & (slots_S > positions_BT[:, :, None] - window) if window else mask_BTS
+
+
+def distance_bias(slopes_N: jax.Array, distance_BTS: jax.Array) -> jax.Array:
+    """What is added to scores, float32 [N, B, T, S]: minus the slope of a head times the distance.
+
+    Args:
+      distance_BTS: positions from each key to each query, where it is not masked; B and T may be 1.
+    """
+    slopes_N111 = slopes_N.astype(jnp.float32)[:, None, None, None]
+    return -slopes_N111 * distance_BTS.astype(jnp.float32)[None]
 
 
 def merge_heads_and_batch(x_BTKH: jax.Array) -> jax.Array:
@@ -48,6 +61,7 @@ def attend(
     values_RSH: jax.Array,
     mask_BTS: jax.Array,
     dropout: Dropout | None = None,
+    bias_NBTS: jax.Array | None = None,
 ) -> jax.Array:
     """Grouped-query softmax attention, [B, T, N, H], with float32 scores.
 
@@ -56,6 +70,7 @@ def attend(
 
     Args:
       dropout: applied to the attention weights [K, B, G, T, S].
+      bias_NBTS: added to the scores, see `distance_bias`.
     """
     B, T, N, H = q_BTNH.shape
     K = keys_RSH.shape[0] // B
@@ -65,7 +80,9 @@ def attend(
         1.0 / math.sqrt(H)
     )
     scores_KBGTS = jnp.where(
-        mask_BTS[None, :, None], scores_RMS.reshape(K, B, N // K, T, -1), -jnp.inf
+        mask_BTS[None, :, None],
+        _biased(scores_RMS.reshape(K, B, N // K, T, -1), bias_NBTS),
+        -jnp.inf,
     )
     weights_KBGTS = jax.nn.softmax(scores_KBGTS, axis=-1).astype(values_RSH.dtype)
     if dropout is not None:
@@ -82,6 +99,7 @@ def attend_in_chunks(
     read: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
     mask: Callable[[jax.Array], jax.Array],
     num_chunks: jax.Array,
+    bias: tuple[jax.Array, Callable[[jax.Array], jax.Array]] | None = None,
 ) -> jax.Array:
     """`attend` over keys and values that are read a chunk at a time, by an online softmax.
 
@@ -94,6 +112,7 @@ def attend_in_chunks(
       read: keys and values of a chunk, [R, C, H].
       mask: which of them a query attends to, [B, T, C].
       num_chunks: how many there are; an array, so that it may differ from call to call.
+      bias: added to the scores, [N, B, T, C], of `own` and as a function of a chunk.
     """
     B, T, N, H = q_BTNH.shape
     K = own[0].shape[0] // B
@@ -101,14 +120,15 @@ def attend_in_chunks(
     q_RMH = q_KBGTH.reshape(K * B, -1, H)  # M = G·T
     f32 = {"preferred_element_type": jnp.float32}
 
-    def scores(keys_RCH: jax.Array, mask_BTC: jax.Array) -> jax.Array:
+    def scores(keys_RCH: jax.Array, mask_BTC: jax.Array, bias_NBTC: jax.Array | None) -> jax.Array:
         scores_RMC = jnp.einsum("RMH,RCH->RMC", q_RMH, keys_RCH, **f32) * (1.0 / math.sqrt(H))
-        by_query = scores_RMC.reshape(K, B, N // K, T, -1)
+        by_query = _biased(scores_RMC.reshape(K, B, N // K, T, -1), bias_NBTC)
         return jnp.where(mask_BTC[None, :, None], by_query, -jnp.inf).reshape(scores_RMC.shape)
 
     def add(chunk: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         keys_RCH, values_RCH = read(chunk)
-        return added(sums, scores(keys_RCH, mask(chunk)), values_RCH)
+        chunk_bias = bias[1](chunk) if bias is not None else None
+        return added(sums, scores(keys_RCH, mask(chunk), chunk_bias), values_RCH)
 
     def added(
         sums: tuple[jax.Array, ...], scores_RMC: jax.Array, values_RCH: jax.Array
@@ -120,13 +140,21 @@ def attend_in_chunks(
         total_RM1 = weight_RM1 * rescale_RM1 + weights_RMC.sum(axis=-1, keepdims=True)
         return new_RM1, total_RM1, out_RMH * rescale_RM1 + mixed
 
-    own_scores_RMC = scores(own[0], own_mask_BTC)
+    own_scores_RMC = scores(own[0], own_mask_BTC, bias[0] if bias is not None else None)
     largest_RM1 = own_scores_RMC.max(axis=-1, keepdims=True)
     nothing = (largest_RM1, jnp.zeros_like(largest_RM1), jnp.zeros(q_RMH.shape, jnp.float32))
     start = added(nothing, own_scores_RMC, own[1])
     _, total_RM1, out_RMH = jax.lax.fori_loop(0, num_chunks, add, start)
     out_RMH = (out_RMH / total_RM1).astype(own[1].dtype)
     return out_RMH.reshape(K, B, N // K, T, H).transpose(1, 3, 0, 2, 4).reshape(B, T, N, H)
+
+
+def _biased(scores_KBGTS: jax.Array, bias_NBTS: jax.Array | None) -> jax.Array:
+    """Scores with a bias of each head added, if there is one."""
+    if bias_NBTS is None:
+        return scores_KBGTS
+    bias_KGBTS = bias_NBTS.reshape(scores_KBGTS.shape[0], -1, *bias_NBTS.shape[1:])
+    return scores_KBGTS + bias_KGBTS.swapaxes(1, 2)
 
 
 def xla_attention(
@@ -137,6 +165,7 @@ def xla_attention(
     dropout: Dropout | None = None,
     *,
     window: int = 0,
+    slopes_N: jax.Array | None = None,
 ) -> jax.Array:
     """The reference: holds all scores at once. Runs everywhere; the only one with dropout."""
     T = q_BTNH.shape[1]
@@ -144,7 +173,11 @@ def xla_attention(
     if segments_BT is not None:
         mask_BTS = mask_BTS & (segments_BT[:, :, None] == segments_BT[:, None, :])
     keys_RSH, values_RSH = merge_heads_and_batch(k_BTKH), merge_heads_and_batch(v_BTKH)
-    return attend(q_BTNH, keys_RSH, values_RSH, mask_BTS, dropout)
+    bias_NBTS = None
+    if slopes_N is not None:  # documents too: within one, distances are those of the sequence
+        index_T = jnp.arange(T)
+        bias_NBTS = distance_bias(slopes_N, index_T[None, :, None] - index_T[None, None])
+    return attend(q_BTNH, keys_RSH, values_RSH, mask_BTS, dropout, bias_NBTS)
 
 
 KERNELS: dict[str, AttentionKernel] = {
@@ -153,11 +186,18 @@ KERNELS: dict[str, AttentionKernel] = {
     "cudnn": cudnn.cudnn_attention,
     "splash": splash_attention,
 }
+TAKES_SLOPES = ("xla", "blockwise")
 FASTEST = {"cpu": "blockwise", "gpu": "cudnn", "tpu": "splash"}  # by platform; elsewhere `xla`
 
 
 def choose_kernel(
-    name: str, device: jax.Device, *, head_dim: int, dtype: str, dropout: float = 0.0
+    name: str,
+    device: jax.Device,
+    *,
+    head_dim: int,
+    dtype: str,
+    dropout: float = 0.0,
+    position: str = "rope",
 ) -> str:
     """The name of the kernel to run: `name`, or for "auto" the fastest that can.
 
@@ -167,12 +207,13 @@ def choose_kernel(
       head_dim: width of a head.
       dtype: name of the compute dtype.
       dropout: the fraction of attention weights dropped.
+      position: the `model.position`.
 
     Raises:
       UsageError: when the named kernel cannot do this.
     """
     chosen = FASTEST.get(device.platform, "xla") if name == "auto" else name
-    reason = _refusal(chosen, device, head_dim, dtype, dropout)
+    reason = _refusal(chosen, device, head_dim, dtype, dropout, position)
     if not reason:
         return chosen
     if name == "auto":
@@ -180,12 +221,19 @@ def choose_kernel(
     raise UsageError(f"run.attention={name!r} {reason}")
 
 
-def _refusal(name: str, device: jax.Device, head_dim: int, dtype: str, dropout: float) -> str:
+def _refusal(
+    name: str, device: jax.Device, head_dim: int, dtype: str, dropout: float, position: str
+) -> str:
     """Why a kernel cannot do what is requested, and what to do instead; "" if it can."""
     if dropout and name != "xla":
         return (
             f"cannot drop attention weights and model.dropout is {dropout:g};"
             " use run.attention='xla' or model.dropout=0"
+        )
+    if position in BIASED and name not in TAKES_SLOPES:
+        return (
+            f"cannot lower scores by distance and model.position={position!r} does; use"
+            " run.attention='auto'"
         )
     if name == "splash" and device.platform != "tpu":
         return f"needs a TPU and this run is on {device.device_kind}; use run.attention='auto'"

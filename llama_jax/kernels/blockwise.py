@@ -23,17 +23,22 @@ def blockwise_attention(
     segments_BT: jax.Array | None = None,
     *,
     window: int = 0,
+    slopes_N: jax.Array | None = None,
 ) -> jax.Array:
     """Causal softmax attention [B, T, N, H] of T queries over the same T positions.
 
     With `segments_BT`, the index of each position's document, no document attends to another; with
-    a `window`, a query attends to the newest `window` positions.
+    a `window`, a query attends to the newest `window` positions; with `slopes_N`, the score of a
+    key d positions before the query is lowered by d times the slope of the head.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
-    out_BKGTH = _sequences(window, q_BKGTH, k_BKSH, v_BKSH, segments_BT)
+    slopes_KG = None
+    if slopes_N is not None:
+        slopes_KG = jnp.asarray(slopes_N, jnp.float32).reshape(K, N // K)
+    out_BKGTH = _sequences(window, q_BKGTH, k_BKSH, v_BKSH, segments_BT, slopes_KG)
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
@@ -44,17 +49,22 @@ def _sequences(
     k_BKSH: jax.Array,
     v_BKSH: jax.Array,
     segments_BT: jax.Array | None,
+    slopes_KG: jax.Array | None,
 ) -> jax.Array:
-    return _sequences_forward(window, q_BKGTH, k_BKSH, v_BKSH, segments_BT)[0]
+    return _sequences_forward(window, q_BKGTH, k_BKSH, v_BKSH, segments_BT, slopes_KG)[0]
 
 
-def _sequences_forward(window, q, k, v, segments):  # type: ignore[no-untyped-def]
-    out, log_sum = jax.lax.map(lambda one: _forward(window, *one), (q, k, v, segments))
-    return out, (q, k, v, segments, out, log_sum)
+def _sequences_forward(window, q, k, v, segments, slopes):  # type: ignore[no-untyped-def]
+    out, log_sum = jax.lax.map(lambda one: _forward(window, slopes, *one), (q, k, v, segments))
+    return out, (slopes, (q, k, v, segments, out, log_sum))
 
 
 def _sequences_backward(window, saved, out_gradient):  # type: ignore[no-untyped-def]
-    return *jax.lax.map(lambda one: _backward(window, *one), (*saved, out_gradient)), None
+    slopes, saved = saved
+    *gradients, slopes_BKG = jax.lax.map(
+        lambda one: _backward(window, slopes, *one), (*saved, out_gradient)
+    )
+    return *gradients, None, None if slopes is None else slopes_BKG.sum(axis=0)
 
 
 _sequences.defvjp(_sequences_forward, _sequences_backward)
@@ -84,6 +94,7 @@ def _scores(
     start: int,
     end: int,
     window: int,
+    slopes_KG: jax.Array | None,
 ) -> jax.Array:
     """Masked float32 scores [K, R, S] of a block with its `_keys`; R = G·t."""
     keys = _keys(start, end, window)
@@ -91,6 +102,10 @@ def _scores(
     scores_KRS = _matmul("KRH,KSH->KRS", q_KRH * scale, k_KSH[:, keys])
     query_R = start + jnp.arange(q_KRH.shape[1]) % (end - start)
     key_S = jnp.arange(keys.start, end)
+    if slopes_KG is not None:
+        slopes_KR = jnp.repeat(slopes_KG, end - start, axis=1)
+        distance_RS = (query_R[:, None] - key_S[None]).astype(jnp.float32)
+        scores_KRS -= slopes_KR[:, :, None] * distance_RS[None]
     seen_RS = key_S[None] <= query_R[:, None]
     if window:
         seen_RS &= key_S[None] > query_R[:, None] - window
@@ -103,13 +118,14 @@ def _scores(
 _matmul = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def _forward(window, q_KGTH, k_KSH, v_KSH, segments_T):  # type: ignore[no-untyped-def]
+def _forward(window, slopes_KG, q_KGTH, k_KSH, v_KSH, segments_T):  # type: ignore[no-untyped-def]
     """One sequence's output [K, G, T, H] and the log of its softmax denominators [K, G, T, 1]."""
     K, G, T, H = q_KGTH.shape
     outs, log_sums = [], []
     for start, end in _blocks(T):
         keys = _keys(start, end, window)
-        scores_KRS = _scores(_merge(q_KGTH, start, end), k_KSH, segments_T, start, end, window)
+        q_KRH = _merge(q_KGTH, start, end)
+        scores_KRS = _scores(q_KRH, k_KSH, segments_T, start, end, window, slopes_KG)
         highest_KR1 = scores_KRS.max(axis=-1, keepdims=True)
         weights_KRS = jnp.exp(scores_KRS - highest_KR1)
         sum_KR1 = weights_KRS.sum(axis=-1, keepdims=True)
@@ -120,14 +136,15 @@ def _forward(window, q_KGTH, k_KSH, v_KSH, segments_T):  # type: ignore[no-untyp
 
 
 def _backward(  # type: ignore[no-untyped-def]
-    window, q_KGTH, k_KSH, v_KSH, segments_T, out_KGTH, log_sum_KGT1, gradient_KGTH
+    window, slopes_KG, q_KGTH, k_KSH, v_KSH, segments_T, out_KGTH, log_sum_KGT1, gradient_KGTH
 ):
-    """The gradients of q, k and v of one sequence, from that of its output."""
+    """The gradients of q, k, v and the slopes of one sequence, from that of its output."""
     K, G, T, H = q_KGTH.shape
     dtype, scale = q_KGTH.dtype, 1.0 / math.sqrt(H)
     wide_gradient = gradient_KGTH.astype(jnp.float32)
     shared_KGT1 = (wide_gradient * out_KGTH.astype(jnp.float32)).sum(axis=-1, keepdims=True)
     q_gradients = []
+    slopes_gradient_KG = None if slopes_KG is None else jnp.zeros((K, G), jnp.float32)
     # [K, H, S], not [K, S, H]: this orientation of the two products is three times as fast on CPU.
     k_gradient_KHS = jnp.zeros((K, H, T), jnp.float32)
     v_gradient_KHS = jnp.zeros((K, H, T), jnp.float32)
@@ -135,11 +152,15 @@ def _backward(  # type: ignore[no-untyped-def]
         keys = _keys(start, end, window)
         part = partial(_merge, start=start, end=end)
         q_KRH, gradient_KRH = part(q_KGTH), part(gradient_KGTH)
-        scores_KRS = _scores(q_KRH, k_KSH, segments_T, start, end, window)
+        scores_KRS = _scores(q_KRH, k_KSH, segments_T, start, end, window, slopes_KG)
         weights_KRS = jnp.exp(scores_KRS - part(log_sum_KGT1))
         weight_gradient_KRS = _matmul("KRH,KSH->KRS", gradient_KRH, v_KSH[:, keys])
-        score_gradient_KRS = weights_KRS * (weight_gradient_KRS - part(shared_KGT1)) * scale
-        score_gradient_KRS = score_gradient_KRS.astype(dtype)
+        score_gradient_KRS = weights_KRS * (weight_gradient_KRS - part(shared_KGT1))
+        if slopes_KG is not None:
+            distance_tS = jnp.arange(start, end)[:, None] - jnp.arange(keys.start, end)[None]
+            by_query_KGtS = score_gradient_KRS.reshape(K, G, *distance_tS.shape)
+            slopes_gradient_KG -= (by_query_KGtS * distance_tS[None, None]).sum(axis=(2, 3))
+        score_gradient_KRS = (score_gradient_KRS * scale).astype(dtype)
         q_gradient_KRH = _matmul("KRS,KSH->KRH", score_gradient_KRS, k_KSH[:, keys])
         q_gradients.append(q_gradient_KRH.astype(dtype).reshape(K, G, end - start, H))
         k_part_KHS = _matmul("KRS,KRH->KHS", score_gradient_KRS, q_KRH)
@@ -148,4 +169,5 @@ def _backward(  # type: ignore[no-untyped-def]
         v_gradient_KHS = v_gradient_KHS.at[:, :, keys].add(v_part_KHS)
     k_gradient_KSH = k_gradient_KHS.swapaxes(1, 2).astype(dtype)
     v_gradient_KSH = v_gradient_KHS.swapaxes(1, 2).astype(dtype)
-    return jnp.concatenate(q_gradients, axis=2), k_gradient_KSH, v_gradient_KSH
+    q_gradient_KGTH = jnp.concatenate(q_gradients, axis=2)
+    return q_gradient_KGTH, k_gradient_KSH, v_gradient_KSH, slopes_gradient_KG

@@ -12,12 +12,18 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.config import ModelConfig
-from llama_jax.kernels.attention import attend, causal_mask, merge_heads_and_batch
+from llama_jax.kernels.attention import (
+    attend,
+    causal_mask,
+    distance_bias,
+    merge_heads_and_batch,
+)
 
-# (q_BTNH, k_BTKH, v_BTKH, the layer's cache or None, dropout key or None) -> (the mixed values
-# [B, T, N, H], the updated cache). `Llama.hidden` makes one that all blocks share.
+# (q_BTNH, k_BTKH, v_BTKH, the layer's cache or None, dropout key or None, slopes_N or None) -> (the
+# mixed values [B, T, N, H], the updated cache). `Llama.hidden` makes one that all blocks share.
 AttentionFunction = Callable[
-    [jax.Array, jax.Array, jax.Array, Any, jax.Array | None], tuple[jax.Array, Any]
+    [jax.Array, jax.Array, jax.Array, Any, jax.Array | None, jax.Array | None],
+    tuple[jax.Array, Any],
 ]
 
 
@@ -130,9 +136,14 @@ class KVCache:
         """Attention over the cache, after writing new keys and values behind those it holds."""
         mask_BTS = causal_mask(positions_BT, self.slots, window)
 
-        def attention(q_BTNH, k_BTKH, v_BTKH, layer, _key):  # type: ignore[no-untyped-def]
+        def attention(q_BTNH, k_BTKH, v_BTKH, layer, _key, slopes_N=None):  # type: ignore[no-untyped-def]
             layer = layer.write(k_BTKH, v_BTKH, self.length_B)
-            return attend(q_BTNH, layer.keys_RSH, layer.values_RSH, mask_BTS), layer
+            bias_NBTS = None
+            if slopes_N is not None:
+                distance_BTS = positions_BT[:, :, None] - jnp.arange(self.slots)[None, None]
+                bias_NBTS = distance_bias(slopes_N, distance_BTS)
+            keys_RSH, values_RSH = layer.keys_RSH, layer.values_RSH
+            return attend(q_BTNH, keys_RSH, values_RSH, mask_BTS, bias_NBTS=bias_NBTS), layer
 
         return attention
 

@@ -66,7 +66,10 @@ class Matrix:
 
 @functools.cache
 def matrices(config: ModelConfig) -> tuple[Matrix, ...]:
-    """Return every matrix of the model, in the order of its modules; norm scales are none."""
+    """Return every matrix of the model, in the order of its modules.
+
+    Norm scales, slopes of heads and the table of positions are none.
+    """
     found = []
     leaves = named_leaves(abstract(config), lambda node: isinstance(node, Linear | nnx.Variable))
     for name, leaf in leaves.items():
@@ -74,7 +77,7 @@ def matrices(config: ModelConfig) -> tuple[Matrix, ...]:
             per_layer = len(leaf.kernel.shape) > len(leaf.inputs + leaf.outputs)
             split, axes = len(leaf.inputs), leaf.kernel.axes
             dims = leaf.inputs, leaf.outputs, axes[:split], axes[split:]
-        elif len(leaf.axes) == 2:
+        elif leaf.axes[:1] == ("vocab",):  # a table of tokens; that of positions is only added
             per_layer = False
             dims = leaf.shape[1:], leaf.shape[:1], leaf.axes[1:], leaf.axes[:1]
         else:
@@ -111,12 +114,14 @@ def flops_per_token(config: ModelConfig, sequence_length: int, is_frozen: bool =
     Of a frozen model, on which adapters are trained, 4·N + 12·L·H·Q·T: its parameters have no
     gradients. The adapters themselves are not counted.
 
-    From Chowdhery et al. 2022 (PaLM), appendix B. N: parameters but for an untied embedding; L:
-    layers; H: query heads; Q: width of a head; T: `sequence_length`. What is recomputed to save
-    memory does not count, and attention counts as if no position were masked, so that different
-    programs compare.
+    From Chowdhery et al. 2022 (PaLM), appendix B. N: parameters but for an untied embedding and
+    a table of positions; L: layers; H: query heads; Q: width of a head; T: `sequence_length`. What
+    is recomputed to save memory does not count, and attention counts as if no position were masked,
+    so that different programs compare.
     """
     looked_up = 0 if config.tied_embeddings else table_parameters(config)
+    if config.position == "absolute":
+        looked_up += config.context_length * config.dim
     N, L = count_parameters(config) - looked_up, config.num_layers
     H, Q, T = config.num_heads, config.head_size, sequence_length
     return (4 if is_frozen else 6) * N + 12 * L * H * Q * T

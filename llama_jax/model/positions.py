@@ -1,16 +1,96 @@
-"""Rotary position embedding (Su et al. 2021, RoFormer).
+"""How a model knows the positions of its tokens, by `model.position`, as three hooks.
+
+`Positions.embed` adds to the embedding: a learned table ("absolute"; Gehring et al. 2017) or
+sines and cosines ("sinusoidal"; Vaswani et al. 2017). `Positions.rotate` rotates queries and keys
+("rope"; Su et al. 2021, RoFormer). `Positions.bias` gives slopes by which attention lowers scores
+with distance: those of Press et al. 2022 ("alibi"), or learned ones ("relative"). With "none" only
+the causal mask tells positions apart (Haviv et al. 2022).
 
 Inside this package the two members of a rotated pair lie in the two *halves* of a head, so the
 rotation needs no strided access. Formats that interleave them are permuted in `formats`.
 """
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.config import RopeScaling
+from llama_jax.config import ModelConfig, RopeScaling
+
+
+@dataclasses.dataclass(frozen=True)
+class Positions:
+    """The positions of the tokens of one forward pass, as its blocks use them."""
+
+    config: ModelConfig
+    positions_BT: jax.Array  # int32; B may be 1
+    rotary: tuple[jax.Array, jax.Array] | None  # cosines and sines, of "rope"
+
+    @classmethod
+    def of(cls, config: ModelConfig, positions_BT: jax.Array) -> "Positions":
+        """The positions as a model of this config encodes them."""
+        rotary = None
+        if config.position == "rope":
+            rotary = rotary_embedding(
+                positions_BT, config.head_size, config.rope_theta, config.rope_scaling
+            )
+        return cls(config, positions_BT, rotary)
+
+    def embed(self, x_BTD: jax.Array, table_SD: jax.Array | None) -> jax.Array:
+        """The embeddings of tokens with those of their positions added.
+
+        Args:
+          table_SD: the learned table of "absolute". Positions beyond it have its last row, so that
+            padding may lie there.
+        """
+        if table_SD is not None:
+            rows_BTD = jnp.take(table_SD, self.positions_BT, axis=0, mode="clip")
+            return x_BTD + rows_BTD.astype(x_BTD.dtype)
+        if self.config.position == "sinusoidal":
+            waves_BTD = sinusoids(self.positions_BT, self.config.dim)
+            # Vaswani et al. multiply embeddings of standard deviation 1/√D by √D. Ours are not
+            # scaled; waves in their proportion do not drown them.
+            return x_BTD + (self.config.init_std * waves_BTD).astype(x_BTD.dtype)
+        return x_BTD
+
+    def rotate(self, x_BTNH: jax.Array) -> jax.Array:
+        """Queries or keys, rotated where positions are rotations."""
+        return x_BTNH if self.rotary is None else rotate(x_BTNH, *self.rotary)
+
+    def bias(self, learned_N: jax.Array | None) -> jax.Array | None:
+        """By how much the score of each head falls per position of distance, float32 [N].
+
+        Args:
+          learned_N: the slopes of "relative".
+        """
+        if self.config.position == "alibi":
+            return jnp.asarray(alibi_slopes(self.config.num_heads))
+        return learned_N
+
+
+def sinusoids(positions_BT: jax.Array, dim: int) -> jax.Array:
+    """Float32 [B, T, D]: sines in even dims and cosines in odd ones, of wavelengths 2π to 20,000π.
+
+    Vaswani et al. 2017, section 3.5.
+    """
+    frequencies_C = np.float32(10000.0) ** -(np.arange(0, dim, 2, dtype=np.float32) / dim)
+    angles_BTC = positions_BT.astype(jnp.float32)[:, :, None] * frequencies_C[None, None]
+    pairs_BTC2 = jnp.stack([jnp.sin(angles_BTC), jnp.cos(angles_BTC)], axis=-1)
+    return pairs_BTC2.reshape(*positions_BT.shape, -1)[:, :, :dim]
+
+
+def alibi_slopes(num_heads: int) -> np.ndarray:
+    """The slopes of ALiBi, float32 [N] (Press et al. 2022, section 3 and their code).
+
+    2^(-8/N), its square, its cube, … where N is a power of two. Other numbers of heads have those
+    of the power of two below N, then every other one of twice that.
+    """
+    power = 2 ** (num_heads.bit_length() - 1)
+    slopes = 2.0 ** (-8 / power * np.arange(1, power + 1))
+    between = 2.0 ** (-4 / power * np.arange(1, 2 * power, 2))
+    return np.concatenate([slopes, between])[:num_heads].astype(np.float32)
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:

@@ -11,12 +11,13 @@ depend on its neighbours.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from llama_jax.config import ModelConfig
-from llama_jax.kernels.attention import attend_in_chunks, causal_mask
+from llama_jax.kernels.attention import attend_in_chunks, causal_mask, distance_bias
 from llama_jax.model.cache import AttentionFunction, KVCache, StoredLayer
 
 BLOCK = 16  # decode steps at most before `flush`
@@ -84,14 +85,15 @@ class SlotCache:
         def stored_mask(chunk: jax.Array) -> jax.Array:
             return _mask(chunk, self.stored_B, positions_BT, window)
 
-        def attention(q_BTNH, k_BTKH, v_BTKH, layer, _key):  # type: ignore[no-untyped-def]
+        def attention(q_BTNH, k_BTKH, v_BTKH, layer, _key, slopes_N=None):  # type: ignore[no-untyped-def]
+            bias = _bias(slopes_N, self.num_recent, BLOCK, positions_BT)
             recent = layer.recent.write(k_BTKH, v_BTKH, self.num_recent)
 
             def read(chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
                 return _pair(jax.tree.map(lambda x: _read(x, chunk), layer.stored))
 
             mixed_BTNH = attend_in_chunks(
-                q_BTNH, _pair(recent), recent_mask_BTC, read, stored_mask, chunks
+                q_BTNH, _pair(recent), recent_mask_BTC, read, stored_mask, chunks, bias
             )
             return mixed_BTNH, SlotLayer(layer.stored, recent)
 
@@ -164,7 +166,8 @@ class OneSlot:
         def stored_mask(chunk: jax.Array) -> jax.Array:
             return _mask(chunk, self.length_B, positions_BT, window)
 
-        def attention(q_BTNH, k_BTKH, v_BTKH, layer, _key):  # type: ignore[no-untyped-def]
+        def attention(q_BTNH, k_BTKH, v_BTKH, layer, _key, slopes_N=None):  # type: ignore[no-untyped-def]
+            bias = _bias(slopes_N, 0, T, positions_BT)
             empty = jax.tree.map(
                 lambda x: jnp.zeros((x.shape[0], T, x.shape[3]), x.dtype), layer.stored
             )
@@ -177,8 +180,9 @@ class OneSlot:
                 at = (self.slot, chunk * CHUNK, CHUNK)
                 return _pair(jax.tree.map(lambda x: _read_slot(x, *at), stored))
 
+            chunks = _num_chunks(self.length_B[0])
             mixed_BTNH = attend_in_chunks(
-                q_BTNH, _pair(own), own_mask_BTC, read, stored_mask, _num_chunks(self.length_B[0])
+                q_BTNH, _pair(own), own_mask_BTC, read, stored_mask, chunks, bias
             )
             return mixed_BTNH, SlotLayer(stored, layer.recent)
 
@@ -198,6 +202,26 @@ def _mask(chunk: jax.Array, length_B: jax.Array, positions_BT: jax.Array, window
     slots_C = (chunk * CHUNK + jnp.arange(CHUNK))[None, None]
     mask_BTC = slots_C < length_B[:, None, None]
     return mask_BTC & (slots_C > positions_BT[:, :, None] - window) if window else mask_BTC
+
+
+def _bias(
+    slopes_N: jax.Array | None, start: jax.Array | int, size: int, positions_BT: jax.Array
+) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]] | None:
+    """Return the bias of scores with own keys, and as a function of a stored chunk; or None.
+
+    Args:
+      start: the index among the own keys, of which there are `size`, of the first query.
+    """
+    if slopes_N is None:
+        return None
+
+    def of_chunk(chunk: jax.Array) -> jax.Array:
+        slots_C = (chunk * CHUNK + jnp.arange(CHUNK))[None, None]
+        return distance_bias(slopes_N, positions_BT[:, :, None] - slots_C)
+
+    queries_T = start + jnp.arange(positions_BT.shape[1])
+    own_distance_BTC = (queries_T[:, None] - jnp.arange(size)[None])[None]
+    return distance_bias(slopes_N, own_distance_BTC), of_chunk
 
 
 def _pair(layer: StoredLayer) -> tuple[jax.Array, jax.Array]:

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax.config import ModelConfig
+from llama_jax.errors import UsageError
 from llama_jax.kernels.matmul import prefers_outputs_first
 from llama_jax.model.cache import AttentionFunction, KVCache
 from llama_jax.model.execution import Execution
@@ -28,7 +29,7 @@ from llama_jax.model.layers import (
     parameter,
     unembed,
 )
-from llama_jax.model.positions import positions_within, rotary_embedding, rotate
+from llama_jax.model.positions import Positions, positions_within
 from llama_jax.model.slot_cache import OneSlot, SlotCache
 
 ONE_DEVICE = Execution()
@@ -47,21 +48,30 @@ class Attention(nnx.Module):
         self.wk = linear((D,), (K, H), keys, std=std)
         self.wv = linear((D,), (K, H), keys, std=std)
         self.wo = linear((N, H), (D,), ("heads", "head_dim", "embed"), std=residual_std)
+        if config.position == "relative":
+            # How far scores fall over the context. Kept here, since a shorter or longer context
+            # that the model is run with later does not change what was learned.
+            self.slopes = nnx.Param(jnp.ones(N, jnp.float32), axes=("heads",), is_exact=True)
+            self.slope_length = config.context_length
 
     def __call__(
         self,
         x_BTD: jax.Array,
-        rotary: tuple[jax.Array, jax.Array],
+        positions: Positions,
         attention: AttentionFunction,
         cache: Any = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """The output [B, T, D], and the cache with T more slots filled if one came in."""
         # The names are what rematerialisation policies keep; see `model.execution`.
-        q_BTNH = checkpoint_name(rotate(self.wq(x_BTD), *rotary), "queries")
-        k_BTKH = checkpoint_name(rotate(self.wk(x_BTD), *rotary), "keys")
+        q_BTNH = checkpoint_name(positions.rotate(self.wq(x_BTD)), "queries")
+        k_BTKH = checkpoint_name(positions.rotate(self.wk(x_BTD)), "keys")
         v_BTKH = checkpoint_name(self.wv(x_BTD), "values")
-        mixed_BTNH, cache = attention(q_BTNH, k_BTKH, v_BTKH, cache, dropout_key)
+        learned_N = None
+        if hasattr(self, "slopes"):
+            learned_N = self.slopes[...].astype(jnp.float32) / self.slope_length
+        slopes_N = positions.bias(learned_N)
+        mixed_BTNH, cache = attention(q_BTNH, k_BTKH, v_BTKH, cache, dropout_key, slopes_N)
         return self.wo(mixed_BTNH), cache
 
 
@@ -69,9 +79,10 @@ def attend_within(
     segments_BT: jax.Array | None, rate: float, execution: Execution, window: int = 0
 ) -> AttentionFunction:
     """Attention among the tokens themselves, with a fraction `rate` of the weights dropped."""
-    kernel = partial(execution.attention, window=window) if window else execution.attention
+    windowed = partial(execution.attention, window=window) if window else execution.attention
 
-    def attention(q_BTNH, k_BTKH, v_BTKH, _cache, key):  # type: ignore[no-untyped-def]
+    def attention(q_BTNH, k_BTKH, v_BTKH, _cache, key, slopes_N):  # type: ignore[no-untyped-def]
+        kernel = windowed if slopes_N is None else partial(windowed, slopes_N=slopes_N)
         arrays = (q_BTNH, k_BTKH, v_BTKH, segments_BT)
         if key is None or not rate:
             return kernel(*arrays), None
@@ -115,7 +126,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        rotary: tuple[jax.Array, jax.Array],
+        positions: Positions,
         attention: AttentionFunction,
         execution: Execution,
         cache: Any = None,
@@ -125,7 +136,7 @@ class Block(nnx.Module):
         keys = [None] * 3 if dropout_key is None else list(jax.random.split(dropout_key, 3))
         example_ids = execution.example_ids
         normed_BTD = self.attention_norm(x_BTD)
-        mixed_BTD, cache = self.attention(normed_BTD, rotary, attention, cache, keys[0])
+        mixed_BTD, cache = self.attention(normed_BTD, positions, attention, cache, keys[0])
         x_BTD += dropout(mixed_BTD, self.dropout_rate, keys[1], example_ids)
         x_BTD = execution.constrain(x_BTD, "batch", "length", "residual")
         ffn_BTD = self.ffn(self.ffn_norm(x_BTD), execution)
@@ -146,6 +157,9 @@ class Llama(nnx.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         if not config.tied_embeddings:
             self.output = parameter(*table)
+        if config.position == "absolute":  # last: other positions have the same weights beside it
+            shape, axes = (config.context_length, config.dim), ("length", "embed")
+            self.position_embedding = parameter(shape, axes, config.init_std, rngs)
 
     @property
     def output_VD(self) -> jax.Array:
@@ -173,6 +187,9 @@ class Llama(nnx.Module):
             position's document. No document attends to another, and positions start anew with each.
           dropout_key: dropout happens only when there is one.
           execution: how to run it.
+
+        Raises:
+          UsageError: without a cache, for more tokens than the table of "absolute" has positions.
         """
         config, T = self.config, tokens_BT.shape[1]
         positions_BT = jnp.arange(T, dtype=jnp.int32)[None]
@@ -184,9 +201,7 @@ class Llama(nnx.Module):
                 positions_BT = positions_within(segments_BT)
             window = config.sliding_window
             attention = attend_within(segments_BT, config.dropout, execution, window)
-        rotary = rotary_embedding(
-            positions_BT, config.head_size, config.rope_theta, config.rope_scaling
-        )
+        positions = Positions.of(config, positions_BT)
         embedding_key = layer_keys = None
         if dropout_key is not None:
             embedding_key, blocks_key = jax.random.split(dropout_key)
@@ -194,14 +209,15 @@ class Llama(nnx.Module):
 
         dtype = jnp.dtype(config.compute_dtype)
         x_BTD = embed(self.embedding, tokens_BT, dtype, execution.lookup)
+        x_BTD = positions.embed(x_BTD, self._position_table(T if cache is None else 0, execution))
         x_BTD = dropout(x_BTD, config.dropout, embedding_key, execution.example_ids)
         x_BTD = execution.constrain(x_BTD, "batch", "length", "residual")
         if isinstance(self.blocks, Block):
             assert cache is None, "a cache needs an unstacked model; see `unstack`"
-            step, blocks = _step(rotary, attention, execution, in_scan=True), self.blocks
+            step, blocks = _step(positions, attention, execution, in_scan=True), self.blocks
             x_BTD, _ = jax.lax.scan(step, x_BTD, (blocks, layer_keys), unroll=execution.unroll)
         elif cache is None:
-            step = _step(rotary, attention, execution, in_scan=False)
+            step = _step(positions, attention, execution, in_scan=False)
             for index, block in enumerate(self.blocks):
                 x_BTD, _ = step(x_BTD, (block, None if layer_keys is None else layer_keys[index]))
         else:
@@ -209,13 +225,25 @@ class Llama(nnx.Module):
 
             @partial(jax.jit, inline=True)  # traced once for all blocks
             def run(block: Block, x_BTD: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-                return block(x_BTD, rotary, attention, execution, layer)
+                return block(x_BTD, positions, attention, execution, layer)
 
             for block, layer in zip(self.blocks, cache.layers):
                 x_BTD, layer = run(block, x_BTD, layer)
                 layers.append(layer)
             cache = cache.filled(tuple(layers), T)
         return execution.gathered(self.norm, x_BTD.dtype)(x_BTD), cache
+
+    def _position_table(self, length: int, execution: Execution) -> jax.Array | None:
+        """The learned positions [S, D], if the model has them, of which S is at least `length`."""
+        if self.config.position != "absolute":
+            return None
+        table_SD = execution.gathered(self.position_embedding, self.config.compute_dtype)[...]
+        if length > len(table_SD):
+            raise UsageError(
+                f"a sequence has {length} tokens and the table of model.position='absolute' has"
+                f" {len(table_SD)} positions; shorten it"
+            )
+        return table_SD
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits [B, T, V] of hidden states."""
@@ -236,7 +264,7 @@ class Llama(nnx.Module):
 
 
 def _step(
-    rotary: tuple[jax.Array, jax.Array],
+    positions: Positions,
     attention: AttentionFunction,
     execution: Execution,
     in_scan: bool,
@@ -246,7 +274,7 @@ def _step(
     def step(x_BTD: jax.Array, layer: tuple[Block, jax.Array | None]) -> tuple[jax.Array, None]:
         block, key = layer
         gathered = execution.gathered(block, x_BTD.dtype)
-        return gathered(x_BTD, rotary, attention, execution, dropout_key=key)[0], None
+        return gathered(x_BTD, positions, attention, execution, dropout_key=key)[0], None
 
     return execution.rematerialized(step, in_scan)
 

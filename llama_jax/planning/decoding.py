@@ -133,9 +133,10 @@ def plan_decoding(
     Raises:
       UsageError: for an option that is out of range or unknown.
     """
+    table = config.context_length if config.position == "absolute" else 1  # rows in the weights
     config, mesh = _with_options(config, options), abstract_mesh(MESH, target.devices)
     cache = abstract_state(config, options, mesh).cache
-    any_context = dataclasses.replace(config, context_length=1)  # it does not affect the weights
+    any_context = dataclasses.replace(config, context_length=table)
     weights = _weights(any_context, options.quantize, mesh)
     temporary: float = LOGITS_COPIES * options.batch * config.vocab_size * FLOAT32
     if target.chip.is_tpu:

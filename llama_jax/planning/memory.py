@@ -220,6 +220,7 @@ def attention_backend(config: Config, chip: Chip) -> str:
         head_dim=config.model.head_size,
         dtype=config.model.compute_dtype,
         dropout=config.model.dropout,
+        position=config.model.position,
     )
 
 

@@ -27,6 +27,7 @@ from llama_jax.training.step import (
 )
 
 OWN = ("compute_dtype", "dropout", "context_length")  # settings of a model that a run may change
+FIXED_CONTEXT = ("absolute", "relative")  # positions learned for one context length
 
 
 def base_description(config: Config) -> Description | None:
@@ -51,9 +52,10 @@ def base_description(config: Config) -> Description | None:
             f"run.init_from={config.run.init_from} holds adapters; merge them with"
             " convert.py --merge, and start from the result"
         )
+    own = OWN[:-1] if config.model.position in FIXED_CONTEXT else OWN
     for field in dataclasses.fields(ModelConfig):
         theirs, ours = getattr(found.model, field.name), getattr(config.model, field.name)
-        if field.name not in OWN and theirs != ours:
+        if field.name not in own and theirs != ours:
             raise UsageError(
                 f"model.{field.name}={ours} is not that of {folder}, which is {theirs}; leave it"
                 " out, and it is taken from there"

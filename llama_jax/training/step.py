@@ -155,6 +155,7 @@ def attention_kernel(config: Config, device: jax.Device, *, training: bool) -> s
         head_dim=config.model.head_size,
         dtype=config.model.compute_dtype,
         dropout=config.model.dropout if training else 0.0,
+        position=config.model.position,
     )
 
 

@@ -9,14 +9,19 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from tiny_run import fit, make_config, make_tokens
 from tiny_weights import tiny_weights
 
 from llama_jax.checkpoints.layout import finished_steps
-from llama_jax.checkpoints.load import load
+from llama_jax.checkpoints.load import load, load_for_inference
 from llama_jax.errors import UsageError, UserError
 from llama_jax.formats import checkpoint as checkpoint_folder
+from llama_jax.inference.engine import Engine
+from llama_jax.inference.request import Request, SamplingParams
 from llama_jax.model.parameters import named_leaves
+from llama_jax.model.transformer import Llama
+from llama_jax.training.initial import base_description
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +33,36 @@ def trained(tmp_path_factory):
     config = make_config(tokens, place / "ckpt", optimizer__steps=8, run__save_every=4, **sizes)
     assert fit(config) == 0
     return place / "ckpt"
+
+
+@pytest.mark.parametrize("position", ["absolute", "relative"])
+def test_learned_positions_are_trained_saved_resumed_and_loaded(tmp_path, position):
+    tokens = make_tokens(tmp_path / "tokens", stories=40).path
+    sizes = {"model__num_layers": 1, "model__dropout": 0.0, "model__position": position}
+    for steps in (4, 6):  # the second time resumed
+        lengths = {"optimizer__warmup_steps": 0, "optimizer__steps": steps}
+        config = make_config(tokens, tmp_path / "ckpt", **lengths, **sizes)
+        assert fit(config) == 0
+    loaded = load(tmp_path / "ckpt")
+    assert (loaded.step, loaded.config.position) == (6, position)
+    first = Llama(loaded.config, rngs=nnx.Rngs(config.run.seed))
+    for model in (load_for_inference(tmp_path / "ckpt", max_context=20).model, loaded.model):
+        block = model.blocks[0] if isinstance(model.blocks, nnx.List) else model.blocks
+        learned = model.position_embedding if position == "absolute" else block.attention.slopes
+        old = first.position_embedding if position == "absolute" else np.ones_like(learned)
+        assert np.abs(learned[...] - old[...]).max() > 1e-3
+    tuned = {"run__init_from": str(tmp_path / "ckpt"), "model__context_length": 64}
+    with pytest.raises(UsageError, match=r"context_length=64 is not that of .*, which is 32"):
+        base_description(make_config(tokens, tmp_path / "new", **sizes, **tuned))
+    if position == "absolute":
+        with pytest.raises(UserError, match=r"max_context=40 .*expected 2 to 32"):
+            load_for_inference(tmp_path / "ckpt", max_context=40)
+    else:
+        longer = load_for_inference(tmp_path / "ckpt", max_context=40).model
+        deltas = Engine(longer).generate(
+            Request(prompts=[[1, 2]], params=[SamplingParams(max_tokens=50)])
+        )
+        assert sum(len(delta.ids) for delta in deltas) == 38
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ def make_batch(packing="none"):
 def compiled(shape, config):
     """The program for loss and gradients on a mesh, and what it computes."""
     mesh = make_mesh(MeshConfig(**dict(zip(AXES, shape))), jax.devices()[: math.prod(shape)])
-    names = ("tied_embeddings", "dropout", *VARIANT)
+    names = ("tied_embeddings", "dropout", "position", *VARIANT)
     changes = {name: getattr(config.model, name) for name in names}
     model = make_model(**SIZES | changes)
     key = jax.random.key(5)
@@ -122,6 +122,16 @@ def test_with_sequences_cut_too(shape):
     tied = shape == (2, 1, 4)
     config = make_config(sequence=True, tied_embeddings=tied, **VARIANT)
     assert_equal_to_one_device(shape, config, make_config(tied_embeddings=tied, **VARIANT))
+
+
+@pytest.mark.parametrize("position", ["absolute", "relative"])
+def test_with_learned_positions_too(position):
+    """Tables gathered, and slopes sharded with their heads; in packed documents."""
+    config = make_config(packing="documents", position=position)
+    assert_equal_to_one_device((1, 2, 4), config, config)
+    got = parameters(compiled((1, 2, 4), config)[1][1])
+    learned = got["slopes" if position == "relative" else "position_embedding"]
+    assert np.abs(learned[...]).max() > 0
 
 
 @pytest.mark.parametrize(

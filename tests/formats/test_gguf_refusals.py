@@ -135,6 +135,7 @@ def test_harmless_keys_are_ignored(path):
     ("changes", "lost"),
     [
         ({"sliding_window": 9}, "model.sliding_window=9"),
+        ({"position": "alibi"}, "model.position='alibi'"),
         ({"rope_scaling": RopeScaling(kind="dynamic", factor=2.0)}, "kind='dynamic'"),
         ({"rope_scaling": RopeScaling(kind="yarn", truncate=False)}, "truncate=False"),
     ],

@@ -229,6 +229,12 @@ def test_what_mistral_has_not_is_refused(changes, reason):
         read(**MISTRAL | changes)
 
 
+def test_positions_that_transformers_has_not_are_refused():
+    config = dataclasses.replace(TINY, position="relative")
+    with pytest.raises(UserError, match=r"model.position='relative': .* 'rope' only; choose"):
+        to_hugging_face(config, "float32")
+
+
 def test_a_window_with_biases_has_no_class_in_transformers():
     config = dataclasses.replace(TINY, sliding_window=9, mlp_bias=True)
     with pytest.raises(UserError, match=r"model.sliding_window=9 and biases: "):

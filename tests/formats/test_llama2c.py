@@ -208,6 +208,7 @@ def test_tensors_are_read_lazily(place):
         ({"rope_theta": 500000.0}, "rope_theta=500000.0"),
         ({"rope_scaling": RopeScaling(kind="linear", factor=2.0)}, "rope_scaling=linear"),
         ({"attention_bias": True, "sliding_window": 9}, "attention_bias=True, sliding_window=9"),
+        ({"position": "absolute"}, "position=absolute"),
         ({"norm_eps": 1e-6, "rope_theta": 1e6}, "norm_eps=1e-06, rope_theta=1000000.0"),
     ],
 )

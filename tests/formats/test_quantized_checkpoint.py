@@ -56,6 +56,19 @@ def same_leaves(found, expected):
         assert np.asarray(found[name]).tobytes() == np.asarray(leaf).tobytes(), name
 
 
+@pytest.mark.parametrize("position", ["absolute", "relative"])
+def test_learned_positions_are_stored_as_floats(tmp_path, position):
+    source = weights(position=position)
+    checkpoint_folder.write(source, tmp_path / "float")
+    checkpoint_folder.write(source, tmp_path / "int8", quantization=KINDS["int8"])
+    model = load(tmp_path / "float").model
+    same_leaves(load(tmp_path / "int8").model, quantize(model, "int8"))
+    again = checkpoint_folder.read(tmp_path / "int8")
+    assert again.config == source.config
+    own = ("position_embedding", "blocks.1.attention.slopes")[position == "relative"]
+    np.testing.assert_array_equal(again.tensors[own].read(), source.tensors[own].read())
+
+
 @pytest.mark.parametrize(
     "name", ["int8", pytest.param("int4", marks=pytest.mark.slow), "int4-64", "nf4"]
 )

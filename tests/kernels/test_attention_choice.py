@@ -13,7 +13,12 @@ V = 53
 
 def chosen(name, config, device, dropout=0.0):
     return choose_kernel(
-        name, device, head_dim=config.head_size, dtype=config.compute_dtype, dropout=dropout
+        name,
+        device,
+        head_dim=config.head_size,
+        dtype=config.compute_dtype,
+        dropout=dropout,
+        position=config.position,
     )
 
 
@@ -26,9 +31,11 @@ H100, T4, A100 = (device("gpu", compute_capability=number) for number in ("9.0",
 AMD = device("gpu", compute_capability="gfx942")
 
 
-def model_config(compute_dtype="bfloat16", head_dim=64):
+def model_config(compute_dtype="bfloat16", head_dim=64, position="rope"):
     sizes = {"vocab_size": V, "num_layers": 1, "context_length": 8, "num_heads": 6}
-    return ModelConfig(dim=6 * head_dim, num_kv_heads=2, compute_dtype=compute_dtype, **sizes)
+    return ModelConfig(
+        dim=6 * head_dim, num_kv_heads=2, compute_dtype=compute_dtype, position=position, **sizes
+    )
 
 
 @pytest.mark.parametrize(
@@ -47,6 +54,10 @@ def model_config(compute_dtype="bfloat16", head_dim=64):
         (T4, model_config(), 0, "xla"),
         (AMD, model_config(), 0, "xla"),
         (device("abacus"), model_config(), 0, "xla"),
+        (CPU, model_config(position="relative"), 0, "blockwise"),
+        (TPU, model_config(position="alibi"), 0, "xla"),
+        (H100, model_config(position="relative"), 0, "xla"),
+        (H100, model_config(position="absolute"), 0, "cudnn"),
     ],
 )
 def test_auto_is_the_fastest_kernel_that_can(place, config, dropout, expected):
@@ -68,6 +79,8 @@ def test_auto_is_the_fastest_kernel_that_can(place, config, dropout, expected):
         ("cudnn", H100, model_config("float32"), 0, "model.compute_dtype='float32'; use"),
         ("cudnn", H100, model_config(head_dim=12), 0, "multiples of 8 up to 256 .* are 12; use"),
         ("cudnn", A100, model_config(head_dim=256), 0, "up to 128 .* are 256"),
+        ("splash", TPU, model_config(position="alibi"), 0, "model.position='alibi' does; .*'auto'"),
+        ("cudnn", H100, model_config(position="relative"), 0, "cannot lower scores by distance"),
     ],
 )
 def test_a_kernel_that_cannot_is_refused_in_one_line(name, place, config, dropout, message):

@@ -9,11 +9,10 @@ import pytest
 import reference
 from tiny_model import plain
 
-from llama_jax.config import RopeScaling
 from llama_jax.kernels.attention import KERNELS, attend, causal_mask, merge_heads_and_batch
 from llama_jax.model.cache import KVCache, LayerCache
 from llama_jax.model.layers import dropout
-from llama_jax.model.positions import rotary_embedding
+from llama_jax.model.positions import Positions
 
 B, T, D, N, H = 5, 7, 24, 6, 4
 
@@ -77,14 +76,14 @@ def test_attention_weights_are_dropped_at_their_rate():
 def test_the_layer_agrees_with_the_oracle(tiny_model, kernel):
     layer = jax.tree.map(lambda array: array[1], tiny_model.blocks.attention)
     x_BTD = jnp.asarray(np.random.default_rng(1).standard_normal((B, T, D)), jnp.float32)
-    turn = rotary_embedding(jnp.arange(T)[None], H, 10000.0, RopeScaling())
+    positions = Positions.of(tiny_model.config, jnp.arange(T)[None])
     if kernel is None:
         cache = LayerCache(*[jnp.zeros((2 * B, 11, H))] * 2)
         whole = KVCache((cache,), jnp.zeros(B, jnp.int32))
         look = whole.attention(jnp.arange(T)[None])
     else:
         look, cache = lambda *given: (KERNELS[kernel](*given[:3]), None), None
-    out, filled = jax.jit(lambda x, cache: layer(x, turn, look, cache))(x_BTD, cache)
+    out, filled = jax.jit(lambda x, cache: layer(x, positions, look, cache))(x_BTD, cache)
     assert (filled is None) == (cache is None)
     weights = {name: array[1] for name, array in plain(tiny_model).items() if name[0] == "w"}
     oracle = partial(reference.attention_layer, layer=weights, theta=10000.0)

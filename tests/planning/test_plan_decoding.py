@@ -62,6 +62,14 @@ def test_a_shorter_context_needs_a_smaller_cache():
     assert plan_of(context=33).model.context_length == 33
 
 
+def test_a_table_of_positions_stays_whole_in_a_shorter_context():
+    config = dataclasses.replace(MODEL, position="absolute")
+    for context in (0, 33):
+        options = DecodingOptions(context=context)
+        plan = plan_decoding(config, options, parse_target("H200-1"))
+        assert plan.weights == 4 * (MATRICES + NORMS + config.context_length * D)
+
+
 def on_tpu(**options):
     """The bytes that only a TPU needs beside weights and cache."""
     return plan_of("v5e-1", **options).temporary - plan_of(**options).temporary

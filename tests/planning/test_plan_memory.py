@@ -43,6 +43,15 @@ def test_bytes_of_parameters_and_moments():
     assert memory.optimizer == pytest.approx(2 * memory.parameters, abs=16)  # and step counts
 
 
+def test_a_table_of_positions_is_sharded_as_the_embedding_is_over_fsdp():
+    more = [
+        memory_of(on_mesh(*shape, model__position="absolute")).parameters
+        - memory_of(on_mesh(*shape)).parameters
+        for shape in ((8, 1, 1), (1, 4, 2))
+    ]
+    assert more == [4 * 40 * D, 40 * D]
+
+
 def test_moments_in_bfloat16_take_half():
     wide, narrow = (
         memory_of(on_mesh(8, 1, 1, optimizer__moments_dtype=dtype)).optimizer

@@ -145,6 +145,7 @@ def test_all_weights_too_go_on_from_the_model_they_started_from(tokens, base, tm
     ("changes", "reason"),
     [
         ({"model__dim": 48}, "model.dim=48 is not that of"),
+        ({"model__position": "alibi"}, "model.position=alibi is not that of .*, which is rope"),
         ({"lora__targets": "wq,attn"}, "lora.targets has 'attn', which matches nothing"),
         ({"lora__targets": "output"}, "the embedding is the output matrix"),
         ({"lora__rank": 25}, "lora.rank=25 is more than the"),

@@ -95,7 +95,9 @@ def config_keys(config: ModelConfig) -> dict[str, Value]:
       UserError: if llama.cpp would compute something else than the config says.
     """
     scaling, lost = config.rope_scaling, ""
-    if 0 < config.sliding_window < config.context_length:
+    if config.position != "rope":
+        lost = f"model.position={config.position!r}"
+    elif 0 < config.sliding_window < config.context_length:
         lost = f"model.sliding_window={config.sliding_window}"
     elif scaling.kind == "dynamic":
         lost = f"model.rope_scaling.kind={scaling.kind!r}"

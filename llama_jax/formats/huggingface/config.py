@@ -138,8 +138,13 @@ def to_hugging_face(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """Return the keys of a config.json; `dtype` is the name of the stored matrices' dtype.
 
     Raises:
-      UserError: if no class of transformers has both the model's window and its biases.
+      UserError: if no Llama of transformers has the model's positions, or its window and biases.
     """
+    if config.position != "rope":
+        raise UserError(
+            f"model.position={config.position!r}: transformers' Llama has 'rope' only; choose"
+            " another format"
+        )
     sizes = {key: getattr(config, name) for key, (name, _, _) in SIZES.items()}
     if config.rope_scaling.kind == "dynamic":
         sizes["max_position_embeddings"] = config.rope_scaling.original_context
