@@ -23,6 +23,7 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Sequence
@@ -53,16 +54,16 @@ class Served:
     def __init__(self, model: str):
         start = time.perf_counter()
         command = [sys.executable, str(ROOT / "serve.py"), "--model", model, "--port", "0"]
-        self._process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()  # printed when it is ready
+        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            if found := re.search(r"^serving .* at (http://\S+)", line):  # it is ready
+                break
+        else:
+            sys.exit("the server does not start; see above")
         self.seconds_to_start = time.perf_counter() - start
-        found = re.search(r"http://\S+", line)
-        if not found:
-            sys.exit(f"the server does not start: {line!r}")
-        self.url = found[0].rstrip("/")
+        self.url = found[1].rstrip("/")
+        threading.Thread(target=self._process.stderr.read, daemon=True).start()  # its log
 
     def resident_mib(self) -> float:
         """Return the memory of the process."""
