@@ -31,7 +31,7 @@ from llama_jax.inference.slots import (
     read_chunk,
 )
 
-STEPS = {"cpu": 4}  # decode steps of a block, after which callers see their tokens; by platform
+STEPS = {"cpu": 2}  # decode steps of a block, after which callers see their tokens; by platform
 OTHER_STEPS = 8
 MIN_PREFIX = 16  # tokens in a slot that are worth copying to another
 MAX_STOPS = 32  # token ids that end a sequence

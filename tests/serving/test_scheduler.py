@@ -1,6 +1,7 @@
 """The scheduler: every answer is what it is alone, slots are freed, and nothing compiles."""
 
 import queue
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,7 +17,7 @@ from llama_jax.inference.request import Request, SamplingParams
 from llama_jax.model.transformer import unstack
 from llama_jax.serving.scheduler import QueueFullError, Scheduler
 
-CONTEXT, SLOTS, WAITING = 200, 3, 5
+CONTEXT, SLOTS, WAITING = 496, 3, 5  # a slot has room for 512 tokens
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 random = np.random.default_rng(5)
 PROMPTS = [random.integers(0, 53, n).tolist() for n in (1, 4, 70, 2, 33, 20, 9)]
@@ -161,6 +162,30 @@ def test_a_prompt_that_fills_the_context_is_read_to_its_end(scheduler, engine):
     assert answers(scheduler, request)[0][2] == "length"
 
 
+def test_the_last_chunk_of_a_prompt_stays_within_its_slot(own, engine):
+    """Read from the middle, 195 tokens are padded to 256, for which there is no room."""
+    scheduler = own()
+    prompt = random.integers(0, 53, CONTEXT - 1).tolist()
+    answers(scheduler, Request(prompts=[prompt[:300]], params=[GREEDY]))
+    request = Request(prompts=[prompt], params=[GREEDY])
+    assert answers(scheduler, request) == answers(engine, request)
+    assert scheduler.stats().reused_tokens >= 299
+
+
+def test_nothing_is_delivered_after_a_cancelled_block(scheduler):
+    deltas, tickets, is_submitted = [], [], threading.Event()
+
+    def deliver(delta):
+        is_submitted.wait()
+        tickets[0].cancel()
+        deltas.append(delta)
+
+    tickets.append(scheduler.submit(endless(), deliver))
+    is_submitted.set()
+    wait_until(lambda: scheduler.stats().active == 0)
+    assert len(deltas) == 1
+
+
 def test_a_cancelled_sequence_leaves_its_slot(own):
     scheduler = own()
     deltas = [queue.Queue() for _ in range(SLOTS + 1)]
@@ -220,7 +245,7 @@ def test_closing_finishes_or_gives_an_error_but_leaves_nobody_waiting(own, drain
 
 def test_what_one_model_cannot_run_is_refused_at_once(scheduler):
     wrong = [
-        ([[1] * CONTEXT], {}, "the prompt has 200 tokens"),
+        ([[1] * CONTEXT], {}, "the prompt has 496 tokens"),
         ([[1]], {"rng": "xorshift", "seed": 3}, "rng and speculate"),
         ([[1]], {"temperature": 0, "speculate": True}, "rng and speculate"),
         ([[1]], {"logprobs": 21}, "logprobs=21"),
