@@ -117,7 +117,7 @@ def test_tasks_of_the_package_and_of_a_file_are_run(evaluate):
         ("--tasks=none.jsonl", "none.jsonl has no items; expected one {"),
         ("--tasks=bad.jsonl", "bad.jsonl:1: answer=2 is out of range; expected 0 to 1, the index"),
         ("--tasks=absent.json", "absent.json does not exist; expected a task file"),
-        ("--tasks=basic", "task 'basic' is unknown; expected basics, a .jsonl file or, after `pip"),
+        ("--tasks=basic", "task 'basic' is unknown; expected basics, a .jsonl file or"),
         ("--text=notes --base=ckpt", "ckpt is no adapter; leave out the base"),
     ],
 )
