@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import queue
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 
 import jax
@@ -233,10 +234,13 @@ class Scheduler:
                     except Exception as failure:  # the device's, such as a lack of memory
                         self._fail(batch.sequences, failure)
                         pending = self._batch = None
-                        del batch  # its memory is needed
+                        del batch  # its memory is needed, which the failure's frames hold too
+                        traceback.clear_frames(failure.__traceback__)
                         self._batch = batch = Batch(self.engine, self.slots)
             except Exception as failure:  # there is no memory for a new batch
                 reason = failure
+            # JAX would hold this object, and the model, for ever.
+            jax.monitoring.unregister_event_duration_listener(self._count_compilation)
             with self._changed:
                 self._is_closing = True
                 sequences = [*(self._batch.sequences if self._batch else ()), *self._waiting]

@@ -1,8 +1,10 @@
 """The scheduler: every answer is what it is alone, slots are freed, and nothing compiles."""
 
+import gc
 import queue
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -268,6 +270,18 @@ def test_a_context_shorter_than_a_chunk_is_served():
     ours, theirs = answers(scheduler, request), answers(short, request)
     assert [ids for ids, *_ in ours] == [ids for ids, *_ in theirs]
     scheduler.close()
+
+
+def test_a_closed_scheduler_leaves_no_memory_behind(engine):
+    other = Engine(engine.model)  # of its own, so that nothing else holds it
+    scheduler = Scheduler(other, slots=SLOTS)
+    scheduler.start()
+    assert answers(scheduler, Request(prompts=[[1]], params=[GREEDY]))
+    scheduler.close()
+    held = [weakref.ref(each) for each in (scheduler, other)]
+    del scheduler, other
+    gc.collect()
+    assert [each() for each in held] == [None, None]
 
 
 @pytest.mark.parametrize("options", [{"slots": -1}, {"slots": 2.5}, {"max_waiting": -1}])
