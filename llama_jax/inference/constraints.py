@@ -158,6 +158,12 @@ class Constraint:
             raise self._error()
         self._mask_W = self._next_mask()
 
+    def extend(self, tokens: Sequence[int]) -> bool:
+        """Continue the text by tokens; return whether it is complete; errors as for `advance`."""
+        for token in tokens:
+            self.advance(token)
+        return self.has_ended
+
     def _next_mask(self) -> np.ndarray:
         """Return the mask after the tokens so far, and set `has_ended`."""
         found_X = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from llama_jax.distributed.fsdp import lookup
 from llama_jax.distributed.mesh import constrain, partition_spec, shard_heads
+from llama_jax.inference.request import TokenLogprob
 from llama_jax.inference.sampler import Sampler, TokenCounts, TopLogprobs, top_logprobs
 from llama_jax.kernels.attention import KERNELS, AttentionKernel
 from llama_jax.model.cache import KVCache
@@ -67,6 +68,12 @@ def prefill_chunks(length: int, longest: int = MAX_PREFILL_CHUNK) -> list[int]:
     while last < rest:
         last *= 2
     return [longest] * full + [min(last, longest)]
+
+
+def common_prefix(cached: Sequence[int], prompt: Sequence[int]) -> int:
+    """Return how many tokens of a prompt are cached; its last is read again, for its logits."""
+    most = min(len(cached), len(prompt) - 1)
+    return next((i for i in range(most) if cached[i] != prompt[i]), most)
 
 
 def pad_sequences(sequences: Sequence[Sequence[int]], width: int) -> np.ndarray:
@@ -170,6 +177,33 @@ class Tokens(NamedTuple):
 
     token: jax.Array  # [B] or [B, C], int32
     logprobs: TopLogprobs | None = None  # if requested
+
+    def ids(self) -> list[list[int]]:
+        """Wait for the device; return the new ids of each sequence."""
+        ids_BC = np.asarray(self.token).reshape(len(self.token), -1)
+        return [[token for token in ids if token != NO_TOKEN] for ids in ids_BC.tolist()]
+
+    def reported(self, index: int, top: int | None = None) -> tuple[TokenLogprob, ...]:
+        """Return the log-probabilities of the new ids of a sequence; () if none were requested.
+
+        Args:
+          top: how many of the most likely tokens beside each; None: all that there are.
+        """
+        if self.logprobs is None:
+            return ()
+        arrays = (self.token, self.logprobs.token, self.logprobs.top_ids, self.logprobs.top)
+        ids, own, top_ids, tops = (np.asarray(array)[index] for array in arrays)
+        ids_C, own_C = np.atleast_1d(ids), np.atleast_1d(own)
+        shape = (len(ids_C), -1)
+        top_ids_CN, tops_CN = top_ids.reshape(shape)[:, :top], tops.reshape(shape)[:, :top]
+        return tuple(
+            TokenLogprob(
+                int(ids_C[c]),
+                float(own_C[c]),
+                tuple(map(TokenLogprob, top_ids_CN[c].tolist(), tops_CN[c].tolist())),
+            )
+            for c in np.flatnonzero(ids_C != NO_TOKEN)
+        )
 
 
 Flags = TypeVar("Flags", jax.Array, np.ndarray)

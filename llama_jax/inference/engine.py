@@ -24,6 +24,7 @@ from llama_jax.inference.decode import (
     Tokens,
     are_done,
     cache_slots,
+    common_prefix,
     decode,
     decode_one,
     pad_sequences,
@@ -32,7 +33,7 @@ from llama_jax.inference.decode import (
     sample_first_token,
     shard_cache,
 )
-from llama_jax.inference.request import Delta, Request, TokenLogprob
+from llama_jax.inference.request import Delta, Request
 from llama_jax.inference.sampler import Sampler, TokenCounts
 from llama_jax.inference.speculation import NUM_GUESSES, decode_speculating
 from llama_jax.inference.xorshift import XorshiftSampler
@@ -88,12 +89,14 @@ class Engine:
             vocabulary, or no text of the tokenizer fits a constraint.
         """
         self.check(request)
-        on_host = request.shared.rng == "xorshift"
-        deltas = self._generate_on_host(request) if on_host else self._generate(request)
+        if request.shared.rng == "xorshift":
+            deltas = self._generate_on_host(request)
+        else:
+            deltas = self._generate(request, self.constraints(request))
         return iterate_on_mesh(self.mesh, deltas) if self.mesh else deltas
 
     def check(self, request: Request) -> None:
-        """Raise what `generate` raises for a request that this model cannot run."""
+        """Raise what `generate` raises for a request, constraints apart, that it cannot run."""
         context, vocab_size = self.model.config.context_length, self.model.config.vocab_size
         for prompt in request.prompts:
             if not 0 < len(prompt) < context:
@@ -110,7 +113,6 @@ class Engine:
         logprobs = request.shared.logprobs
         if (logprobs or 0) > vocab_size:
             raise UsageError(f"logprobs={logprobs} is out of range; expected 0 to {vocab_size}")
-        self.constraints(request)
 
     def constraints(self, request: Request) -> list[Constraint | None]:
         """Return what keeps each sequence of a request within its json_schema, regex or grammar.
@@ -135,11 +137,12 @@ class Engine:
             *wanted, self.tokenizer, stop_ids=stop_ids, vocab_size=vocab_size, prompt=prompt
         )
 
-    def _generate(self, request: Request) -> Iterator[Delta]:
+    def _generate(
+        self, request: Request, constraints: Sequence[Constraint | None]
+    ) -> Iterator[Delta]:
         """Prefill, then decode on the device until every sequence has ended."""
         prompts, shared = request.prompts, request.shared
         state, logits_BV = self._prefill(request)
-        constraints = self.constraints(request)
 
         def masked(sampler: Sampler) -> Sampler:
             """Return the sampler of each sequence's next token."""
@@ -254,8 +257,7 @@ class Engine:
         if kept is None or len(prompts) > 1:
             return 0, None
         (ids, cache), [prompt] = kept, prompts
-        most = min(len(ids), len(prompt) - 1)  # the last token is read again, for its logits
-        start = next((i for i in range(most) if ids[i] != prompt[i]), most)
+        start = common_prefix(ids, prompt)
         return (start, cache) if start else (0, None)
 
 
@@ -272,9 +274,8 @@ def _advance(constraint: Constraint | None, delta: Delta) -> Delta:
     """Return the delta; it is the last one if its constraint lets no more tokens follow."""
     if constraint is None:
         return delta
-    for token in delta.ids:
-        constraint.advance(token)
-    return dataclasses.replace(delta, finish_reason="stop") if constraint.has_ended else delta
+    is_complete = constraint.extend(delta.ids)
+    return dataclasses.replace(delta, finish_reason="stop") if is_complete else delta
 
 
 def _deltas(tokens: Tokens, state: GenerationState[KVCache]) -> list[Delta]:
@@ -282,22 +283,12 @@ def _deltas(tokens: Tokens, state: GenerationState[KVCache]) -> list[Delta]:
     ends = (state.stopped_B, state.cache.length_B, state.limit_B)
     stopped_B, length_B, limit_B = map(np.asarray, ends)
     done_B = are_done(stopped_B, length_B, limit_B)  # here: on the device it is three programs more
-    ids_BC = np.asarray(tokens.token).reshape(len(done_B), -1)
-    logprobs: list[list[TokenLogprob]] = [[] for _ in ids_BC]
-    if tokens.logprobs is not None:
-        shape = ids_BC.shape
-        own, top_ids, top = (np.asarray(array) for array in jax.tree.leaves(tokens.logprobs))
-        own, top_ids, top = own.reshape(shape), top_ids.reshape(*shape, -1), top.reshape(*shape, -1)
-        for b, c in zip(*np.nonzero(ids_BC != NO_TOKEN)):
-            pairs = zip(top_ids[b, c].tolist(), top[b, c].tolist())
-            others = tuple(TokenLogprob(token, value) for token, value in pairs)
-            logprobs[b].append(TokenLogprob(int(ids_BC[b, c]), float(own[b, c]), others))
     return [
         Delta(
             index,
-            tuple(token for token in ids if token != NO_TOKEN),
-            tuple(logprobs[index]),
+            tuple(ids),
+            tokens.reported(index),
             "stop" if stopped_B[index] else "length" if done_B[index] else "",
         )
-        for index, ids in enumerate(ids_BC.tolist())
+        for index, ids in enumerate(tokens.ids())
     ]

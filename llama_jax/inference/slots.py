@@ -3,7 +3,7 @@
 All that changes is one `GenerationState` with a `SlotCache`, which every program is donated. A
 prompt is read into its slot in chunks, all but its last token; `activate` puts that into the batch,
 and the first step of the next block decodes it. The programs are few, and their number does not
-depend on what is asked for: see `chunk_sizes` and `sampler.Level`.
+depend on the requests: see `chunk_size` and `sampler.Level`.
 """
 
 import dataclasses
@@ -44,10 +44,7 @@ def chunk_size(tokens: int) -> int:
 
     The rest of a chunk is padding: at most half of it, but in the smallest.
     """
-    for size in CHUNK_SIZES:
-        if tokens > size // 2:
-            return size
-    return CHUNK_SIZES[-1]
+    return next((size for size in CHUNK_SIZES if tokens > size // 2), CHUNK_SIZES[-1])
 
 
 @partial(jax.jit, donate_argnames="state", static_argnames="execution")

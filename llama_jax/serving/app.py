@@ -158,7 +158,8 @@ class Api:
             deltas: AsyncIterable[Delta] = _nothing(work)
             if call.max_tokens != 0:
                 with refusing(call.fields, call.text_field):
-                    await asyncio.to_thread(served.scheduler.check, work)  # prepares constraints
+                    # Compiling a constraint takes its time; the scheduler finds it compiled.
+                    await asyncio.to_thread(llm.engine.constraints, work)
                     generation = Generation(served.scheduler, work, llm.tokenizer, deadline)
                 stack.callback(generation.close)
                 deltas = generation

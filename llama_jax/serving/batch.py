@@ -16,7 +16,7 @@ import numpy as np
 
 from llama_jax.errors import UserError
 from llama_jax.inference.constraints import Constraint, masks
-from llama_jax.inference.decode import NO_TOKEN, Tokens, shard_cache
+from llama_jax.inference.decode import NO_TOKEN, Tokens, common_prefix, shard_cache
 from llama_jax.inference.engine import Engine
 from llama_jax.inference.request import SamplingParams, TokenLogprob
 from llama_jax.inference.sampler import Level, Sampler
@@ -36,7 +36,7 @@ OTHER_STEPS = 8
 MIN_PREFIX = 16  # tokens in a slot that are worth copying to another
 MAX_STOPS = 32  # token ids that end a sequence
 MAX_LOGPROBS = 20  # top tokens that are reported, as in OpenAI's API
-NOBODY = SamplingParams(temperature=0)  # of a slot that is not used
+IDLE = SamplingParams(temperature=0)  # of a slot without a sequence
 
 
 @dataclasses.dataclass(eq=False)
@@ -57,15 +57,10 @@ class _Slot:
     """What the host knows of a slot."""
 
     index: int
-    cached: list[int] = dataclasses.field(default_factory=list)  # tokens that are in it
+    cached: list[int] = dataclasses.field(default_factory=list)  # tokens in it, but for new ones
     sequence: Running | None = None
     is_active: bool = False  # whether its sequence's prompt has been read
     used: int = 0  # when a sequence last entered it
-
-    def common(self, prompt: Sequence[int]) -> int:
-        """Return how many tokens of a prompt, without its last, are in the slot."""
-        most = min(len(self.cached), len(prompt) - 1)
-        return next((i for i in range(most) if self.cached[i] != prompt[i]), most)
 
 
 _Row = tuple[int, _Slot, Running]  # a row of the arrays of a block, and whose it is
@@ -81,8 +76,8 @@ class Block:
 
 
 @dataclasses.dataclass(frozen=True)
-class Gain:
-    """What a sequence has gained by a block, or what went wrong with it."""
+class Output:
+    """What a block has made of a sequence, or what went wrong with it."""
 
     sequence: Running
     ids: Sequence[int] = ()
@@ -92,7 +87,7 @@ class Gain:
 
 
 class Batch:
-    """Slots of one batch. Programs are dispatched, and only `gains` waits for the device."""
+    """Slots of one batch. Programs are dispatched, and only `outputs` waits for the device."""
 
     def __init__(self, engine: Engine, slots: int):
         """Make empty slots, each with room for the model's context."""
@@ -183,17 +178,27 @@ class Batch:
         """Return a free slot, a slot that has the first tokens of the prompt, and their number."""
         free = [slot for slot in self._slots if slot.sequence is None]
         oldest = min(free, key=lambda slot: slot.used)
-        source = max(self._slots, key=lambda slot: (slot.common(prompt), slot in free))
-        length = source.common(prompt)
+        length, _, source = max(
+            ((common_prefix(slot.cached, prompt), slot in free, slot) for slot in self._slots),
+            key=lambda found: found[:2],
+        )
         # Used as it is, unless most of another dialogue would be thrown away.
         if source in free and (2 * length > len(source.cached) or source is oldest):
             return source, source, length
         return oldest, source, length if length >= MIN_PREFIX else 0
 
-    def leave(self, sequence: Running) -> None:
-        """Free the slot of a sequence, if it has one; what is cached there stays."""
+    def leave(self, sequence: Running, has_stopped: bool = False) -> None:
+        """Free the slot of a sequence; what is cached there stays.
+
+        Args:
+          has_stopped: whether it met a stop token, which is decoded from all tokens before it.
+        """
         for slot in self._slots:
             if slot.sequence is sequence:
+                if slot.is_active:
+                    known = [*sequence.prompt, *sequence.generated]
+                    # What was made last is cached only if the model has gone on from it.
+                    slot.cached = known if has_stopped else known[:-1]
                 slot.sequence, slot.is_active = None, False
                 if self._reading is slot:
                     self._reading = None
@@ -236,11 +241,9 @@ class Batch:
 
     def start_block(self) -> Block:
         """Start decode steps for all sequences whose prompts have been read."""
-        slots = [slot for slot in self._slots if slot.is_active]
-        is_alone = self._on_cpu and len(slots) == 1
-        running = [
-            (0 if is_alone else slot.index, slot, slot.sequence) for slot in slots if slot.sequence
-        ]
+        decoding = self._decoding
+        is_alone = self._on_cpu and len(decoding) == 1
+        running = [(0 if is_alone else slot.index, slot, sequence) for slot, sequence in decoding]
         level = max(Level.of(sequence.params) for *_, sequence in running)
         # For one sequence all steps of sampling take little; another program takes long to compile.
         program, arguments = self._call(running, Level.ALL if is_alone else level, is_alone)
@@ -276,7 +279,7 @@ class Batch:
     def _arguments(self, running: list[_Row], level: Level, is_alone: bool) -> tuple[Any, ...]:
         """Return what a block is run with, which changes with the sequences only."""
         rows = 1 if is_alone else len(self._slots)
-        params, active_B = [NOBODY] * rows, np.zeros(rows, bool)
+        params, active_B = [IDLE] * rows, np.zeros(rows, bool)
         constraints: list[Constraint | None] = [None] * rows
         stops_BS = np.full((rows, MAX_STOPS), NO_TOKEN, np.int32)
         for row, _, sequence in running:
@@ -290,54 +293,26 @@ class Batch:
         slot = next((slot.index for _, slot, _ in running), 0)
         return np.int32(slot) if is_alone else active_B, sampler, stops_BS, constraints
 
-    def gains(self, block: Block) -> Iterator[Gain]:
-        """Wait for a block, and yield what each sequence that is still there has gained.
+    def outputs(self, block: Block) -> Iterator[Output]:
+        """Wait for a block, and yield what each sequence that is still there has got.
 
         A sequence that ends leaves its slot.
         """
-        ids_BC, stopped_B = np.asarray(block.tokens.token), np.asarray(block.stopped_B)
+        ids_B, stopped_B = block.tokens.ids(), np.asarray(block.stopped_B)
         for row, slot, sequence in block.running:
             if slot.sequence is not sequence:  # it ended in the block before, or was cancelled
                 continue
-            ids = [token for token in ids_BC[row].tolist() if token != NO_TOKEN]
-            logprobs = _logprobs(block.tokens, row, len(ids), sequence.params.logprobs)
+            ids, top = ids_B[row], sequence.params.logprobs
             sequence.generated += ids
-            reason = "stop" if stopped_B[row] else ""
+            reason, error = "stop" if stopped_B[row] else "", None
             if len(sequence.prompt) + len(sequence.generated) >= sequence.limit:
                 reason = reason or "length"
-            # What was made last is in the cache only if the model has gone on from it.
-            known = [*sequence.prompt, *sequence.generated]
-            slot.cached = known if reason == "stop" else known[:-1]
             try:
-                if sequence.constraint and _advance(sequence.constraint, ids):
+                if sequence.constraint and sequence.constraint.extend(ids):
                     reason = "stop"
-            except UserError as error:
-                self.leave(sequence)
-                yield Gain(sequence, error=error)
-                continue
-            if reason:
-                self.leave(sequence)
-            yield Gain(sequence, ids, logprobs, reason)
-
-
-def _advance(constraint: Constraint, ids: Sequence[int]) -> bool:
-    """Continue a constrained text by tokens; return whether it is complete."""
-    for token in ids:
-        constraint.advance(token)
-    return constraint.has_ended
-
-
-def _logprobs(tokens: Tokens, row: int, count: int, top: int | None) -> list[TokenLogprob]:
-    """Return the log-probabilities of a row's new tokens; none if they are not requested."""
-    if top is None or tokens.logprobs is None:
-        return []
-    arrays = (tokens.token, tokens.logprobs.token, tokens.logprobs.top_ids, tokens.logprobs.top)
-    ids, own, top_ids, values = (np.asarray(array)[row, :count] for array in arrays)
-    return [
-        TokenLogprob(
-            int(ids[c]),
-            float(own[c]),
-            tuple(map(TokenLogprob, top_ids[c, :top].tolist(), values[c, :top].tolist())),
-        )
-        for c in range(count)
-    ]
+            except UserError as failure:
+                error = failure
+            if reason or error:
+                self.leave(sequence, has_stopped=bool(stopped_B[row]))
+            logprobs = () if top is None else block.tokens.reported(row, top)
+            yield Output(sequence, ids, logprobs, reason, error)

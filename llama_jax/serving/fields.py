@@ -17,7 +17,6 @@ from llama_jax.text.chat import Message, parse_messages
 from llama_jax.text.tools import TOOL_ROLE, ToolMessage
 
 MAX_SEQUENCES = 64  # of a request: prompts times completions of each
-MAX_LOGPROBS = 20  # top tokens that are reported in each place
 MAX_TOOLS = 128
 MAX_STOP = 500  # characters of a stop string
 ALIASES = {"repeat_penalty": "repetition_penalty", "max_completion_tokens": "max_tokens"}

@@ -9,7 +9,8 @@ from typing import Any
 
 from llama_jax.inference.request import Request
 from llama_jax.llm import LLM
-from llama_jax.serving.fields import MAX_LOGPROBS, MAX_SEQUENCES, ApiError, Fields, refusing
+from llama_jax.serving.batch import MAX_LOGPROBS
+from llama_jax.serving.fields import MAX_SEQUENCES, ApiError, Fields, refusing
 from llama_jax.text.chat import Message, Template
 
 TEXT_TOKENS = 16  # of a completion if max_tokens is absent, as OpenAI's

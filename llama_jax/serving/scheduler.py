@@ -127,7 +127,7 @@ class Scheduler:
           UserError, UsageError: at once, as `Engine.generate` does.
           QueueFullError: when too many sequences are waiting already.
         """
-        self.check(request)
+        self._check(request)
         ticket, context = Ticket(request, deliver), self.engine.model.config.context_length
         arguments = zip(request.prompts, request.params, self.engine.constraints(request))
         sequences = [
@@ -155,8 +155,7 @@ class Scheduler:
             self._changed.notify()
         return ticket
 
-    def check(self, request: Request) -> None:
-        """Raise what `submit` raises for a request that this model cannot run."""
+    def _check(self, request: Request) -> None:
         self.engine.check(request)
         shared = request.shared
         if shared.rng != "jax" or shared.speculate:
@@ -297,12 +296,12 @@ class Scheduler:
 
     def _deliver(self, batch: Batch, block: Block) -> None:
         """Wait for a block and give its tokens to their callers."""
-        for gain in batch.gains(block):
-            self._counts["generated"] += len(gain.ids)
-            sequence = gain.sequence
+        for output in batch.outputs(block):
+            self._counts["generated"] += len(output.ids)
+            sequence, ids = output.sequence, tuple(output.ids)
             assert isinstance(sequence, _Submitted)
-            delta = Delta(sequence.index, tuple(gain.ids), tuple(gain.logprobs), gain.finish_reason)
-            sequence.deliver(gain.error or delta)
+            delta = Delta(sequence.index, ids, tuple(output.logprobs), output.finish_reason)
+            sequence.deliver(output.error or delta)
 
     def _fail(self, sequences: list[Running], error: Exception) -> None:
         """Give an error to the callers of sequences, once each."""
