@@ -33,6 +33,7 @@ from llama_jax.text.tokenizer import tokenizer_path
 
 PART = 2**18  # elements summed at once on the host, to hold little beside the array
 SECONDS_TO_REMOVE = 5.0  # of a failed step, while its other arrays are still being written
+DELETED = ".deleted"  # steps are moved into it before they are removed
 ITEMS = ("model", "optimizer")  # flat mappings from a dotted name to an array
 
 
@@ -78,8 +79,9 @@ def partial_checksum(array: np.ndarray, start: int = 0, part: int = PART) -> int
 class CheckpointWriter:
     """Saves checkpoints in the background; keeps the last few and the best.
 
-    A step appears under its name when all of it is written, and never otherwise. Errors of a
-    background save are raised by the next call of any method, as a `UserError` in one line.
+    A step appears under its name when all of it is written, and loses it before any of it is
+    removed, so that a process killed at any moment leaves only whole steps. Errors of a background
+    save are raised by the next call of any method, as a `UserError` in one line.
     """
 
     def __init__(self, folder: Path, keep_last: int):
@@ -92,6 +94,7 @@ class CheckpointWriter:
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_last), best]),
             best_fn=_validation_loss,  # without it Orbax forgets metrics when the process ends
             cleanup_tmp_directories=True,
+            todelete_subdir=DELETED,
             create=False,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._require_arrays),
         )
@@ -107,6 +110,7 @@ class CheckpointWriter:
             )
         except Exception as error:
             raise UserError(f"{folder} cannot take checkpoints: {reason(error)}") from error
+        self._remove_deleted()  # of a process that was killed
 
     def save(
         self, step: int, model: Llama, optimizer: Any, meta: dict[str, Any], validation_loss: float
@@ -164,13 +168,20 @@ class CheckpointWriter:
         """Return when everything saved is on disk."""
         with self._errors_of_saving():
             self._manager.wait_until_finished()
+        self._remove_deleted()
 
     def close(self) -> None:
         """Wait, then release files and threads."""
         with self._errors_of_saving():
             self._manager.close()
+        self._remove_deleted()
         if self._has_failed:  # other arrays of the step may have been written since
             self._remove_partial()
+
+    def _remove_deleted(self) -> None:
+        """Remove the steps that a newer one has replaced; what fails is tried again later."""
+        if jax.process_index() == 0:
+            shutil.rmtree(self._folder / DELETED, ignore_errors=True)
 
     def _remove_partial(self) -> None:
         """Remove what was written of the failed step, also while other arrays are being written."""

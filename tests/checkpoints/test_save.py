@@ -51,6 +51,18 @@ def test_the_last_few_and_the_best_are_kept(tmp_path):
     assert finished_steps(tmp_path / "ckpt") == [2, 9, 10, 11]
 
 
+def test_a_step_loses_its_name_before_its_files(tmp_path, monkeypatch):
+    """A process that is killed while it removes a step leaves no half of one."""
+    with monkeypatch.context() as killed:
+        killed.setattr(shutil, "rmtree", lambda *_, **__: None)
+        save(tmp_path / "ckpt", {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0, 5: 5.0})
+    assert finished_steps(tmp_path / "ckpt") == [1, 3, 4, 5]
+    left = tmp_path / "ckpt" / ".deleted" / "2"
+    assert {path.name for path in left.iterdir()} >= {"model", "optimizer", "meta"}
+    save(tmp_path / "ckpt", {6: 6.0})
+    assert not left.parent.exists()
+
+
 def test_damaged_record_of_the_best_is_one_line(folder):
     (folder / "5" / "metrics" / "metrics").write_text("{garbage")
     with pytest.raises(UserError) as error:
