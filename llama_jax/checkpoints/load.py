@@ -5,6 +5,7 @@ is allocated for them.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,13 @@ from jax.sharding import Mesh
 
 from llama_jax.checkpoints import layout
 from llama_jax.checkpoints.metadata import PROMPTING, Description, read_description
-from llama_jax.checkpoints.restore import Restored, folder_and_step, read_checkpoint, restore
+from llama_jax.checkpoints.restore import (
+    Restored,
+    folder_and_step,
+    read_checkpoint,
+    restore,
+    stored_arrays,
+)
 from llama_jax.checkpoints.run_folder import require_tokenizer
 from llama_jax.config import MAX_INT, MeshConfig, ModelConfig, require
 from llama_jax.distributed.mesh import make_mesh, placed, shardings
@@ -31,6 +38,7 @@ from llama_jax.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_path
 
 MODEL = "model"  # the item of a step
 BASE = "base"  # of a step: the fingerprint of the model that its run started from
+LAYER = re.compile(r"(?<=^blocks\.)\d+\.")  # in the name of an unstacked array
 DTYPES = ("", "float32", "bfloat16")
 
 
@@ -128,11 +136,8 @@ def _load_model(
             f"quantize={quantize!r} does not fit: {folder} is stored as {stored.kind}; leave it"
             " out, or quantise the model that it was made from"
         )
-    # XLA has no fast bfloat16 matmuls on CPU: 10 to 20 times slower than float32.
-    is_slow = jax.default_backend() == "cpu"
-    compute_dtype = dtype or ("float32" if is_slow else description.model.compute_dtype)
-    config = dataclasses.replace(description.model, compute_dtype=compute_dtype)
-    description = dataclasses.replace(description, model=config)
+    description = _with_compute_dtype(description, dtype)
+    config = description.model
     read = partial(_restore_model, description=description, mesh=mesh)
     restored = read_checkpoint(folder, step, read)
     require_tokenizer(folder, restored.meta)
@@ -145,7 +150,7 @@ def _load_model(
     model = restored.trees.pop(MODEL)
     if quantize and not stored:
         model = quantize_model(model, quantize)
-    model = _cast(model, jnp.dtype(compute_dtype), cast_all=bool(dtype))
+    model = _cast(model, jnp.dtype(config.compute_dtype), cast_all=bool(dtype))
     return Loaded(
         model=model,
         config=config,
@@ -157,6 +162,15 @@ def _load_model(
         stop_ids=description.stop_ids,
         generation=description.generation,
     )
+
+
+def _with_compute_dtype(description: Description, dtype: str) -> Description:
+    """Return the description with the dtype of the model's arithmetic; "": as `load` chooses it."""
+    # XLA has no fast bfloat16 matmuls on CPU: 10 to 20 times slower than float32.
+    is_slow = jax.default_backend() == "cpu"
+    compute_dtype = dtype or ("float32" if is_slow else description.model.compute_dtype)
+    config = dataclasses.replace(description.model, compute_dtype=compute_dtype)
+    return dataclasses.replace(description, model=config)
 
 
 # ---- adapters ----
@@ -291,19 +305,25 @@ def _cast(model: Llama, dtype: jnp.dtype, cast_all: bool) -> Llama:
     they are: their matmuls take them in any dtype.
     """
 
-    def is_quantized(leaf: object) -> bool:
-        return isinstance(leaf, QuantizedMatrix)
-
     def cast(array: jax.Array) -> jax.Array:
-        if is_quantized(array) or array.dtype == dtype:
-            return array
-        if not (cast_all or array.dtype.itemsize == 2):
+        if not _is_cast(array, dtype, cast_all):
             return array
         new = array.astype(dtype).block_until_ready()
         array.delete()
         return new
 
-    return jax.tree.map(cast, model, is_leaf=is_quantized)
+    return jax.tree.map(cast, model, is_leaf=_is_quantized)
+
+
+def _is_cast(leaf: Any, dtype: jnp.dtype, cast_all: bool) -> bool:
+    """Return whether `_cast` changes a leaf."""
+    return (
+        not _is_quantized(leaf) and leaf.dtype != dtype and (cast_all or leaf.dtype.itemsize == 2)
+    )
+
+
+def _is_quantized(leaf: object) -> bool:
+    return isinstance(leaf, QuantizedMatrix)
 
 
 def load_for_inference(
@@ -322,16 +342,63 @@ def load_for_inference(
         rotary or learned positions; 0: the model's.
     """
     loaded, adapt = _load(checkpoint, dtype, quantize, mesh, base)
-    context = loaded.config.context_length
-    expected = f"2 to {context}, the model's context; 0: all of it"
-    most = context if loaded.config.position in ("rope", "absolute") else MAX_INT
-    in_range = lambda n: n == 0 or 2 <= n <= most  # noqa: E731
-    max_context = whole_number("max_context", max_context, in_range, expected)
+    context = _context(loaded.config, max_context)
     model = adapt(unstack(loaded.model, consume=True))
     if mesh is not None:
         model = jax.device_put(model, shardings(model, mesh))
-    model.config = dataclasses.replace(model.config, context_length=max_context or context)
+    model.config = dataclasses.replace(model.config, context_length=context)
     return dataclasses.replace(loaded, model=model)
+
+
+def _context(config: ModelConfig, max_context: int) -> int:
+    """Return the positions that a model is used with; arguments as for `load_for_inference`."""
+    context = config.context_length
+    expected = f"2 to {context}, the model's context; 0: all of it"
+    most = context if config.position in ("rope", "absolute") else MAX_INT
+    in_range = lambda n: n == 0 or 2 <= n <= most  # noqa: E731
+    return whole_number("max_context", max_context, in_range, expected) or context
+
+
+def abstract_for_inference(
+    checkpoint: str | Path,
+    dtype: str = "",
+    *,
+    quantize: str | None = None,
+    max_context: int = 0,
+    mesh: Mesh | None = None,
+) -> Llama | None:
+    """Return the model of `load_for_inference` with shapes in place of arrays, from little reading.
+
+    Programs can be compiled for it while it is loaded.
+
+    Returns:
+      None for adapters, and for a checkpoint without a finished step.
+    """
+    folder, step = folder_and_step(checkpoint)
+    description = read_description(folder)
+    steps = layout.finished_steps(folder)
+    if description.lora.rank or not (step or steps):
+        return None
+    description = _with_compute_dtype(description, dtype)
+    step, config, cast_all = step or folder / str(steps[-1]), description.model, bool(dtype)
+    model = abstract_model(step, description)
+    if quantize and not description.quantization:
+        model = abstract_quantized(config, quantize)
+    model = jax.eval_shape(unstack, model)
+    stored, wide = stored_arrays(step / MODEL), jnp.dtype(config.compute_dtype)
+
+    def loaded(name: str, leaf: Any) -> Any:
+        if _is_quantized(leaf):
+            return leaf
+        leaf = leaf.update(dtype=(stored.get(name) or stored[LAYER.sub("", name)]).dtype)
+        return leaf.update(dtype=wide) if _is_cast(leaf, wide, cast_all) else leaf
+
+    leaves = [loaded(*each) for each in named_leaves(model, _is_quantized).items()]
+    structure = jax.tree.structure(model, is_leaf=_is_quantized)
+    model = jax.tree.unflatten(structure, leaves)
+    model = placed(model, _places(model, mesh))
+    model.config = dataclasses.replace(config, context_length=_context(config, max_context))
+    return model
 
 
 def tensor_mesh(tensor: int) -> Mesh | None:

@@ -167,6 +167,13 @@ def _read(path: Path, items: dict[str, Any]) -> Restored:
     raise complaint  # out here it has no cause, whose frames would keep alive what was read
 
 
+def stored_arrays(item: Path) -> dict[str, Any]:
+    """Return what Orbax knows of the arrays of an item by name: their shapes and dtypes."""
+    import orbax.checkpoint as ocp
+
+    return ocp.StandardCheckpointHandler().metadata(orbax_path(item)).tree
+
+
 def _read_with_orbax(path: Path, items: dict[str, Any]) -> Restored:
     import orbax.checkpoint as ocp
 
@@ -176,7 +183,7 @@ def _read_with_orbax(path: Path, items: dict[str, Any]) -> Restored:
     with ocp.StandardCheckpointer(multiprocessing_options=alone) as reader:
         for item, tree in items.items():
             place, leaves = orbax_path(path / item), named_leaves(tree)
-            stored = ocp.StandardCheckpointHandler().metadata(place).tree
+            stored = stored_arrays(place)
             shapes = [{name: x.shape for name, x in tree.items()} for tree in (stored, leaves)]
             require_shapes(place, *shapes)
             leaves = {name: leaf.update(dtype=stored[name].dtype) for name, leaf in leaves.items()}

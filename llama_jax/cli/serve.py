@@ -12,6 +12,7 @@ import os
 import socket
 import stat
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -171,29 +172,36 @@ def bind(host: str, port: int) -> socket.socket:
 def make_registry(flags: argparse.Namespace) -> Any:
     """Return the registry of the models that the flags name."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every file
+    from llama_jax.checkpoints.load import abstract_for_inference
     from llama_jax.checkpoints.metadata import read_description
     from llama_jax.checkpoints.restore import folder_and_step
     from llama_jax.cli.startup import use_compilation_cache
+    from llama_jax.inference.engine import Engine
     from llama_jax.llm import LLM
     from llama_jax.serving.registry import Registry, estimate_bytes, find_sources, served_context
-    from llama_jax.serving.scheduler import Scheduler
+    from llama_jax.serving.scheduler import Scheduler, compile_programs
     from llama_jax.text.chat_formats import read_template
 
     use_compilation_cache()
     template = read_template(flags.template)
 
-    def load(path: Path) -> "LLM":
-        return LLM(
-            path,
-            quantize=flags.quantize,
-            dtype=flags.dtype,
-            max_context=served_context(
-                read_description(folder_and_step(path)[0]), flags.max_context
-            ),
-            cache_dtype=flags.cache_dtype,
-            template=template,
-            tensor=flags.tensor,
-        )
+    def load(path: Path, is_served: bool) -> "LLM":
+        description = read_description(folder_and_step(path)[0])
+        how = {"dtype": flags.dtype, "quantize": flags.quantize}
+        how["max_context"] = served_context(description, flags.max_context)
+
+        def compile_for_shapes() -> None:
+            with contextlib.suppress(UserError):  # which loading meets, too
+                if model := abstract_for_inference(path, **how):
+                    compile_programs(Engine(model, flags.cache_dtype), flags.slots)
+
+        with ThreadPoolExecutor() as pool:  # programs are compiled while arrays are read
+            compiled = [pool.submit(compile_for_shapes)] if is_served and flags.tensor == 1 else []
+            how |= {"cache_dtype": flags.cache_dtype, "tensor": flags.tensor}
+            llm = LLM(path, template=template, **how)
+            for each in compiled:
+                each.result()
+        return llm
 
     def make_scheduler(llm: "LLM") -> "Scheduler":
         scheduler = Scheduler(llm.engine, slots=flags.slots, max_waiting=flags.max_waiting)

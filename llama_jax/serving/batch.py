@@ -8,12 +8,14 @@ from where it differs: the next turn of a chat, or a system prompt that many sha
 import dataclasses
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.distributed.mesh import placed
 from llama_jax.errors import UserError
 from llama_jax.inference.constraints import Constraint, masks
 from llama_jax.inference.decode import NO_TOKEN, Tokens, common_prefix, shard_cache
@@ -89,16 +91,25 @@ class Output:
 class Batch:
     """Slots of one batch. Programs are dispatched, and only `outputs` waits for the device."""
 
-    def __init__(self, engine: Engine, slots: int):
-        """Make empty slots, each with room for the model's context."""
+    def __init__(self, engine: Engine, slots: int, is_abstract: bool = False):
+        """Make empty slots, each with room for the model's context.
+
+        Args:
+          is_abstract: take no memory for them; nothing but `warm_up` can be called then, and the
+            engine's model may have shapes in place of arrays. Without a mesh only.
+        """
         self._engine, config = engine, engine.model.config
-        state = empty_slots(config, slots, config.context_length, engine.cache_dtype)
-        if engine.mesh:
+        make = partial(empty_slots, config, slots, config.context_length, engine.cache_dtype)
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        if is_abstract:
+            state = jax.eval_shape(make)
+            state = placed(state, jax.tree.map(lambda _: here, state))
+        elif engine.mesh:
+            state = make()
             state = dataclasses.replace(state, cache=shard_cache(state.cache, engine.mesh))
         else:  # committed, as what programs return: each is compiled once
-            state = jax.device_put(state, jax.devices()[0])
+            state = jax.device_put(make(), here)
         self._state = state
-        self.cache_bytes = sum(array.nbytes for array in jax.tree.leaves(state.cache.layers))
         self._slots = [_Slot(index) for index in range(slots)]
         self._reading: _Slot | None = None
         self._sampling: tuple[Any, ...] = ()  # arguments of the last block
@@ -115,7 +126,7 @@ class Batch:
         ]
         calls.append((copy_prefix, (state, zero, zero, zero)))
         calls.append((activate, (state, zero, zero, zero, zero, np.uint32(0), self._no_counts_V)))
-        calls += [self._call([], level, is_alone=False) for level in Level]
+        calls += [self._call([], level, is_alone=False) for level in Level if self._has(level)]
         if self._on_cpu:
             calls.append(self._call([], Level.ALL, is_alone=True))
         calls.reverse()  # those that take longest first
@@ -123,6 +134,11 @@ class Batch:
             made = [pool.submit(program.lower(*arguments).compile) for program, arguments in calls]
         for each in made:
             each.result()
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(array.nbytes for array in jax.tree.leaves(self._state.cache.layers))
 
     @property
     def num_free(self) -> int:
@@ -244,11 +260,18 @@ class Batch:
         decoding = self._decoding
         is_alone = self._on_cpu and len(decoding) == 1
         running = [(0 if is_alone else slot.index, slot, sequence) for slot, sequence in decoding]
-        level = max(Level.of(sequence.params) for *_, sequence in running)
-        # For one sequence all steps of sampling take little; another program takes long to compile.
-        program, arguments = self._call(running, Level.ALL if is_alone else level, is_alone)
+        needed = max(Level.of(sequence.params) for *_, sequence in running)
+        level = min(level for level in Level if level >= needed and self._has(level))
+        program, arguments = self._call(running, level, is_alone)
         self._state, tokens, stopped_B = program(*arguments)
         return Block(running, tokens, stopped_B)
+
+    def _has(self, level: Level) -> bool:
+        """Return whether there are programs of a level.
+
+        On CPU all steps of sampling take little beside the model, and a program takes long to load.
+        """
+        return level is Level.ALL or not self._on_cpu
 
     def _call(
         self, running: list[_Row], level: Level, is_alone: bool

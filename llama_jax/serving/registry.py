@@ -21,7 +21,7 @@ from llama_jax.inference.request import SamplingParams
 from llama_jax.llm import LLM
 from llama_jax.model.parameters import count_parameters
 from llama_jax.serving.fields import NUMBERS, ApiError
-from llama_jax.serving.scheduler import OTHER_SLOTS, SLOTS, Scheduler
+from llama_jax.serving.scheduler import Scheduler, default_slots
 from llama_jax.text.chat_formats import NO_TEMPLATE, TEMPLATES
 
 SHOWN = ("top_k", *NUMBERS)  # sampling parameters in a model's listing
@@ -97,7 +97,7 @@ class Registry:
     def __init__(
         self,
         sources: Sequence[Source],
-        load: Callable[[Path], LLM],
+        load: Callable[[Path, bool], LLM],
         make_scheduler: Callable[[LLM], Scheduler],
         *,
         template: str = "",
@@ -108,7 +108,8 @@ class Registry:
         """Make a registry in which nothing is loaded.
 
         Args:
-          load: returns the model of a checkpoint that is no adapter.
+          load: returns the model of a checkpoint that is no adapter, given its path and whether
+            it is served itself, not adapters of it alone.
           make_scheduler: returns a started scheduler.
           template: the chat format of all; "": each its own.
           max_context: as for `served_context`; `load` uses it too.
@@ -207,7 +208,7 @@ class Registry:
         origin = source.base or source.path.resolve()
         others = (other for other in self._loaded.values() if _origin(other.source) == origin)
         base = next((other.base for other in others), None)
-        base = base or self._load(origin)
+        base = base or self._load(origin, not source.base)
         llm = base.with_adapter(source.path) if source.base else base
         return Served(source, llm, base, self._make_scheduler(llm))
 
@@ -275,7 +276,6 @@ def estimate_bytes(
     on_cpu = jax.default_backend() == "cpu"
     itemsize = jnp.dtype(dtype or ("float32" if on_cpu else config.compute_dtype)).itemsize
     parameters = count_parameters(config) * BYTES.get(kind, itemsize)
-    slots = slots or SLOTS.get(jax.default_backend(), OTHER_SLOTS)
-    tokens = slots * served_context(source.description, max_context)
+    tokens = (slots or default_slots()) * served_context(source.description, max_context)
     per_token = 2 * config.num_layers * config.num_kv_heads * config.head_size
     return parameters, tokens * per_token * (1 if cache_dtype else itemsize)

@@ -82,6 +82,21 @@ class _Submitted(Running):
             self.ticket.cancel()
 
 
+def compile_programs(engine: Engine, slots: int) -> None:
+    """Compile every program that a scheduler needs, or load it from the compilation cache.
+
+    Args:
+      engine: with a model that may have shapes in place of arrays, on one device.
+      slots: as for `Scheduler`.
+    """
+    Batch(engine, slots or default_slots(), is_abstract=True).warm_up()
+
+
+def default_slots() -> int:
+    """Return how many sequences are decoded together on this device."""
+    return SLOTS.get(jax.default_backend(), OTHER_SLOTS)
+
+
 class Scheduler:
     """Runs requests of many callers on one model; one thread of its own uses the device."""
 
@@ -99,7 +114,7 @@ class Scheduler:
         whole_number("slots", slots, lambda n: n >= 0, "1 or more, or 0 to choose by device")
         whole_number("max_waiting", max_waiting, lambda n: n >= 0, "0 or more")
         self.engine, self.max_waiting = engine, max_waiting
-        self.slots = slots or SLOTS.get(jax.default_backend(), OTHER_SLOTS)
+        self.slots = slots or default_slots()
         self._batch: Batch | None = None
         self._waiting: collections.deque[_Submitted] = collections.deque()
         self._changed = threading.Condition()

@@ -14,7 +14,7 @@ from tiny_run import fit, make_config, make_tokens
 from tiny_weights import tiny_weights
 
 from llama_jax.checkpoints.layout import finished_steps
-from llama_jax.checkpoints.load import load, load_for_inference
+from llama_jax.checkpoints.load import abstract_for_inference, load, load_for_inference
 from llama_jax.errors import UsageError, UserError
 from llama_jax.formats import checkpoint as checkpoint_folder
 from llama_jax.inference.engine import Engine
@@ -158,6 +158,30 @@ def test_dtypes_of_parameters_and_arithmetic(converted, monkeypatch, case):
     expected = tiny_weights(stored).tensors["embedding"].read().astype(LOADED[case][0])
     np.testing.assert_array_equal(leaves["embedding"], expected)
     assert loaded.model(np.array([[1, 5]]))[0].dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("stored", "platform", "options"),
+    [
+        ("bfloat16", "cpu", {}),
+        ("float16", "tpu", {"max_context": 5}),
+        ("float32", "cpu", {"dtype": "bfloat16"}),
+        ("bfloat16", "tpu", {"quantize": "int8"}),
+        ("float32", "cpu", {"quantize": "int4"}),
+    ],
+)
+def test_shapes_to_compile_for_are_those_of_the_loaded_model(
+    converted, monkeypatch, stored, platform, options
+):
+    jax.clear_caches()  # JAX keeps shapes by function, not by platform
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    expected = load_for_inference(converted[stored], **options).model
+    found = abstract_for_inference(converted[stored], **options)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for name, leaf in named_leaves(found).items():
+        array = named_leaves(expected)[name]
+        assert (leaf.shape, leaf.dtype, leaf.sharding) == (array.shape, array.dtype, array.sharding)
+        assert isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def test_trained_model_computes_in_its_compute_dtype_but_on_cpu(trained, monkeypatch):

@@ -32,7 +32,8 @@ def main(argv):
     """Serve as serve.py does."""
     flags = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO)
-    registry = Registry(find_sources(flags.model), LLM, lambda llm: Faulty(llm.engine, slots=1))
+    sources, load = find_sources(flags.model), lambda path, _: LLM(path)
+    registry = Registry(sources, load, lambda llm: Faulty(llm.engine, slots=1))
     run_server(registry, Options(), bind(flags.host, flags.port), flags.drain_timeout)
 
 

@@ -79,7 +79,7 @@ def make(folder):
     """A function that makes a registry of fakes, and the list of what it loads."""
     loaded, delays = [], []
 
-    def load(path):
+    def load(path, _):
         if path.name == "b" and "broken" in loaded:
             raise UserError("the checkpoint is damaged")
         loaded.append(path.name)
