@@ -76,7 +76,9 @@ def parser() -> cli.Parser:
     text.add_argument("--stop", action="append", default=[], help="stop string or control token")
     text.add_argument("--json_schema", help="only JSON of this schema: a file, or {...}")
     text.add_argument("--regex", help="only text that this expression matches")
-    text.add_argument("--grammar", help="file with a Lark grammar of the text")
+    text.add_argument(
+        "--grammar", help="file with a grammar of the text, in Lark's syntax or in GBNF"
+    )
     text.add_argument("--no_echo", action="store_true", help="print without the prompt")
     text.add_argument("--logprobs", type=int, help="log-probabilities, with so many top tokens")
     text.add_argument(

@@ -53,7 +53,8 @@ def compile_grammar(kind: str, text: str) -> str:
 
     Args:
       kind: "json_schema", "regex" or "grammar".
-      text: JSON of a schema, a regular expression of Rust's `regex`, or a grammar in Lark's syntax.
+      text: JSON of a schema, a regular expression of Rust's `regex`, or a grammar in Lark's syntax
+        or in llama.cpp's (GBNF, whose rules have "::=").
 
     Raises:
       UsageError: if it is too long or llguidance refuses it; with its reason.
@@ -69,13 +70,25 @@ def compile_grammar(kind: str, text: str) -> str:
         elif kind == "regex":
             compiled = matcher.grammar_from_regex(text)
         else:
-            compiled = matcher.grammar_from_lark(text)
+            compiled = matcher.grammar_from_lark(_in_lark(text))
         problem = matcher.validate_grammar(compiled, limits=_limits())
     except (ValueError, UnicodeEncodeError) as error:
         problem = first_line(error)
     if problem and not problem.startswith("WARNING"):
         raise _refusal(kind, text, problem)
     return compiled
+
+
+def _in_lark(grammar: str) -> str:
+    """Return a grammar in Lark's syntax; raises `ValueError` for one in GBNF with an error."""
+    if "::=" not in grammar:
+        return grammar
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    try:
+        return gbnf_to_lark(grammar)
+    except Exception as error:  # it has no class for all of them
+        raise ValueError(f"as GBNF: {first_line(error)}") from error
 
 
 def _refusal(kind: str, text: str, problem: str) -> UsageError:

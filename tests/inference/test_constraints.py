@@ -199,6 +199,7 @@ CONSTRAINTS = [
     ({"regex": r"[a-c]{1,4}( [0-9]{2}|é日)?"}, re.compile(r"[a-c]{1,4}( [0-9]{2}|é日)?").fullmatch),
     ({"regex": "yes|no|never"}, {"yes", "no", "never"}.__contains__),
     ({"grammar": 'start: "" | "(" start ")" start'}, is_balanced),
+    ({"grammar": 'root ::= "" | "(" root ")" root'}, is_balanced),
     ({"json_schema": SMALL_SCHEMA}, lambda text: not errors_of(SMALL_SCHEMA, json.loads(text))),
 ]
 
@@ -289,6 +290,14 @@ def test_logprobs_are_the_models_own(tokenizers):
         ({"regex": 3}, "regex=3 is not a text; expected one"),
         ({"regex": "a" * 200_001}, "regex has 200,001 characters; expected at most 200,000"),
         ({"grammar": "start: x"}, "grammar='start: x' cannot be used: at 1(8): unknown name"),
+        (
+            {"grammar": "root ::= [a"},
+            "grammar='root ::= [a' cannot be used: as GBNF: Unexpected end",
+        ),
+        (
+            {"grammar": "root ::= x"},
+            "grammar='root ::= x' cannot be used: as GBNF: Rule 'x' not found",
+        ),
         ({"grammar": ""}, "grammar='' cannot be used: Empty grammar; change it"),
         (
             {"json_schema": {"not": {}}},
