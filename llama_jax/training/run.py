@@ -18,7 +18,7 @@ from llama_jax.checkpoints.load import BASE
 from llama_jax.checkpoints.save import CheckpointWriter
 from llama_jax.config import Config
 from llama_jax.data.loader import Batch, abstract_batch
-from llama_jax.errors import NonFiniteLossError, UserError, is_out_of_memory, warn
+from llama_jax.errors import NonFiniteLossError, UserError, as_started, is_out_of_memory, warn
 from llama_jax.training.metrics import (
     Console,
     MetricsFile,
@@ -274,9 +274,10 @@ class Trainer:
             except Exception as error:  # every step is made and saved
                 warn(f"the loss plot could not be drawn: {error!r}")
         prompt, is_chat = self.config.run.sample_prompt, bool(self.session.data.first.chat_template)
-        words = ["python", "sample.py", "--ckpt", str(self.folder)]
+        words = ["--ckpt", str(self.folder)]
         words += ["--chat"] if is_chat else ["--prompt", prompt] if prompt else []
+        command = f"{as_started('python sample.py')} {shlex.join(words)}"
         self.console.line(
             f"finished {total:,} steps in {format_duration(self.clock.wall)}, goodput"
-            f" {self.clock.summary}; sample with: {shlex.join(words)}"
+            f" {self.clock.summary}; sample with: {command}"
         )
