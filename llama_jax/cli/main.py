@@ -41,7 +41,8 @@ COMMANDS = {
     "convert": "convert a model between formats",
     "convert-meta": "import Meta's Llama weights",
     "plan": "predict whether training or sampling fits on given devices",
-    "plot": "draw the loss curve of a run",
+    "plot": "draw the loss curve of a run, or compare several",
+    "doctor": "report versions, devices, cache and extras, with advice",
 }
 ON_HUGE_PAGES = ("train", "sample", "chat", "serve", "evaluate")
 SIMILAR = 0.75  # similarity from which an unknown flag is taken for a misspelt one
