@@ -15,17 +15,51 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 
+def shipped_folder(name: str) -> Path:
+    """Return configs/ or docs/: at the top of a clone, or in an installed package."""
+    package = Path(__file__).resolve().parent
+    return package / name if (package / name).is_dir() else package.parent / name
+
+
+SCRIPT = re.compile(  # but llama2.c's train.py
+    r"(?<!'s )(?<![\w./-])(?:python )?"
+    r"(train|sample|serve|evaluate|prepare|convert|convert_meta|plan)\.py\b"
+)
+
+
+def as_started(text: str) -> str:
+    """Return a text with commands as this process was started.
+
+    `sample.py` and `python sample.py` become `llama-jax sample` where that command is running.
+    """
+    if not sys.argv[0].startswith("llama-jax "):
+        return text
+    return SCRIPT.sub(lambda found: f"llama-jax {found[1].replace('_', '-')}", text)
+
+
 class UserError(ValueError):
-    """A mistake in data, files or the arguments of a function, in one printable line."""
+    """A mistake in data, files or the arguments of a function, in one printable line.
+
+    Its `page` of docs/, such as "pods.md#start", is named at the end.
+    """
 
     exit_code = 1
 
-    def __init__(self, message: object) -> None:
+    def __init__(self, message: object, *, page: str = "") -> None:
         # Names and values in a message may come from a damaged file.
-        super().__init__(format_line(str(message)))
+        more = f"; see {_path_of(page)}" if page else ""
+        super().__init__(format_line(as_started(f"{message}{more}")))
+
+
+def _path_of(page: str) -> str:
+    """Return the path of a page: in an installed package all of it, in a clone from its top."""
+    folder = shipped_folder("docs")
+    is_installed = folder.parent == Path(__file__).resolve().parent
+    return str(folder / page) if is_installed else f"docs/{page}"
 
 
 class UsageError(UserError):

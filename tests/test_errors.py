@@ -5,6 +5,7 @@ The out-of-memory texts are recorded from CPU, GPU and TPU.
 
 # ruff: noqa: E501 (recorded texts)
 
+import sys
 from fractions import Fraction
 
 import jax
@@ -215,3 +216,19 @@ def test_real_error_of_a_program_with_a_failed_input_is_recognised():
 def raise_bare_memory_error():
     with catch_out_of_memory("try less"):
         raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("started", "text"),
+    [
+        ("sample.py", "use python sample.py, or convert_meta.py; not llama2.c's train.py"),
+        (
+            "llama-jax sample",
+            "use llama-jax sample, or llama-jax convert-meta; not llama2.c's train.py",
+        ),
+    ],
+)
+def test_commands_in_messages_are_those_that_can_be_run(monkeypatch, started, text):
+    monkeypatch.setattr(sys, "argv", [started])
+    message = "use python sample.py, or convert_meta.py; not llama2.c's train.py"
+    assert str(UserError(message)) == text

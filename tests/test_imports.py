@@ -53,6 +53,7 @@ ONLY_IN = {  # libraries that one room, or a few modules, may import
     "absl": {"config", "cli.config_flags", "configs"},
     "ml_collections": {"config", "cli.config_flags", "configs"},
     "matplotlib": {"training.plot"},
+    "packaging": {"cli.doctor"},
     "tensorboardX": {"training.metrics"},
     "lm_eval": {"evaluation.harness"},
     "starlette": {"serving"},

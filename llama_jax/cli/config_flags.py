@@ -11,7 +11,13 @@ from typing import Any
 
 from llama_jax.config import Config
 from llama_jax.config_parsing import parse, type_name
-from llama_jax.errors import UsageError, UserError, did_you_mean, is_utf16, shown
+from llama_jax.errors import (
+    UsageError,
+    UserError,
+    is_utf16,
+    shipped_folder,
+    shown,
+)
 
 CONFIG_FLAG = re.compile(r"--(?P<no>no)?config\.(?P<key>[^=]+)(=(?P<value>.*))?", re.DOTALL)
 
@@ -42,6 +48,8 @@ ALIASES = {  # other projects' names of settings
 
 def read_config(path: str, words: Sequence[str] = (), *, fetch: bool = False) -> Config:
     """Return the validated `Config` of a file with flags such as `--config.run.seed=1` applied.
+
+    The file is named by its path, or one of the shipped ones by its name, such as 110m.
 
     With `run.init_from`, the model's settings are those of that checkpoint, but for the flags given
     and its dtype and dropout; without such a folder they are the file's.
@@ -128,17 +136,30 @@ def load_config(path: str, words: Sequence[str] = ()) -> Any:
     return config
 
 
+def shipped_configs() -> dict[str, Path]:
+    """Return the files of configs/ by name."""
+    return {file.stem: file for file in sorted(shipped_folder("configs").glob("*.py"))}
+
+
+def _find(path: str) -> Path:
+    """Return the file of a path, or the shipped config of a name."""
+    shipped, here = shipped_configs(), sorted(Path("configs").glob("*.py"))
+    if path in shipped or Path(path).is_file():
+        return shipped.get(path, Path(path))
+    known = {file.stem: str(file) for file in here} | {name: name for name in shipped}
+    close = difflib.get_close_matches(Path(path).stem, known, n=1, cutoff=0.65)
+    hint = f"; did you mean {known[close[0]]!r}?" if close else ""
+    names = ", ".join(shipped)
+    raise UsageError(f"--config={path} is not a file; expected one, or a name: {names}{hint}")
+
+
 def _load(path: str) -> Any:
     """Return the ConfigDict that the `get_config()` of a Python file returns."""
-    if not Path(path).is_file():
-        known = {file.stem: str(file) for file in sorted(Path("configs").glob("*.py"))}
-        there = f"one of {', '.join(known.values())}" if known else "one like configs/demo.py"
-        hint = did_you_mean(known.get(Path(path).stem, path), known.values())
-        raise UsageError(f"config file {path!r} does not exist{hint or f'; expected {there}'}")
-    if is_utf16(Path(path).read_bytes()):
+    file = _find(path)
+    if is_utf16(file.read_bytes()):
         raise UsageError(f"{path} is UTF-16; convert it to UTF-8")
     try:
-        scope = runpy.run_path(path)
+        scope = runpy.run_path(str(file))
         if "get_config" not in scope:
             raise UsageError(f"{path} defines no get_config(); see configs/demo.py")
         config = scope["get_config"]()
@@ -180,7 +201,7 @@ def _parse_value(key: str, text: str, expected: type) -> Any:
 def _unknown_word(word: str, leaves: dict[str, Any]) -> str:
     """Return the message about a word that is no flag, with the flags that may be meant."""
     name, equals, value = word.lstrip("-").partition("=")
-    if word.endswith(".py"):
+    if word.endswith(".py") or word in shipped_configs():
         return f"{word!r} is not understood; did you mean --config {word}?"
     meant = [leaf for leaf in leaves if name in (leaf, leaf.split(".")[-1])]
     if ALIASES.get(name) in leaves:

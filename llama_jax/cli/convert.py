@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.cli import main as cli
-from llama_jax.errors import UsageError
+from llama_jax.errors import UsageError, as_started
 
 FORMATS = ("ckpt", "meta", "hf", "llama2c", "gguf")
 PEFT = "peft"  # of adapters alone
@@ -115,7 +115,7 @@ def _convert_adapters(flags: argparse.Namespace, source: Path, found: str) -> No
             raise UsageError("--from peft needs a checkpoint of the adapter's model; add --base")
         count = adapters.from_peft(source, checkpoint_path(flags.base), output)
         print(f"{output}: adapters of {count:,} parameters")
-        print(f"sample with: python sample.py --ckpt {shlex.quote(str(output))}")
+        print(as_started(NEXT["ckpt"].format(shlex.quote(str(output)))))
         return
     count = adapters.write_peft(source, output)
     print(f"{output}: adapters of {count:,} parameters, for PEFT")
@@ -186,4 +186,4 @@ def convert_and_report(job: Any, verify: bool | None) -> None:
         if following and job.output.parent != Path():  # they look for it in the working directory
             following += f" -z {shlex.quote(str(job.output.parent / TOKENIZER_BIN))}"
     if following:
-        print(following.format(shlex.quote(str(job.output))))
+        print(as_started(following.format(shlex.quote(str(job.output)))))

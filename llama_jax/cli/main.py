@@ -23,6 +23,7 @@ from llama_jax.cli.startup import absent_platform_message, skip_absent_tpu, use_
 from llama_jax.errors import (
     UsageError,
     UserError,
+    as_started,
     did_you_mean,
     escape_controls,
     format_line,
@@ -40,11 +41,10 @@ COMMANDS = {
     "convert": "convert a model between formats",
     "convert-meta": "import Meta's Llama weights",
     "plan": "predict whether training or sampling fits on given devices",
-    "plot": "draw the loss curve of a run",
+    "plot": "draw the loss curve of a run, or compare several",
+    "doctor": "report versions, devices, cache and extras, with advice",
 }
 ON_HUGE_PAGES = ("train", "sample", "chat", "serve", "evaluate")
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"  # exists in a clone of the repository
-DEMO = str(CONFIGS / "demo.py")
 SIMILAR = 0.75  # similarity from which an unknown flag is taken for a misspelt one
 FLAG_ALIASES = {  # other projects' names of flags
     "checkpoint": "--ckpt",
@@ -198,6 +198,7 @@ class Parser(argparse.ArgumentParser):
         """Make a parser; arguments as argparse's, and the flag that a bare word may have meant."""
         self._bare_word_flag = bare_word_flag
         kwargs.setdefault("formatter_class", HelpFormatter)
+        kwargs["description"] = as_started(kwargs.get("description", ""))
         super().__init__(allow_abbrev=False, conflict_handler="resolve", **kwargs)
         self._negative_number_matcher = re.compile(r"-\.?\d")  # -1:2 is a value, not a flag
         # `run` handles it; here it is for --help.

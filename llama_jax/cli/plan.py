@@ -1,4 +1,4 @@
-"""Predict whether a run fits: python plan.py --config configs/7b.py --target v5e-8
+"""Predict whether a run fits: python plan.py --config 7b --target v5e-8
 
 For TPUs the real train step is compiled, on any machine, which takes a minute or two and needs
 `pip install '.[plan]'`; without it, for GPUs and with --fast the plan is an estimate, made in
@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from llama_jax.cli import main as cli
-from llama_jax.cli.config_flags import read_config
+from llama_jax.cli.config_flags import read_config, shipped_configs
 from llama_jax.errors import UsageError, warn
 
 DECODING_FLAGS = ("batch", "context", "quantize", "cache_dtype", "dtype")
@@ -21,8 +21,8 @@ DECODING_FLAGS = ("batch", "context", "quantize", "cache_dtype", "dtype")
 def parse_flags(argv: list[str]) -> tuple[Any, list[str]]:
     """Return the parsed flags, and the arguments about the config."""
     parser = cli.Parser("--target", description=__doc__.splitlines()[0])
-    config_help = "config of the run (configs/demo.py)"
-    parser.add_argument("--config", metavar="FILE", default=cli.DEMO, help=config_help)
+    config_help = "config of the run: a file, or the name of a shipped one"
+    parser.add_argument("--config", metavar="FILE", default="demo", help=config_help)
     parser.add_argument("--target", default="", help="such as v5e-8, v5p-64, v5e:4x4, H200-8")
     parser.add_argument("--mode", default="train", choices=("train", "decode"), help="what to plan")
     parser.add_argument("--fast", action="store_true", help="estimate only, do not compile")
@@ -109,5 +109,4 @@ def table_of_configs() -> str:
     """Return the table of all shipped configs."""
     from llama_jax.planning.report import table
 
-    paths = sorted(cli.CONFIGS.glob("*.py"), key=lambda path: path.stem)
-    return table({path.stem: read_config(str(path)) for path in paths})
+    return table({name: read_config(name) for name in shipped_configs()})

@@ -56,6 +56,11 @@ def use_huge_pages() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def has_tpu(devices: Path = Path("/dev")) -> bool:
+    """Return whether this machine has a TPU, whatever JAX says."""
+    return any(devices.glob("accel*")) or any(devices.glob("vfio/*"))
+
+
 def skip_absent_tpu(devices: Path = Path("/dev")) -> None:
     """Choose the CPU on a machine without accelerators where libtpu is installed.
 
@@ -64,10 +69,9 @@ def skip_absent_tpu(devices: Path = Path("/dev")) -> None:
     """
     if "JAX_PLATFORMS" in os.environ or not importlib.util.find_spec("libtpu"):
         return
-    has_tpu = any(devices.glob("accel*")) or any(devices.glob("vfio/*"))
     plugins = "jax_plugins"  # where JAX looks for them: a namespace package and entry points
     if not (
-        has_tpu
+        has_tpu(devices)
         or importlib.util.find_spec(plugins)
         or importlib.metadata.entry_points(group=plugins)
     ):

@@ -1,6 +1,6 @@
-"""Train a Llama: python train.py --config configs/110m.py --config.optimizer.learning_rate=3e-4
+"""Train a Llama: python train.py --config 110m --config.optimizer.learning_rate=3e-4
 
-Without --config it trains configs/demo.py. The same command resumes a run that was interrupted. On
+Without --config it trains the config demo. The same command resumes a run that was interrupted. On
 several machines, start it on each of them with --distributed: see docs/pods.md.
 docs/config.md lists every KEY of --config.KEY=VALUE with its type, default and meaning.
 """
@@ -26,7 +26,10 @@ def parser() -> cli.Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--config", metavar="FILE", default=cli.DEMO, help="config of the run (configs/demo.py)"
+        "--config",
+        metavar="FILE",
+        default="demo",
+        help="config of the run: a file, or the name of a shipped one (demo)",
     )
     parser.add_argument(
         "--profile",

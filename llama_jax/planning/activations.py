@@ -206,7 +206,7 @@ def _outputs(jaxpr: Any, inputs: list[Value]) -> list[Value]:
         name, arguments = equation.primitive.name, of(equation.invars)
         inner = next(jaxprs_in_params(equation.params), None)
         if name == "scan":
-            results = _scanned(equation.params, inner, arguments)
+            results = _scanned(equation, inner, arguments)
         elif inner is not None and len(inner.invars) == len(arguments):
             results = _outputs(inner, arguments)
         elif name in VIEWS:
@@ -221,9 +221,12 @@ def _outputs(jaxpr: Any, inputs: list[Value]) -> list[Value]:
     return of(jaxpr.outvars)
 
 
-def _scanned(params: Any, body: Any, arguments: list[Value]) -> list[Value]:
+def _scanned(equation: Any, body: Any, arguments: list[Value]) -> list[Value]:
     """Return the outputs of a scan: the final carry, and the stacked outputs of its body."""
-    first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
+    # Told apart by rank, since what the equation says of them changes between versions of JAX:
+    # the body has a dimension less of what is stacked. Constants come first, then the carry.
+    last = sum(map(_same_rank, equation.invars, body.invars))
+    first = last - sum(map(_same_rank, equation.outvars, body.outvars))
     carry = [
         _value(variable.aval, value.is_stream)
         for variable, value in zip(body.invars[first:last], arguments[first:last])
@@ -233,10 +236,14 @@ def _scanned(params: Any, body: Any, arguments: list[Value]) -> list[Value]:
     for index, value in enumerate(results[len(carry) :], len(carry)):
         if value in carry or value not in inputs:  # other inputs are parameters, stacked already
             if value.stacked is None:
-                nbytes = value.nbytes * params["length"]
+                nbytes = value.nbytes * equation.params["length"]
                 value.stacked = Value(nbytes, value.dtype, value.is_stream)
             results[index] = value.stacked
     return results
+
+
+def _same_rank(outer: Any, inner: Any) -> bool:
+    return len(outer.aval.shape) == len(inner.aval.shape)
 
 
 def _value(aval: Any, is_stream: bool = False) -> Value:

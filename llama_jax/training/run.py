@@ -18,7 +18,7 @@ from llama_jax.checkpoints.load import BASE
 from llama_jax.checkpoints.save import CheckpointWriter
 from llama_jax.config import Config
 from llama_jax.data.loader import Batch, abstract_batch
-from llama_jax.errors import NonFiniteLossError, UserError, is_out_of_memory, warn
+from llama_jax.errors import NonFiniteLossError, UserError, as_started, is_out_of_memory, warn
 from llama_jax.training.metrics import (
     Console,
     MetricsFile,
@@ -33,6 +33,8 @@ from llama_jax.training.session import Session, open_session
 from llama_jax.training.step import StepMetrics, TrainState
 from llama_jax.training.summary import run_summary, versions
 from llama_jax.training.validation import sample, validation_metrics
+
+SECONDS_BETWEEN_PICTURES = 30.0  # at least: drawing takes about one
 
 
 def fit(
@@ -73,6 +75,7 @@ class Trainer:
         self.state, self.step = start.state, start.step
         self.saved_step, self.best_loss = start.saved_step, start.best_loss
         self.has_validated = False  # in this session
+        self.draws, self.drawn = True, session.opened  # whether, and when last
         session.validation_batches()  # refuses now, not hours later, a text that is too short
         self.batches = session.batches(self.step)
         self.writer = CheckpointWriter(self.folder, self.config.run.keep_last)
@@ -178,6 +181,10 @@ class Trainer:
         if is_validated:
             with self.clock:
                 self._sample()
+        is_old = time.perf_counter() - self.drawn > SECONDS_BETWEEN_PICTURES
+        if (is_validated or is_saved) and is_old and not is_last:
+            with self.clock:
+                self._draw()
 
     def _validate(self) -> float:
         """Report the validation loss and return it; infinity after a stop signal."""
@@ -254,6 +261,16 @@ class Trainer:
                 raise
             warn(f"no sample at step {self.step}: {error!r}; training goes on")
 
+    def _draw(self) -> None:
+        """Draw the losses; a failure is one warning, since it costs no training."""
+        if jax.process_index() == 0 and self.draws:
+            try:
+                draw(self.folder)
+            except Exception as error:
+                self.draws = False
+                warn(f"the loss plot could not be drawn: {error!r}; training goes on without it")
+        self.drawn = time.perf_counter()
+
     def _leave(self) -> int:
         """Save the current step and say how to go on."""
         self._report()
@@ -268,15 +285,12 @@ class Trainer:
 
     def _finish(self, total: int) -> None:
         """Draw the losses and say how to sample."""
-        if jax.process_index() == 0:
-            try:
-                draw(self.folder)
-            except Exception as error:  # every step is made and saved
-                warn(f"the loss plot could not be drawn: {error!r}")
+        self._draw()
         prompt, is_chat = self.config.run.sample_prompt, bool(self.session.data.first.chat_template)
-        words = ["python", "sample.py", "--ckpt", str(self.folder)]
+        words = ["--ckpt", str(self.folder)]
         words += ["--chat"] if is_chat else ["--prompt", prompt] if prompt else []
+        command = f"{as_started('python sample.py')} {shlex.join(words)}"
         self.console.line(
             f"finished {total:,} steps in {format_duration(self.clock.wall)}, goodput"
-            f" {self.clock.summary}; sample with: {shlex.join(words)}"
+            f" {self.clock.summary}; sample with: {command}"
         )

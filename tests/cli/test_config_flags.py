@@ -4,8 +4,7 @@
 
 import pytest
 
-from llama_jax.cli.config_flags import load_config, read_config
-from llama_jax.cli.main import DEMO
+from llama_jax.cli.config_flags import load_config, read_config, shipped_configs
 from llama_jax.errors import UsageError
 
 FILE = """
@@ -101,13 +100,21 @@ def test_a_wrong_flag_is_a_one_line_error(words, says):
 @pytest.mark.parametrize(
     ("path", "says"),
     [
-        ("configs/tny.py", "'configs/tny.py' does not exist; did you mean 'configs/tiny.py'?"),
-        ("tiny", "'tiny' does not exist; did you mean 'configs/tiny.py'?"),
-        ("zzz", "config file 'zzz' does not exist; expected one of configs/tiny.py"),
+        ("configs/tny.py", "; did you mean 'configs/tiny.py'?"),
+        ("tiny", "; did you mean 'configs/tiny.py'?"),
+        ("configs/110m.py", "; did you mean '110m'?"),
+        ("zzz", "--config=zzz is not a file; expected one, or a name: 110m, 110m_tpu, 13b,"),
     ],
 )
 def test_a_missing_file_is_a_one_line_error(path, says):
     assert says in message(path=path)
+
+
+def test_shipped_configs_are_found_by_name_in_any_folder(place):
+    assert read_config("110m") == read_config(str(shipped_configs()["110m"]))
+    (place / "110m").write_text(FILE)  # a name is never taken for a file that happens to be there
+    assert load_config("110m").model.dim == 768
+    assert "did you mean --config 110m?" in message("110m")
 
 
 @pytest.mark.parametrize(
@@ -181,10 +188,10 @@ def test_names_of_other_projects_are_known(place, word, says):
     ],
 )
 def test_fewer_steps_than_the_warmup_of_the_file_shorten_it_with_a_notice(capsys, words, warmup):
-    assert read_config(DEMO, words).optimizer.warmup_steps == warmup
+    assert read_config("demo", words).optimizer.warmup_steps == warmup
     assert ("notice: the run has" in capsys.readouterr().err) == (warmup < 30)
 
 
 def test_warmup_longer_than_the_run_is_an_error_if_it_was_set():
     with pytest.raises(UsageError, match="warmup_steps=60 is longer than the run"):
-        read_config(DEMO, ["--config.optimizer.steps=40", "--config.optimizer.warmup_steps=60"])
+        read_config("demo", ["--config.optimizer.steps=40", "--config.optimizer.warmup_steps=60"])

@@ -76,7 +76,7 @@ def test_figures_as_json(capsys):
         (["--target", "v5e-8", "--fast", "--config.mesh.tensor=3"], "do not multiply to 8 devices"),
         (["--target", "v5e-8", "--fast", "--config.mesh.fsdp=8", "--config.mesh.data=1",
           "--config.data.batch_size=4"], "does not divide"),
-        (["--target", "v5e-8", "--fast", "--config", "configs/9b.py"], "does not exist"),
+        (["--target", "v5e-8", "--fast", "--config", "configs/9b.py"], "is not a file"),
         (["--target", "v5e-1", "--fast", "--mode", "decode", "--context", "9000"], "out of range"),
         (["--target", "v5e-1", "--mode", "guess"], "invalid choice"),
         (["--target", "H200-1", "--fast", "--config.run.attention=splash"], "splash"),

@@ -317,11 +317,24 @@ def test_failing_sample_and_plot_are_warnings(config, tmp_path, capfd):
         (folder / "loss.png").mkdir(exist_ok=True)
 
     tokenizer = failing_tokenizer(RuntimeError("no such piece"))
-    assert train(config, block_plot, tokenizer=tokenizer, run={"sample_tokens": 4}) == 0
+    long_ago = time.perf_counter() - 60
+    settings = {"sample_tokens": 4}
+    assert train(config, block_plot, tokenizer=tokenizer, run=settings, opened=long_ago) == 0
     assert finished_steps(folder)[-1] == 20
     warnings = capfd.readouterr().err
     assert "warning: no sample at step 10: RuntimeError('no such piece')" in warnings
-    assert "warning: the loss plot could not be drawn: IsADirectoryError" in warnings
+    assert warnings.count("warning: the loss plot could not be drawn: IsADirectoryError") == 1
+
+
+def test_losses_are_drawn_while_training(config, tmp_path):
+    steps = []
+
+    def look(step, _):
+        if (tmp_path / "ckpt" / "loss.png").exists():
+            steps.append(step)
+
+    assert train(config, look, opened=time.perf_counter() - 60) == 0
+    assert steps[0] == 6  # after the save at step 5
 
 
 def test_checkpoint_is_written_before_the_sample(config, tmp_path):
