@@ -1,5 +1,5 @@
 # Everything runs in a virtual environment that these targets make. `make PYTHON=python3.12 test`
-# picks another interpreter.
+# picks another interpreter, and FLAGS are added to the training of demo and finetune.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
@@ -8,7 +8,7 @@ PIP = $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 AS_USED = JAX_DISABLE_MOST_OPTIMIZATIONS=0
 CODE = llama_jax configs tests benchmarks docs $(wildcard *.py)
 
-.PHONY: help demo chat finetune serve test test-slow test-parity test-faults test-serve test-page lint types clean
+.PHONY: help demo chat finetune serve test test-slow test-parity test-faults test-serve test-page test-readme docs lint types clean
 
 help:
 	@echo "make demo         train a small model on stories and let it write (5 minutes)"
@@ -21,6 +21,8 @@ help:
 	@echo "make test-faults  kills, full disks, damaged files; FAULTS=long takes hours (3 minutes)"
 	@echo "make test-serve   servers, spoken to with the openai client and LangChain"
 	@echo "make test-page    the chat page in a browser (needs Debian's chromium)"
+	@echo "make test-readme  the README's blocks, copied and run (5 minutes)"
+	@echo "make docs         the documentation as a site, in build/site"
 	@echo "make clean        remove the virtual environment"
 
 $(RUN):
@@ -52,8 +54,12 @@ $(VENV)/.installed-test-serve: $(VENV)/.installed-test
 	$(PIP) -e ".[test-serve,test-page]"
 	@touch $(VENV)/.installed-serve $@
 
+$(VENV)/.installed-docs: $(RUN) pyproject.toml
+	$(PIP) -e ".[docs]"
+	@touch $(VENV)/.installed $@
+
 demo: $(VENV)/.installed
-	$(RUN) train.py --config configs/demo.py
+	$(RUN) train.py --config configs/demo.py $(FLAGS)
 	@echo; echo "The loss curve is in ckpt/loss.png. Three stories:"; echo
 	@$(RUN) sample.py --ckpt ckpt --prompt "Once upon a time" --num_samples 3 --temperature 0.7
 
@@ -73,10 +79,10 @@ types: $(VENV)/.installed-test
 finetune: $(VENV)/.installed
 	@test -d data/lantern_shop || $(RUN) prepare.py examples/lantern_shop.jsonl --chat chatml \
 		--tokenizer smollm2 --validation 0.1 --output data/lantern_shop
-	$(RUN) train.py --config configs/sft_demo.py
+	$(RUN) train.py --config configs/sft_demo.py $(FLAGS)
 
 test: lint types
-	$(RUN) -m pytest -n 2 --dist loadfile -m "not parity and not slow and not faults and not serve and not page"
+	$(RUN) -m pytest -n 2 --dist loadfile -m "not parity and not slow and not faults and not serve and not page and not readme"
 
 test-slow: $(VENV)/.installed-slow
 	$(RUN) -m pytest -n 2 --dist loadfile -m "slow and not as_used $(if $(filter long,$(SLOW)),,and not long)"
@@ -93,6 +99,13 @@ test-serve: $(VENV)/.installed-test-serve
 
 test-page: $(VENV)/.installed-test-serve
 	$(RUN) -m pytest -n 2 --dist loadfile -m page
+
+test-readme: $(VENV)/.installed-test-serve
+	$(RUN) -m pytest -m readme tests/test_readme_blocks.py
+
+docs: $(VENV)/.installed-docs
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet --strict
+	@echo "build/site/index.html"
 
 clean:
 	rm -rf $(VENV)

@@ -83,7 +83,7 @@ def python_code(path):
         return path.read_text()
     cells = json.loads(path.read_text())["cells"]
     code = "".join("".join(cell["source"]) + "\n" for cell in cells if cell["cell_type"] == "code")
-    return re.sub(r"^\s*[!%].*$", "", code, flags=re.MULTILINE)
+    return re.sub(r"^\s*[!%](?:.*\\\n)*.*$", "", code, flags=re.MULTILINE)
 
 
 SCRIPTS = [

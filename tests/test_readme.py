@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-TREE = README.split("```\ntrain.py", 1)[1].split("```", 1)[0]
+TREE = README.split("```text\ntrain.py", 1)[1].split("```", 1)[0]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 
 
 def test_the_core_is_as_small_as_claimed():
@@ -48,16 +49,18 @@ def test_the_table_has_every_config_with_its_numbers(config):
 
     run = read_config(f"{ROOT / 'configs' / config}.py")
     row = f"| `{config}` | {count_parameters(run.model):,} | {run.tokens_per_step:,} |"
-    assert row in README
+    assert row in (ROOT / "docs" / "training.md").read_text()
 
 
-@pytest.mark.parametrize("words", re.findall(r"--config\.[a-z_.0-9]*[a-z0-9]", README))
-def test_overrides_in_the_text_are_keys(words):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_overrides_are_keys(page):
     from llama_jax.cli.config_flags import load_config
 
-    config = load_config(str(ROOT / "configs" / "demo.py"))
-    for name in words.removeprefix("--config.").split("."):
-        config = config[name]
+    keys = re.findall(r"--config\.([a-z_.0-9]*[a-z0-9])", page.read_text())
+    for key in sorted(set(keys)):
+        config = load_config(str(ROOT / "configs" / "demo.py"))
+        for name in key.split("."):
+            config = config[name]
 
 
 def commands(text):
@@ -71,18 +74,25 @@ def commands(text):
     return {name: found for name, found in flags.items() if (ROOT / f"{name}.py").is_file()}
 
 
-@pytest.mark.parametrize(
-    "page",
-    ["README.md", "docs/training.md", "docs/evaluation.md", "docs/pods.md", "docs/serving.md"],
-)
-def test_flags_in_commands_exist(page):
-    for script, flags in commands((ROOT / page).read_text()).items():
+def test_flags_in_commands_exist():
+    for script, flags in commands("\n".join(page.read_text() for page in PAGES)).items():
         words = [sys.executable, str(ROOT / f"{script}.py"), "--help"]
         done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
         known = set(re.findall(r"--[a-z_]+", done.stdout))
         assert flags <= known, f"{script}.py has no {flags - known}"
 
 
-def test_pictures_and_pages_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+def anchors(page):
+    """Return the fragments of a page's headings, as GitHub and the site make them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)]+)\)|<img [^>]*src=\"([^\"]+)\"", page.read_text())
+    for target, _, fragment in ("".join(link).partition("#") for link in links):
+        if not target.startswith("https://"):
+            found = page.parent / target if target else page
+            assert found.exists(), target
+            assert not fragment or fragment in anchors(found), f"{target}#{fragment}"
