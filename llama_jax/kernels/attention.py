@@ -12,6 +12,7 @@ Masks are boolean, True where a query may attend.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from llama_jax.errors import UsageError
 from llama_jax.kernels import cudnn
 from llama_jax.kernels.blockwise import blockwise_attention
+from llama_jax.kernels.matmul import with_rows_of_a_tile
 from llama_jax.kernels.splash import splash_attention
 
 # (q_BTNH, k_BTKH, v_BTKH, segments_BT or None, dropout of weights or None, *, window=0,
@@ -76,9 +78,8 @@ def attend(
     K = keys_RSH.shape[0] // B
     q_KBGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(2, 0, 3, 1, 4)
     q_RMH = q_KBGTH.reshape(K * B, -1, H)  # M = G·T
-    scores_RMS = jnp.einsum("RMH,RSH->RMS", q_RMH, keys_RSH, preferred_element_type=jnp.float32) * (
-        1.0 / math.sqrt(H)
-    )
+    multiply = partial(jnp.einsum, "RMH,RSH->RMS", preferred_element_type=jnp.float32)
+    scores_RMS = with_rows_of_a_tile(multiply, q_RMH, keys_RSH) * (1.0 / math.sqrt(H))
     scores_KBGTS = jnp.where(
         mask_BTS[None, :, None],
         _biased(scores_RMS.reshape(K, B, N // K, T, -1), bias_NBTS),
@@ -88,7 +89,7 @@ def attend(
     if dropout is not None:
         weights_KBGTS = dropout(weights_KBGTS)
     weights_RMS = weights_KBGTS.reshape(scores_RMS.shape)
-    out_RMH = jnp.einsum("RMS,RSH->RMH", weights_RMS, values_RSH)
+    out_RMH = with_rows_of_a_tile(partial(jnp.einsum, "RMS,RSH->RMH"), weights_RMS, values_RSH)
     return out_RMH.reshape(K, B, N // K, T, H).transpose(1, 3, 0, 2, 4).reshape(B, T, N, H)
 
 

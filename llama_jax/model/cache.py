@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from llama_jax.config import ModelConfig
 from llama_jax.kernels.attention import (
@@ -18,6 +19,9 @@ from llama_jax.kernels.attention import (
     distance_bias,
     merge_heads_and_batch,
 )
+from llama_jax.kernels.matmul import platform
+
+ROW_MAJOR = Layout((0, 1, 2))
 
 # (q_BTNH, k_BTKH, v_BTKH, the layer's cache or None, dropout key or None, slopes_N or None) -> (the
 # mixed values [B, T, N, H], the updated cache). `Llama.hidden` makes one that all blocks share.
@@ -163,5 +167,13 @@ def _write(old_RSH: jax.Array, new_BTKH: jax.Array, at_B: jax.Array) -> jax.Arra
     new_RTH = merge_heads_and_batch(new_BTKH.astype(old_RSH.dtype))
     if not at_B.ndim or B == 1:  # one place needs no scatter
         return jax.lax.dynamic_update_slice_in_dim(old_RSH, new_RTH, at_B.reshape(-1)[0], axis=1)
-    write = partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
-    return jax.vmap(write)(old_RSH, new_RTH, jnp.tile(at_B, K))
+    if platform() != "tpu":
+        write = partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
+        return jax.vmap(write)(old_RSH, new_RTH, jnp.tile(at_B, K))
+    # That is a scatter, of which the TPU compiler makes a loop over all R. So one sequence after
+    # the other; and in the layout that attention reads, else it would copy the cache for each step.
+    old_KBSH, new_KBTH = (x.reshape(K, B, *x.shape[1:]) for x in (old_RSH, new_RTH))
+    for b in range(B):
+        place = (0, b, at_B[b], 0)
+        old_KBSH = jax.lax.dynamic_update_slice(old_KBSH, new_KBTH[:, b : b + 1], place)
+    return with_layout_constraint(old_KBSH.reshape(old_RSH.shape), ROW_MAJOR)

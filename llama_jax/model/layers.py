@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llama_jax.kernels.matmul import FLOAT32, times_transposed
+from llama_jax.kernels.matmul import FLOAT32, times_transposed, with_rows_of_a_tile
 
 
 def parameter(
@@ -53,9 +53,8 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype).reshape(math.prod(self.inputs), -1)
         rows = x.shape[: x.ndim - len(self.inputs)]
-        return add_bias(
-            self, (x.reshape(-1, kernel.shape[0]) @ kernel).reshape(rows + self.outputs)
-        )
+        y = with_rows_of_a_tile(jnp.matmul, x.reshape(-1, kernel.shape[0]), kernel)
+        return add_bias(self, y.reshape(rows + self.outputs))
 
 
 def add_bias(layer: nnx.Module, y: jax.Array) -> jax.Array:
