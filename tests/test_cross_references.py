@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
@@ -54,15 +55,20 @@ def exists(place, parts):
 
 def defines(module, name):
     """Whether a module defines or imports a name at its top level."""
+    return name in names_of(module)
+
+
+@functools.cache
+def names_of(module):
+    """The names that a module defines or imports at its top level."""
+    names = set()
     for node in ast.parse(module.read_text()).body:
-        names = [getattr(node, "name", "")]
         targets = getattr(node, "targets", [getattr(node, "target", None)])
         named = (each for target in targets if target for each in ast.walk(target))
-        names += [each.id for each in named if isinstance(each, ast.Name)]
-        names += [alias.name for alias in getattr(node, "names", ())]
-        if name in names:
-            return True
-    return False
+        names |= {each.id for each in named if isinstance(each, ast.Name)}
+        names |= {alias.name for alias in getattr(node, "names", ())}
+        names.add(getattr(node, "name", ""))
+    return names
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
