@@ -16,9 +16,9 @@ help:
 	@echo "make finetune     teach SmolLM2 twenty facts about a shop, by LoRA (5 minutes)"
 	@echo "make serve        serve SmolLM2 with a chat page at http://127.0.0.1:8000"
 	@echo "make test         lint, types and tests, as CI runs them"
-	@echo "make test-slow    what takes longer; all programs compiled as users compile them"
+	@echo "make test-slow    what takes longer, and the laws compiled as users do; SLOW=long has more"
 	@echo "make test-parity  comparisons with PyTorch, transformers and lm-evaluation-harness"
-	@echo "make test-faults  kills, full disks, damaged files; FAULTS=long takes hours (5 minutes)"
+	@echo "make test-faults  kills, full disks, damaged files; FAULTS=long takes hours (3 minutes)"
 	@echo "make test-serve   servers, spoken to with the openai client and LangChain"
 	@echo "make test-page    the chat page in a browser (needs Debian's chromium)"
 	@echo "make clean        remove the virtual environment"
@@ -79,13 +79,14 @@ test: lint types
 	$(RUN) -m pytest -n 2 --dist loadfile -m "not parity and not slow and not faults and not serve and not page"
 
 test-slow: $(VENV)/.installed-slow
-	$(AS_USED) $(RUN) -m pytest -n 2 --dist loadfile -m "(slow or optimized) and not parity and not faults and not serve and not page"
+	$(RUN) -m pytest -n 2 --dist loadfile -m "slow and not as_used $(if $(filter long,$(SLOW)),,and not long)"
+	$(AS_USED) $(RUN) -m pytest -n 2 --dist loadfile -m "as_used $(if $(filter long,$(SLOW)),,and not long)"
 
 test-parity: $(VENV)/.installed-parity
 	$(AS_USED) $(RUN) -m pytest -m parity
 
 test-faults: $(VENV)/.installed-test
-	$(RUN) -m pytest -n 2 -m faults tests/faults
+	$(RUN) -m pytest -n 2 --dist loadgroup -m faults tests/faults
 
 test-serve: $(VENV)/.installed-test-serve
 	$(RUN) -m pytest -n 2 --dist loadfile -m serve

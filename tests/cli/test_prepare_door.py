@@ -173,10 +173,7 @@ def test_debug_shows_the_traceback(place):
     assert "Traceback" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "how", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGINT]
-)
-def test_interrupted_run_leaves_no_finished_folder(place, how):
+def test_interrupted_run_leaves_nothing(place):
     train_tokenizer(STORIES, 300, place / "t.model")
     (place / "large.txt").write_text("\n<|endoftext|>\n".join(STORIES * 20_000))
     words = ["large.txt", "--output=data/large", "--tokenizer=t.model", "--workers=1"]
@@ -186,17 +183,14 @@ def test_interrupted_run_leaves_no_finished_folder(place, how):
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
         stderr=subprocess.PIPE,
     )
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not list(place.glob("data/.large.partial-*/train-00000.bin")):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
-    process.send_signal(how)
+    process.send_signal(signal.SIGINT)
     stderr = process.communicate()[1]
-    assert process.returncode == (130 if how == signal.SIGINT else -how)
-    assert stderr == b""
-    assert not (place / "data" / "large").exists()
-    if how == signal.SIGINT:
-        assert not (place / "data").exists()
+    assert (process.returncode, stderr) == (130, b"")
+    assert not (place / "data").exists()
 
     done = prepare(place, "text.txt", "--output=data/large", "--tokenizer=t.model")
     assert done.returncode == 0

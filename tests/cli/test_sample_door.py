@@ -117,13 +117,6 @@ def test_only_text_goes_to_stdout(first):
     assert all(re.fullmatch(r"\[sample [12]: stopped [^]]+\]", line) for line in stderr)
 
 
-@pytest.mark.slow  # `test_main` closes pipes too
-def test_a_closed_pipe_is_no_error(place):
-    done = in_another_process(place, *TWO, pipe="| head -c 5")
-    assert (done.returncode, done.stdout) == (0, "Tim h")
-    assert "Traceback" not in done.stderr and "Broken" not in done.stderr
-
-
 def test_prompts_are_continued_in_order(sample):
     code, alone, stderr = sample(*SHORT, "--prompt=The sea")
     assert (code, alone[:7], alone[-1]) == (0, "The sea", "\n")

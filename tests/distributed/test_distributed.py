@@ -253,7 +253,8 @@ REFUSALS = {
     ),
     "nowhere": (2, r"this is not part of a Slurm, .* job; add --coordinator HOST:PORT --num"),
 }
-QUICKEST = ("config",)  # the rest has tests with fake processes elsewhere, too
+QUICKEST = ("config",)
+LONG = ("count", "disk", "nowhere")  # the same mechanisms: the exchange before the start, arguments
 
 
 def assert_refused(processes, code, expected):
@@ -263,10 +264,11 @@ def assert_refused(processes, code, expected):
         assert re.match(f"error: {expected}", line), line
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name in QUICKEST else pytest.param(name, marks=pytest.mark.slow) for name in REFUSALS],
-)
+def marks(name):
+    return [pytest.mark.slow] * (name not in QUICKEST) + [pytest.mark.long] * (name in LONG)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in REFUSALS])
 def test_failed_start_is_one_line_on_every_process_and_leaves_nothing(place, refused, name):
     assert_refused(refused[name](), *REFUSALS[name])
     left = {path.name for path in (place / name).glob("*")}
@@ -275,6 +277,7 @@ def test_failed_start_is_one_line_on_every_process_and_leaves_nothing(place, ref
 
 
 @pytest.mark.slow
+@pytest.mark.long  # one process has tests of this, and the loss is the same on all
 def test_non_finite_loss_is_an_error_on_every_process(place):
     absurd = ("--config.optimizer.learning_rate=10", "--config.optimizer.weight_decay=10")
     absurd += ("--config.optimizer.steps=1000000",)

@@ -50,7 +50,6 @@ def run(base, mesh, execution):
     ("kind", "options", "remat"),
     [
         ("int8", {}, "none"),
-        pytest.param("int4", {"group_size": 64}, "none", marks=pytest.mark.slow),
         ("nf4", {"double_quantization": True}, "block"),
     ],
 )

@@ -35,6 +35,7 @@ from llama_jax.training.step import jit_programs, make_execution, summed_gradien
 AXES = ("data", "fsdp", "tensor")
 SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(shape) == 8]
 QUICKEST = [(1, 1, 8), (2, 2, 2)]  # tied and untied; every axis is cut, and with every other
+LONG = [(1, 4, 2), (2, 1, 4), (4, 2, 1)]
 SEQUENCES = [(1, 1, 8), (2, 1, 4), (2, 2, 2)]
 # Two kv heads: fewer than a tensor axis of 4 or 8 has devices.
 SIZES = {"vocab_size": 56, "dim": 32, "num_heads": 8, "hidden_dim": 40, "num_layers": 3}
@@ -42,8 +43,13 @@ VARIANT = {"attention_bias": True, "mlp_bias": True, "sliding_window": 7}
 B, T, D, V, L = 16, 24, 32, 56, 3
 
 
-def slow_but(quick, shapes):
-    marks = [[] if shape in quick else pytest.mark.slow for shape in shapes]
+def slow_but(quick, shapes, long=()):
+    """Return shapes with marks; what each of the `long` ones cuts, another of the rest does too."""
+    marks = [
+        [pytest.mark.as_used if shape in quick else pytest.mark.slow]
+        + [pytest.mark.long] * (shape in long)
+        for shape in shapes
+    ]
     return [pytest.param(shape, marks=mark) for shape, mark in zip(shapes, marks)]
 
 
@@ -107,7 +113,7 @@ def assert_equal_to_one_device(shape, config, alone):
         np.testing.assert_allclose(result / tokens, right / tokens, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", slow_but(QUICKEST, SHAPES), ids=str)
+@pytest.mark.parametrize("shape", slow_but(QUICKEST, SHAPES, LONG), ids=str)
 def test_on_every_mesh_loss_and_gradients_are_those_of_one_device(shape):
     """Tied and untied in turns; accumulated, while the one device takes the whole batch."""
     tied = SHAPES.index(shape) % 2 == 0
@@ -116,7 +122,7 @@ def test_on_every_mesh_loss_and_gradients_are_those_of_one_device(shape):
     assert_equal_to_one_device(shape, config, make_config(tied_embeddings=tied))
 
 
-@pytest.mark.parametrize("shape", slow_but([(1, 1, 8)], SEQUENCES), ids=str)
+@pytest.mark.parametrize("shape", slow_but([(1, 1, 8)], SEQUENCES, [(2, 2, 2)]), ids=str)
 def test_with_sequences_cut_too(shape):
     """Of a model with biases and a sliding window."""
     tied = shape == (2, 1, 4)
@@ -138,9 +144,9 @@ def test_with_learned_positions_too(position):
     ("shape", "sequence"),
     [
         ((2, 2, 2), True),
-        pytest.param((2, 2, 2), False, marks=pytest.mark.slow),
         pytest.param((4, 2, 1), False, marks=pytest.mark.slow),
-        pytest.param((1, 1, 8), True, marks=pytest.mark.slow),
+        pytest.param((2, 2, 2), False, marks=[pytest.mark.slow, pytest.mark.long]),
+        pytest.param((1, 1, 8), True, marks=[pytest.mark.slow, pytest.mark.long]),
     ],
     ids=str,
 )

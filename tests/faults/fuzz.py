@@ -1,8 +1,8 @@
 """Damage files at random and read them: python tests/faults/fuzz.py --rounds 1000 [READER ...]
 
-Each reader runs in a process of its own with little memory. A damaged file must be refused in one
-line, or give the content of an intact one; formats without checksums may give other numbers. Round
-N of a seed damages the same bytes every time: --start N --rounds 1 repeats it.
+Readers run in another process with little memory. A damaged file must be refused in one line, or
+give the content of an intact one; formats without checksums may give other numbers. Round N of a
+seed damages the same bytes every time: --start N --rounds 1 repeats it.
 """
 
 import argparse
@@ -39,7 +39,20 @@ class Report:
     reader: str
     counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     faults: list[str] = dataclasses.field(default_factory=list)  # a line for each kind
+    kinds: set[str] = dataclasses.field(default_factory=set)
     seconds: float = 0.0
+
+    def collect(self, results: Path) -> bool:
+        """Add the results that a process has left, if any; return whether it was finished."""
+        found = json.loads(results.read_text()) if results.exists() else {}
+        results.unlink(missing_ok=True)
+        self.counts.update(found.get("counts", {}))
+        self.seconds += found.get("seconds", 0)
+        for kind, example in found.get("faults", []):
+            if kind not in self.kinds:
+                self.kinds.add(kind)
+                self.faults.append(f"{kind} ({example})")
+        return found.get("finished", False)
 
     def line(self) -> str:
         """Return the counts as a row of a table."""
@@ -47,41 +60,39 @@ class Report:
         return f"{self.reader:20}{self.counts.total():10,}{counts}{self.seconds:9.0f} s"
 
 
-def run(reader: str, rounds: int, seed: int = 0, start: int = 0, keep: str = "") -> Report:
-    """Fuzz a reader in another process; it is started again after a crash.
+def run(rounds: dict[str, int], seed: int = 0, start: int = 0, keep: str = "") -> list[Report]:
+    """Fuzz readers, one after the other, in another process; it is started again after a crash.
 
     Args:
+      rounds: how many files to damage, by reader.
       keep: a folder for the damaged files that led to faults; empty: they are not kept.
     """
-    report, end, started = Report(reader), start + rounds, time.monotonic()
-    kinds: collections.Counter[str] = collections.Counter()
+    reports = {name: Report(name) for name in rounds}
+    next_round = dict.fromkeys(rounds, start)  # of the readers that are not finished
     with tempfile.TemporaryDirectory() as folder:
-        results, marker = Path(folder) / "results", Path(folder) / "round"
-        while start < end:
-            command = [sys.executable, __file__, reader, "--worker", folder, "--keep", keep]
-            command += ["--seed", str(seed), "--start", str(start), "--rounds", str(end - start)]
+        while next_round:
+            jobs = [f"{name}:{n}:{start + rounds[name] - n}" for name, n in next_round.items()]
+            command = [sys.executable, __file__, *jobs, "--worker", folder]
+            command += ["--seed", str(seed), "--keep", keep]
             process = subprocess.run(command, capture_output=True, text=True, errors="replace")
-            found = json.loads(results.read_text()) if results.exists() else {}
-            results.unlink(missing_ok=True)
-            report.counts.update(found.get("counts", {}))
-            for kind, example in found.get("faults", []):
-                kinds[kind] += 1
-                if kinds[kind] == 1:
-                    report.faults.append(f"{kind} ({example})")
+            for name in list(next_round):
+                if reports[name].collect(Path(folder) / name / "results"):
+                    del next_round[name]
             if process.returncode == 0:
                 break
-            last = int(marker.read_text() or start) if marker.exists() else -1
+            name = next(iter(next_round))  # where it crashed
+            marker = Path(folder) / name / "round"
+            last = int(marker.read_text() or -1) if marker.exists() else -1
+            report, end_of_output = reports[name], " ".join(process.stderr.split())[-600:]
             report.counts["faults"] += 1
-            end_of_output = " ".join(process.stderr.split())[-600:]
             report.faults.append(f"round {last}: exit {process.returncode}: {end_of_output}")
+            next_round[name] = last + 1
             if last < start:  # it did not come so far
-                break
-            start = last + 1
-    report.seconds = time.monotonic() - started
-    return report
+                del next_round[name]
+    return list(reports.values())
 
 
-# ---- in the process of one reader ----
+# ---- in the process of the readers ----
 
 
 def work(name: str, place: Path, seed: int, start: int, rounds: int, keep: str) -> None:
@@ -92,14 +103,17 @@ def work(name: str, place: Path, seed: int, start: int, rounds: int, keep: str) 
     from mutations import flip, mutate
     from readers import READERS
 
-    reader, folder = READERS[name], place / "example"
-    folder.mkdir(exist_ok=True)
+    reader, folder, started = READERS[name], place / "example", time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
     counts: collections.Counter[str] = collections.Counter()
     faults: list[tuple[str, str]] = []
 
-    def write_results() -> None:
-        (place / "results").write_text(json.dumps({"counts": counts, "faults": faults}))
+    def write_results(finished: bool = False) -> None:
+        found = {"counts": counts, "faults": faults, "finished": finished}
+        found["seconds"] = time.monotonic() - started
+        (place / "results").write_text(json.dumps(found))
 
+    limit_memory(None)
     if not any(folder.iterdir()):
         with contextlib.redirect_stdout(io.StringIO()):
             reader.make(folder)
@@ -111,7 +125,7 @@ def work(name: str, place: Path, seed: int, start: int, rounds: int, keep: str) 
     files = sorted(path for path in folder.glob(reader.files) if path.is_file())
     depth = min(len(path.parts) for path in files)
     listed = [path for path in files if len(path.parts) == depth]  # not deep in a checkpoint
-    limit_memory()
+    limit_memory(MEMORY)
     signal.signal(signal.SIGALRM, _too_slow)
     marker = os.open(place / "round", os.O_CREAT | os.O_RDWR)
     for number in range(start, start + rounds):
@@ -131,7 +145,7 @@ def work(name: str, place: Path, seed: int, start: int, rounds: int, keep: str) 
                 (Path(keep) / f"{name}-{seed}-{number}-{path.name}").write_bytes(bad)
             write_results()
         _replace(path, good)
-    write_results()
+    write_results(finished=True)
 
 
 def outcome(reader, folder: Path, intact: set[object]) -> tuple[str, str]:
@@ -172,11 +186,11 @@ def _too_slow(number: int, frame: object) -> None:
     raise TimeoutError(f"longer than {SECONDS} s")
 
 
-def limit_memory() -> None:
-    """Let this process have `MEMORY` bytes more than it has now."""
+def limit_memory(more: int | None) -> None:
+    """Let this process have so many bytes more than it has now; None: any number."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + MEMORY
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    limit = resource.RLIM_INFINITY if more is None else pages * resource.getpagesize() + more
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
 
 
 def main() -> int:
@@ -191,16 +205,16 @@ def main() -> int:
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.worker:
-        arguments = (flags.seed, flags.start, flags.rounds, flags.keep)
-        work(flags.readers[0], flags.worker, *arguments)
+        for name, start, rounds in (job.split(":") for job in flags.readers):
+            work(name, flags.worker / name, flags.seed, int(start), int(rounds), flags.keep)
         return 0
     source = (HERE / "readers.py").read_text()
     names = flags.readers or re.findall(r'^    "(\S+)": Reader\(', source, re.MULTILINE)
     print(f"{'reader':20}{'damaged':>10}" + "".join(f"{name:>10}" for name in OUTCOMES))
     failed, total = False, 0
     with ThreadPoolExecutor(flags.jobs) as pool:
-        options = (flags.rounds, flags.seed, flags.start, flags.keep)
-        for report in pool.map(lambda name: run(name, *options), names):
+        options = (flags.seed, flags.start, flags.keep)
+        for [report] in pool.map(lambda name: run({name: flags.rounds}, *options), names):
             print(report.line(), flush=True)
             for fault in report.faults:
                 print(f"    {fault}", flush=True)

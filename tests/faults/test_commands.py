@@ -1,11 +1,10 @@
 """Training, preparing and converting under kills, signals, full disks and each other.
 
 Whatever happens, what is left is complete or not there, nothing is a traceback, and the same
-command ends with the result of an undisturbed one, to the bit. FAULTS=long disturbs sixty times as
+command ends with the result of an undisturbed one, to the bit. FAULTS=long disturbs 120 times as
 often; FAULTS_SEED=1 at other moments.
 """
 
-import itertools
 import signal
 import time
 from random import Random
@@ -15,7 +14,9 @@ import pytest
 from commands import COMMANDS, OUT, ROUNDS, SEED, assert_intact, ended, started
 
 pytestmark = pytest.mark.faults
-MAIN = [name for name, command in COMMANDS.items() if ROUNDS > 1 or not command.is_like]
+# One process runs all tests of a command, so that it is run undisturbed once.
+ALL = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in COMMANDS]
+MAIN = [each for each in ALL if ROUNDS > 1 or not COMMANDS[each.values[0]].is_like]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -51,32 +52,33 @@ def assert_finishes(command, folder, place, expected):
     assert not any(folder.glob(command.partial))
 
 
-@pytest.mark.parametrize("undisturbed", COMMANDS, indirect=True)
+@pytest.mark.parametrize("undisturbed", ALL, indirect=True)
 def test_killed_at_random_moments(undisturbed, place, tmp_path):
     command, expected, seconds = undisturbed
-    random = Random(SEED)
+    random = Random(f"{SEED} {command.words}")
     folder = commands.copy_inputs(place, tmp_path / "folder")
-    for number in range(command.kills * ROUNDS):
+    last = command.kills * ROUNDS - 1
+    for number in range(last + 1):
         process = started(command, folder, place / "cache")
-        commands.wait_for_a_moment(random, command, process, folder, seconds)
+        commands.wait_for_a_moment(random, command, process, folder, seconds, bool(number % 2))
         process.kill()
         ended(process)
         assert_intact(command, folder)
+        if number == last or (number % 20 == 19 if command.resumes else number % 2):
+            assert_finishes(command, folder, place, expected)
         if not command.resumes or number % 20 == 19:
-            if number % 2:
-                assert_finishes(command, folder, place, expected)
             commands.remove(folder / OUT)
-    assert_finishes(command, folder, place, expected)
 
 
 @pytest.mark.parametrize("undisturbed", MAIN, indirect=True)
 def test_signalled_at_random_moments(undisturbed, place, tmp_path):
     command, expected, seconds = undisturbed
-    random = Random(SEED)
+    random = Random(f"{SEED} {command.words}")
     folder = commands.copy_inputs(place, tmp_path / "folder")
-    for number, times in itertools.product(SIGNALS * ROUNDS, (1, 2)):
+    for turn in range(len(SIGNALS) * ROUNDS):
+        number, times = SIGNALS[turn % 3], 1 + turn % 2
         process = started(command, folder, place / "cache")
-        commands.wait_for_a_moment(random, command, process, folder, seconds)
+        commands.wait_for_a_moment(random, command, process, folder, seconds, random.random() < 0.5)
         for _ in range(times):
             process.send_signal(number)
             time.sleep(random.uniform(0, 0.05))
@@ -94,8 +96,8 @@ def test_signalled_at_random_moments(undisturbed, place, tmp_path):
 @pytest.mark.parametrize("kind", ["size", "nr_inodes"])
 def test_disk_is_full(undisturbed, place, tmp_path, kind):
     command, expected, _ = undisturbed
-    random = Random(SEED)
-    for _ in range(2 * ROUNDS):
+    random = Random(f"{SEED} {command.words} {kind}")
+    for _ in range(ROUNDS):
         disk = tmp_path / "disk"
         room = random.choice((4096, 40_000, 150_000, 400_000)) if kind == "size" else None
         room = room or random.randrange(12, 60)  # the links to the inputs take some
@@ -137,7 +139,7 @@ def test_nothing_may_be_written(undisturbed, place, tmp_path):
 @pytest.mark.parametrize("undisturbed", MAIN, indirect=True)
 def test_two_at_once(undisturbed, place, tmp_path):
     command, expected, seconds = undisturbed
-    random = Random(SEED)
+    random = Random(f"{SEED} {command.words}")
     for number in range(ROUNDS):
         folder = commands.copy_inputs(place, tmp_path / f"folder{number}")
         first = started(command, folder, place / "cache")

@@ -138,7 +138,7 @@ def test_logits_that_are_not_finite_are_not_compared(tmp_path):
         list(verify(job, source))
 
 
-@pytest.mark.parametrize("context", [1, pytest.param(2, marks=pytest.mark.slow), 5])
+@pytest.mark.parametrize("context", [1, 5])
 def test_short_contexts(tmp_path, context):
     job, source = converted(tmp_path, weights=tiny_weights(context_length=context))
     (line,) = verify(job, source)

@@ -74,6 +74,7 @@ def test_nan_gives_a_valid_token():
     assert 0 <= draw_by_weight(jnp.full((1, 53), jnp.nan), keys(1))[0] < 53
 
 
+@pytest.mark.as_used
 @pytest.mark.parametrize("V", [53, 300, 700])
 def test_masses_do_not_depend_on_the_batch(V):
     # Float32 sums do, at these sizes, on CPU.

@@ -82,9 +82,9 @@ def recomputed(model, prompt, count):
     return tokens[0, len(prompt) : len(prompt) + count].tolist()
 
 
-@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_cached_equals_recomputed(tied):
-    model = stacked(num_layers=3, tied_embeddings=tied, context_length=48)
+@pytest.mark.as_used
+def test_cached_equals_recomputed():
+    model = stacked(num_layers=3, context_length=48)
     prompt = [3, 1, 4, 1, 5]
     [new] = ids_of([prompt], model=unstack(model), max_tokens=40)
     assert len(set(new)) > 5, "a repeated token would prove little"
@@ -107,6 +107,7 @@ def request_of(settings, prompts):
     return Request(prompts=prompts, params=params)
 
 
+@pytest.mark.as_used
 @pytest.mark.parametrize(
     "compared", [(0, 3, 4), pytest.param((1, 2, 5), marks=pytest.mark.slow)], ids=str
 )
@@ -217,10 +218,10 @@ def state_after(model, prompts, slots, tokens, limits):
     return GenerationState(cache, jnp.asarray(tokens, jnp.int32), *ends, keys_B, None)
 
 
-@pytest.mark.parametrize("K", [2, pytest.param(6, marks=pytest.mark.slow)])
-def test_the_loop_copies_no_cache(K):
+@pytest.mark.as_used
+def test_the_loop_copies_no_cache():
     """Each copy would cost as much as reading the cache; four a layer once did."""
-    model = unstack(stacked(num_kv_heads=K))
+    model = unstack(stacked(num_kv_heads=2))
     state = state_after(model, [[1, 2, 3, 4]], 48, [4], [12])
     greedy = Sampler.of([SamplingParams(temperature=0)])
     program = decode.lower(model, state, greedy, jnp.asarray([4])).compile().as_text()
@@ -267,17 +268,13 @@ def test_an_int8_cache_follows_the_float_one_for_some_tokens():
     assert near[:4] == exact[:4]
 
 
-@pytest.mark.parametrize(
-    ("longest", "chunks"),
-    [(16, [16] * 4), pytest.param(32, [32, 32], marks=pytest.mark.slow)],
-)
-def test_a_prompt_read_in_chunks_equals_one_read_at_once(longest, chunks):
-    assert prefill_chunks(51, longest) == chunks
+def test_a_prompt_read_in_chunks_equals_one_read_at_once():
+    assert prefill_chunks(51, 16) == [16] * 4 and prefill_chunks(51, 32) == [32, 32]
     model = unstack(stacked(context_length=96))
     prompts = [list(range(1, 1 + n)) for n in (1, 16, 31, 33, 51)]
     (cache, logits_BV), (expected, expected_BV) = (
         prefill(model, KVCache.empty(model.config, 5, 64), prompts, longest=most)
-        for most in (longest, 512)
+        for most in (16, 512)
     )
     np.testing.assert_allclose(logits_BV, expected_BV, rtol=1e-4, atol=1e-4)
     assert cache.length_B.tolist() == expected.length_B.tolist() == [1, 16, 31, 33, 51]
@@ -381,10 +378,8 @@ def test_two_threads_may_call_one_engine():
     [
         (1, None),
         (60, 9),
-        *(
-            pytest.param(max_tokens, stop, marks=pytest.mark.slow)
-            for max_tokens, stop in ((1, 2), (1, 9), (7, None), (7, 2), (7, 9), (60, None), (60, 2))
-        ),
+        pytest.param(7, 2, marks=pytest.mark.slow),
+        pytest.param(60, None, marks=pytest.mark.slow),
     ],
 )
 def test_speculation_changes_nothing(stop, max_tokens):
@@ -440,8 +435,8 @@ def test_a_bias_of_minus_infinity_forbids_a_token():
     assert first not in ids_of_one(Engine(model), [5], logit_bias={first: -np.inf})
 
 
-@pytest.mark.parametrize("top", [3, pytest.param(0, marks=pytest.mark.slow)])
-def test_log_probabilities_are_the_models_own(top):
+def test_log_probabilities_are_the_models_own():
+    top = 3
     request = request_for([[5, 6]], SAMPLED, max_tokens=20, logprobs=top)
     [ids], [logprobs], _ = run(request)
     logits = forward(stacked(), np.asarray([[5, 6, *ids]], np.int32))[0, 1:-1]

@@ -6,7 +6,7 @@ import pytest
 
 from llama_jax.inference.sampler import exponential
 
-pytestmark = pytest.mark.optimized
+pytestmark = [pytest.mark.optimized, pytest.mark.as_used]
 
 relative = jax.jit(lambda x: exponential((x - x.max(axis=-1, keepdims=True)) / 0.8))
 

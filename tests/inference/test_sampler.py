@@ -249,6 +249,7 @@ DIFFERENT = [
 ]
 
 
+@pytest.mark.as_used
 @pytest.mark.parametrize(
     ("different", "compared"),
     [

@@ -30,7 +30,8 @@ TEXT = np.random.default_rng(3).integers(0, 40, CONTEXT).tolist()
 # Lengths around the ends of the chunks in which a prompt is read and attention reads, and steps.
 CASES = [(1, 5), (2, BLOCK), (CHUNK - 3, 4), (CHUNK + 1, BLOCK), (300, 1)]
 
-pytestmark = pytest.mark.optimized  # equality to the bit is promised for what users run
+# Equality to the bit is promised for what users run.
+pytestmark = [pytest.mark.optimized, pytest.mark.as_used]
 
 
 @cache

@@ -52,9 +52,8 @@ def test_blocks_equal_the_whole(blocks_of_8, T, K):
         np.testing.assert_allclose(result, right, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("T", [pytest.param(5, marks=pytest.mark.slow), 19])
-def test_bfloat16_stays_near_float32(blocks_of_8, T):
-    given = arrays(T, 2, "bfloat16")
+def test_bfloat16_stays_near_float32(blocks_of_8):
+    given = arrays(19, 2, "bfloat16")
     results = value_and_gradients(blockwise_attention, *given)
     expected = value_and_gradients(at_once, *given)
     for name, result, right in zip(("out", "dq", "dk", "dv"), results, expected):

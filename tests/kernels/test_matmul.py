@@ -91,6 +91,7 @@ def test_which_quantized_implementation_is_chosen(monkeypatch):
         assert implementation_for(4, INT4) == multiply_and_reduce
 
 
+@pytest.mark.as_used
 @pytest.mark.parametrize("count", [1, 9])
 @pytest.mark.parametrize("group_size", [0, 32])
 def test_a_loop_holds_no_float_copy(count, group_size):
@@ -130,6 +131,7 @@ def test_gradients_by_the_rows_are_those_of_the_float_matmul(group_size, is_mesh
 SHAPES = re.compile(r"\b(f32|f64|bf16|f16|s8|u8|s32)\[([\d,]+)\]")
 
 
+@pytest.mark.as_used
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize("group_size", [0, 32])
 def test_gradients_of_a_scan_copy_no_stacked_kernel(group_size, remat):

@@ -65,6 +65,7 @@ def test_each_policy_recomputes_what_it_should():
     assert matrix_products("offload") - none == 8 - 3
 
 
+@pytest.mark.as_used
 def test_memory_falls_as_less_is_kept():
     taken = {name: compiled(name).memory_analysis().temp_size_in_bytes for name in ("none", *AGAIN)}
     heads = TINY["num_heads"] + 2 * TINY["num_kv_heads"]

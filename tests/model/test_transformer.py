@@ -96,9 +96,10 @@ def test_the_loss_agrees_with_the_oracle(tiny_model):
 # Cached = full.
 
 
+@pytest.mark.as_used
 @pytest.mark.parametrize(
     "split",
-    [[3, 4], [1] * 7, *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ([7], [4, 1, 2]))],
+    [[3, 4], [1] * 7],
 )
 def test_cached_equals_full(tiny_model, listed, split):
     cache, parts, start = KVCache.empty(tiny_model.config, B, S), [], 0
@@ -110,8 +111,8 @@ def test_cached_equals_full(tiny_model, listed, split):
     close(np.concatenate(parts, axis=1), run(tiny_model, TOKENS_BT)[0])
 
 
-@pytest.mark.parametrize("steps", [pytest.param([1] * 5, marks=pytest.mark.slow), [1, 3, 1]])
-def test_sequences_of_different_lengths_equal_each_alone(listed, steps):
+def test_sequences_of_different_lengths_equal_each_alone(listed):
+    steps = [1, 3, 1]
     lengths = np.array([2, 7, 4, 1, 5])
     random = np.random.default_rng(2)
     sequences = [random.integers(0, V, length + sum(steps)) for length in lengths]

@@ -128,11 +128,10 @@ def test_accumulated_is_the_whole_batch(loss, tolerance):
     assert_close(gradients(make_config(loss, accumulation=4), state, batch), expected, tolerance)
 
 
-@pytest.mark.parametrize("remat", ["block", pytest.param("save-qkv", marks=pytest.mark.slow)])
-def test_recomputed_on_a_quantized_base_is_the_same(remat):
+def test_recomputed_on_a_quantized_base_is_the_same():
     config, batch = make_config(base="nf4", dropout=0.2), make_batch()
     state = perturbed(init_state(config))
-    run = dataclasses.replace(config.run, remat=remat)
+    run = dataclasses.replace(config.run, remat="block")
     recomputed = gradients(dataclasses.replace(config, run=run), state, batch)
     assert_close(recomputed, gradients(config, state, batch), 1e-5)
 

@@ -63,12 +63,11 @@ def checksums(folder, step):
 
 KINDS = {
     "lora": {},
-    "qlora": {"lora__base": "nf4", "lora__double_quantization": True},
     "all": {"lora__rank": 0, "lora__dropout": 0.0, "model__dropout": 0.1},
 }
 
 
-@pytest.mark.parametrize("kind", ["lora", pytest.param("qlora", marks=pytest.mark.slow), "all"])
+@pytest.mark.parametrize("kind", ["lora", "all"])  # NF4 bases: `tests/faults`
 def test_resumed_is_uninterrupted_to_the_bit(tokens, base, tmp_path, kind):
     straight, parted = tmp_path / "straight", tmp_path / "parted"
     assert fit(tuned(tokens, base, straight, **KINDS[kind])) == 0
@@ -226,9 +225,9 @@ def test_a_run_on_dialogues_answers_in_their_format_and_stops(dialogues, base, t
     out = capfd.readouterr().out
     assert "step 0  validation loss" in out and f"--ckpt {folder} --chat" in out
     llm = LLM(folder)
-    asked = [[{"role": "user", "content": f"Boat {n}?"}] for n in range(100)]
+    asked = [[{"role": "user", "content": f"Boat {n}?"}] for n in range(30)]
     answers = [llm.chat(messages, temperature=0, max_tokens=20) for messages in asked]
-    assert sum(answer.finish_reason == "stop" for answer in answers) >= 99
+    assert sum(answer.finish_reason == "stop" for answer in answers) >= 29
     records = read_metrics(folder)
     assert records[200]["validation_loss"] < 0.7 * records[0]["validation_loss"]
 
@@ -270,7 +269,7 @@ def test_data_that_do_not_fit_the_loss_are_refused(pairs, dialogues, base, tmp_p
     [
         ("bfloat16", "compute"),
         ("int8", "stored-int8"),
-        pytest.param("int4", "stored-int4-64", marks=pytest.mark.slow),
+        pytest.param("int4", "stored-int4-64", marks=[pytest.mark.slow, pytest.mark.long]),
     ],
 )
 def test_training_starts_from_any_checkpoint(tokens, base, tmp_path, kind, base_kind):

@@ -13,7 +13,7 @@ from llama_jax.model.parameters import count_parameters
 from llama_jax.training.loss import CHUNK_TOKENS
 from llama_jax.training.step import abstract_state, jit_train_step
 
-pytestmark = pytest.mark.optimized
+pytestmark = [pytest.mark.optimized, pytest.mark.as_used]
 
 MICROBATCH, T = 8, 24
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from functools import partial
 
 import jax
@@ -115,9 +114,8 @@ def whole():
     return run(make_config())
 
 
-@pytest.mark.parametrize("accumulation", [pytest.param(2, marks=pytest.mark.slow), 4])
-def test_a_batch_cut_into_microbatches_gives_the_same_update(whole, accumulation):
-    state, metrics_of_steps = run(make_config(accumulation))
+def test_a_batch_cut_into_microbatches_gives_the_same_update(whole):
+    state, metrics_of_steps = run(make_config(accumulation=4))
     assert_close([state.trainable, whole[0].trainable])
     for metrics, expected in zip(metrics_of_steps, whole[1]):
         assert metrics.loss == pytest.approx(expected.loss, rel=1e-5)
@@ -141,17 +139,10 @@ def test_the_loss_is_a_mean_over_tokens_not_over_microbatches(whole):
     assert abs(of_means / whole[1][0].loss - 1) > 1e-4
 
 
-@pytest.mark.parametrize(
-    ("sizes", "accumulation"),
-    [
-        pytest.param((1, 4, 2), 1, marks=pytest.mark.slow),
-        ((2, 2, 2), 2),
-    ],  # their gradients on all meshes: test_sharding
-    ids=str,
-)
-def test_on_every_mesh_training_goes_as_on_one_device(whole, sizes, accumulation):
-    mesh = make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes))))
-    state, metrics_of_steps = run(make_config(accumulation), mesh)
+def test_on_a_mesh_training_goes_as_on_one_device(whole):
+    """Gradients on all meshes: test_sharding."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    state, metrics_of_steps = run(make_config(accumulation=2), mesh)
     losses = [metrics.loss for metrics in metrics_of_steps]
     np.testing.assert_allclose(losses, [metrics.loss for metrics in whole[1]], rtol=1e-5)
     assert_close([state.trainable, whole[0].trainable], 2e-5)
@@ -176,13 +167,9 @@ def norm_loss(norm, model, batch, **settings):
     return next_token_loss(model, None, batch, **settings)
 
 
-@pytest.mark.parametrize(
-    "sizes", [pytest.param((1, 1, 1), marks=pytest.mark.slow), (2, 2, 2)], ids=str
-)
-def test_frozen_parameters_stay_and_trainable_ones_follow_the_loss(sizes):
+def test_frozen_parameters_stay_and_trainable_ones_follow_the_loss():
     config = make_config(accumulation=2)
-    axes = MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes)))
-    mesh = make_mesh(axes, jax.devices()[: math.prod(sizes)])
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     model = first_state(config).trainable
     optimizer = make_optimizer(config.optimizer).init(model.norm)
     state = TrainState(jnp.int32(0), jnp.bool(True), model.norm, model, optimizer)
@@ -239,11 +226,12 @@ def test_gradients_cross_the_network_once_however_many_microbatches():
     assert sum(size for _, size, _ in twice) == pytest.approx(parameter_bytes(config) / 2, rel=0.01)
 
 
+@pytest.mark.as_used
 @pytest.mark.parametrize(
     "remat",
     [
         "block",
-        *(pytest.param(p, marks=pytest.mark.slow) for p in ("none", "save-qkv", "offload")),
+        pytest.param("none", marks=pytest.mark.slow),
     ],
 )
 def test_fsdp_sends_no_more_than_the_textbook(remat):
