@@ -83,7 +83,7 @@ test-slow: $(VENV)/.installed-slow
 	$(AS_USED) $(RUN) -m pytest -n 2 --dist loadfile -m "as_used $(if $(filter long,$(SLOW)),,and not long)"
 
 test-parity: $(VENV)/.installed-parity
-	$(AS_USED) $(RUN) -m pytest -m parity
+	$(RUN) -m pytest -n 2 --dist loadfile -m parity
 
 test-faults: $(VENV)/.installed-test
 	$(RUN) -m pytest -n 2 --dist loadgroup -m faults tests/faults
@@ -92,7 +92,7 @@ test-serve: $(VENV)/.installed-test-serve
 	$(RUN) -m pytest -n 2 --dist loadfile -m serve
 
 test-page: $(VENV)/.installed-test-serve
-	$(RUN) -m pytest -m page
+	$(RUN) -m pytest -n 2 --dist loadfile -m page
 
 clean:
 	rm -rf $(VENV)

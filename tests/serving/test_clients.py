@@ -1,6 +1,7 @@
 """The README's examples as shown, LangChain, lm-evaluation-harness, and wild requests."""
 
 import json
+import os
 import re
 import shlex
 import signal
@@ -116,7 +117,9 @@ BODIES = {
 }
 MODELS = st.sampled_from(["tiny", "smollm2", "tiny", "other", "", 5, None])
 WILD = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=1000 if os.environ.get("FAULTS") == "long" else 60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
 

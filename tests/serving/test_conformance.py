@@ -463,7 +463,9 @@ def test_39_a_large_body_is_refused(server):
 
 @pytest.fixture(scope="module")
 def locked(serve):
-    return serve("--allow_origin=https://a.example", env={"LLAMA_JAX_API_KEY": "secret"})
+    """A server with a key, which logs prompts."""
+    flags = ("--allow_origin=https://a.example", "--log_prompts")
+    return serve(*flags, env={"LLAMA_JAX_API_KEY": "secret"})
 
 
 def test_37_a_wrong_key_is_refused(locked):
@@ -602,10 +604,15 @@ def test_43_an_error_in_mid_stream_is_raised(serve):
     assert httpx.get(f"{faulty.url}/health").status_code == 200
 
 
-def test_44_sigterm_drains(serve, folder):
-    server = serve(f"--model={folder / 'tiny'}")
-    client = server.client()
+def test_44_a_killed_server_starts_again_at_its_port_and_sigterm_drains_it(serve, folder):
+    killed = serve(f"--model={folder / 'tiny'}")
     options = {"model": "tiny", "prompt": "abc", "temperature": 0, "max_tokens": 300}
+    next(iter(complete(killed.client(), stream=True, n=8, **options)))
+    killed.stop(signal.SIGKILL)
+    server = serve(f"--model={folder / 'tiny'}", f"--port={killed.url.rpartition(':')[2]}")
+    assert server.url == killed.url
+    client = server.client()
+    assert complete(client).choices[0].text == SCRIPT
     stream = complete(client, stream=True, **options)
     next(iter(stream))
     server.process.send_signal(signal.SIGTERM)
@@ -615,23 +622,11 @@ def test_44_sigterm_drains(serve, folder):
     assert "Traceback" not in server.log
 
 
-def test_a_killed_server_starts_again_at_its_port(serve):
-    server = serve()
-    stream = complete(server.client(), stream=True, n=8, max_tokens=10)
-    next(iter(stream))
-    server.stop(signal.SIGKILL)
-    port = server.url.rpartition(":")[2]
-    again = serve(f"--port={port}")
-    assert again.url == server.url and complete(again.client()).choices[0].text == SCRIPT
-
-
-def test_the_log_has_no_prompt_unless_asked(server, serve):
-    complete(server.client(), prompt="a secret wish")
-    assert "secret wish" not in server.log
-    open_server = serve("--log_prompts")
-    complete(open_server.client(), prompt="a secret wish")
+def test_the_log_has_no_prompt_unless_asked(server, locked):
+    for each, key in ((server, "none"), (locked, "secret")):
+        complete(each.client(key), prompt="a secret wish")
     time.sleep(0.2)
-    assert "secret wish" in open_server.log
+    assert "secret wish" not in server.log and "secret wish" in locked.log
 
 
 # ---- embeddings, token ids, metrics ----
