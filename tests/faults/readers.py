@@ -1,7 +1,9 @@
 """Everything that reads files: what this package has written itself, and the files of others."""
 
+import functools
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,12 +32,18 @@ from llama_jax.training.metrics import MetricsFile, read_metrics
 from llama_jax.training.step import abstract_state
 
 
+@functools.cache
+def _trained() -> tempfile.TemporaryDirectory:
+    """Train 10 steps of a tiny model, with checkpoints of steps 5 and 10; once a process."""
+    place = tempfile.TemporaryDirectory()
+    tokens, run = Path(place.name) / "tokens", Path(place.name) / "ckpt"
+    tiny_run.make_tokens(tokens)
+    tiny_run.fit(tiny_run.make_config(tokens, run, optimizer__steps=10))
+    return place
+
+
 def _make_run(folder: Path) -> None:
-    """Train 10 steps of a tiny model, with checkpoints of steps 5 and 10."""
-    tiny_run.make_tokens(folder / "tokens")
-    config = tiny_run.make_config(folder / "tokens", folder / "ckpt", optimizer__steps=10)
-    tiny_run.fit(config)
-    shutil.rmtree(folder / "tokens")
+    shutil.copytree(Path(_trained().name) / "ckpt", folder / "ckpt")
 
 
 def _read_loaded(folder: Path) -> str:
@@ -68,8 +76,8 @@ def _read_resumed(folder: Path) -> str:
 
 def _make_adapters(folder: Path) -> None:
     """Train adapters for 10 steps, with checkpoints of steps 5 and 10."""
-    tiny_run.make_tokens(folder / "tokens")
-    tiny_run.fit(tiny_run.make_config(folder / "tokens", folder / "base", optimizer__steps=10))
+    for name, copy in (("tokens", "tokens"), ("ckpt", "base")):
+        shutil.copytree(Path(_trained().name) / name, folder / copy)
     settings = {"run__init_from": str(folder / "base"), "lora__rank": 3, "optimizer__steps": 10}
     tiny_run.fit(tiny_run.make_config(folder / "tokens", folder / "ckpt", **settings))
     shutil.rmtree(folder / "tokens")
