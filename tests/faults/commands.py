@@ -35,7 +35,7 @@ from llama_jax.training.metrics import read_metrics
 SEED = int(os.environ.get("FAULTS_SEED", "0"))
 ROUNDS = 120 if os.environ.get("FAULTS") == "long" else 1  # times as many disturbances
 STEPS = 40
-TIMEOUT = 300
+TIMEOUT = 900
 TURNS = (("user", "Where is boat"), ("assistant", "At home, with sails:"))
 
 
