@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import tiny_run
+from compilation import xla_flags
 from readers import digest
 from tiny_weights import tiny_weights
 
@@ -206,7 +207,7 @@ def started(command: Command, folder: Path, cache: Path, **options) -> subproces
     environment = os.environ | {
         "PYTHONPATH": str(tiny_run.REPOSITORY),
         "LLAMA_JAX_CACHE": str(cache),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": xla_flags(),
     }
     door, *words = command.words
     words = [sys.executable, str(tiny_run.REPOSITORY / door), *words]
