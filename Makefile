@@ -86,7 +86,7 @@ test-parity: $(VENV)/.installed-parity
 	$(RUN) -m pytest -n 2 --dist loadfile -m parity
 
 test-faults: $(VENV)/.installed-test
-	$(RUN) -m pytest -n 2 --dist loadgroup -m faults tests/faults
+	$(RUN) -m pytest -n 2 --dist loadfile -m faults tests/faults
 
 test-serve: $(VENV)/.installed-test-serve
 	$(RUN) -m pytest -n 2 --dist loadfile -m serve

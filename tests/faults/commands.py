@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -37,6 +38,7 @@ SEED = int(os.environ.get("FAULTS_SEED", "0"))
 ROUNDS = 120 if os.environ.get("FAULTS") == "long" else 1  # times as many disturbances
 STEPS = 40
 TIMEOUT = 900
+PROGRESS = re.compile(r"[\w ./-]+: +\d+%")  # written every few seconds, so on a busy machine
 TURNS = (("user", "Where is boat"), ("assistant", "At home, with sails:"))
 
 
@@ -216,8 +218,9 @@ def started(command: Command, folder: Path, cache: Path, **options) -> subproces
 
 
 def ended(process: subprocess.Popen) -> tuple[int, str]:
-    """Wait for a command; return its exit code and stderr."""
-    stderr = process.communicate(timeout=TIMEOUT)[1]
+    """Wait for a command; return its exit code and stderr without lines of progress."""
+    lines = process.communicate(timeout=TIMEOUT)[1].splitlines(keepends=True)
+    stderr = "".join(line for line in lines if not PROGRESS.match(line))
     if stderr.endswith("KeyboardInterrupt\n") and "/llama_jax/" not in stderr:
         return -signal.SIGINT, ""  # Python itself was still starting
     assert "Traceback" not in stderr and "this is a bug" not in stderr, stderr

@@ -14,9 +14,7 @@ import pytest
 from commands import COMMANDS, OUT, ROUNDS, SEED, assert_intact, ended, started
 
 pytestmark = pytest.mark.faults
-# One process runs all tests of a command, so that it is run undisturbed once.
-ALL = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in COMMANDS]
-MAIN = [each for each in ALL if ROUNDS > 1 or not COMMANDS[each.values[0]].is_like]
+MAIN = [name for name, command in COMMANDS.items() if ROUNDS > 1 or not command.is_like]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -52,7 +50,7 @@ def assert_finishes(command, folder, place, expected):
     assert not any(folder.glob(command.partial))
 
 
-@pytest.mark.parametrize("undisturbed", ALL, indirect=True)
+@pytest.mark.parametrize("undisturbed", COMMANDS, indirect=True)
 def test_killed_at_random_moments(undisturbed, place, tmp_path):
     command, expected, seconds = undisturbed
     random = Random(f"{SEED} {command.words}")
