@@ -78,7 +78,7 @@ def run(rounds: dict[str, int], seed: int = 0, start: int = 0, keep: str = "") -
             for name in list(next_round):
                 if reports[name].collect(Path(folder) / name / "results"):
                     del next_round[name]
-            if process.returncode == 0:
+            if not next_round:
                 break
             name = next(iter(next_round))  # where it crashed
             marker = Path(folder) / name / "round"
