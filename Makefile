@@ -8,7 +8,7 @@ PIP = $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 AS_USED = JAX_DISABLE_MOST_OPTIMIZATIONS=0
 CODE = llama_jax configs tests benchmarks docs $(wildcard *.py)
 
-.PHONY: help demo chat finetune serve test test-slow test-parity test-faults test-serve test-page lint types clean
+.PHONY: help demo chat finetune serve test test-slow test-parity test-faults test-serve test-page test-package lint types clean
 
 help:
 	@echo "make demo         train a small model on stories and let it write (5 minutes)"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-faults  kills, full disks, damaged files; FAULTS=long takes hours (5 minutes)"
 	@echo "make test-serve   servers, spoken to with the openai client and LangChain"
 	@echo "make test-page    the chat page in a browser (needs Debian's chromium)"
+	@echo "make test-package wheel and sdist, installed and run on each Python (10 minutes)"
 	@echo "make clean        remove the virtual environment"
 
 $(RUN):
@@ -92,6 +93,9 @@ test-serve: $(VENV)/.installed-test-serve
 
 test-page: $(VENV)/.installed-test-serve
 	$(RUN) -m pytest -m page
+
+test-package:
+	$(PYTHON) tests/packaging/try_package.py
 
 clean:
 	rm -rf $(VENV)
