@@ -8,7 +8,7 @@ PIP = $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 AS_USED = JAX_DISABLE_MOST_OPTIMIZATIONS=0
 CODE = llama_jax configs tests benchmarks docs $(wildcard *.py)
 
-.PHONY: help demo chat finetune serve test test-slow test-parity test-faults test-serve test-page test-readme docs lint types clean
+.PHONY: help demo chat finetune serve test test-slow test-parity test-faults test-serve test-page test-readme test-package docs lint types clean
 
 help:
 	@echo "make demo         train a small model on stories and let it write (5 minutes)"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-page    the chat page in a browser (needs Debian's chromium)"
 	@echo "make test-readme  the README's blocks, copied and run (5 minutes)"
 	@echo "make docs         the documentation as a site, in build/site"
+	@echo "make test-package wheel and sdist, installed and run on each Python (10 minutes)"
 	@echo "make clean        remove the virtual environment"
 
 $(RUN):
@@ -106,6 +107,9 @@ test-readme: $(VENV)/.installed-test-serve
 docs: $(VENV)/.installed-docs
 	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet --strict
 	@echo "build/site/index.html"
+
+test-package:
+	$(PYTHON) tests/packaging/try_package.py
 
 clean:
 	rm -rf $(VENV)

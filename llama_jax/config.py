@@ -298,6 +298,7 @@ class RunConfig(Section):
     remat: Annotated[str, Choice(REMAT_POLICIES)] = "none"  # rematerialisation in the backward pass
     attention: Annotated[str, Choice(ATTENTION_BACKENDS)] = "auto"  # kernel; "auto": the fastest
     tensorboard: bool = False  # also write TensorBoard events
+    wandb: bool = False  # also log to Weights & Biases, with its own settings as WANDB_PROJECT
     peak_flops: Annotated[float, Range(0)] = 0.0  # of one device, FLOP/s, for MFU; 0: by its name
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What a run reports while it goes: lines or a bar on the console, metrics.jsonl, TensorBoard.
+"""What a run reports while it goes: lines or a bar on the console, metrics.jsonl, trackers.
 
 Only process 0 reports. Reporting never ends a run: a disk that is full or a terminal that is gone
 costs a warning, and lines of metrics.jsonl that are damaged are skipped.
@@ -18,10 +18,11 @@ import jax
 
 from llama_jax.checkpoints.run_folder import METRICS
 from llama_jax.config import Config
-from llama_jax.errors import UsageError, warn
+from llama_jax.errors import warn
 from llama_jax.hardware.accelerators import MemoryUse, memory_use, peak_flops
 from llama_jax.model.parameters import flops_per_token
 from llama_jax.training.step import StepMetrics
+from llama_jax.training.trackers import Trackers
 
 Record = dict[str, Any]  # `step`, and numbers by name; `changed`: settings, [old, new] by name
 
@@ -96,20 +97,16 @@ class Console:
 
 
 class MetricsFile:
-    """Appends records to a run's metrics.jsonl, and to TensorBoard events if wanted."""
+    """Appends records to a run's metrics.jsonl, and gives their numbers to trackers."""
 
-    def __init__(self, folder: Path, tensorboard: bool):
-        """Open the file to append to.
-
-        Raises:
-          UsageError: if `tensorboard` is set and tensorboardX is not installed.
-        """
+    def __init__(self, folder: Path, config: Config | None = None):
+        """Open the file to append to, and the trackers that a config sets."""
         self._path = folder / METRICS
         self._file: TextIO | None = None
-        self._events = None
+        self._trackers = Trackers(folder)
         self._has_warned = False
         if jax.process_index() == 0:
-            self._events = _event_writer(folder / "tensorboard") if tensorboard else None
+            self._trackers = Trackers(folder, config)
             try:
                 self._file = _open_at_line_start(self._path)
             except OSError as error:
@@ -123,10 +120,8 @@ class MetricsFile:
                 self._file.flush()
             except OSError as error:
                 self._warn(error)
-        if self._events is not None:
-            for name, value in record.items():
-                if isinstance(value, float):
-                    self._events.add_scalar(name, value, record["step"])
+        if scalars := {name: value for name, value in record.items() if isinstance(value, float)}:
+            self._trackers.log(record["step"], scalars)
 
     def earlier_sessions(self, step: int) -> "Earlier":
         """Return the time that the sessions before this one took up to `step`; see `Earlier`."""
@@ -137,12 +132,12 @@ class MetricsFile:
 
     def close(self) -> None:
         """Close what is open."""
-        for output in (self._file, self._events):
-            if output is not None:
-                try:
-                    output.close()
-                except OSError as error:
-                    self._warn(error)
+        self._trackers.close()
+        if self._file is not None:
+            try:
+                self._file.close()
+            except OSError as error:
+                self._warn(error)
 
     def _warn(self, error: OSError) -> None:
         if not self._has_warned:
@@ -156,17 +151,6 @@ def _open_at_line_start(path: Path) -> TextIO:
     file = path.open("a")
     file.write("\n" if is_cut else "")
     return file
-
-
-def _event_writer(folder: Path) -> Any:
-    """Return tensorboardX's writer."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise UsageError(
-            "run.tensorboard needs tensorboardX; install it with: pip install -e '.[tensorboard]'"
-        ) from error
-    return SummaryWriter(str(folder))
 
 
 def _without_nan(record: Record) -> Record:

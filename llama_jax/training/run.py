@@ -81,7 +81,7 @@ class Trainer:
         self.writer = CheckpointWriter(self.folder, self.config.run.keep_last)
         self.console = Console(self.config.optimizer.steps, self.step)
         self.profiler = Profiler(session.profile, self.folder, self.console.line)
-        self.metrics = MetricsFile(self.folder, self.config.run.tensorboard)
+        self.metrics = MetricsFile(self.folder, self.config)
         self.clock = StepClock(session.opened, self.metrics.earlier_sessions(self.step))
         devices = list(session.mesh.devices.flat)
         self.reporter = Reporter(self.config, devices, self.metrics, self.console, self.clock)

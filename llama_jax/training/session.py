@@ -54,6 +54,7 @@ from llama_jax.training.step import (
     state_shardings,
 )
 from llama_jax.training.summary import memory_advice, versions
+from llama_jax.training.trackers import require_packages
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,6 +99,7 @@ def open_session(
     """
     opened = time.perf_counter()
     require_joined()
+    require_packages(config.run)
     require_same(settings(config) | versions())
     folder = Path(config.run.checkpoint_dir).expanduser()
     mesh = make_mesh(config.mesh, devices)

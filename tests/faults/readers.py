@@ -66,7 +66,7 @@ def _read_resumed(folder: Path) -> str:
     restored = restore_newest(folder / "ckpt", items, report=warn)
     if restored is None:
         raise UserError("no checkpoint")
-    file = MetricsFile(folder / "ckpt", tensorboard=False)
+    file = MetricsFile(folder / "ckpt")
     file.earlier_sessions(restored.step)
     file.close()
     read_metrics(folder / "ckpt")
@@ -104,7 +104,7 @@ def _read_tokens(folder: Path) -> str:
 
 
 def _read_metrics(folder: Path) -> str:
-    file = MetricsFile(folder, tensorboard=False)
+    file = MetricsFile(folder)
     earlier = file.earlier_sessions(7)
     file.close()
     return digest([earlier, read_metrics(folder)])

@@ -3,10 +3,8 @@
 import io
 import json
 import math
-import sys
 from contextlib import closing
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -23,13 +21,13 @@ def test_durations_are_formatted(seconds, formatted):
 
 
 def test_records_are_merged_by_step_and_the_later_session_wins(tmp_path):
-    with closing(MetricsFile(tmp_path, tensorboard=False)) as file:
+    with closing(MetricsFile(tmp_path)) as file:
         file.write({"step": 2, "loss": 2.0})
         file.write({"step": 1, "loss": 3.0})
         file.write({"step": 2, "validation_loss": math.nan})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')  # killed here
-    with closing(MetricsFile(tmp_path, tensorboard=False)) as file:
+    with closing(MetricsFile(tmp_path)) as file:
         file.write({"step": 2, "loss": 2.5})
     assert read_metrics(tmp_path) == {
         1: {"step": 1, "loss": 3.0},
@@ -40,35 +38,15 @@ def test_records_are_merged_by_step_and_the_later_session_wins(tmp_path):
 
 
 def test_records_are_on_disk_at_once(tmp_path):
-    with closing(MetricsFile(tmp_path, tensorboard=False)) as file:
+    with closing(MetricsFile(tmp_path)) as file:
         file.write({"step": 1, "loss": 3.0})
         assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 3.0}
-
-
-def test_tensorboard_gets_every_number_that_is_measured(tmp_path, monkeypatch):
-    class SummaryWriter:
-        def __init__(self, folder):
-            assert folder == str(tmp_path / "tensorboard")
-            self.scalars = scalars
-
-        def add_scalar(self, *scalar):
-            self.scalars.append(scalar)
-
-        def close(self):
-            self.scalars.append("closed")
-
-    scalars = []
-    monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=SummaryWriter))
-    file = MetricsFile(tmp_path, tensorboard=True)
-    file.write({"step": 3, "loss": 2.0, "goodput": 0.5, "session": 1})
-    file.close()
-    assert scalars == [("loss", 2.0, 3), ("goodput", 0.5, 3), "closed"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_full_disk_costs_one_warning_and_not_the_run(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    with closing(MetricsFile(tmp_path, tensorboard=False)) as file:
+    with closing(MetricsFile(tmp_path)) as file:
         for step in range(3):
             file.write({"step": step, "loss": 1.0})
     reason = "metrics.jsonl cannot be written (No space left on device)"
@@ -110,7 +88,7 @@ def test_only_process_0_speaks_and_writes(tmp_path, capsys, monkeypatch):
     console.line("hello")
     console.close()
     metrics.warn("hello")
-    with closing(MetricsFile(tmp_path, tensorboard=False)) as file:
+    with closing(MetricsFile(tmp_path)) as file:
         file.write({"step": 1})
     assert capsys.readouterr() == ("", "")
     assert list(tmp_path.iterdir()) == []
