@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-SHARED = ("# Clones the repository", "# The devices that JAX finds")
+SHARED = ("# Clones the repository", "# Versions, and the devices")
 SHORT = "--config.optimizer.steps=8 --config.optimizer.warmup_steps=2 --config.run.eval_batches=1"
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of nbclient and its kernel
