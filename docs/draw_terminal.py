@@ -3,7 +3,8 @@
     make demo && python docs/draw_terminal.py [EVENTS]
 
 The model of `make demo` writes a story, and SmolLM2 answers questions. EVENTS is a JSON file of
-what was printed, and when; if it exists, it is drawn and nothing is run. Pauses are shortened.
+what was printed, and when; if it exists, it is drawn and nothing is run. Pauses are shortened, and
+text appears no faster than the eye follows.
 """
 
 import json
@@ -21,14 +22,14 @@ COMMANDS = {  # and the lines that are typed into each
     'python sample.py --ckpt ckpt --prompt "Once upon a time" --temperature 0.7 --seed 5': [],
     "python sample.py --ckpt smollm2 --chat --temperature 0": [
         "What is the capital of Norway?",
-        "Write a haiku about the sea.",
+        "Explain in two sentences why the sky is blue.",
         "/exit",
     ],
 }
-COLUMNS, ROWS = 100, 24
+COLUMNS, ROWS = 100, 21
 WIDTH, LINE, TOP, LEFT, LETTER = 830, 18, 54, 20, 7.83  # pixels; LETTER of 13 px monospace
-FASTER, SLOWEST = 8, 0.25  # pauses are divided by the first, then at most so many seconds
-TYPING, PAUSE, END = 0.03, 0.8, 8.0  # seconds per typed letter, after a typed line, at the end
+TYPING, PRINTING = 0.035, 0.006  # seconds per character
+WAIT, PAUSE, END = 0.4, 0.6, 8.0  # seconds at most before output, after a typed line, at the end
 STYLE = """
 text { font: 13px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; fill: #c9d1d9;
   white-space: pre }
@@ -52,7 +53,7 @@ def record() -> list[Event]:
             env=os.environ | {"PATH": path},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.STDOUT if typed else subprocess.DEVNULL,  # messages
         )
         assert process.stdin and process.stdout
         process.stdin.write("\n".join([*typed, ""]).encode())
@@ -78,10 +79,10 @@ def screen_lines(events: list[Event]) -> tuple[list[tuple[bool, str, float, floa
     lines = []
     now, began, text = 0.5, 0.5, ""
     for seconds, typed, block in events:
-        now += min(seconds / FASTER, SLOWEST)
+        now += min(seconds, WAIT)
         for part in block.splitlines(keepends=True):
             began = began if text else now
-            now += TYPING * len(part) * typed
+            now += (TYPING if typed else PRINTING) * len(part)
             text += part.rstrip("\n")
             if part.endswith("\n"):
                 speed = (now - began) / max(len(text), 1)
