@@ -1,18 +1,16 @@
 """Draw the picture of a terminal in motion, pictures/terminal.svg, from what commands print.
 
-The demo is trained and writes a story, and SmolLM2 answers a question: four minutes on two cores.
+    make demo && python docs/draw_terminal.py [EVENTS]
 
-    python docs/draw_terminal.py [EVENTS]
-
-EVENTS is a JSON file of what was printed, and when. If it exists, it is drawn and nothing is run.
-The picture shortens pauses; the times in the text are the run's own.
+The model of `make demo` writes a story, and SmolLM2 answers questions. EVENTS is a JSON file of
+what was printed, and when; if it exists, it is drawn and nothing is run. Pauses are shortened, and
+text appears no faster than the eye follows.
 """
 
 import json
 import os
 import subprocess
 import sys
-import tempfile
 import textwrap
 import time
 from html import escape
@@ -20,15 +18,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "pictures" / "terminal.svg"
-COMMANDS = {  # and what is typed into each
-    "python train.py": "",
-    'python sample.py --prompt "Once upon a time" --temperature 0.7 --seed 1': "",
-    "python sample.py --ckpt smollm2 --chat --temperature 0": "What is the capital of Norway?",
+COMMANDS = {  # and the lines that are typed into each
+    'python sample.py --ckpt ckpt --prompt "Once upon a time" --temperature 0.7 --seed 5': [],
+    "python sample.py --ckpt smollm2 --chat --temperature 0": [
+        "What is the capital of Norway?",
+        "Explain in two sentences why the sky is blue.",
+        "/exit",
+    ],
 }
-COLUMNS, ROWS = 100, 24
+COLUMNS, ROWS = 100, 21
 WIDTH, LINE, TOP, LEFT, LETTER = 830, 18, 54, 20, 7.83  # pixels; LETTER of 13 px monospace
-FASTER, SLOWEST = 8, 0.25  # pauses are divided by the first, then at most so many seconds
-TYPING, PAUSE, END = 0.03, 0.8, 8.0  # seconds per typed letter, after a typed line, at the end
+TYPING, PRINTING = 0.035, 0.006  # seconds per character
+WAIT, PAUSE, END = 0.4, 0.6, 8.0  # seconds at most before output, after a typed line, at the end
 STYLE = """
 text { font: 13px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; fill: #c9d1d9;
   white-space: pre }
@@ -40,37 +41,33 @@ Event = tuple[float, bool, str]  # seconds since the one before, whether it is t
 
 
 def record() -> list[Event]:
-    """Run the commands in a new folder; return what is typed and printed."""
+    """Run the commands; return what is typed and printed."""
     events: list[Event] = []
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("train.py", "sample.py", "configs", "llama_jax"):
-            Path(folder, name).symlink_to(ROOT / name)
-        for command, typed in COMMANDS.items():
-            events += [(0, False, "\n")] * bool(events) + [(0, True, f"$ {command}\n")]
-            process = subprocess.Popen(
-                command,
-                shell=True,
-                cwd=folder,
-                env=os.environ | {"PATH": path},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )
-            assert process.stdin and process.stdout
-            process.stdin.write(typed.encode())
-            process.stdin.close()
-            last = time.monotonic()
-            while block := os.read(process.stdout.fileno(), 2**16):
-                now, text = time.monotonic(), block.decode(errors="replace")
-                before, prompt, after = text.partition("> ") if typed else (text, "", "")
-                events.append((now - last, False, before))
-                if prompt:  # of the chat, which does not print what comes from a pipe
-                    events.append((0, True, f"> {typed}\n"))
-                    events.append((0, False, after))
-                    typed = ""
-                last = now
-            assert process.wait() == 0, f"{command} failed"
+    for command, typed in COMMANDS.items():
+        events += [(0, False, "\n")] * bool(events) + [(0, True, f"$ {command}\n")]
+        process = subprocess.Popen(
+            command,
+            shell=True,
+            cwd=ROOT,
+            env=os.environ | {"PATH": path},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT if typed else subprocess.DEVNULL,  # messages
+        )
+        assert process.stdin and process.stdout
+        process.stdin.write("\n".join([*typed, ""]).encode())
+        process.stdin.close()
+        lines, last = iter(typed), time.monotonic()
+        while block := os.read(process.stdout.fileno(), 2**16):
+            now, text = time.monotonic(), block.decode(errors="replace")
+            before, prompt, after = text.partition("> ") if typed else (text, "", "")
+            events.append((now - last, False, before))
+            if prompt:  # of the chat, which does not print what comes from a pipe
+                events.append((0, True, f"> {next(lines)}\n"))
+                events.append((0, False, after))
+            last = now
+        assert process.wait() == 0, f"{command} failed"
     return events
 
 
@@ -82,10 +79,10 @@ def screen_lines(events: list[Event]) -> tuple[list[tuple[bool, str, float, floa
     lines = []
     now, began, text = 0.5, 0.5, ""
     for seconds, typed, block in events:
-        now += min(seconds / FASTER, SLOWEST)
+        now += min(seconds, WAIT)
         for part in block.splitlines(keepends=True):
             began = began if text else now
-            now += TYPING * len(part) * typed
+            now += (TYPING if typed else PRINTING) * len(part)
             text += part.rstrip("\n")
             if part.endswith("\n"):
                 speed = (now - began) / max(len(text), 1)
@@ -94,8 +91,6 @@ def screen_lines(events: list[Event]) -> tuple[list[tuple[bool, str, float, floa
                     began += speed * len(line)
                 now += PAUSE * typed
                 text = ""
-    while not lines[-1][1].strip("> "):  # the prompt at which the input ended
-        lines.pop()
     return lines, now + END
 
 
@@ -131,7 +126,7 @@ def draw(events: list[Event]) -> str:
     height, inside = TOP + LINE * ROWS, LINE * ROWS
     rules_text, shapes_text = "\n".join(rules), "\n".join(shapes)
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img">
-<title>train.py trains the demo, sample.py writes a story with it and chats with SmolLM2</title>
+<title>A model that learned for two and a half minutes writes a story; SmolLM2 chats</title>
 <style>{rules_text}</style>
 <rect width="{WIDTH}" height="{height}" rx="8" fill="#0d1117"/>
 <g fill="#30363d"><circle cx="24" cy="18" r="6"/><circle cx="44" cy="18" r="6"/>\

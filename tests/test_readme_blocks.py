@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from tiny_weights import tiny_weights
 
+from llama_jax.cli import convert
 from llama_jax.formats import checkpoint
 
 pytestmark = [pytest.mark.readme, pytest.mark.filterwarnings("ignore")]
@@ -46,10 +47,10 @@ SHORTER = {  # beginnings of lines, and what is added to them
     "llama-jax chat": "--max_tokens 8",
 }
 QUIZ = '{"context": "Ice is made of frozen", "choices": ["water", "sand"], "answer": 0}\n'
-CONVERTED = {  # what is made of a tiny chat model
-    "llama-2-7b": "--to meta",
-    "TinyLlama-1.1B": "--to hf",
-    "stories15M.bin": "--to llama2c",
+CONVERTED = {  # a tiny chat model in the formats of others
+    "llama-2-7b": "meta",
+    "TinyLlama-1.1B": "hf",
+    "stories15M.bin": "llama2c",
 }
 QUESTION = "What is the capital of France?\n"  # to everything that reads standard input
 PATIENCE = 900  # seconds
@@ -96,18 +97,24 @@ class Reader:
             "PYTHONPATH": str(folder),
             "XLA_FLAGS": "",
         }
+
+    def bring_files(self):
+        """Put small files where a reader has others; after `make demo`, whose run is in ckpt/."""
+        if (self.folder / "book.txt").exists():
+            return
         weights = tiny_weights(dim=96, hidden_dim=256, num_layers=2, context_length=512)
         weights = dataclasses.replace(weights, chat_template="llama2")
         for name in ("llama-2-7b-chat", "chat", "lora"):
-            checkpoint.write(weights, folder / "ckpt" / name)
+            checkpoint.write(weights, self.folder / "ckpt" / name)
         for name, target in CONVERTED.items():
-            self.run(f"python convert.py --input ckpt/chat --output {name} {target} --no_verify")
+            words = [f"--input={self.folder / 'ckpt' / 'chat'}", f"--output={self.folder / name}"]
+            assert not convert.main([*words, f"--to={target}", "--no_verify"])
         book = "\n".join(path.read_text() for path in sorted(ROOT.glob("docs/**/*.md")))
-        (folder / "book.txt").write_text(book)
-        (folder / "held_out.txt").write_text(book[:2000])
-        (folder / "mine.jsonl").write_text(QUIZ)
+        (self.folder / "book.txt").write_text(book)
+        (self.folder / "held_out.txt").write_text(book[:2000])
+        (self.folder / "mine.jsonl").write_text(QUIZ)
         examples = (ROOT / "examples" / "lantern_shop.jsonl").read_text().splitlines(keepends=True)
-        (folder / "chats.jsonl").write_text("".join(examples[:40]))
+        (self.folder / "chats.jsonl").write_text("".join(examples[:40]))
 
     def run(self, command):
         """Run a command of a shell, which must succeed; return what it printed."""
@@ -175,6 +182,8 @@ def test_block(reader, language, code):
             pytest.importorskip(package)
         (reader.folder / "block.py").write_text(code)
         code = "python block.py"
+    if not code.startswith("make demo"):
+        reader.bring_files()
     if code.startswith("make "):
         code = code.replace("make ", f"make VENV={sys.prefix} -o {sys.prefix}/.installed ", 1)
     line = code.partition("#")[0].strip()
