@@ -41,8 +41,9 @@ COMMANDS = {
     "convert-meta": "import Meta's Llama weights",
     "plan": "predict whether training or sampling fits on given devices",
     "plot": "draw the loss curve of a run",
+    "study": "compare position encodings by training small models",
 }
-ON_HUGE_PAGES = ("train", "sample", "chat", "serve", "evaluate")
+ON_HUGE_PAGES = ("train", "study", "sample", "chat", "serve", "evaluate")
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"  # exists in a clone of the repository
 DEMO = str(CONFIGS / "demo.py")
 SIMILAR = 0.75  # similarity from which an unknown flag is taken for a misspelt one
