@@ -153,7 +153,7 @@ def test_max_tokens_is_exact(max_tokens):
     assert ends == ["length"] * 3
 
 
-@pytest.mark.parametrize("max_tokens", [CONTEXT, 2**40])
+@pytest.mark.parametrize("max_tokens", [CONTEXT, pytest.param(2**40, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("length", [1, 14, 15, 16, 17, CONTEXT - 1])
 def test_a_sequence_ends_where_the_context_is_full(length, max_tokens):
     prompt = [(7 * i) % 53 for i in range(length)]

@@ -37,7 +37,7 @@ def test_a_query_attends_to_its_own_slot_and_those_before():
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
-@pytest.mark.parametrize("K", [1, 2, 6])
+@pytest.mark.parametrize("K", [1, 2, pytest.param(6, marks=pytest.mark.slow)])
 def test_attend_agrees_with_the_oracle(K, dtype, tolerance):
     q, k, v = heads(K, dtype)
     out = attend_causally(q, k, v)

@@ -27,7 +27,7 @@ def model_of(**changes):
     [
         ("int8", {}),
         ("int4", {"group_size": 64}),
-        ("nf4", {}),
+        pytest.param("nf4", {}, marks=pytest.mark.slow),
         ("nf4", {"double_quantization": True}),
     ],
 )
@@ -83,7 +83,7 @@ def gradient(model, remat):
     return of(model.embedding[...], model)
 
 
-@pytest.mark.parametrize("remat", ["none", "block"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("block", marks=pytest.mark.slow)])
 def test_lists_of_blocks_train_as_stacked_ones(remat):
     stacked = quantize(model_of(dropout=0.2), "nf4", stacked=True)
     expected = gradient(stacked, "none")
@@ -92,6 +92,7 @@ def test_lists_of_blocks_train_as_stacked_ones(remat):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_a_list_of_blocks_keeps_only_their_inputs_with_remat():
     model = unstack(quantize(model_of(), "int8", stacked=True))
     kept = {}
@@ -110,8 +111,8 @@ def test_a_list_of_blocks_keeps_only_their_inputs_with_remat():
 SHAPES = re.compile(r"\b(f32|f64|bf16|f16)\[([\d,]+)\]")
 
 
-@pytest.mark.parametrize("remat", ["none", "block"])
-@pytest.mark.parametrize("kind", ["int8", "int4", "nf4"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("block", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["int8", pytest.param("int4", marks=pytest.mark.slow), "nf4"])
 def test_training_makes_no_floats_of_all_layers_of_a_matrix(kind, remat):
     base = quantize(model_of(num_layers=8, hidden_dim=256), kind, stacked=True)
 

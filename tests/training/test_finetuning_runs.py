@@ -67,7 +67,9 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["lora", "all"])  # NF4 bases: `tests/faults`
+@pytest.mark.parametrize(
+    "kind", ["lora", pytest.param("all", marks=pytest.mark.slow)]
+)  # NF4 bases: `tests/faults`
 def test_resumed_is_uninterrupted_to_the_bit(tokens, base, tmp_path, kind):
     straight, parted = tmp_path / "straight", tmp_path / "parted"
     assert fit(tuned(tokens, base, straight, **KINDS[kind])) == 0
@@ -101,6 +103,7 @@ def test_a_loaded_run_is_the_base_with_its_adapters(tokens, base, tmp_path):
     assert np.abs(logits - load(base).model(tokens_BT)[0]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_adapters_are_exchanged_on_a_loaded_base(tokens, base, tmp_path):
     folders = [tmp_path / "one", tmp_path / "two"]
     for seed, folder in enumerate(folders):
@@ -195,6 +198,7 @@ def dialogues(tokens, tmp_path_factory):
 LONG = {"model__context_length": 128, "data__sequence_length": 96}
 
 
+@pytest.mark.slow
 def test_dpo_resumed_is_uninterrupted_and_prefers_the_chosen_answers(pairs, base, tmp_path):
     straight, parted = tmp_path / "straight", tmp_path / "parted"
     changes = LONG | {"optimizer__loss": "dpo", "optimizer__learning_rate": 3e-3}

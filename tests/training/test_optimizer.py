@@ -181,6 +181,7 @@ def test_short_moments_fade_however_slowly():
     assert last.mean() == pytest.approx(first.mean() * 0.999**300, rel=0.01)
 
 
+@pytest.mark.slow
 def test_short_moments_come_back_from_a_checkpoint(tmp_path):
     model = make_model()
     slopes = jax.tree.map(lambda leaf: jnp.cos(7 * leaf), model)
