@@ -7,20 +7,26 @@ never leaves a partial one under its final name.
 import contextlib
 import errno
 import glob
+import itertools
 import os
 import secrets
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO, TypeVar
 
 from llama_jax.errors import SYSTEM_ERRORS, UserError, write_error
 
 CACHE_VARIABLE = "LLAMA_JAX_CACHE"
 LOCK = ".lock"  # locked while a partial folder is written; the system releases it if we die
-SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_LINES = 10.0  # of progress, in a log
+SECONDS_BETWEEN_WAITS = 30.0  # lines of a time, in a log
+SECONDS_BETWEEN_TICKS = 1.0  # of a time that is shown
+
+Item = TypeVar("Item")
 
 
 def cache_folder() -> Path:
@@ -168,37 +174,88 @@ class ShowProgress(Protocol):
 
 
 @contextlib.contextmanager
-def progress(task: str, total: int, unit: str = "B") -> Iterator[ShowProgress]:
+def progress(task: str, total: int = 0, unit: str = "B") -> Iterator[ShowProgress]:
     """Yield a callback that reports progress on stderr: a bar on a terminal, else lines.
 
-    Lines are at least ten seconds apart, so that a short task writes nothing to a log.
+    Where the callback is not called, the time that has passed is shown. A task of unknown amount
+    shows nothing on a terminal in its first second. Lines are at least ten seconds apart, those of
+    a time thirty, so that a short task writes nothing to a log.
 
     Args:
       task: what is shown.
       total: the amount at the end, in `unit`; 0: unknown.
     """
     if not sys.stderr.isatty():
-        yield _lines(task, total)
+        lines = _Lines(task, total)
+        with repeated(lines.print_if_due, SECONDS_BETWEEN_TICKS):
+            yield lines.show
         return
     from tqdm import tqdm
 
-    with tqdm(desc=task, total=total or None, unit=unit, unit_scale=True, leave=False) as bar:
+    options: dict[str, Any] = (
+        {"delay": 0.0} if total else {"delay": 1.0, "bar_format": "{desc}: {elapsed}"}
+    )
+    with tqdm(
+        desc=task, total=total or None, unit=unit, unit_scale=True, leave=False, **options
+    ) as bar:
 
         def show(done: int, note: str = "") -> None:
+            bar.bar_format = None
             bar.set_postfix_str(note, refresh=False)
             bar.update(done - bar.n)
 
-        yield show
+        def tick() -> None:
+            bar.delay = 0.0  # else closing the bar would leave what is shown here
+            bar.refresh()
+
+        with repeated(tick, SECONDS_BETWEEN_TICKS):
+            yield show
 
 
-def _lines(task: str, total: int) -> ShowProgress:
-    last = time.monotonic()
+@contextlib.contextmanager
+def repeated(call: Callable[[], object], seconds: float) -> Iterator[None]:
+    """Call a function every so many seconds while the block runs, from another thread."""
+    is_over = threading.Event()
 
-    def show(done: int, note: str = "") -> None:
-        nonlocal last
-        if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
-            last = time.monotonic()
-            amount = f"{done / total:.0%}" if total else f"{done:,}"
-            print(f"{task}: {amount}{f' ({note})' if note else ''}", file=sys.stderr, flush=True)
+    def repeat() -> None:
+        while not is_over.wait(seconds):
+            with contextlib.suppress(OSError, ValueError):  # a terminal that was closed
+                call()
 
-    return show
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+class _Lines:
+    """The lines of a task in a log."""
+
+    def __init__(self, task: str, total: int) -> None:
+        self._task, self._total, self._state = task, total, ""
+        self._started = self._printed = time.monotonic()
+
+    def show(self, done: int, note: str = "") -> None:
+        amount = f"{done / self._total:.0%}" if self._total else f"{done:,}"
+        self._state = f"{amount}{f' ({note})' if note else ''}"
+        self.print_if_due()
+
+    def print_if_due(self) -> None:
+        now = time.monotonic()
+        least = SECONDS_BETWEEN_LINES if self._state else SECONDS_BETWEEN_WAITS
+        if now - self._printed >= least:
+            self._printed = now
+            state = self._state or f"{now - self._started:.0f} s"
+            print(f"{self._task}: {state}", file=sys.stderr, flush=True)
+
+
+def first_with_progress(task: str, items: Iterable[Item]) -> Iterator[Item]:
+    """Yield items, showing the time that passes until the first."""
+    iterator = iter(items)
+    with progress(task):
+        first = list(itertools.islice(iterator, 1))
+    yield from first
+    yield from iterator

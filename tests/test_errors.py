@@ -5,8 +5,10 @@ The out-of-memory texts are recorded from CPU, GPU and TPU.
 
 # ruff: noqa: E501 (recorded texts)
 
+import re
 import sys
 from fractions import Fraction
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -232,3 +234,13 @@ def test_commands_in_messages_are_those_that_can_be_run(monkeypatch, started, te
     monkeypatch.setattr(sys, "argv", [started])
     message = "use python sample.py, or convert_meta.py; not llama2.c's train.py"
     assert str(UserError(message)) == text
+
+
+def test_an_error_names_a_page_that_exists():
+    message = str(UserError("a=1 is bad", page="pods.md"))
+    assert message == "a=1 is bad; see docs/pods.md"
+    root = Path(__file__).resolve().parents[1]
+    sources = "".join(path.read_text() for path in (root / "llama_jax").rglob("*.py"))
+    pages = set(re.findall(r'page="([^"]+)"', sources))
+    assert pages > {"pods.md", "models.md"}
+    assert all((root / "docs" / page).is_file() for page in pages)

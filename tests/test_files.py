@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -159,6 +160,19 @@ def test_progress_lines_without_a_terminal(capsys, monkeypatch, seconds, lines):
         show(3)
         show(10)
     assert capsys.readouterr() == ("", lines)
+
+
+def test_a_task_without_figures_shows_its_time(capsys, monkeypatch):
+    for name in ("SECONDS_BETWEEN_WAITS", "SECONDS_BETWEEN_TICKS"):
+        monkeypatch.setattr(files, name, 0.01)
+    with files.progress("waiting"):
+        time.sleep(0.1)
+    assert capsys.readouterr().err.startswith("waiting: 0 s\n")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    items = (time.sleep(0.1 * (number == 1)) or number for number in range(1, 4))
+    assert list(files.first_with_progress("waiting", items)) == [1, 2, 3]
+    shown = capsys.readouterr().err
+    assert "\rwaiting: 00:00" in shown and shown.endswith(" \r")  # removed at the end
 
 
 def test_progress_bar_on_a_terminal(capsys, monkeypatch):

@@ -102,7 +102,8 @@ def _read(folder: Path) -> Run | Description | None:
     if not path.is_file():
         raise UserError(
             f"{folder} holds no run (it has no {CONFIG}); train one with train.py, or convert"
-            " another project's weights with convert.py"
+            " another project's weights with convert.py",
+            page="models.md",
         )
     try:
         tree = json.loads(path.read_bytes())

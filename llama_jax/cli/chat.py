@@ -7,9 +7,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from llama_jax.cli.model_flags import READING
 from llama_jax.config import require
 from llama_jax.distributed.preemption import stop_signal
 from llama_jax.errors import UserError
+from llama_jax.files import first_with_progress
 from llama_jax.llm import LLM
 from llama_jax.text.chat import Message
 
@@ -123,7 +125,7 @@ def _print_answer(conversation: Conversation, text: str) -> None:
     """
     with print_warnings(), stop_signal() as stop:
         try:
-            for part in conversation.ask(text):
+            for part in first_with_progress(READING, conversation.ask(text)):
                 print(part, end="", flush=True)
                 if stop.requested():
                     break
@@ -141,7 +143,7 @@ def print_answer(llm: LLM, messages: Sequence[Message], **options: Any) -> None:
     with print_warnings():
         deltas = llm.chat(messages, stream=True, **options)
     reason = ""
-    for delta in deltas:
+    for delta in first_with_progress(READING, deltas):
         print(delta.text, end="", flush=True)
         reason = delta.finish_reason
     print(flush=True)

@@ -121,7 +121,7 @@ def load_config(path: str, words: Sequence[str] = ()) -> Any:
             raise UsageError(_unknown_word(word, leaves))
         key, text = flag["key"], flag["value"]
         if key not in leaves:
-            raise UsageError(_unknown_key(path, key, leaves))
+            raise _unknown_key(path, key, leaves)
         is_switch = isinstance(leaves[key], bool)
         if flag["no"] and (text is not None or not is_switch):
             raise UsageError(_unknown_word(word, leaves))
@@ -214,10 +214,11 @@ def _unknown_word(word: str, leaves: dict[str, Any]) -> str:
     )
 
 
-def _unknown_key(path: str, key: str, leaves: dict[str, Any]) -> str:
-    """Return the message about a key that a config does not have, with one of a similar name."""
+def _unknown_key(path: str, key: str, leaves: dict[str, Any]) -> UsageError:
+    """Return the error for a key that a config does not have, with one of a similar name."""
     by_name = {leaf.split(".")[-1]: leaf for leaf in leaves}
     by_name |= {alias: leaf for alias, leaf in ALIASES.items() if leaf in leaves}
     close = difflib.get_close_matches(key.split(".")[-1], by_name, n=1, cutoff=0.65)
-    hint = f"did you mean {by_name[close[0]]!r}?" if close else "see configs/demo.py"
-    return f"{path} has no key {key!r}; {hint}"
+    if close:
+        return UsageError(f"{path} has no key {key!r}; did you mean {by_name[close[0]]!r}?")
+    return UsageError(f"{path} has no key {key!r}", page="config.md")

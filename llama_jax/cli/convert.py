@@ -20,6 +20,7 @@ from typing import Any
 
 from llama_jax.cli import main as cli
 from llama_jax.errors import UsageError, as_started
+from llama_jax.files import first_with_progress
 
 FORMATS = ("ckpt", "meta", "hf", "llama2c", "gguf")
 PEFT = "peft"  # of adapters alone
@@ -178,7 +179,7 @@ def convert_and_report(job: Any, verify: bool | None) -> None:
         needed = verification.memory_needed(source) / 1e9
         print(f"not verified: that takes {needed:.0f} GB of memory and a while; --verify does it")
     elif verify is not False:
-        for line in verification.verify(job, source):
+        for line in first_with_progress("verifying", verification.verify(job, source)):
             print(line, flush=True)
     following = NEXT.get(job.target, "")
     if job.target == "llama2c":

@@ -14,6 +14,7 @@ from typing import Any
 from llama_jax.cli import main as cli
 from llama_jax.cli.config_flags import read_config, shipped_configs
 from llama_jax.errors import UsageError, warn
+from llama_jax.files import progress
 
 DECODING_FLAGS = ("batch", "context", "quantize", "cache_dtype", "dtype")
 
@@ -66,7 +67,10 @@ def main(argv: list[str]) -> int:
 
     from llama_jax.planning.targets import parse_target
 
-    print(report(config, parse_target(flags.target), flags))
+    target = parse_target(flags.target)
+    with progress(f"planning for {flags.target}"):
+        text = report(config, target, flags)
+    print(text)
     return 0
 
 
@@ -109,4 +113,5 @@ def table_of_configs() -> str:
     """Return the table of all shipped configs."""
     from llama_jax.planning.report import table
 
-    return table({name: read_config(name) for name in shipped_configs()})
+    with progress("planning all configs"):
+        return table({name: read_config(name) for name in shipped_configs()})

@@ -8,7 +8,6 @@ instead of continuing them.
 
 import dataclasses
 import json
-import logging
 import sys
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -16,8 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.cli import main as cli
+from llama_jax.cli.model_flags import READING, add_model_flags, load_llm
 from llama_jax.config import require
 from llama_jax.errors import UsageError, UserError, is_utf16
+from llama_jax.files import first_with_progress, progress
 from llama_jax.inference.request import MAX_COMPLETIONS, Delta, Request, SamplingParams
 
 if TYPE_CHECKING:  # JAX would make --help slow
@@ -34,30 +35,6 @@ UNUSED = {  # flags that a mode does not use; "" is completion, which has no fla
     "score": ("num_samples", "no_echo", "system", "template", "truncate", *PARAMS),
 }
 UNUSED["embed"] = UNUSED["score"]
-
-
-def add_model_flags(parser: cli.Parser) -> None:
-    """Add the flags that `load_llm` uses."""
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--ckpt", default="ckpt", help="checkpoint folder of a run, or of one step; or smollm2"
-    )
-    add_loading_flags(model)
-
-
-def add_loading_flags(model: Any) -> None:
-    """Add the flags that say how a checkpoint is loaded to a group of flags."""
-    model.add_argument("--base", default="", help="of adapters: the checkpoint they belong to")
-    model.add_argument("--dtype", default="", help="float32 or bfloat16; empty: by device")
-    model.add_argument(
-        "--quantize", default=None, help="quantize the matrices to int8, int4 or nf4"
-    )
-    model.add_argument("--cache_dtype", default="", help="int8: a smaller key/value cache")
-    model.add_argument("--max_context", type=int, default=0, help="tokens; 0: the model's context")
-    model.add_argument("--tensor", type=int, default=1, help="devices to shard the matrices over")
-    model.add_argument(
-        "--template", default="", help="chat format by name, or a .jinja file; empty: its own"
-    )
 
 
 def parser() -> cli.Parser:
@@ -151,16 +128,16 @@ def main(argv: list[str]) -> None:
     if is_timed:
         print(f"[--seed={sampling.seed}, from the clock]", file=sys.stderr)
     if mode == "chat":
+        llm = load_llm(flags)
         from llama_jax.cli.chat import Conversation, print_format, run_chat
 
-        llm = load_llm(flags)
         print_format(llm)
         _print_recommended(llm, params)
         run_chat(Conversation(llm, flags.system, truncate=flags.truncate, **params))
     elif mode == "messages":
+        messages, llm = _read_messages(flags.messages), load_llm(flags)
         from llama_jax.cli.chat import print_answer, print_format
 
-        messages, llm = _read_messages(flags.messages), load_llm(flags)
         print_format(llm)
         _print_recommended(llm, params)
         print_answer(llm, messages, truncate=flags.truncate, **params)
@@ -169,13 +146,19 @@ def main(argv: list[str]) -> None:
         require(any(prompts), "--score needs a text; add --prompt or --prompt_file")
         if not flags.json:  # tokens but the first, usually BOS
             print("logprob\ttokens\tperplexity", file=sys.stderr)
-        for score in load_llm(flags).score(prompts):
+        llm = load_llm(flags)
+        with progress("scoring"):
+            scores = llm.score(prompts)
+        for score in scores:
             line = f"{score.total:.4f}\t{len(score.logprobs)}\t{score.perplexity:.4f}"
             print(json.dumps(dataclasses.asdict(score)) if flags.json else line)
     elif mode == "embed":
         prompts = _read_prompts(flags)
         require(any(prompts), "--embed needs a text; add --prompt or --prompt_file")
-        for vector in load_llm(flags).embed(prompts):
+        llm = load_llm(flags)
+        with progress("embedding"):
+            vectors = llm.embed(prompts)
+        for vector in vectors:
             print(json.dumps(vector.tolist()))
     else:
         prompts, llm = _read_prompts(flags), load_llm(flags)
@@ -187,30 +170,11 @@ def main(argv: list[str]) -> None:
         if flags.json:
             from llama_jax.inference.completions import collect
 
-            for completion in collect(llm.generate(request), request):
+            deltas = first_with_progress(READING, llm.generate(request))
+            for completion in collect(deltas, request):
                 print(json.dumps(dataclasses.asdict(completion)))
         else:
             print_samples(llm, request, start=start)
-
-
-def load_llm(flags: Any) -> "LLM":
-    """Return the model that the flags of `add_model_flags` describe."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every file
-    from llama_jax.cli.startup import use_compilation_cache
-    from llama_jax.llm import LLM
-    from llama_jax.text.chat_formats import read_template
-
-    use_compilation_cache()
-    return LLM(
-        flags.ckpt,
-        quantize=flags.quantize,
-        dtype=flags.dtype,
-        max_context=flags.max_context,
-        cache_dtype=flags.cache_dtype,
-        template=read_template(flags.template),
-        tensor=flags.tensor,
-        base=flags.base,
-    )
 
 
 def _print_recommended(llm: "LLM", params: dict[str, Any]) -> None:
@@ -342,7 +306,8 @@ def print_samples(llm: "LLM", request: Request, *, start: float) -> None:
     Args:
       start: `time.perf_counter()` at the start of the program, for the time to the first token.
     """
-    deltas = list(print_in_order(len(request.prompts), report_speed(llm.generate(request), start)))
+    generated = first_with_progress(READING, llm.generate(request))
+    deltas = list(print_in_order(len(request.prompts), report_speed(generated, start)))
     for index, (prompt, params) in enumerate(zip(request.prompts, request.params)):
         if any(each.finish_reason == "length" for each in deltas if each.index == index):
             is_full = len(prompt) + params.max_tokens > llm.context_length

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.cli import main as cli
-from llama_jax.cli.sample import add_loading_flags
+from llama_jax.cli.model_flags import add_loading_flags
 from llama_jax.config import require
 from llama_jax.errors import UserError, finite_number, format_line, whole_number
 
@@ -95,7 +95,8 @@ def main(argv: list[str]) -> None:
         if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn", "sse_starlette"):
             raise
         raise UserError(
-            f"{error.name} is not installed; install it with: pip install 'llama_jax[serve]'"
+            f"{error.name} is not installed; install it with: pip install 'llama_jax[serve]'",
+            page="serving.md",
         ) from error
     with contextlib.closing(bind(flags.host, flags.port)) as listener:
         if not (key or flags.host.startswith(LOOPBACK)):

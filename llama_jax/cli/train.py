@@ -13,6 +13,7 @@ import os
 from llama_jax.cli import main as cli
 from llama_jax.cli.config_flags import read_config
 from llama_jax.errors import UsageError
+from llama_jax.files import progress
 
 PROCESS_FLAGS = ("coordinator", "num_processes", "process_id", "timeout")
 
@@ -57,15 +58,16 @@ def main(argv: list[str]) -> int:
         name: value for name in PROCESS_FLAGS if (value := getattr(flags, name)) is not None
     }
     if processes and not flags.distributed:
-        raise UsageError(f"--{next(iter(processes))} needs --distributed; add it")
+        raise UsageError(f"--{next(iter(processes))} needs --distributed; add it", page="pods.md")
     config = read_config(flags.config, words, fetch=True)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every file
 
-    from llama_jax.cli.startup import use_compilation_cache
-    from llama_jax.distributed.processes import joined
-    from llama_jax.training.profiling import parse_window
-    from llama_jax.training.run import fit
+    with progress("importing JAX"):
+        from llama_jax.cli.startup import use_compilation_cache
+        from llama_jax.distributed.processes import joined
+        from llama_jax.training.profiling import parse_window
+        from llama_jax.training.run import fit
 
     window = None
     if flags.profile is not None:

@@ -56,7 +56,8 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
     if math.prod(shape) != devices:
         raise UsageError(
             f"{_named(sizes)} do not multiply to {devices} devices; the nearest sizes that do are"
-            f" {_named(_nearest_shape(sizes, devices))}"
+            f" {_named(_nearest_shape(sizes, devices))}",
+            page="pods.md",
         )
     return shape
 

@@ -128,7 +128,9 @@ def format_of(path: Path) -> str:
     if (path / "adapter_config.json").is_file():
         return "peft"
     expected = "; ".join(f"{name}: {each.what}" for name, each in FORMATS.items())
-    raise UserError(f"the format of {path} is not recognised; give --from ({expected})")
+    raise UserError(
+        f"the format of {path} is not recognised; give --from ({expected})", page="models.md"
+    )
 
 
 def written_dtype(target: str, weights: Weights, options: Options) -> str:

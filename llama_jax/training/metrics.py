@@ -4,13 +4,14 @@ Only process 0 reports. Reporting never ends a run: a disk that is full or a ter
 costs a warning, and lines of metrics.jsonl that are damaged are skipped.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,6 +20,7 @@ import jax
 from llama_jax.checkpoints.run_folder import METRICS
 from llama_jax.config import Config
 from llama_jax.errors import warn
+from llama_jax.files import SECONDS_BETWEEN_TICKS, SECONDS_BETWEEN_WAITS, repeated
 from llama_jax.hardware.accelerators import MemoryUse, memory_use, peak_flops
 from llama_jax.model.parameters import flops_per_token
 from llama_jax.training.step import StepMetrics
@@ -87,6 +89,21 @@ class Console:
         width = shutil.get_terminal_size().columns - counts - 1
         self._bar.set_description_str(fitted(fields[1:], width), refresh=False)
         self._bar.update(step - self._bar.n)
+
+    @contextlib.contextmanager
+    def waiting(self, task: str) -> Iterator[None]:
+        """Show the time that a task takes: on the bar, or as lines without one."""
+        started, is_bar = time.monotonic(), not self._bar.disable
+        before = self._bar.desc if is_bar else ""
+        say = self._bar.set_description_str if is_bar else self.line
+
+        def show() -> None:
+            say(f"{task}: {format_duration(time.monotonic() - started)}")
+
+        with repeated(show, SECONDS_BETWEEN_TICKS if is_bar else SECONDS_BETWEEN_WAITS):
+            yield
+        if is_bar:
+            self._bar.set_description_str(before, refresh=False)
 
     def close(self) -> None:
         """Leave the bar as it is."""

@@ -133,7 +133,8 @@ class Trainer:
             self.writer.raise_if_failed()
         if session.stop.requested():
             return self._leave()
-        self.writer.wait()
+        with self.console.waiting("saving"):
+            self.writer.wait()
         self._finish(total)
         return 0
 
@@ -149,8 +150,9 @@ class Trainer:
         """Compile the train step for the shapes of this run."""
         started = time.perf_counter()
         self.console.line("compiling the train step")
-        lowered = self.session.programs.train.lower(self.state, abstract_batch(self.config))
-        compiled = lowered.compile()
+        with self.console.waiting("compiling"):
+            lowered = self.session.programs.train.lower(self.state, abstract_batch(self.config))
+            compiled = lowered.compile()
         self.console.line(f"compiled  in {time.perf_counter() - started:.1f} s")
         return compiled
 
@@ -191,7 +193,8 @@ class Trainer:
         if not self.has_validated:
             self.console.line("compiling the evaluation step")
         self.has_validated = True
-        metrics = validation_metrics(self.session, self.state)
+        with self.console.waiting("validating"):
+            metrics = validation_metrics(self.session, self.state)
         if metrics is None:
             return math.inf
         if self.config.optimizer.loss == "next_token":
@@ -255,7 +258,9 @@ class Trainer:
         if not is_wanted or self.session.stop.requested():
             return
         try:
-            self.console.line(sample(self.session, self.state, seed=self.step))
+            with self.console.waiting("sampling"):
+                text = sample(self.session, self.state, seed=self.step)
+            self.console.line(text)
         except Exception as error:
             if is_out_of_memory(error):
                 raise

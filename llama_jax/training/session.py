@@ -38,6 +38,7 @@ from llama_jax.distributed.mesh import make_mesh, placed
 from llama_jax.distributed.preemption import StopSignal, stop_of_all
 from llama_jax.distributed.processes import require_joined
 from llama_jax.errors import UsageError, UserError, catch_out_of_memory, warn
+from llama_jax.files import progress
 from llama_jax.hardware.accelerators import memory_limit
 from llama_jax.inference.completions import encode_prompt, stop_ids
 from llama_jax.inference.request import Request, SamplingParams
@@ -122,9 +123,11 @@ def open_session(
         changes = require_same_run(folder, run, data.first.tokenizer_path)
         if config.run.init_from and jax.process_index() == 0:
             print(f"loading   {config.run.init_from}", flush=True)
-        frozen, base = load_frozen(config, mesh)
+        with _progress("loading weights"):
+            frozen, base = load_frozen(config, mesh)
         start = _restore(config, folder, data, mesh, frozen, base)
-        start = start or Start(state=first_state(config, programs, mesh, frozen))
+        with _progress("making the first state"):
+            start = start or Start(state=first_state(config, programs, mesh, frozen))
         with together():
             if jax.process_index() == 0:
                 write_metadata(folder, run, data.first.tokenizer_path)
@@ -149,6 +152,11 @@ def open_session(
             profile=profile,
             opened=opened,
         )
+
+
+def _progress(task: str) -> contextlib.AbstractContextManager[object]:
+    """Show on process 0 the time that a task takes."""
+    return contextlib.nullcontext() if jax.process_index() else progress(task)
 
 
 def _what_is_kept(folder: Path) -> str:
@@ -196,7 +204,8 @@ def _run(config: Config, data: TokenFolder) -> Run:
         if hashlib.sha256(content).hexdigest() != data.tokenizer_sha256:
             raise UserError(
                 f"{data.path} was not tokenized with the tokenizer of {folder}; prepare it again"
-                f" with --tokenizer {folder}"
+                f" with --tokenizer {folder}",
+                page="finetuning.md",
             )
         names = ("chat_template", "stop_ids", "generation")
         prompting |= {name: getattr(found, name) for name in names}
@@ -219,7 +228,8 @@ def _restore(
     if (steps := finished_steps(folder)) and jax.process_index() == 0:
         with contextlib.suppress(OSError, ValueError):  # standard output is closed
             print(f"restoring step {steps[-1]:,} of {folder}", flush=True)
-    restored = restore_newest(folder, items, report=warn, set_aside=True)
+    with _progress("restoring"):
+        restored = restore_newest(folder, items, report=warn, set_aside=True)
     if restored is None:
         return None
     if restored.meta.get("data") != data.fingerprint and not config.data.allow_change:
@@ -319,6 +329,7 @@ def open_data(config: Config) -> Sources:
         remedy = "'next_token'" if loss == "dpo" else "'dpo'"
         raise UsageError(
             f"optimizer.loss={loss!r} does not fit {folder.path}, which holds {folder.kind}; set"
-            f" optimizer.loss={remedy}, or name other data"
+            f" optimizer.loss={remedy}, or name other data",
+            page="finetuning.md",
         )
     return data

@@ -309,7 +309,8 @@ def test_sizes_that_do_not_multiply_to_the_devices_are_refused(sizes, nearest):
     nearest_sizes = ", ".join(f"mesh.{name}={size}" for name, size in zip(AXES, nearest))
     with pytest.raises(UsageError, match="do not multiply to 8 devices") as refused:
         mesh_of(sizes)
-    assert str(refused.value).endswith(f"the nearest sizes that do are {nearest_sizes}")
+    nearest = f"the nearest sizes that do are {nearest_sizes}; see docs/pods.md"
+    assert str(refused.value).endswith(nearest)
 
 
 def test_a_mesh_over_some_of_the_devices():

@@ -120,7 +120,8 @@ def _tokenizer(corpus: Corpus, folder: Path, options: TokenOptions) -> Tokenizer
     if not options.tokenizer:
         sample = corpus.training_sample(SAMPLE_CHARACTERS)
         path = folder / MODEL
-        tokenizer = train_tokenizer(sample, options.vocab_size, path, options.model_type)
+        with progress("training the tokenizer"):
+            tokenizer = train_tokenizer(sample, options.vocab_size, path, options.model_type)
         if options.save_tokenizer:
             with new_path(options.save_tokenizer) as copy:
                 copy.write_bytes(path.read_bytes())

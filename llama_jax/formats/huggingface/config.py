@@ -186,7 +186,8 @@ def _model_type(values: Mapping[str, Any], source: object) -> str:
         name = f"a model of model_type {shown(kind)}"
     name = name if isinstance(name, str) and name.isprintable() else shown(name)
     expected = " or ".join(names[0] for names in ARCHITECTURES.values())
-    raise UserError(f"{source}: {name} is not supported; expected {expected}")
+    message = f"{source}: {name} is not supported; expected {expected}"
+    raise UserError(message, page="models.md")
 
 
 def _size_or_null(fields: Fields, key: str, default: int, largest: int = 2**20) -> int:
