@@ -6,6 +6,7 @@ python prepare.py tinystories                              # a 2 GB download
 python prepare.py my_texts/ --output data/mine             # your own .txt, .jsonl or .json
 python prepare.py a.jsonl b.jsonl --text_key body --output data/both
 python prepare.py book.txt --output data/book --tokenizer tokenizer.model
+python prepare.py shakespeare --vocab_size 8192 --model_type unigram --save_tokenizer my.model
 
 Examples to fine-tune on are recognised by the keys of their JSON objects: messages, conversations,
 prompt and completion, Alpaca's instruction and output, text, or chosen and rejected.
@@ -51,9 +52,10 @@ from llama_jax.data.prepare.tokenize import (
 )
 from llama_jax.errors import UsageError, UserError, did_you_mean, shown
 from llama_jax.files import check_new_path
-from llama_jax.formats.vocabulary import Vocabulary
+from llama_jax.formats.vocabulary import NOT_BPE, Vocabulary
 from llama_jax.text.chat import TRAIN_ON
 from llama_jax.text.chat_formats import NO_TEMPLATE, TEMPLATES, find_template, read_template
+from llama_jax.text.sentencepiece import MODEL_TYPES
 from llama_jax.text.tokenizer import (
     MODEL,
     Tokenizer,
@@ -66,6 +68,7 @@ OPTION_NAMES = tuple(field.name for field in dataclasses.fields(TokenOptions))
 EXAMPLE_OPTION_NAMES = tuple(field.name for field in dataclasses.fields(ExampleOptions))
 TUNING_FLAGS = ("chat", "dataset", "train_on", "sequence_length", "overlong", "show")
 TEXT_FLAGS = ("split_at", "text_key", "errors", "stories", "eos", "vocab_size", "workers")
+TEXT_FLAGS += ("model_type", "save_tokenizer")
 RANGES = {  # of the values of flags
     "stories": (1, 10**9),
     "vocab_size": (1, 2**20),
@@ -97,8 +100,12 @@ def _prepare_text(given: dict[str, Any]) -> None:
     options = dataclasses.replace(default_options(source), **changes)
     output = Path(given.get("output", Path("data") / source))
     check_new_path(output)
-    if options.tokenizer:
-        _warn_of_limited_exports(chosen_tokenizer(options))  # before any text is read
+    if options.save_tokenizer:
+        check_new_path(Path(options.save_tokenizer))
+    if options.tokenizer:  # before any text is read
+        _warn_of_limited_exports(chosen_tokenizer(options))
+    elif options.model_type != "bpe":
+        print(f"warning: {NOT_BPE}", file=sys.stderr)
     corpus = _corpus(given)
     folder = prepare(corpus, output, options)
     for line in (*corpus.notices, *summary(folder)):
@@ -208,6 +215,9 @@ def _parser() -> cli.Parser:
     )
     vocab_help = f"size of the tokenizer to train ({defaults.vocab_size}; 2048 for stories,"
     add("--vocab_size", type=int, help=f"{vocab_help} shakespeare)")
+    type_help = "kind of the tokenizer to train (bpe); only bpe can be exported to all formats"
+    add("--model_type", choices=MODEL_TYPES, help=type_help)
+    add("--save_tokenizer", metavar="FILE", help="also write the tokenizer that is trained here")
     add(
         "--validation",
         type=float,
@@ -279,8 +289,9 @@ def _check(given: dict[str, Any]) -> None:
             raise UserError(f"{path} does not exist{did_you_mean(path, NAMES)}; {kinds}")
     if not is_named and not given.get("output"):
         raise UsageError(f"--output is missing; name a folder to create for the tokens of {source}")
-    if given.get("tokenizer") and "vocab_size" in given:
-        raise UsageError("--tokenizer and --vocab_size exclude each other; use one of them")
+    for flag in ("vocab_size", "model_type", "save_tokenizer"):
+        if given.get("tokenizer") and flag in given:
+            raise UsageError(f"--tokenizer and --{flag} exclude each other; use one of them")
     for flag in ("split_at", "text_key", "errors"):
         if is_named and flag in given:
             raise UsageError(f"--{flag} applies to your own files only; leave it out for {source}")

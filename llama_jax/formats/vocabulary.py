@@ -8,6 +8,11 @@ from collections.abc import Collection, Mapping, Sequence
 from llama_jax.errors import UserError
 from llama_jax.text.tokenizer import JSON, tokenizer_file_name
 
+NOT_BPE = (
+    "the tokenizer is a SentencePiece model but not BPE, as Llama 2's is; only the formats ckpt and"
+    " meta can hold it"
+)
+
 
 class Kind(enum.IntEnum):
     """The type of a piece, by SentencePiece's and GGUF's numbers."""
@@ -60,10 +65,7 @@ class Vocabulary:
             raise UserError(f"the tokenizer is not a SentencePiece model: {error}") from error
         trainer = proto.trainer_spec
         if trainer.model_type != trainer.BPE:
-            raise UserError(
-                "the tokenizer is a SentencePiece model but not BPE, as Llama 2's is; only the"
-                " formats ckpt and meta can hold it"
-            )
+            raise UserError(NOT_BPE)
         return cls(
             pieces=tuple(Piece(p.piece, p.score, Kind(p.type)) for p in proto.pieces),
             unknown_id=trainer.unk_id,

@@ -14,6 +14,8 @@ from llama_jax.errors import UserError, first_line
 from llama_jax.text.decoding import SPACE, Decoder, Tokenizer, require_no_surrogate
 
 LONGEST_LINE = 4096  # characters given to the trainer at once
+MODEL_TYPES = ("bpe", "unigram", "char")
+SMALLEST_CHAR = 259  # pieces of a "char" model without characters
 MOST_LINES = 5_000_000  # the trainer holds them all in memory
 
 
@@ -122,13 +124,19 @@ def _protobuf_fields(data: bytes) -> tuple[set[int], bool]:
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, path: str | os.PathLike[str]
+    texts: Iterable[str], vocab_size: int, path: str | os.PathLike[str], model_type: str = "bpe"
 ) -> SentencePieceTokenizer:
-    """Train a BPE model on texts and write it to `path` atomically.
+    """Train a model on texts and write it to `path` atomically.
 
     The texts are held in memory, so pass a sample of a large corpus. As with SentencePiece's own
     reader, the trainer gets single lines, so that no piece but the byte has a newline. The same
     texts give the same file on every machine.
+
+    Args:
+      vocab_size: pieces, bytes and special tokens included; of "char" the most: there are no more
+        than characters, and the rarest become bytes where that is too few.
+      model_type: one of `MODEL_TYPES`: "bpe" (Sennrich et al. 2016), "unigram" (Kudo 2018), or
+        "char", a piece for each character.
 
     Raises:
       UserError: if the texts are too short or have too many different characters for `vocab_size`.
@@ -140,7 +148,7 @@ def train_tokenizer(
         SentencePieceTrainer.train(
             sentence_iterator=_lines(texts),
             model_writer=model,
-            model_type="bpe",
+            model_type=model_type,
             vocab_size=vocab_size,
             character_coverage=1.0,
             byte_fallback=True,
@@ -183,6 +191,11 @@ def _training_error(message: str, vocab_size: int) -> str:
         return (
             f"vocab_size={vocab_size} is too small: bytes and single characters of this text"
             f" alone are {least[1]} pieces; use a vocab_size of {least[1]} or more"
+        )
+    if "char_model_trainer" in message:
+        return (
+            f"vocab_size={vocab_size} is too small: bytes and special tokens alone are"
+            f" {SMALLEST_CHAR}; use a vocab_size of {SMALLEST_CHAR + 1} or more"
         )
     if "sentences_.empty()" in message or "all_chars_count" in message:
         return "there is no text to train a tokenizer on; expected more than whitespace"

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-import sentencepiece
 
 from llama_jax.cli import main as cli
 from llama_jax.cli import prepare as prepare_command
@@ -49,21 +48,18 @@ def test_text_becomes_a_token_folder(place):
     assert TokenFolder.open(place / "again").fingerprint == folder.fingerprint
 
 
-def test_tokenizer_that_few_formats_hold_is_a_warning(place):
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(STORIES),
-        model_prefix=str(place / "unigram"),
-        model_type="unigram",
-        vocab_size=330,
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        minloglevel=3,
-    )
-    done = prepare(place, "text.txt", "--output=mine", "--tokenizer=unigram.model")
+def test_other_kinds_of_tokenizers_are_saved_by_name_and_warned_of(place):
+    words = ["text.txt", "--output=mine", "--vocab_size=330", "--model_type=unigram"]
+    done = prepare(place, *words, "--save_tokenizer=named.model")
     assert done.returncode == 0 and done.stderr.count("\n") == 1
-    assert (
-        "warning: " in done.stderr and "only the formats ckpt and meta can hold it" in done.stderr
-    )
+    expected = "only the formats ckpt and meta can hold it"
+    assert "warning: " in done.stderr and expected in done.stderr
+    assert (place / "named.model").read_bytes() == (place / "mine/tokenizer.model").read_bytes()
+
+    done = prepare(place, "text.txt", "--output=again", "--tokenizer=named.model")
+    assert done.returncode == 0 and expected in done.stderr
+    fingerprints = [TokenFolder.open(place / name).fingerprint for name in ("mine", "again")]
+    assert fingerprints[0] == fingerprints[1]
 
 
 def test_several_inputs_and_a_key(place):

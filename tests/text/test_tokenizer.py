@@ -8,7 +8,7 @@ import sentencepiece
 from hypothesis import given, settings
 
 from llama_jax.errors import UserError
-from llama_jax.text.sentencepiece import train_tokenizer
+from llama_jax.text.sentencepiece import MODEL_TYPES, train_tokenizer
 from llama_jax.text.tokenizer import load_tokenizer
 
 TEXTS = [
@@ -186,6 +186,21 @@ def test_training_is_reproducible_and_newlines_are_bytes(trained, tmp_path):
     assert again.sha256 == trained.sha256
     assert again.vocab_size == 330
     assert not any("\n" in again.decode([token]) for token in range(259, 330))
+
+
+@pytest.mark.parametrize("kind", MODEL_TYPES)
+def test_each_kind_of_model_restores_texts_and_loads_by_its_file(kind, tmp_path):
+    texts = ["The  boat sails home.\tIt has 12 sails.\n\n", "naïve ☃ 👍"]
+    train_tokenizer(TEXTS, 310, tmp_path / "named.model", kind)
+    tokenizer = load_tokenizer(tmp_path / "named.model")
+    for text in texts:
+        ids = tokenizer.encode(text, bos=False, eos=False)
+        assert tokenizer.decode(ids) == text
+        decoder = tokenizer.decoder()
+        assert "".join(decoder.push([token]) for token in ids) + decoder.flush() == text
+    letters = len(tokenizer.encode("boat", bos=False, eos=False))
+    assert letters == 5 if kind == "char" else letters < 5
+    assert kind == "char" or tokenizer.vocab_size == 310
 
 
 def test_training_prints_nothing_and_writes_only_the_model(tmp_path, capfd):

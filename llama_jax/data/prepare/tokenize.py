@@ -23,7 +23,7 @@ from llama_jax.data.prepare.corpora import (
 from llama_jax.data.prepare.documents import Chunk, ReadProgress
 from llama_jax.data.token_folder import SPLITS, TokenFolder, TokenWriter
 from llama_jax.errors import UserError
-from llama_jax.files import check_new_path, new_folder, progress
+from llama_jax.files import check_new_path, new_folder, new_path, progress
 from llama_jax.text.sentencepiece import train_tokenizer
 from llama_jax.text.tokenizer import MODEL, Tokenizer, load_tokenizer, save_tokenizer
 
@@ -39,6 +39,8 @@ class TokenOptions:
 
     tokenizer: str = ""  # path of a tokenizer.model or tokenizer.json; empty: train one
     vocab_size: int = 4096  # of the tokenizer that is trained
+    model_type: str = "bpe"  # of it: one of `text.sentencepiece.MODEL_TYPES`
+    save_tokenizer: str = ""  # path of a copy of it; empty: it is in the folder only
     bos: bool = True  # put BOS before each document
     eos: bool = False  # put EOS after each document
     shard_tokens: int = 100_000_000  # tokens per file
@@ -117,7 +119,12 @@ def _tokenizer(corpus: Corpus, folder: Path, options: TokenOptions) -> Tokenizer
     """Train the tokenizer in `folder`, or copy it there, and return it."""
     if not options.tokenizer:
         sample = corpus.training_sample(SAMPLE_CHARACTERS)
-        return train_tokenizer(sample, options.vocab_size, folder / MODEL)
+        path = folder / MODEL
+        tokenizer = train_tokenizer(sample, options.vocab_size, path, options.model_type)
+        if options.save_tokenizer:
+            with new_path(options.save_tokenizer) as copy:
+                copy.write_bytes(path.read_bytes())
+        return tokenizer
     tokenizer = chosen_tokenizer(options)
     save_tokenizer(tokenizer.path.read_bytes(), folder)
     return tokenizer
