@@ -169,10 +169,12 @@ class ModelConfig(Section):
             f"{source}model.head_dim={self.head_size} is odd; RoPE rotates pairs: make it even",
         )
         kind = self.rope_scaling.kind
-        lost = (
-            f"model.rope_scaling.kind={kind!r} scales what model.position={self.position!r} has not"
+        require(
+            kind == "none" or self.position == "rope",
+            f"model.rope_scaling.kind={kind!r} scales rotary embeddings, which a model with"
+            f" model.position={self.position!r} does not use; set it to 'none', or model.position"
+            " to 'rope'",
         )
-        require(kind == "none" or self.position == "rope", f"{lost}; set it to 'none'")
         require(
             kind not in ("yarn", "dynamic") or (self.head_size > 2 and self.rope_theta > 1),
             f"model.rope_scaling.kind={kind!r} needs a head_dim above 2 and a rope_theta above 1",

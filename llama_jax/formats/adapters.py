@@ -174,11 +174,18 @@ def write_peft(path: Path, output: Path) -> int:
     """Write adapters of ours as a new folder that PEFT opens; return how many numbers it holds.
 
     Raises:
-      UserError: if it exists, or holds an adapter of a tied embedding, which PEFT has not.
+      UserError: if it exists, belongs to a model without rotary embeddings, which transformers has
+        not, or holds an adapter of a tied embedding, which PEFT has not.
     """
     folder = read(path)
     assert folder.description is not None
     config, lora = folder.description.model, folder.lora
+    if config.position != "rope":
+        raise UserError(
+            f"{path} adapts a model with model.position={config.position!r}, and the Llama of"
+            " transformers, which PEFT adapts, has 'rope' only; use the adapter here, or merge it"
+            " with --merge and --to ckpt"
+        )
     if config.tied_embeddings and "embedding" in folder.adapters:
         raise UserError(
             f"{path} adapts an embedding that is the output matrix too, which PEFT cannot express;"

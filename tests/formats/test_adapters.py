@@ -84,6 +84,17 @@ def test_names_and_shapes_are_those_of_peft(folder, tmp_path):
     assert settings["target_modules"][0] == "down_proj" and "lm_head" in settings["target_modules"]
 
 
+def test_peft_has_no_adapters_of_models_without_rotary_embeddings(tmp_path):
+    weights, lora = tiny_weights(position="alibi"), LoraConfig(rank=2, targets="wq")
+    checkpoint.write(weights, tmp_path / "base")
+    description = checkpoint.read_description(tmp_path / "base")
+    description = dataclasses.replace(description, lora=lora, base=str(tmp_path / "base"))
+    made = init_adapters(weights.config, lora, jax.random.key(0))
+    checkpoint.write_adapters(tmp_path / "ours", description, made, "", weights.tokenizer)
+    with pytest.raises(UserError, match=r"model with model.position='alibi', and the Llama of"):
+        adapters.write_peft(tmp_path / "ours", tmp_path / "peft")
+
+
 @pytest.mark.parametrize("target", ["ckpt", "hf", "gguf"])
 def test_merged_on_the_way_is_merged_in_memory(weights, folder, base, made, tmp_path, target):
     output = tmp_path / ("out.gguf" if target == "gguf" else "out")

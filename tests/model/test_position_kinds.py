@@ -257,7 +257,7 @@ def test_hooks_of_rope_add_nothing():
 
 def test_rope_scaling_needs_rope_and_unknown_positions_are_named():
     with pytest.raises(
-        UsageError, match=r"kind='linear' scales what model.position='alibi' has not; set"
+        UsageError, match=r"scales rotary embeddings, which a model with model.position='alibi'"
     ):
         ModelConfig(**TINY, position="alibi", rope_scaling=RopeScaling(kind="linear", factor=2.0))
     with pytest.raises(
