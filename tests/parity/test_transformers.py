@@ -1,12 +1,18 @@
 """Our model against `transformers.LlamaForCausalLM` with the same random weights."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_model import make_model, plain
 
+from llama_jax.config import Config, DataConfig, OptimizerConfig
+from llama_jax.data.loader import Batch
 from llama_jax.training.loss import summed_nll
+from llama_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from llama_jax.training.step import TrainState, make_execution, train_step
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
@@ -85,3 +91,49 @@ def test_gradients_of_the_mean_loss_agree(pair):
     for name, slope in expected.items():
         assert np.abs(slope).max() > 1e-3
         assert np.abs(got[name] - slope).max() <= 1e-4, name
+
+
+def test_fifty_steps_of_training_give_the_losses_of_transformers(pair):
+    """AdamW with warm-up, a cosine and clipping, on batches that both read in the same order."""
+    torch = pytest.importorskip("torch")
+    ours, theirs, _ = pair
+    theirs = copy.deepcopy(theirs).train()
+    steps, rate, decay = 50, 3e-3, 0.1
+    config = Config(
+        model=ours.config,
+        data=DataConfig(path="nowhere", batch_size=B, sequence_length=T - 1),
+        optimizer=OptimizerConfig(
+            steps=steps, learning_rate=rate, warmup_steps=5, weight_decay=decay, clip_norm=1.0
+        ),
+    )
+    matrices = [p for p in theirs.parameters() if p.ndim > 1]
+    scales = [p for p in theirs.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": scales, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), eps=1e-8)
+    schedule = learning_rate_schedule(config.optimizer)
+    moments = make_optimizer(config.optimizer).init(ours)
+    state = TrainState(jnp.int32(0), jnp.bool(True), ours, None, moments)
+    execution = make_execution(config)
+    step = jax.jit(lambda state, batch: train_step(state, batch, config, execution))
+    batches = np.random.default_rng(5).integers(0, V, (10, B, T))
+    differences, losses = [], []
+    for number in range(steps):
+        tokens_BT = batches[number % len(batches)]
+        for group in optimizer.param_groups:
+            group["lr"] = float(schedule(number))
+        optimizer.zero_grad()
+        tokens = torch.tensor(tokens_BT)
+        loss = theirs(tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
+        batch = Batch(
+            inputs_BT=tokens_BT[:, :-1],
+            targets_BT=tokens_BT[:, 1:],
+            weights_BT=np.ones((B, T - 1), np.float32),
+        )
+        state, metrics = step(state, batch)
+        losses.append(float(metrics.loss))
+        differences.append(abs(losses[-1] - loss.item()))
+    assert losses[-1] < losses[0] - 1  # it learns
+    assert max(differences) < 1e-3
