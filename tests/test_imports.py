@@ -32,10 +32,11 @@ ROOMS = {  # what each may import, in an order in which rooms import only earlie
     "formats": "checkpoints quantization model text config_parsing config errors files",
     "planning": "training inference data distributed hardware quantization kernels model config"
     " errors",
+    "study": "training inference data checkpoints distributed model text config errors files",
     "llm": "inference checkpoints formats distributed text config errors",
     "evaluation": "llm inference data distributed text errors files",
     "serving": "llm inference checkpoints formats distributed model text config errors files",
-    "cli": "serving evaluation llm inference checkpoints training data formats planning"
+    "cli": "serving evaluation study llm inference checkpoints training data formats planning"
     " quantization model hardware distributed text config_parsing config errors files",
 }
 SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py")) if path.stem != "setup"]
@@ -52,7 +53,7 @@ ONLY_IN = {  # libraries that one room, or a few modules, may import
     "safetensors": set(),
     "absl": {"config", "cli.config_flags", "configs"},
     "ml_collections": {"config", "cli.config_flags", "configs"},
-    "matplotlib": {"training.plot"},
+    "matplotlib": {"training.plot", "study.pictures"},
     "packaging": {"cli.doctor"},
     "tensorboardX": {"training.metrics"},
     "lm_eval": {"evaluation.harness"},

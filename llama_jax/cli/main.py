@@ -42,9 +42,10 @@ COMMANDS = {
     "convert-meta": "import Meta's Llama weights",
     "plan": "predict whether training or sampling fits on given devices",
     "plot": "draw the loss curve of a run, or compare several",
+    "study": "compare position encodings by training small models",
     "doctor": "report versions, devices, cache and extras, with advice",
 }
-ON_HUGE_PAGES = ("train", "sample", "chat", "serve", "evaluate")
+ON_HUGE_PAGES = ("train", "study", "sample", "chat", "serve", "evaluate")
 SIMILAR = 0.75  # similarity from which an unknown flag is taken for a misspelt one
 FLAG_ALIASES = {  # other projects' names of flags
     "checkpoint": "--ckpt",

@@ -1,0 +1,1 @@
+"""The study of position encodings: trials, evaluation beyond the training length, report."""
