@@ -85,7 +85,7 @@ def _draw_scalings(axes: Any, rows: Sequence[Row]) -> None:
         _draw_losses(axes, "rope", rows, wanted | {"scaling": scaling}, scaling, linestyle=line)
     _finish(axes, f"{MULTIPLES[-1]} × T, full, rope by scaling", "position")
     if axes.lines:
-        axes.legend(frameon=False, fontsize=8, loc="upper left")
+        axes.legend(frameon=False, fontsize=8, loc="lower left", ncols=3)
 
 
 def _draw_losses(

@@ -254,7 +254,11 @@ def markdown(scale: Scale, results: Sequence[Row]) -> str:
         _table(
             ["position", *(f"{multiple} T" for multiple in MULTIPLES)],
             [
-                [label, *(_shown(row, f"{name}_{multiple}x") for multiple in MULTIPLES)]
+                [
+                    label,
+                    _shown(row, f"loss_{FULL}_none_1x"),  # the same however it is read
+                    *(_shown(row, f"{name}_{multiple}x") for multiple in MULTIPLES[1:]),
+                ]
                 for row in of_text
                 for label, name in _readings_of(row)
             ],
