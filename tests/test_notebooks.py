@@ -85,7 +85,10 @@ def run(clone, name, **fields):
         "XLA_FLAGS": "",
     }
     client = nbclient.NotebookClient(
-        notebook, timeout=900, resources={"metadata": {"path": str(clone / "notebooks")}}
+        notebook,
+        timeout=900,
+        startup_timeout=300,
+        resources={"metadata": {"path": str(clone / "notebooks")}},
     )
     client.execute(env=environment)
     outputs = [cell.outputs for cell in code]
