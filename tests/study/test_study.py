@@ -94,7 +94,7 @@ def test_a_study_resumes_and_reports(tmp_path, corpus, capsys):
     ],
 )
 def test_wrong_requests_are_refused_before_anything_is_written(tmp_path, corpus, changes, message):
-    study = study_of(tmp_path / "out", corpus, **changes)
+    study = study_of(tmp_path / "out", **{"corpus": corpus} | changes)
     with pytest.raises(UserError) as caught:
         run_study(study)
     assert message in str(caught.value) and not study.folder.exists()
