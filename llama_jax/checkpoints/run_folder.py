@@ -13,6 +13,7 @@ another run or anything else: nothing in it is ever overwritten.
 import contextlib
 import dataclasses
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -32,6 +33,7 @@ from llama_jax.files import lock
 from llama_jax.text.tokenizer import TOKENIZER_FILES, tokenizer_file_name, tokenizer_path
 
 METRICS, LOCK = "metrics.jsonl", ".lock"
+STEP_OR_PART = re.compile(r"\d+(\.|$)")  # a step, whole or not: 20, 20.orbax-checkpoint-tmp
 MARK = LOCK + "-"  # prefix of a file that tests whether all processes see the folder
 PATIENCE = 10.0  # seconds that a network disk may take to show a new file
 OTHER_FOLDER = "choose another folder with --config.run.checkpoint_dir=…"
@@ -79,7 +81,7 @@ def require_same_run(folder: Path, run: Run, tokenizer: Path) -> dict[str, tuple
 def _has_begun(folder: Path) -> bool:
     metrics = folder / METRICS
     has_metrics = metrics.is_file() and metrics.stat().st_size > 0
-    return has_metrics or any(path.name[0].isdigit() for path in folder.iterdir())
+    return has_metrics or any(STEP_OR_PART.match(path.name) for path in folder.iterdir())
 
 
 def settings(config: Config) -> dict[str, Any]:
@@ -196,13 +198,22 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def _require_empty(folder: Path) -> None:
-    """Raise `UserError` if a folder has other files than a killed start may have left."""
-    names = {path.name for path in folder.iterdir() if not path.name.startswith(MARK)}
+    """Raise `UserError` if a folder has other files than a killed start may have left.
+
+    Folders of other runs and of models may lie in it, as `ckpt/15m` in `ckpt`.
+    """
+    paths = [path for path in folder.iterdir() if not path.name.startswith(MARK)]
+    names = {path.name for path in paths if not _is_other_run(path)}
     others = names - {LOCK, CONFIG + ".partial"}
     if others:
         raise UserError(
             f"{folder} is not empty and holds no run (it has {min(others)!r}); {OTHER_FOLDER}"
         )
+
+
+def _is_other_run(path: Path) -> bool:
+    """Return whether a path is the folder of a run or a model, and no step of this one."""
+    return (path / CONFIG).is_file() and not STEP_OR_PART.match(path.name)
 
 
 def _hold(file: TextIO, folder: Path) -> None:

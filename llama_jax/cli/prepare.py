@@ -67,8 +67,10 @@ from llama_jax.text.tokenizer import (
 OPTION_NAMES = tuple(field.name for field in dataclasses.fields(TokenOptions))
 EXAMPLE_OPTION_NAMES = tuple(field.name for field in dataclasses.fields(ExampleOptions))
 TUNING_FLAGS = ("chat", "dataset", "train_on", "sequence_length", "overlong", "show")
-TEXT_FLAGS = ("split_at", "text_key", "errors", "stories", "eos", "vocab_size", "workers")
-TEXT_FLAGS += ("model_type", "save_tokenizer")
+TEXT_FLAGS = (
+    *("split_at", "text_key", "errors", "stories", "eos", "vocab_size", "workers"),
+    *("model_type", "save_tokenizer"),
+)
 RANGES = {  # of the values of flags
     "stories": (1, 10**9),
     "vocab_size": (1, 2**20),

@@ -153,8 +153,9 @@ def shared_programs(config: Config, base_rate: float, mesh: Mesh) -> SharedProgr
     Args:
       base_rate: the learning rate that they are compiled with.
     """
-    rates = {"learning_rate": base_rate, "min_learning_rate": 0.1 * base_rate}
-    optimizer = dataclasses.replace(config.optimizer, **rates)
+    optimizer = dataclasses.replace(
+        config.optimizer, learning_rate=base_rate, min_learning_rate=0.1 * base_rate
+    )
     seed = config.run.seed if config.model.dropout else 0
     run = dataclasses.replace(config.run, checkpoint_dir="any", seed=seed)
     data = dataclasses.replace(config.data, seed=0)

@@ -129,6 +129,18 @@ def test_killed_start_can_be_repeated(folder):
     assert set(contents(folder)) == {"config.json", "tokenizer.model"}
 
 
+def test_other_runs_may_lie_in_a_folder(folder):
+    (folder.parent / "t.model").write_bytes(b"pieces")
+    for name in ("15m", "smollm2"):
+        start(folder / name)
+    run = start(folder)
+    assert read_run(folder) == run
+    start(folder, run__seed=5)  # another run: this one made no step, whatever the others' names are
+    (folder / "20").mkdir()
+    with pytest.raises(UserError, match="holds another run: run.seed"):
+        start(folder, run__seed=6)
+
+
 @pytest.mark.parametrize("name", ["notes.txt", "tokenizer.model", ".hidden"])
 def test_folder_with_other_files_is_refused_untouched(folder, name):
     folder.mkdir(parents=True)

@@ -121,11 +121,11 @@ def _tokenizer(corpus: Corpus, folder: Path, options: TokenOptions) -> Tokenizer
         sample = corpus.training_sample(SAMPLE_CHARACTERS)
         path = folder / MODEL
         with progress("training the tokenizer"):
-            tokenizer = train_tokenizer(sample, options.vocab_size, path, options.model_type)
+            trained = train_tokenizer(sample, options.vocab_size, path, options.model_type)
         if options.save_tokenizer:
             with new_path(options.save_tokenizer) as copy:
                 copy.write_bytes(path.read_bytes())
-        return tokenizer
+        return trained
     tokenizer = chosen_tokenizer(options)
     save_tokenizer(tokenizer.path.read_bytes(), folder)
     return tokenizer
