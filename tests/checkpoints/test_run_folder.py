@@ -130,7 +130,8 @@ def test_killed_start_can_be_repeated(folder):
 
 
 def test_other_runs_may_lie_in_a_folder(folder):
-    (folder.parent / "t.model").write_bytes(b"pieces")
+    folder.mkdir(parents=True)
+    (folder.parent / "t.model").write_bytes(b"pieces")  # beside it, for those in it
     for name in ("15m", "smollm2"):
         start(folder / name)
     run = start(folder)
