@@ -26,7 +26,7 @@ KEYS = {  # of a config, such as `data.path`, which look like modules
     for field in dataclasses.fields(each)
 }
 KEYS |= {f"model.rope_scaling.{field.name}" for field in dataclasses.fields(RopeScaling)}
-SUFFIXES = (".py", ".pkl")  # of files of others, such as Meta's `model.py`
+SUFFIXES = (".py", ".pkl", ".json")  # of files, such as Meta's `model.py`
 
 
 def dead(text):

@@ -54,7 +54,7 @@ def draw_positions(path: Path, scale: Scale, rows: Sequence[Row]) -> Path:
     """Draw the loss by position for each length, read in full and in sliding windows.
 
     Args:
-      rows: of evaluations, as `evaluation.evaluate_text` returns them, with their trial.
+      rows: of evaluations, as `study.evaluation.evaluate_text` returns them, with their trial.
     """
     figure = _figure(12, 6.2)
     grid = figure.subplots(2, len(MULTIPLES), sharey=True)
@@ -104,7 +104,7 @@ def draw_retrieval(path: Path, scale: Scale, rows: Sequence[Row]) -> Path:
     """Draw the accuracy of retrieval by distance, of all lengths together.
 
     Args:
-      rows: of evaluations, as `evaluation.evaluate_retrieval` returns them, with their trial.
+      rows: of evaluations, as `study.evaluation.evaluate_retrieval` returns them, with their trial.
     """
     figure = _figure(7, 4.2)
     axes = figure.subplots()

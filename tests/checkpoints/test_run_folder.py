@@ -138,7 +138,7 @@ def test_other_runs_may_lie_in_a_folder(folder):
     assert read_run(folder) == run
     start(folder, run__seed=5)  # another run: this one made no step, whatever the others' names are
     (folder / "20").mkdir()
-    with pytest.raises(UserError, match="holds another run: run.seed"):
+    with pytest.raises(UserError, match=r"holds another run: run.seed"):
         start(folder, run__seed=6)
 
 

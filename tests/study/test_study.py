@@ -54,9 +54,10 @@ def trial(variant, rate=1e-2, seed=3):
 
 
 def rows(path):
-    return list(csv.DictReader(path.open()))
+    return list(csv.DictReader(path.read_text().splitlines()))
 
 
+@pytest.mark.slow
 def test_a_study_resumes_and_reports(tmp_path, corpus, capsys):
     study = study_of(tmp_path / "out", corpus)
     assert run_study(dataclasses.replace(study, seeds=(0,))) == 0
