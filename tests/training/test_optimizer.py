@@ -182,6 +182,7 @@ def test_short_moments_fade_however_slowly():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_short_moments_come_back_from_a_checkpoint(tmp_path):
     model = make_model()
     slopes = jax.tree.map(lambda leaf: jnp.cos(7 * leaf), model)
