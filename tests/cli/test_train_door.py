@@ -200,7 +200,7 @@ def test_a_finished_run_is_left_as_it_is(place, straight, inside):
 TINY = ("--config=tiny.py", "--config.mesh.fsdp=2", "--config.run.checkpoint_dir=fresh")
 LONG = (*TINY, "--config.model.context_length=4096", "--config.data.sequence_length=4096")
 MISTAKES = {
-    ("--config=tny.py",): (2, "config file 'tny.py' does not exist"),
+    ("--config=tny.py",): (2, "--config=tny.py is not a file; expected one, or a name: 110m"),
     ("--config=broken.py",): (2, "broken.py:1: "),
     (*TINY, "--config.optimizer.leraning_rate=1"): (2, "did you mean 'optimizer.learning_rate'"),
     (*TINY, "--config.data.batch_size=many"): (2, "expected an integer"),

@@ -126,14 +126,14 @@ def test_other_things_than_tensors_by_name_are_refused(saved, pickled):
 def test_hostile_pickles_are_cheap(saved, pickled):
     path = saved(parts(pickled[1]))
     tracemalloc.start()
-    started = time.monotonic()
+    started = time.process_time()
     try:
         refused(path)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert peak < 100e6
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 20
 
 
 def test_a_huge_pickle_is_not_read(saved, monkeypatch):
