@@ -86,12 +86,8 @@ def _hidden_folder(path: Path) -> Iterator[Path]:
             made = _make_parents(path.parent)
             stack.callback(_remove_empty, made)
             _remove_abandoned(path)
-            partial = path.parent / f".{path.name}.partial-{secrets.token_hex(4)}"
-            partial.mkdir()
-            stack.callback(shutil.rmtree, partial, ignore_errors=True)
-            file = stack.enter_context((partial / LOCK).open("w"))
-            with contextlib.suppress(OSError):  # without locks, nobody removes partial folders
-                lock(file)
+            while not (partial := _new_partial(path, stack)):
+                pass
         except OSError as error:
             raise write_error(path, error) from error
         try:
@@ -135,12 +131,26 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
+def _new_partial(path: Path, stack: contextlib.ExitStack) -> Path | None:
+    """Return a new locked partial folder; None if another process took it for an abandoned one."""
+    partial = path.parent / f".{path.name}.partial-{secrets.token_hex(4)}"
+    partial.mkdir()
+    stack.callback(shutil.rmtree, partial, ignore_errors=True)
+    try:
+        file = stack.enter_context((partial / LOCK).open("w"))
+        lock(file)
+    except (BlockingIOError, FileNotFoundError):
+        return None
+    except OSError:  # without locks, nobody removes partial folders
+        return partial
+    return partial if (partial / LOCK).exists() else None
+
+
 def _remove_abandoned(path: Path) -> None:
     """Remove partial folders for `path` whose lock no living process holds."""
     for partial in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
-        with contextlib.suppress(OSError):
-            with (partial / LOCK).open("a") as file:
-                lock(file)
+        with contextlib.suppress(OSError), (partial / LOCK).open("a") as file:
+            lock(file)  # held until all is removed: see `_new_partial`
             shutil.rmtree(partial, ignore_errors=True)
 
 
