@@ -4,7 +4,10 @@ The public names below are imported when first used, so `import llama_jax` costs
 """
 
 import importlib
-from typing import Any
+
+TYPE_CHECKING = False  # as type checkers know it; `typing` takes longer than all that is here
+if TYPE_CHECKING:
+    from typing import Any
 
 _HOMES = {
     "Config": "config",
@@ -24,7 +27,7 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name not in _HOMES:
         raise AttributeError(f"module 'llama_jax' has no attribute {name!r}")
     return getattr(importlib.import_module(f"llama_jax.{_HOMES[name]}"), name)

@@ -1,14 +1,14 @@
 """The commands. Ctrl-C at any moment, also while Python imports them, is no traceback."""
 
-import os
-import signal
 import sys
-import threading
-from typing import Any
+
+TYPE_CHECKING = False  # as type checkers know it: nothing is imported before Ctrl-C is handled
+if TYPE_CHECKING:
+    from typing import Any
 
 
 def _report_but_interrupts(
-    kind: type[BaseException], *error: Any, report: Any = sys.excepthook
+    kind: type[BaseException], *error: "Any", report: "Any" = sys.excepthook
 ) -> None:
     if not issubclass(kind, KeyboardInterrupt):
         report(kind, *error)
@@ -16,8 +16,12 @@ def _report_but_interrupts(
 
 sys.excepthook = _report_but_interrupts
 
+import os  # noqa: E402
+import signal  # noqa: E402
+import threading  # noqa: E402
 
-def _repeat_interrupts(unraisable: Any, report: Any = sys.unraisablehook) -> None:
+
+def _repeat_interrupts(unraisable: "Any", report: "Any" = sys.unraisablehook) -> None:
     """Deliver again a Ctrl-C that came inside a callback of JAX's, where Python drops it."""
     if not issubclass(unraisable.exc_type, KeyboardInterrupt):
         report(unraisable)

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -210,6 +211,27 @@ def test_an_import_that_ctrl_c_breaks_is_an_interrupt():
     body = "try:\n    raise KeyboardInterrupt\nexcept BaseException:\n    raise ImportError('x')"
     done = run_command(body)
     assert (done.returncode, done.stderr) == (130, "")
+
+
+INTERRUPTED = """
+import sys
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == sys.argv[1]:
+            raise KeyboardInterrupt
+
+sys.modules.pop(sys.argv[1], None)
+sys.meta_path.insert(0, Finder())
+from llama_jax.cli.main import run_command
+"""
+
+
+@pytest.mark.parametrize("module", ["threading", "typing", "argparse", "llama_jax.files"])
+def test_ctrl_c_while_a_command_is_imported_is_no_traceback(module):
+    words = [sys.executable, "-c", INTERRUPTED, module]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
 @pytest.mark.parametrize("platform", ["cuda", "nothing"])
