@@ -49,27 +49,22 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a hidden folder beside `path`, which is renamed to `path` at the end.
-
-    If the block fails, the folder is removed. If the process is killed, the next `new_folder` for
-    the same path removes it.
-
-    Raises:
-      UserError: if `path` exists already or cannot be written, checked before the block runs; and
-        where the system refuses what the block writes.
-    """
-    path = Path(path)
-    with _hidden_folder(path) as partial:
-        yield partial
-        (partial / LOCK).unlink()
-        _publish(partial, path)
+    """Yield a new folder, which is renamed to `path` at the end; otherwise as `new_path`."""
+    with new_path(path) as folder:
+        folder.mkdir()
+        yield folder
 
 
 @contextlib.contextmanager
 def new_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a path in a hidden folder, with the name of `path`, to create a file or folder at.
 
-    What is created there is renamed to `path` at the end; otherwise as `new_folder`.
+    What is created there is renamed to `path` at the end. If the block fails, it is removed. If the
+    process is killed, the next `new_path` for the same path removes it.
+
+    Raises:
+      UserError: if `path` exists already or cannot be written, checked before the block runs; and
+        where the system refuses what the block writes.
     """
     path = Path(path)
     with _hidden_folder(path) as partial:
@@ -138,8 +133,11 @@ def _new_partial(path: Path, stack: contextlib.ExitStack) -> Path | None:
     stack.callback(shutil.rmtree, partial, ignore_errors=True)
     try:
         file = stack.enter_context((partial / LOCK).open("w"))
+    except FileNotFoundError:
+        return None
+    try:
         lock(file)
-    except (BlockingIOError, FileNotFoundError):
+    except BlockingIOError:
         return None
     except OSError:  # without locks, nobody removes partial folders
         return partial

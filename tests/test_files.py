@@ -110,6 +110,40 @@ def test_abandoned_folders_are_removed_and_locked_ones_kept(tmp_path, name):
     assert (tmp_path / name).is_dir()
 
 
+def test_a_folder_that_another_process_takes_for_abandoned_is_made_again(tmp_path, monkeypatch):
+    """Before a new folder is locked, another process may lock and remove it."""
+    fcntl = pytest.importorskip("fcntl")
+    flock, others = fcntl.flock, []
+
+    def after_another(file, operation):
+        if not others:
+            others.append(file)
+            with pytest.raises(UserError, match="gives up"), new_folder(tmp_path / "out"):
+                raise UserError("gives up")
+        return flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", after_another)
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "file").write_text("whole")
+    assert others and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_is_being_published_is_not_taken_for_abandoned(tmp_path, monkeypatch):
+    fsync, others = os.fsync, []
+
+    def beside_another(descriptor):
+        if not others:
+            others.append(descriptor)
+            with pytest.raises(UserError, match="gives up"), new_folder(tmp_path / "out"):
+                raise UserError("gives up")
+        return fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", beside_another)
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "file").write_text("whole")
+    assert others and (tmp_path / "out" / "file").read_text() == "whole"
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), None])
 def test_without_file_locks_nothing_of_others_is_removed(tmp_path, monkeypatch, error):
     def flock(*_):

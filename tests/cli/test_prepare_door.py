@@ -180,7 +180,7 @@ def test_interrupted_run_leaves_nothing(place):
         stderr=subprocess.PIPE,
     )
     deadline = time.monotonic() + 300
-    while not list(place.glob("data/.large.partial-*/train-00000.bin")):
+    while not list(place.glob("data/.large.partial-*/large/train-00000.bin")):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
