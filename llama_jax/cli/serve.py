@@ -188,18 +188,26 @@ def make_registry(flags: argparse.Namespace) -> Any:
 
     def load(path: Path, is_served: bool) -> "LLM":
         description = read_description(folder_and_step(path)[0])
-        how = {"dtype": flags.dtype, "quantize": flags.quantize}
-        how["max_context"] = served_context(description, flags.max_context)
+        shape = {
+            "dtype": flags.dtype,
+            "quantize": flags.quantize,
+            "max_context": served_context(description, flags.max_context),
+        }
 
         def compile_for_shapes() -> None:
             with contextlib.suppress(UserError):  # which loading meets, too
-                if model := abstract_for_inference(path, **how):
+                if model := abstract_for_inference(path, **shape):
                     compile_programs(Engine(model, flags.cache_dtype), flags.slots)
 
         with ThreadPoolExecutor() as pool:  # programs are compiled while arrays are read
             compiled = [pool.submit(compile_for_shapes)] if is_served and flags.tensor == 1 else []
-            how |= {"cache_dtype": flags.cache_dtype, "tensor": flags.tensor}
-            llm = LLM(path, template=template, **how)
+            llm = LLM(
+                path,
+                template=template,
+                cache_dtype=flags.cache_dtype,
+                tensor=flags.tensor,
+                **shape,
+            )
             for each in compiled:
                 each.result()
         return llm
