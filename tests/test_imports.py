@@ -53,7 +53,7 @@ ONLY_IN = {  # libraries that one room, or a few modules, may import
     "safetensors": set(),
     "absl": {"config", "cli.config_flags", "configs"},
     "ml_collections": {"config", "cli.config_flags", "configs"},
-    "matplotlib": {"training.plot", "study.pictures"},
+    "matplotlib": {"training.plot"},
     "packaging": {"cli.doctor"},
     "tensorboardX": {"training.trackers"},
     "wandb": {"training.trackers"},

@@ -365,11 +365,10 @@ def abstract_for_inference(
     *,
     quantize: str | None = None,
     max_context: int = 0,
-    mesh: Mesh | None = None,
 ) -> Llama | None:
-    """Return the model of `load_for_inference` with shapes in place of arrays, from little reading.
+    """Return the model of `load_for_inference` with shapes instead of arrays, for the first device.
 
-    Programs can be compiled for it while it is loaded.
+    Little is read, so that programs can be compiled for it while it is loaded.
 
     Returns:
       None for adapters, and for a checkpoint without a finished step.
@@ -396,7 +395,7 @@ def abstract_for_inference(
     leaves = [loaded(*each) for each in named_leaves(model, _is_quantized).items()]
     structure = jax.tree.structure(model, is_leaf=_is_quantized)
     model = jax.tree.unflatten(structure, leaves)
-    model = placed(model, _places(model, mesh))
+    model = placed(model, _places(model, None))
     model.config = dataclasses.replace(config, context_length=_context(config, max_context))
     return model
 

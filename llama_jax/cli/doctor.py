@@ -17,13 +17,12 @@ from packaging.requirements import Requirement
 
 from llama_jax.cli.main import Parser, one_line
 from llama_jax.cli.startup import has_tpu
-from llama_jax.errors import UserError, first_line, format_line
+from llama_jax.errors import GIB, UserError, first_line, format_line
 from llama_jax.files import CACHE_VARIABLE, cache_folder
 
 NAME = "llama_jax"
 SHOWN = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "libtpu")
 PATIENCE = 60.0  # seconds that devices may take to answer
-GIB = 2**30
 
 
 def main(argv: list[str]) -> int:

@@ -3,9 +3,8 @@
 Lines are means over seeds; bands and bars show their standard deviation.
 """
 
-import os
-import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,13 @@ import numpy as np
 
 from llama_jax.study.evaluation import FULL, SLIDING
 from llama_jax.study.settings import MULTIPLES, TEXT, VARIANTS, Scale
+from llama_jax.training.plot import FAINT, INK, new_figure, smoothed
 
 Row = dict[str, Any]
 # Okabe and Ito's colours, which stay apart for all kinds of colour vision.
 COLOURS = dict(
     zip(VARIANTS, ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#444444"), strict=True)
 )
-INK, FAINT = "#333333", "#bbbbbb"
 DPI = 100
 ABOVE = 1.2  # nats above the lowest loss that pictures show; models may be much worse
 
@@ -30,13 +29,15 @@ def draw_learning(path: Path, rows: Sequence[Row]) -> Path:
     Args:
       rows: of the steps of chosen runs, as `report.step_rows` returns them.
     """
-    figure = _figure(10, 4.2)
+    figure = new_figure(10, 4.2)
     train_axes, validation_axes = figure.subplots(1, 2, sharey=True)
     rows = [row for row in rows if row["task"] == TEXT]
     lowest = highest = 0.0
     for variant in _variants(rows):
         ours = [row for row in rows if row["variant"] == variant]
-        _draw_band(train_axes, variant, *_mean_by("step", "loss", ours, _smoothed))
+        _draw_band(
+            train_axes, variant, *_mean_by("step", "loss", ours, partial(smoothed, windows=20))
+        )
         validated = [row for row in ours if row["validation_loss"] != ""]
         x, mean, deviation = _mean_by("step", "validation_loss", validated)
         _draw_band(validation_axes, variant, x, mean, deviation, marker="o")
@@ -56,7 +57,7 @@ def draw_positions(path: Path, scale: Scale, rows: Sequence[Row]) -> Path:
     Args:
       rows: of evaluations, as `study.evaluation.evaluate_text` returns them, with their trial.
     """
-    figure = _figure(12, 6.2)
+    figure = new_figure(12, 6.2)
     grid = figure.subplots(2, len(MULTIPLES), sharey=True)
     lowest = min(row["loss"] for row in rows)
     for index, reading in enumerate((FULL, SLIDING)):
@@ -67,14 +68,14 @@ def draw_positions(path: Path, scale: Scale, rows: Sequence[Row]) -> Path:
             else:
                 for variant in _variants(rows):
                     wanted = {"variant": variant, "reading": reading, "multiple": multiple}
-                    _draw_losses(axes, variant, rows, wanted | {"scaling": "none"})
+                    _draw_losses(axes, variant, rows, wanted | {"scaling": "none"}, variant)
                 _finish(axes, f"{multiple} × T, {reading}", "position" if index else "")
             axes.axvline(scale.length, color=FAINT, linewidth=1, linestyle="--")
             axes.set_xlim(0, multiple * scale.length)
             axes.set_ylim(lowest - 0.1, lowest + ABOVE)
         grid[index][0].set_ylabel("loss, nats per token", color=INK)
-    handles = [_handle(variant) for variant in _variants(rows)]
-    figure.legend(handles=handles, loc="outside upper center", ncols=6, frameon=False)
+    lines, labels = grid[0][0].get_legend_handles_labels()  # every variant reads T in full
+    figure.legend(lines, labels, loc="outside upper center", ncols=6, frameon=False)
     return _saved(figure, path)
 
 
@@ -106,7 +107,7 @@ def draw_retrieval(path: Path, scale: Scale, rows: Sequence[Row]) -> Path:
     Args:
       rows: of evaluations, as `study.evaluation.evaluate_retrieval` returns them, with their trial.
     """
-    figure = _figure(7, 4.2)
+    figure = new_figure(7, 4.2)
     axes = figure.subplots()
     for variant in _variants(rows):
         ours = [row for row in rows if row["variant"] == variant]
@@ -151,12 +152,6 @@ def _mean_by(
     return np.array(common), table.mean(axis=0), deviation
 
 
-def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Return a centred running mean over a twentieth of the run, narrower at the ends."""
-    half = max(1, len(values) // 40)
-    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
-
-
 def _draw_band(
     axes: Any, variant: str, x: np.ndarray, mean: np.ndarray, deviation: np.ndarray, **style: Any
 ) -> None:
@@ -164,21 +159,6 @@ def _draw_band(
     style = {"linewidth": 1.6, "markersize": 4, "label": variant} | style
     axes.plot(x, mean, color=colour, **style)
     axes.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.18, linewidth=0)
-
-
-def _handle(variant: str) -> Any:
-    """Return the entry of a variant in a legend."""
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], color=COLOURS[variant], linewidth=1.6, marker=".", label=variant)
-
-
-def _figure(width: float, height: float) -> Any:
-    if "matplotlib" not in sys.modules:  # importing it fails where a notebook's backend is named
-        os.environ.pop("MPLBACKEND", None)
-    from matplotlib.figure import Figure  # not pyplot: a figure by itself needs no backend
-
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _finish(axes: Any, title: str, x_label: str) -> None:

@@ -83,12 +83,15 @@ def write_report(scale: Scale, folder: Path) -> list[Path]:
     """Write all files of the report; return their paths."""
     runs = finished_runs(scale, folder)
     steps, epochs = [], []
+    lengths: dict[str, int] = {}  # steps of an epoch, by task
     for run in runs:
-        config = trial_config(scale, folder, run.trial, steps=1)
-        epoch = epoch_steps(config, open_sources(config.data))
+        task = run.trial.task
+        if task not in lengths:
+            config = trial_config(scale, folder, run.trial, steps=1)
+            lengths[task] = epoch_steps(config, open_sources(config.data))
         rows = step_rows(run)
         steps += rows
-        epochs += epoch_rows(rows, epoch)
+        epochs += epoch_rows(rows, lengths[task])
     chosen = [run for run in runs if run.is_chosen]
     records = {
         task: [run.keys | row for run in chosen if run.trial.task == task for row in run.records()]

@@ -27,9 +27,8 @@ from llama_jax.model.execution import Execution
 from llama_jax.model.transformer import Llama
 from llama_jax.study.data import is_query
 from llama_jax.study.settings import TEXT, Scale, Trial, first_trials, run_folder
-from llama_jax.training.loss import summed_loss, target_logprobs
 from llama_jax.training.metrics import Record, read_metrics
-from llama_jax.training.objectives import Sums, model_of
+from llama_jax.training.objectives import next_token_loss
 from llama_jax.training.run import train
 from llama_jax.training.session import Session, open_session
 from llama_jax.training.step import (
@@ -41,6 +40,7 @@ from llama_jax.training.step import (
     train_step,
 )
 
+LOSS = partial(next_token_loss, with_accuracy=True)
 LOG = ".log"  # what the run printed, beside its folder
 RESULT = "result.json"
 EVALUATION = "evaluation.json"  # records of `study.evaluation`, of the best model
@@ -60,26 +60,6 @@ class Result:
 DIVERGED = Result(step=0, loss=math.inf, accuracy=0.0, perplexity=math.inf, last_loss=math.inf)
 
 
-def loss_and_accuracy(
-    trainable: Any,
-    frozen: Any,
-    batch: Batch,
-    *,
-    config: Config,
-    execution: Execution,
-    dropout_key: jax.Array | None,
-) -> tuple[jax.Array, Sums]:
-    """`objectives.next_token_loss` with the accuracy of each step beside it; a `Loss`."""
-    model = model_of(config, trainable, frozen, execution=execution, dropout_key=dropout_key)
-    hidden_BTD, _ = model.hidden(batch.inputs_BT, dropout_key=dropout_key, execution=execution)
-    targets = batch.targets_BT, batch.weights_BT
-    loss, nll = summed_loss(hidden_BTD, model.output_VD, *targets, 0.0)
-    _, is_top_BT = target_logprobs(hidden_BTD, model.output_VD, batch.targets_BT)
-    accuracy = jnp.sum(is_top_BT * batch.weights_BT)
-    sums = {"loss": nll, "weights": jnp.sum(batch.weights_BT), "train_accuracy": accuracy}
-    return loss, sums
-
-
 # ---- one program for all trials of a variant and task ----
 
 
@@ -91,7 +71,7 @@ def scaled_step(
     AdamW's update, weight decay included, is proportional to the learning rate, and its moments do
     not depend on it.
     """
-    after, metrics = train_step(state, batch, config, execution, loss_and_accuracy)
+    after, metrics = train_step(state, batch, config, execution, LOSS)
     trainable = jax.tree.map(lambda a, b: a + scale * (b - a), state.trainable, after.trainable)
     rate = scale * metrics.learning_rate
     after = dataclasses.replace(after, trainable=trainable)

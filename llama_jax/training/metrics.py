@@ -120,10 +120,10 @@ class MetricsFile:
         """Open the file to append to, and the trackers that a config sets."""
         self._path = folder / METRICS
         self._file: TextIO | None = None
-        self._trackers = Trackers(folder)
         self._has_warned = False
-        if jax.process_index() == 0:
-            self._trackers = Trackers(folder, config)
+        is_first = jax.process_index() == 0
+        self._trackers = Trackers(folder, config if is_first else None)
+        if is_first:
             try:
                 self._file = _open_at_line_start(self._path)
             except OSError as error:

@@ -104,13 +104,22 @@ def next_token_loss(
     config: Config,
     execution: Execution,
     dropout_key: jax.Array | None,
+    with_accuracy: bool = False,
 ) -> tuple[jax.Array, Sums]:
-    """The cross-entropy of each target, and the z-loss of the config; a `Loss`."""
+    """The cross-entropy of each target, and the z-loss of the config; a `Loss`.
+
+    Args:
+      with_accuracy: also report "train_accuracy", for which the logits are computed once more.
+    """
     model = model_of(config, trainable, frozen, execution=execution, dropout_key=dropout_key)
     hidden_BTD = _hidden(model, batch, execution, dropout_key)
     targets = batch.targets_BT, batch.weights_BT
     loss, nll = summed_loss(hidden_BTD, model.output_VD, *targets, config.optimizer.z_loss)
-    return loss, {"loss": nll, "weights": jnp.sum(batch.weights_BT)}
+    sums = {"loss": nll, "weights": jnp.sum(batch.weights_BT)}
+    if with_accuracy:
+        _, is_top_BT = target_logprobs(hidden_BTD, model.output_VD, batch.targets_BT)
+        sums["train_accuracy"] = jnp.sum(is_top_BT * batch.weights_BT)
+    return loss, sums
 
 
 def next_token_metrics(

@@ -39,7 +39,7 @@ def draw(folder: Path) -> Path:
     train, validation = _series(steps, "loss"), _series(steps, "validation_loss")
     loss_axes.plot(*train, color=TRAIN, alpha=0.25, linewidth=0.8)
     loss_axes.plot(
-        train[0], _smoothed(train[1]), color=TRAIN, linewidth=2, label="training, smoothed"
+        train[0], smoothed(train[1]), color=TRAIN, linewidth=2, label="training, smoothed"
     )
     if len(validation[0]):
         label = f"validation, {_best(validation)}"
@@ -75,7 +75,7 @@ def compare(folders: Sequence[Path], path: Path) -> Path:
             "linestyle": STYLES[index // len(COLOURS) % len(STYLES)],
         }
         train, validation = _series(steps, "loss"), _series(steps, "validation_loss")
-        losses = _smoothed(train[1])
+        losses = smoothed(train[1])
         has_points = len(validation[0]) > 0
         label = (
             f"{name}: {_best(validation)}" if has_points else f"{name}: {losses[-1]:.3f} at the end"
@@ -118,8 +118,8 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders)]
 
 
-def _figure(title: str) -> tuple[Any, Any]:
-    """Return a figure, and its axes for losses and learning rates."""
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty figure of matplotlib, sizes in inches, whatever backend is named."""
     backend = os.environ.get("MPLBACKEND")
     if "matplotlib" not in sys.modules:  # importing it fails where a notebook's backend is named
         os.environ.pop("MPLBACKEND", None)
@@ -127,7 +127,12 @@ def _figure(title: str) -> tuple[Any, Any]:
 
     if backend is not None:
         os.environ["MPLBACKEND"] = backend
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _figure(title: str) -> tuple[Any, Any]:
+    """Return a figure, and its axes for losses and learning rates."""
+    figure = new_figure(9, 6)
     loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=(5, 1))
     loss_axes.set_ylabel("loss, nats per token", color=INK)
     loss_axes.grid(axis="y", color=FAINT, alpha=0.4)
@@ -175,9 +180,13 @@ def _save(figure: Any, path: Path) -> Path:
     return path
 
 
-def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Return a centred running mean over a fiftieth of the run, narrower at the ends."""
-    half = max(1, len(values) // 100)
+def smoothed(values: np.ndarray, windows: int = 50) -> np.ndarray:
+    """Return a centred running mean, narrower at the ends.
+
+    Args:
+      windows: how many windows the values have room for.
+    """
+    half = max(1, len(values) // (2 * windows))
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
     reach = np.minimum(half, np.minimum(index, len(values) - 1 - index))

@@ -38,7 +38,7 @@ SEED = int(os.environ.get("FAULTS_SEED", "0"))
 ROUNDS = 120 if os.environ.get("FAULTS") == "long" else 1  # times as many disturbances
 STEPS = 40
 TIMEOUT = 900
-PROGRESS = re.compile(r"[\w ./-]+: +\d+%")  # written every few seconds, so on a busy machine
+PROGRESS = re.compile(r"[\w ./-]+: +\d+(%| s$)")  # written every few seconds, so on a busy machine
 TURNS = (("user", "Where is boat"), ("assistant", "At home, with sails:"))
 
 

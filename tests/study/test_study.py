@@ -18,7 +18,8 @@ from llama_jax.study.data import KEYS, is_query, retrieval_sequences
 from llama_jax.study.evaluation import evaluate_text
 from llama_jax.study.run import Study, check_study, run_study
 from llama_jax.study.settings import DEFAULT, TEXT, VARIANTS, Trial, trial_config
-from llama_jax.study.trials import loss_and_accuracy, scaled_step
+from llama_jax.study.trials import LOSS, scaled_step
+from llama_jax.training.objectives import next_token_metrics
 from llama_jax.training.step import init_state, make_execution, train_step
 
 TINY = dataclasses.replace(
@@ -154,7 +155,7 @@ def test_one_program_serves_all_learning_rates(tmp_path):
     batch = Batch(inputs_BT=tokens_BT[:, :-1], targets_BT=tokens_BT[:, 1:], weights_BT=weights_BT)
     execution = make_execution(base)
     scaled = jax.jit(lambda s, b: scaled_step(s, b, jnp.float32(3), base, execution))
-    plain = jax.jit(lambda s, b: train_step(s, b, other, execution, loss_and_accuracy))
+    plain = jax.jit(lambda s, b: train_step(s, b, other, execution, LOSS))
     ours = theirs = init_state(other)
     for _ in range(3):
         (ours, metrics), (theirs, expected) = scaled(ours, batch), plain(theirs, batch)
@@ -164,6 +165,22 @@ def test_one_program_serves_all_learning_rates(tmp_path):
     for before, one, two in zip(pairs(start), pairs(ours.trainable), pairs(theirs.trainable)):
         moved = np.abs(np.asarray(two - before)).max()
         assert np.abs(np.asarray(one - two)).max() <= 1e-3 * moved + 1e-7
+
+
+def test_training_accuracy_is_what_validation_measures(tmp_path):
+    config = trial_config(TINY, tmp_path, trial("rope"), 4)
+    random, model = np.random.default_rng(0), init_state(config).trainable
+    tokens_BT = random.integers(0, 330, (4, 65))
+    inputs_BT, weights_BT = tokens_BT[:, :-1], random.random((4, 64), np.float32)
+    logits_BTV, _ = model(inputs_BT)
+    targets_BT = np.where(random.random((4, 64)) < 0.5, logits_BTV.argmax(-1), tokens_BT[:, 1:])
+    batch = Batch(inputs_BT=inputs_BT, targets_BT=targets_BT, weights_BT=weights_BT)
+    how = {"config": config, "execution": make_execution(config)}
+    _, sums = LOSS(model, None, batch, **how, dropout_key=None)
+    expected = next_token_metrics(model, None, batch, **how)
+    assert expected["accuracy"] > 0.3 * expected["weights"]
+    np.testing.assert_allclose(sums["train_accuracy"], expected["accuracy"], rtol=1e-6)
+    np.testing.assert_allclose(sums["loss"], expected["loss"], rtol=1e-5)
 
 
 def test_answers_of_retrieval_are_values_of_the_first_half():
