@@ -106,6 +106,7 @@ def _publish(made: Path, path: Path) -> None:
 def check_new_path(path: Path) -> None:
     """Raise `UserError` if `path` exists or cannot be created; nothing is ever overwritten."""
     if path.exists() or path.is_symlink():
+        _remove_abandoned(path)  # of a process that was killed just after it published
         raise UserError(f"{path} exists already; remove it or choose another name")
     parent = next(parent for parent in path.absolute().parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):

@@ -75,6 +75,15 @@ def test_leftovers_of_a_killed_process_are_hidden_and_removed(tmp_path, number):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("make", [new_path, new_folder])
+def test_leftovers_beside_what_was_published_are_removed(tmp_path, make):
+    (tmp_path / "out").write_text("whole")
+    (tmp_path / ".out.partial-12345678").mkdir()
+    with pytest.raises(UserError, match="exists already"), make(tmp_path / "out"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize("error", [UserError("no"), KeyboardInterrupt(), OSError("disk full")])
 def test_failed_block_leaves_no_folder(tmp_path, error):
     with pytest.raises(type(error)), new_folder(tmp_path / "a" / "b" / "out") as folder:
