@@ -197,9 +197,9 @@ def test_llama2c_needs_no_tokenizer_and_keeps_its_own(sources, tmp_path):
     assert [path.read_text() for path in (tmp_path / "more").iterdir()] == ["mine"]
     beside.unlink()
     tokenizer_bin.write(tiny_vocabulary(), beside)
-    written = beside.stat()
+    written = beside.stat().st_ino  # writing it again would publish a new file
     convert(job)
-    assert beside.stat() == written
+    assert beside.stat().st_ino == written
 
 
 WITHOUT_ENDS = Vocabulary(  # no <s>, no </s>

@@ -191,7 +191,7 @@ def primitives_of(jaxpr, functions, inside):
 @pytest.mark.parametrize(
     ("options", "on_cpu"),  # primitives that only the implementations for CPU have
     [
-        ({"dtype": "float32"}, {"slice", "transpose", "optimization_barrier"}),
+        ({"dtype": "float32"}, {"transpose", "optimization_barrier"}),
         ({"dtype": "float32", "batch": 8}, {"transpose", "optimization_barrier"}),
         ({"dtype": "float32", "quantize": "int8"}, {"transpose"}),
         ({"dtype": "float32", "quantize": "int8", "batch": 8}, {"scan"}),
