@@ -359,9 +359,10 @@ class Config:
             f"data.sequence_length={self.data.sequence_length} is longer than"
             f" model.context_length={self.model.context_length}; shorten it",
         )
+        is_dpo = self.optimizer.loss == "dpo"
         for key, is_set in (
             (f"lora.rank={self.lora.rank}", self.lora.rank > 0),
-            (f"optimizer.loss={self.optimizer.loss!r}", self.optimizer.loss == "dpo"),
+            (f"optimizer.loss={self.optimizer.loss!r}", is_dpo),
         ):
             message = f"{key} needs a model to start from; set run.init_from to a checkpoint"
             require(not is_set or bool(self.run.init_from), message)
@@ -375,15 +376,10 @@ class Config:
             f"lora.double_quantization is of NF4's scales, not of lora.base={self.lora.base!r}; set"
             " lora.base='nf4', or leave it out",
         )
-        require(
-            self.optimizer.loss != "dpo" or self.optimizer.z_loss == 0,
-            f"optimizer.z_loss={self.optimizer.z_loss} is no part of optimizer.loss='dpo'; set it"
-            " to 0",
-        )
-        require(
-            self.optimizer.loss != "dpo" or self.data.packing == "documents",
-            f"optimizer.loss='dpo' needs data.packing='documents', not {self.data.packing!r}",
-        )
+        needs, z_loss = "optimizer.loss='dpo' needs", self.optimizer.z_loss
+        require(not is_dpo or z_loss == 0, f"{needs} optimizer.z_loss=0, not {z_loss}")
+        packing = f"{needs} data.packing='documents', not {self.data.packing!r}"
+        require(not is_dpo or self.data.packing == "documents", packing)
 
     @property
     def tokens_per_step(self) -> int:

@@ -14,15 +14,10 @@ from typing import Any, Literal, TypeVar, Unpack, overload
 
 import numpy as np
 
-from llama_jax.checkpoints.load import (
-    Loaded,
-    load_for_inference,
-    replace_adapters,
-    tensor_mesh,
-)
+from llama_jax.checkpoints.load import Loaded, load_for_inference, replace_adapters
 from llama_jax.checkpoints.metadata import Description
 from llama_jax.config import require
-from llama_jax.distributed.mesh import on_mesh
+from llama_jax.distributed.mesh import on_mesh, tensor_mesh
 from llama_jax.errors import UsageError, UserError
 from llama_jax.formats.named_models import checkpoint_path, find_named
 from llama_jax.inference.completions import (

@@ -149,7 +149,7 @@ def test_properties_follow_overrides():
                 "optimizer": OPTIMIZER | {"loss": "dpo", "z_loss": 0.1},
                 "run": RunConfig(init_from="x"),
             },
-            "optimizer.z_loss=0.1 is no part of optimizer.loss='dpo'",
+            "optimizer.loss='dpo' needs optimizer.z_loss=0, not 0.1",
         ),
     ],
 )

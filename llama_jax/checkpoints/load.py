@@ -26,8 +26,8 @@ from llama_jax.checkpoints.restore import (
     stored_arrays,
 )
 from llama_jax.checkpoints.run_folder import require_tokenizer
-from llama_jax.config import MAX_INT, MeshConfig, ModelConfig, require
-from llama_jax.distributed.mesh import make_mesh, placed, shardings
+from llama_jax.config import MAX_INT, ModelConfig, require
+from llama_jax.distributed.mesh import placed, shardings
 from llama_jax.errors import UsageError, UserError, whole_number
 from llama_jax.model.lora import Adapters, attach, detach, init_adapters
 from llama_jax.model.parameters import abstract, count_parameters, named_leaves
@@ -398,16 +398,3 @@ def abstract_for_inference(
     model = placed(model, _places(model, None))
     model.config = dataclasses.replace(config, context_length=_context(config, max_context))
     return model
-
-
-def tensor_mesh(tensor: int) -> Mesh | None:
-    """Return a mesh of the first devices that matrices are sharded over; None for one device.
-
-    Raises:
-      UsageError: when there are not so many.
-    """
-    devices = jax.device_count()
-    whole_number("tensor", tensor, lambda n: 1 <= n <= devices, f"1 to {devices}, the devices")
-    if tensor == 1:
-        return None
-    return make_mesh(MeshConfig(data=1, tensor=tensor), jax.devices()[:tensor])

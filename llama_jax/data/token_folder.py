@@ -94,7 +94,7 @@ class TokenFolder:
         tokenizer = folder.tokenizer_path
         if not tokenizer.is_file():
             raise UserError(f"{tokenizer} is missing; {AGAIN}")
-        if hashlib.sha256(tokenizer.read_bytes()).hexdigest() != folder.tokenizer_sha256:
+        if _file_sha256(tokenizer) != folder.tokenizer_sha256:
             raise UserError(f"{tokenizer} is not the tokenizer of these tokens; {AGAIN}")
         shards = [shard for split in folder.splits.values() for shard in split.shards]
         for shard in shards:
@@ -348,14 +348,13 @@ class TokenWriter:
         """Close the shards and write meta.json; arguments as the fields of `TokenFolder`."""
         for split in list(self._open):
             self._close_shard(split)
-        tokenizer = tokenizer_path(self._folder).read_bytes()
         meta = {
             "kind": KIND,
             "version": VERSION if kind == TEXT else VERSION_WITH_MASKS,
             "source": source,
             "dtype": self._dtype.name,
             "vocab_size": self._vocab_size,
-            "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
+            "tokenizer_sha256": _file_sha256(tokenizer_path(self._folder)),
             "bos": bos,
             "eos": eos,
             "splits": {split: self._totals(split) for split in SPLITS},
@@ -397,9 +396,5 @@ class TokenWriter:
 
     def _totals(self, split: str) -> dict[str, Any]:
         shards = self._shards[split]
-        return {
-            "tokens": sum(shard["tokens"] for shard in shards),
-            "documents": sum(shard["documents"] for shard in shards),
-            "characters": self._characters[split],
-            "shards": shards,
-        }
+        sums = {key: sum(shard[key] for shard in shards) for key in ("tokens", "documents")}
+        return sums | {"characters": self._characters[split], "shards": shards}

@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.config import Config, MeshConfig
-from llama_jax.errors import UsageError
+from llama_jax.errors import UsageError, whole_number
 
 Tree = TypeVar("Tree")
 Rules = dict[str, str | tuple[str, ...] | None]
@@ -87,6 +87,19 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices))
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def tensor_mesh(tensor: int) -> Mesh | None:
+    """Return a mesh of the first devices that matrices are sharded over; None for one device.
+
+    Raises:
+      UsageError: when there are not so many.
+    """
+    devices = jax.device_count()
+    whole_number("tensor", tensor, lambda n: 1 <= n <= devices, f"1 to {devices}, the devices")
+    if tensor == 1:
+        return None
+    return make_mesh(MeshConfig(data=1, tensor=tensor), jax.devices()[:tensor])
 
 
 def require_fitting(config: Config, sizes: Mapping[str, int]) -> None:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from llama_jax.distributed.fsdp import lookup
 from llama_jax.distributed.mesh import constrain, partition_spec, shard_heads
 from llama_jax.inference.request import TokenLogprob
-from llama_jax.inference.sampler import Sampler, TokenCounts, TopLogprobs, top_logprobs
+from llama_jax.inference.sampler import Sampler, TokenCounts
 from llama_jax.kernels.attention import KERNELS, AttentionKernel
 from llama_jax.model.cache import KVCache
 from llama_jax.model.execution import Execution
@@ -172,6 +172,16 @@ class GenerationState(Generic[CacheT]):
         return are_done(self.stopped_B, self.cache.length_B, self.limit_B)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TopLogprobs:
+    """Natural logarithms, float32, of given tokens and of the n most likely ones, falling."""
+
+    token: jax.Array  # [...]
+    top_ids: jax.Array  # [..., n] int32; of equally likely tokens the lower id comes first
+    top: jax.Array  # [..., n]
+
+
 class Tokens(NamedTuple):
     """New tokens of each sequence, `NO_TOKEN` where there is none."""
 
@@ -319,6 +329,21 @@ def _sample(
     new_B = jnp.where(done_B | stopped_B, NO_TOKEN, token_B)
     state = dataclasses.replace(state, token_B=token_B, stopped_B=stopped_B, counts=counts)
     return state, Tokens(new_B, top)
+
+
+def top_logprobs(logits: jax.Array, tokens: jax.Array, n: int) -> TopLogprobs:
+    """Return the log-probabilities of tokens [...] and of the n most likely under logits [..., V].
+
+    They are the model's own, before bias, penalties, temperature and filters, as OpenAI's API
+    reports them: comparable between settings, and their sum is a text's score.
+
+    Args:
+      n: 0 to V; must be static under `jit`.
+    """
+    logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    token = jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
+    top, top_ids = jax.lax.top_k(logprobs, n)
+    return TopLogprobs(token, top_ids, top)
 
 
 @partial(jax.jit, donate_argnames="cache", static_argnames="execution")

@@ -237,34 +237,6 @@ def keep_allowed(logits_BV: jax.Array, allowed_BW: jax.Array) -> jax.Array:
     return jnp.where(bits_BV[:, : logits_BV.shape[1]] == 1, logits_BV, -jnp.inf)
 
 
-# --- log-probabilities ---
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TopLogprobs:
-    """Natural logarithms, float32, of given tokens and of the n most likely ones, falling."""
-
-    token: jax.Array  # [...]
-    top_ids: jax.Array  # [..., n] int32; of equally likely tokens the lower id comes first
-    top: jax.Array  # [..., n]
-
-
-def top_logprobs(logits: jax.Array, tokens: jax.Array, n: int) -> TopLogprobs:
-    """Return the log-probabilities of tokens [...] and of the n most likely under logits [..., V].
-
-    They are the model's own, before bias, penalties, temperature and filters, as OpenAI's API
-    reports them: comparable between settings, and their sum is a text's score.
-
-    Args:
-      n: 0 to V; must be static under `jit`.
-    """
-    logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    token = jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
-    top, top_ids = jax.lax.top_k(logprobs, n)
-    return TopLogprobs(token, top_ids, top)
-
-
 # --- filters ---
 #
 # A filter keeps the tokens at or above a threshold, found by bisection: sorting the vocabulary is

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.inference.sampler import top_logprobs
+from llama_jax.inference.decode import top_logprobs
 
 found_by = jax.jit(top_logprobs, static_argnums=2)
 
