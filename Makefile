@@ -7,6 +7,10 @@ RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 AS_USED = JAX_DISABLE_MOST_OPTIMIZATIONS=0
 CODE = llama_jax configs tests benchmarks docs $(wildcard *.py)
+PYTEST = $(RUN) -m pytest -n 2 --dist loadfile
+# Test files with a mark; those of other targets are not even imported, which takes a minute.
+marked = $(shell grep -rl --include="test_*.py" "mark\.$(1)\b" tests)
+unexport PYTHONDONTWRITEBYTECODE  # what pytest makes of the tests is kept for the next process
 
 .PHONY: help demo chat finetune serve test test-slow test-parity test-faults test-serve test-page test-readme test-package docs lint types clean
 
@@ -83,23 +87,24 @@ finetune: $(VENV)/.installed
 	$(RUN) train.py --config configs/sft_demo.py $(FLAGS)
 
 test: lint types
-	$(RUN) -m pytest -n 2 --dist loadfile -m "not parity and not slow and not faults and not serve and not page and not readme"
+	$(PYTEST) -m "not parity and not slow and not faults and not serve and not page and not readme" \
+		--ignore=tests/parity --ignore=tests/faults
 
 test-slow: $(VENV)/.installed-slow
-	$(RUN) -m pytest -n 2 --dist loadfile -m "slow and not as_used $(if $(filter long,$(SLOW)),,and not long)"
-	$(AS_USED) $(RUN) -m pytest -n 2 --dist loadfile -m "as_used $(if $(filter long,$(SLOW)),,and not long)"
+	$(PYTEST) -m "slow and not as_used $(if $(filter long,$(SLOW)),,and not long)" $(call marked,slow)
+	$(AS_USED) $(PYTEST) -m "as_used $(if $(filter long,$(SLOW)),,and not long)" $(call marked,as_used)
 
 test-parity: $(VENV)/.installed-parity
-	$(RUN) -m pytest -n 2 --dist loadfile -m parity
+	$(PYTEST) -m parity $(call marked,parity)
 
 test-faults: $(VENV)/.installed-test
-	$(RUN) -m pytest -n 2 --dist loadfile -m faults tests/faults
+	$(PYTEST) -m faults $(call marked,faults)
 
 test-serve: $(VENV)/.installed-test-serve
-	$(RUN) -m pytest -n 2 --dist loadfile -m serve
+	$(PYTEST) -m serve $(call marked,serve)
 
 test-page: $(VENV)/.installed-test-serve
-	$(RUN) -m pytest -n 2 --dist loadfile -m page
+	$(PYTEST) -m page $(call marked,page)
 
 test-readme: $(VENV)/.installed-test-serve
 	$(RUN) -m pytest -m readme tests/test_readme_blocks.py

@@ -1,5 +1,6 @@
 """Settings and fixtures of all tests: eight simulated devices, quick compilation."""
 
+import gc
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ from tiny_model import TINY, make_model
 from llama_jax.config import ModelConfig
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+gc.set_threshold(50_000, 20, 100)  # traces make many objects that live on: a sixth less time
 # A shell ignores Ctrl-C in background jobs, and child processes would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

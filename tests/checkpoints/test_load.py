@@ -35,7 +35,7 @@ def trained(tmp_path_factory):
     return place / "ckpt"
 
 
-@pytest.mark.parametrize("position", ["absolute", "relative"])
+@pytest.mark.parametrize("position", ["absolute", pytest.param("relative", marks=pytest.mark.slow)])
 def test_learned_positions_are_trained_saved_resumed_and_loaded(tmp_path, position):
     tokens = make_tokens(tmp_path / "tokens", stories=40).path
     sizes = {"model__num_layers": 1, "model__dropout": 0.0, "model__position": position}

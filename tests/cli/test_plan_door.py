@@ -103,6 +103,7 @@ def test_without_libtpu_the_plan_is_an_estimate_and_one_line_says_so(mode, capsy
     assert warning.count("\n") == 1 and "pip install '.[plan]'" in warning
 
 
+@pytest.mark.slow
 def test_advice_for_a_large_quantized_model_is_traced_once(capsys):
     """Each further batch, context and dtype that is tried takes arithmetic only."""
     words = ["--target=v5e-8", "--mode=decode", "--batch=64", "--quantize=int8", "--fast"]

@@ -161,6 +161,7 @@ def uninterrupted(run):
     return train(run, run[2], 0, 20)
 
 
+@pytest.mark.slow
 def test_packed_run_learns_and_resumes_exactly(run, uninterrupted):
     losses, batches, _ = uninterrupted
     assert losses[-1] < losses[0] - 0.3

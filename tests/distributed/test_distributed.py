@@ -181,6 +181,7 @@ def runs(place):
     return two
 
 
+@pytest.mark.slow
 def test_two_processes_compute_the_losses_of_one(place, runs):
     assert losses(place / "two") == pytest.approx(losses(place / "one"), abs=1e-6)
     for line in ("device    4 × cpu in 2 processes", "run       ../two: a new run", "compiled"):
@@ -189,6 +190,7 @@ def test_two_processes_compute_the_losses_of_one(place, runs):
     assert (runs.stderr(0), runs.stderr(1)) == ("", "")
 
 
+@pytest.mark.slow
 def test_one_process_resumes_a_run_of_two(place, runs, capfd):
     copy_killed_after(10, place / "two", place / "two-then-one")
     assert fit(config_of(place / "tokens", place / "two-then-one"), devices=4) == 0

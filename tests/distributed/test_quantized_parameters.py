@@ -50,7 +50,7 @@ def run(base, mesh, execution):
     ("kind", "options", "remat"),
     [
         ("int8", {}, "none"),
-        ("nf4", {"double_quantization": True}, "block"),
+        pytest.param("nf4", {"double_quantization": True}, "block", marks=pytest.mark.slow),
     ],
 )
 def test_eight_devices_compute_what_one_does(kind, options, remat):

@@ -98,6 +98,7 @@ def test_a_slot_decodes_what_a_plain_cache_does(length, steps):
     assert gained == [[], expected(model(), TEXT[:length], 40), []]
 
 
+@pytest.mark.slow
 def test_a_sliding_window_hides_what_it_hides_from_a_plain_cache():
     windowed = model(sliding_window=7)
     for length in (3, CHUNK + 2):
@@ -107,6 +108,7 @@ def test_a_sliding_window_hides_what_it_hides_from_a_plain_cache():
         assert gained[0] != expected(model(), TEXT[:length], 30)
 
 
+@pytest.mark.slow
 def test_an_int8_cache_holds_a_fourth_and_gives_nearly_the_same():
     states = [empty_slots(model().config, SLOTS, CONTEXT, dtype) for dtype in ("", "int8")]
     sizes = [sum(x.nbytes for x in jax.tree.leaves(state.cache.layers)) for state in states]

@@ -92,6 +92,7 @@ def test_a_verdict_has_the_bytes_left_or_missing(config):
     assert "75% that JAX takes" in verdict(on_gpus)[0]
 
 
+@pytest.mark.slow
 def test_a_plan_that_does_not_fit_has_an_alternative_that_does(config):
     small = dataclasses.replace(TARGET.chip, usable=estimate(config, TARGET).memory.total * 0.9)
     target = dataclasses.replace(TARGET, chip=small)

@@ -28,6 +28,7 @@ def test_arithmetic_time():
     assert speed.arithmetic == pytest.approx(flops / 4 / CHIP.flops)
 
 
+@pytest.mark.slow
 def test_recomputation_counts():
     none, qkv, block = (
         speed_of(run__remat=name)[0].arithmetic for name in ("none", "save-qkv", "block")

@@ -303,13 +303,14 @@ def trained(tmp_path_factory):
     return load(folder / "ckpt").model, np.asarray(ids[: len(ids) // 32 * 32]).reshape(-1, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("which", "kind", "group_size", "most"),
     [
         ("stories", "int4", 32, 0.05),
-        pytest.param("stories", "int8", 32, 0.005, marks=pytest.mark.slow),
-        pytest.param("stories", "int4", 64, 0.05, marks=pytest.mark.slow),
-        pytest.param("trained", "int4", 32, 0.05, marks=pytest.mark.slow),
+        ("stories", "int8", 32, 0.005),
+        ("stories", "int4", 64, 0.05),
+        ("trained", "int4", 32, 0.05),
     ],
 )
 def test_perplexity_rises_little(which, kind, group_size, most, request):

@@ -25,7 +25,7 @@ def model_of(**changes):
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("int8", {}),
+        pytest.param("int8", {}, marks=pytest.mark.slow),
         ("int4", {"group_size": 64}),
         pytest.param("nf4", {}, marks=pytest.mark.slow),
         ("nf4", {"double_quantization": True}),
@@ -83,7 +83,8 @@ def gradient(model, remat):
     return of(model.embedding[...], model)
 
 
-@pytest.mark.parametrize("remat", ["none", pytest.param("block", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "block"])
 def test_lists_of_blocks_train_as_stacked_ones(remat):
     stacked = quantize(model_of(dropout=0.2), "nf4", stacked=True)
     expected = gradient(stacked, "none")

@@ -101,7 +101,12 @@ def test_adapters_change_nothing_at_first():
 
 
 @pytest.mark.parametrize(
-    ("loss", "base"), [("next_token", "compute"), ("dpo", "compute"), ("next_token", "nf4")]
+    ("loss", "base"),
+    [
+        ("next_token", "compute"),
+        ("dpo", "compute"),
+        pytest.param("next_token", "nf4", marks=pytest.mark.slow),
+    ],
 )
 def test_only_adapters_learn_and_the_base_stays_to_the_bit(loss, base):
     config, batch = make_config(loss, base=base, double_quantization=base == "nf4"), make_batch()
@@ -119,7 +124,10 @@ def test_only_adapters_learn_and_the_base_stays_to_the_bit(loss, base):
         assert np.abs(x - y).max() > 0
 
 
-@pytest.mark.parametrize(("loss", "tolerance"), [("next_token", 1e-6), ("dpo", 5e-6)])
+@pytest.mark.parametrize(
+    ("loss", "tolerance"),
+    [("next_token", 1e-6), pytest.param("dpo", 5e-6, marks=pytest.mark.slow)],
+)
 def test_accumulated_is_the_whole_batch(loss, tolerance):
     """Of DPO's gradients a digit is lost: their weights come from differences of sums."""
     batch = make_batch()
@@ -128,6 +136,7 @@ def test_accumulated_is_the_whole_batch(loss, tolerance):
     assert_close(gradients(make_config(loss, accumulation=4), state, batch), expected, tolerance)
 
 
+@pytest.mark.slow
 def test_recomputed_on_a_quantized_base_is_the_same():
     config, batch = make_config(base="nf4", dropout=0.2), make_batch()
     state = perturbed(init_state(config))
@@ -153,7 +162,7 @@ def test_packed_documents_are_those_apart():
     assert_close(jax.tree.map(lambda x, y: x + y, *parts), (sums, expected), 1e-5)
 
 
-@pytest.mark.parametrize("loss", ["next_token", "dpo"])
+@pytest.mark.parametrize("loss", ["next_token", pytest.param("dpo", marks=pytest.mark.slow)])
 def test_sharded_is_the_same_as_one_device(loss):
     config = make_config(loss, dropout=0.2, targets="linear,embedding")
     batch, state = make_batch(), perturbed(init_state(config))

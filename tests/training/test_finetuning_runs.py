@@ -67,9 +67,8 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize(
-    "kind", ["lora", pytest.param("all", marks=pytest.mark.slow)]
-)  # NF4 bases: `tests/faults`
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)  # NF4 bases: `tests/faults`
 def test_resumed_is_uninterrupted_to_the_bit(tokens, base, tmp_path, kind):
     straight, parted = tmp_path / "straight", tmp_path / "parted"
     assert fit(tuned(tokens, base, straight, **KINDS[kind])) == 0
@@ -247,6 +246,7 @@ def test_epochs_set_the_steps_and_are_validated(dialogues, base, tmp_path):
     assert validated == [0, epoch, max(records)]
 
 
+@pytest.mark.slow
 def test_sources_are_validated_one_by_one(dialogues, tokens, base, tmp_path, capfd):
     sources = f"{dialogues}:0.75,{tokens}:0.25"
     assert fit(tuned(tokens, base, tmp_path / "run", **LONG, data__sources=sources)) == 0
@@ -272,7 +272,7 @@ def test_data_that_do_not_fit_the_loss_are_refused(pairs, dialogues, base, tmp_p
     ("kind", "base_kind"),
     [
         ("bfloat16", "compute"),
-        ("int8", "stored-int8"),
+        pytest.param("int8", "stored-int8", marks=pytest.mark.slow),
         pytest.param("int4", "stored-int4-64", marks=[pytest.mark.slow, pytest.mark.long]),
     ],
 )

@@ -65,6 +65,7 @@ def test_memory_does_not_grow_with_the_number_of_microbatches():
     assert four - memory()[0].temp_size_in_bytes < 2 * parameters  # the gradients' running sum
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_vocabulary_times_tokens():
     """Twice the tokens take more activations, as many with a large vocabulary as with a small."""
     small, large = 512, 8192
