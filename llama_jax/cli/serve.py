@@ -21,6 +21,7 @@ from llama_jax.cli import main as cli
 from llama_jax.cli.model_flags import add_loading_flags
 from llama_jax.config import require
 from llama_jax.errors import UserError, finite_number, format_line, whole_number
+from llama_jax.files import progress
 
 if TYPE_CHECKING:  # JAX would make --help slow
     from llama_jax.llm import LLM
@@ -90,7 +91,8 @@ def main(argv: list[str]) -> None:
     _check(flags)
     key = read_key(flags.api_key_file)
     try:
-        from llama_jax.serving.server import run_server
+        with progress("importing JAX"):
+            from llama_jax.serving.server import run_server
     except ImportError as error:
         if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn", "sse_starlette"):
             raise

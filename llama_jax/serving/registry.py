@@ -16,6 +16,7 @@ from llama_jax.checkpoints.metadata import Description, read_description
 from llama_jax.checkpoints.restore import folder_and_step
 from llama_jax.config import require
 from llama_jax.errors import GIB, UserError, did_you_mean
+from llama_jax.files import progress
 from llama_jax.formats.named_models import checkpoint_path
 from llama_jax.inference.request import SamplingParams
 from llama_jax.llm import LLM
@@ -208,9 +209,10 @@ class Registry:
         origin = source.base or source.path.resolve()
         others = (other for other in self._loaded.values() if _origin(other.source) == origin)
         base = next((other.base for other in others), None)
-        base = base or self._load(origin, not source.base)
-        llm = base.with_adapter(source.path) if source.base else base
-        return Served(source, llm, base, self._make_scheduler(llm))
+        with progress(f"loading {source.name}"):
+            base = base or self._load(origin, not source.base)
+            llm = base.with_adapter(source.path) if source.base else base
+            return Served(source, llm, base, self._make_scheduler(llm))
 
     def _make_room(self, source: Source) -> None:
         """Unload idle models, the least recently used first, until another one has room."""
