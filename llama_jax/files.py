@@ -95,11 +95,20 @@ def _hidden_folder(path: Path) -> Iterator[Path]:
 
 
 def _publish(made: Path, path: Path) -> None:
-    """Flush what was made to disk, then rename it to `path`."""
+    """Flush what was made to disk, then give it the name `path`."""
     for file in (*made.rglob("*"), made):
         _flush(file)
     check_new_path(path)
-    made.rename(path)
+    try:
+        if made.is_dir():
+            made.rename(path)  # which replaces no folder that holds anything
+        else:
+            path.hardlink_to(made)  # which, unlike renaming, replaces no file
+    except OSError:
+        check_new_path(path)  # another process may have published at the same moment
+        if made.is_dir():
+            raise
+        made.rename(path)  # the file system has no links
     _flush(path.parent)
 
 

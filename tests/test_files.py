@@ -62,6 +62,39 @@ def test_path_created_meanwhile_is_not_overwritten(tmp_path):
     assert (tmp_path / "out").read_text() == "another's"
 
 
+@pytest.mark.parametrize("call", ["link", "rename"])  # that publish a file and a folder
+def test_what_another_process_publishes_at_the_same_moment_is_kept(tmp_path, monkeypatch, call):
+    made, theirs = tmp_path / "made", "theirs"
+    publish = getattr(os, call)
+
+    def late(source, target):
+        if call == "rename":
+            made.mkdir()
+        (made / "inside" if call == "rename" else made).write_text(theirs)
+        publish(source, target)
+
+    monkeypatch.setattr(os, call, late)
+    with pytest.raises(UserError, match="made exists already"), new_path(made) as path:
+        if call == "rename":
+            path.mkdir()
+            path /= "inside"
+        path.write_text("ours")
+    monkeypatch.undo()
+    found = made / "inside" if call == "rename" else made
+    assert found.read_text() == theirs
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_a_file_system_without_links_takes_files_too(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with new_path(tmp_path / "made") as path:
+        path.write_text("ours")
+    assert (tmp_path / "made").read_text() == "ours"
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_leftovers_of_a_killed_process_are_hidden_and_removed(tmp_path, number):
     words = [sys.executable, "-c", DIE, str(tmp_path / "out"), str(int(number))]
