@@ -8,7 +8,7 @@ PIP = $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 AS_USED = JAX_DISABLE_MOST_OPTIMIZATIONS=0
 CODE = llama_jax configs tests benchmarks docs $(wildcard *.py)
 
-.PHONY: help demo chat finetune serve test test-slow test-parity test-faults test-serve test-page test-readme test-package docs lint types clean
+.PHONY: help demo chat finetune serve test test-slow test-parity test-faults test-serve test-page test-readme test-package test-tpu docs lint types clean
 
 help:
 	@echo "make demo         train a small model on stories and let it write (5 minutes)"
@@ -24,6 +24,7 @@ help:
 	@echo "make test-readme  the README's blocks, copied and run (5 minutes)"
 	@echo "make docs         the documentation as a site, in build/site"
 	@echo "make test-package wheel and sdist, installed and run on each Python (10 minutes)"
+	@echo "make test-tpu     what the TPU compiler makes of our programs; no TPU needed"
 	@echo "make clean        remove the virtual environment"
 
 $(RUN):
@@ -83,7 +84,7 @@ finetune: $(VENV)/.installed
 	$(RUN) train.py --config configs/sft_demo.py $(FLAGS)
 
 test: lint types
-	$(RUN) -m pytest -n 2 --dist loadfile -m "not parity and not slow and not faults and not serve and not page and not readme"
+	$(RUN) -m pytest -n 2 --dist loadfile -m "not parity and not slow and not faults and not serve and not page and not readme and not tpu"
 
 test-slow: $(VENV)/.installed-slow
 	$(RUN) -m pytest -n 2 --dist loadfile -m "slow and not as_used $(if $(filter long,$(SLOW)),,and not long)"
@@ -110,6 +111,10 @@ docs: $(VENV)/.installed-docs
 
 test-package:
 	$(PYTHON) tests/packaging/try_package.py
+
+test-tpu: $(VENV)/.installed-test
+	$(PIP) -e ".[plan]"
+	$(AS_USED) $(RUN) -m pytest -m tpu tests/tpu
 
 clean:
 	rm -rf $(VENV)
