@@ -66,9 +66,13 @@ def with_rows_of_a_tile(
     return multiply(jnp.pad(x_RI, rows), *operands)[..., :R, :]
 
 
-def prefers_outputs_first() -> bool:
-    """Whether decoding reads kernels faster when they are stored outputs first."""
-    return platform() == "cpu"
+def prefers_outputs_first(output_dims: int) -> bool:
+    """Whether decoding reads a kernel with so many dims of outputs faster outputs first.
+
+    On TPU two dims of outputs that come last are tiled together, and to merge them XLA copies the
+    matrix for every call; if they come first, it is the same memory.
+    """
+    return platform() == "cpu" or (platform() == "tpu" and output_dims > 1)
 
 
 @partial(jax.jit, static_argnames="dtype")  # so that equal layers are traced once
