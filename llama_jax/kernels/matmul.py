@@ -8,6 +8,8 @@ than a few rows by a matrix. For quantised kernels:
 - `sum_lanes`: on CPU, up to `FEW` rows. Two to three times as fast as float32 there, where XLA
   multiplies nothing but float32 fast.
 - `by_blocks`: on CPU, more rows. As fast as float32.
+- `multiply_int4`: on one TPU, int4 and up to `MOST_ROWS`. A kernel of ours, since XLA reads int4 as
+  floats.
 - `multiply_and_reduce`: elsewhere, four bits and up to `FEW` rows. One fused loop.
 - `convert`: elsewhere; XLA fuses the conversion into its matmul.
 
@@ -24,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.kernels.int4 import BLOCK, Quantized, halves, join, unpack
+from llama_jax.kernels.int4_tpu import MOST_ROWS, multiply_int4
 
 FEW = 4
 MANY = 64  # rows from which on XLA is as fast either way
@@ -47,8 +50,12 @@ def platform() -> str:
 
 def on_one_cpu_device() -> bool:
     """Whether a program is traced for one CPU device; on a mesh, XLA shards matmuls best itself."""
+    return platform() == "cpu" and _on_one_device()
+
+
+def _on_one_device() -> bool:
     mesh = jax.sharding.get_abstract_mesh()
-    return platform() == "cpu" and (mesh.empty or math.prod(mesh.axis_sizes) == 1)
+    return mesh.empty or math.prod(mesh.axis_sizes) == 1
 
 
 def with_rows_of_a_tile(
@@ -141,6 +148,8 @@ def implementation_for(rows: int, kernel: Quantized) -> Callable[[jax.Array, Qua
     """The fastest implementation here for so many rows."""
     if on_one_cpu_device():
         return sum_lanes if rows <= FEW else by_blocks
+    if kernel.kind == "int4" and rows <= MOST_ROWS and platform() == "tpu" and _on_one_device():
+        return multiply_int4
     return multiply_and_reduce if rows <= FEW and kernel.kind != "int8" else convert
 
 
