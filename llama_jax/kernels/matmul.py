@@ -34,7 +34,7 @@ BLOCKS = 32  # int4 blocks that `sum_lanes` sums in one loop; more are slower to
 VECTOR = 16  # floats that `sum_vectors` takes at a time; 8 is as fast, 24 and 32 are not
 ONE_LOOP = 1024  # inputs that it takes; with more terms its loop is slower than XLA's matmul
 MADE_FLOAT = 2**19  # elements of a kernel that `by_blocks` dequantises at a time
-TILE_ROWS = 8  # of float32 on TPU
+TILE_ROWS, BYTE_ROWS = 8, 32  # of a tile on TPU: of float32, of bytes
 FLOAT32 = jnp.dtype(jnp.float32)
 
 
@@ -71,6 +71,21 @@ def with_rows_of_a_tile(
         return multiply(x_RI, *operands)
     rows = [(0, 0)] * (x_RI.ndim - 2) + [(0, TILE_ROWS - R), (0, 0)]
     return multiply(jnp.pad(x_RI, rows), *operands)[..., :R, :]
+
+
+def take_rows(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """`table[ids]`, [*ids, ...], of a table [V, ...].
+
+    On a TPU a tile has 32 rows of bytes. To gather a few rows, XLA would first copy the whole table
+    to smaller tiles; so whole tiles are gathered.
+    """
+    V, rows = table.shape[0], BYTE_ROWS
+    is_tiled = table.dtype.itemsize == 1 and table.ndim == 2 and V % rows == 0
+    if not (is_tiled and ids.size <= MOST_ROWS and platform() == "tpu" and _on_one_device()):
+        return table[ids]
+    tiles = jax.lax.optimization_barrier(table.reshape(V // rows, rows, -1)[ids // rows])
+    places = (ids % rows)[..., None, None]
+    return jnp.take_along_axis(tiles, places, axis=-2)[..., 0, :]
 
 
 def prefers_outputs_first(output_dims: int) -> bool:

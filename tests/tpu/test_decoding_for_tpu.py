@@ -57,6 +57,15 @@ def test_one_sequence_is_multiplied_on_the_matrix_unit():
     assert opcodes.count("convolution") >= L * (7 + 2) + 1
 
 
+@pytest.mark.parametrize("batch", [1, B])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_no_step_holds_floats_or_a_copy_of_a_quantized_table(kind, batch):
+    from tpu import compile_decoding
+
+    wide = dataclasses.replace(CONFIG, vocab_size=2**17, dim=1024)  # more than the chip's VMEM
+    assert compile_decoding(wide, batch, kind).temporary < wide.vocab_size * wide.dim // 2
+
+
 def test_prefill_runs_splash_and_holds_no_scores_of_all_slots():
     from tpu import compile_prefill
 
