@@ -12,7 +12,7 @@ PYTEST = $(RUN) -m pytest -n 2 --dist loadfile
 marked = $(shell grep -rl --include="test_*.py" "mark\.$(1)\b" tests)
 unexport PYTHONDONTWRITEBYTECODE  # what pytest makes of the tests is kept for the next process
 
-.PHONY: help demo chat finetune serve test test-slow test-parity test-faults test-serve test-page test-readme test-package docs lint types clean
+.PHONY: help demo chat finetune serve test test-slow test-parity test-faults test-serve test-page test-readme test-package test-tpu docs lint types clean
 
 help:
 	@echo "make demo         train a small model on stories and let it write (5 minutes)"
@@ -28,6 +28,7 @@ help:
 	@echo "make test-readme  the README's blocks, copied and run (5 minutes)"
 	@echo "make docs         the documentation as a site, in build/site"
 	@echo "make test-package wheel and sdist, installed and run on each Python (10 minutes)"
+	@echo "make test-tpu     what the TPU compiler makes of our programs; no TPU needed"
 	@echo "make clean        remove the virtual environment"
 
 $(RUN):
@@ -87,7 +88,7 @@ finetune: $(VENV)/.installed
 	$(RUN) train.py --config configs/sft_demo.py $(FLAGS)
 
 test: lint types
-	$(PYTEST) -m "not parity and not slow and not faults and not serve and not page and not readme" \
+	$(PYTEST) -m "not parity and not slow and not faults and not serve and not page and not readme and not tpu" \
 		--ignore=tests/parity --ignore=tests/faults
 
 test-slow: $(VENV)/.installed-slow
@@ -115,6 +116,10 @@ docs: $(VENV)/.installed-docs
 
 test-package:
 	$(PYTHON) tests/packaging/try_package.py
+
+test-tpu: $(VENV)/.installed-test
+	$(PIP) -e ".[plan]"
+	$(AS_USED) $(RUN) -m pytest -m tpu tests/tpu
 
 clean:
 	rm -rf $(VENV)

@@ -18,6 +18,8 @@ from llama_jax.distributed.mesh import constrain, partition_spec, shard_heads
 from llama_jax.inference.request import TokenLogprob
 from llama_jax.inference.sampler import Sampler, TokenCounts
 from llama_jax.kernels.attention import KERNELS, AttentionKernel
+from llama_jax.kernels.matmul import platform
+from llama_jax.kernels.splash import splash_with_log_sums
 from llama_jax.model.cache import KVCache
 from llama_jax.model.execution import Execution
 from llama_jax.model.slot_cache import BLOCK, OneSlot, SlotCache
@@ -30,6 +32,15 @@ MIN_PREFILL_CHUNK = 16
 
 # How programs run on a mesh, without gradients; a cache brings its own attention.
 ON_MESH = Execution(constrain=constrain, lookup=lookup)
+# On TPUs, one or a mesh of them.
+ON_TPU = dataclasses.replace(ON_MESH, among_new=shard_heads(splash_with_log_sums))
+
+
+def decoding_execution() -> Execution:
+    """Return how a model with a cache runs on the mesh that is set, or on one device."""
+    if platform() == "tpu":
+        return ON_TPU
+    return ONE_DEVICE if jax.sharding.get_abstract_mesh().empty else ON_MESH
 
 
 def attention_on_mesh(name: str) -> AttentionKernel:
@@ -137,9 +148,11 @@ def read_chunk(
 ) -> tuple[KVCache, jax.Array]:
     """Read the chunk at slot `start`; return the hidden states of last tokens found so far."""
     C = ids_BC.shape[1]
-    here = dataclasses.replace(cache, length_B=jnp.full(length_B.shape, start, jnp.int32))
+    # Every sequence is at the same slot: one place to write, where others would need a scatter.
+    here = dataclasses.replace(cache, length_B=start)
     hidden_BCD, filled = model.hidden(ids_BC, here, execution=execution)
     assert filled is not None
+    filled = dataclasses.replace(filled, length_B=jnp.full_like(length_B, start + C))
     at_B = length_B - 1 - start
     found_B1D = jnp.take_along_axis(hidden_BCD, jnp.clip(at_B, 0, C - 1)[:, None, None], axis=1)
     is_here_B = (at_B >= 0) & (at_B < C)

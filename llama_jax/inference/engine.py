@@ -13,13 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llama_jax.distributed.mesh import iterate_on_mesh
+from llama_jax.distributed.mesh import iterate_on_mesh, on_mesh
 from llama_jax.errors import UsageError, UserError
 from llama_jax.inference.constraints import Constraint, masks
 from llama_jax.inference.decode import (
     DECODE_CHUNK,
     NO_TOKEN,
-    ON_MESH,
     GenerationState,
     Tokens,
     are_done,
@@ -27,6 +26,7 @@ from llama_jax.inference.decode import (
     common_prefix,
     decode,
     decode_one,
+    decoding_execution,
     pad_sequences,
     prefill,
     prefill_chunks,
@@ -38,7 +38,7 @@ from llama_jax.inference.sampler import Sampler, TokenCounts
 from llama_jax.inference.speculation import NUM_GUESSES, decode_speculating
 from llama_jax.inference.xorshift import XorshiftSampler
 from llama_jax.model.cache import KVCache
-from llama_jax.model.transformer import ONE_DEVICE, Llama
+from llama_jax.model.transformer import Llama
 from llama_jax.text.tokenizer import Tokenizer
 
 
@@ -70,7 +70,8 @@ class Engine:
         """
         self.model, self.cache_dtype, self.mesh = model, cache_dtype, mesh
         self.tokenizer = tokenizer
-        self.execution = ON_MESH if mesh else ONE_DEVICE
+        with on_mesh(mesh):
+            self.execution = decoding_execution()
         self._kept: tuple[list[int], KVCache] | None = None
         self._compiled: set[Hashable] = set()  # decode programs of this engine, by their arguments
         self._lock = threading.Lock()

@@ -76,8 +76,7 @@ def attend(
     """
     B, T, N, H = q_BTNH.shape
     K = keys_RSH.shape[0] // B
-    q_KBGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(2, 0, 3, 1, 4)
-    q_RMH = q_KBGTH.reshape(K * B, -1, H)  # M = G·T
+    q_RMH = _by_kv_head(q_BTNH, K)
     multiply = partial(jnp.einsum, "RMH,RSH->RMS", preferred_element_type=jnp.float32)
     scores_RMS = with_rows_of_a_tile(multiply, q_RMH, keys_RSH) * (1.0 / math.sqrt(H))
     scores_KBGTS = jnp.where(
@@ -101,6 +100,7 @@ def attend_in_chunks(
     mask: Callable[[jax.Array], jax.Array],
     num_chunks: jax.Array,
     bias: tuple[jax.Array, Callable[[jax.Array], jax.Array]] | None = None,
+    among_own: Callable[..., tuple[jax.Array, jax.Array]] | None = None,
 ) -> jax.Array:
     """`attend` over keys and values that are read a chunk at a time, by an online softmax.
 
@@ -114,15 +114,16 @@ def attend_in_chunks(
       mask: which of them a query attends to, [B, T, C].
       num_chunks: how many there are; an array, so that it may differ from call to call.
       bias: added to the scores, [N, B, T, C], of `own` and as a function of a chunk.
+      among_own: a kernel for `own` in place of their mask, see `model.execution`; without a bias.
     """
     B, T, N, H = q_BTNH.shape
     K = own[0].shape[0] // B
-    q_KBGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(2, 0, 3, 1, 4)
-    q_RMH = q_KBGTH.reshape(K * B, -1, H)  # M = G·T
+    q_RMH = _by_kv_head(q_BTNH, K)
     f32 = {"preferred_element_type": jnp.float32}
 
     def scores(keys_RCH: jax.Array, mask_BTC: jax.Array, bias_NBTC: jax.Array | None) -> jax.Array:
-        scores_RMC = jnp.einsum("RMH,RCH->RMC", q_RMH, keys_RCH, **f32) * (1.0 / math.sqrt(H))
+        multiply = partial(jnp.einsum, "RMH,RCH->RMC", **f32)
+        scores_RMC = with_rows_of_a_tile(multiply, q_RMH, keys_RCH) * (1.0 / math.sqrt(H))
         by_query = _biased(scores_RMC.reshape(K, B, N // K, T, -1), bias_NBTC)
         return jnp.where(mask_BTC[None, :, None], by_query, -jnp.inf).reshape(scores_RMC.shape)
 
@@ -137,17 +138,36 @@ def attend_in_chunks(
         largest_RM1, weight_RM1, out_RMH = sums
         new_RM1 = jnp.maximum(largest_RM1, scores_RMC.max(axis=-1, keepdims=True))
         weights_RMC, rescale_RM1 = jnp.exp(scores_RMC - new_RM1), jnp.exp(largest_RM1 - new_RM1)
-        mixed = jnp.einsum("RMC,RCH->RMH", weights_RMC.astype(values_RCH.dtype), values_RCH, **f32)
+        multiply = partial(jnp.einsum, "RMC,RCH->RMH", **f32)
+        mixed = with_rows_of_a_tile(multiply, weights_RMC.astype(values_RCH.dtype), values_RCH)
         total_RM1 = weight_RM1 * rescale_RM1 + weights_RMC.sum(axis=-1, keepdims=True)
         return new_RM1, total_RM1, out_RMH * rescale_RM1 + mixed
 
-    own_scores_RMC = scores(own[0], own_mask_BTC, bias[0] if bias is not None else None)
-    largest_RM1 = own_scores_RMC.max(axis=-1, keepdims=True)
-    nothing = (largest_RM1, jnp.zeros_like(largest_RM1), jnp.zeros(q_RMH.shape, jnp.float32))
-    start = added(nothing, own_scores_RMC, own[1])
+    def among_own_by_mask() -> tuple[jax.Array, ...]:
+        own_scores_RMC = scores(own[0], own_mask_BTC, bias[0] if bias is not None else None)
+        largest_RM1 = own_scores_RMC.max(axis=-1, keepdims=True)
+        nothing = (largest_RM1, jnp.zeros_like(largest_RM1), jnp.zeros(q_RMH.shape, jnp.float32))
+        return added(nothing, own_scores_RMC, own[1])
+
+    def among_own_by(kernel: Callable[..., tuple[jax.Array, ...]]) -> tuple[jax.Array, ...]:
+        own_BCKH = (x_RCH.reshape(K, B, -1, H).transpose(1, 2, 0, 3) for x_RCH in own)
+        found = kernel(q_BTNH, *own_BCKH)
+        out_RMH, log_sum_RM1 = (_by_kv_head(x_BTN, K).astype(jnp.float32) for x_BTN in found)
+        return log_sum_RM1, jnp.ones_like(log_sum_RM1), out_RMH
+
+    if among_own is not None and bias is None:
+        start = among_own_by(among_own)
+    else:
+        start = among_own_by_mask()
     _, total_RM1, out_RMH = jax.lax.fori_loop(0, num_chunks, add, start)
     out_RMH = (out_RMH / total_RM1).astype(own[1].dtype)
     return out_RMH.reshape(K, B, N // K, T, H).transpose(1, 3, 0, 2, 4).reshape(B, T, N, H)
+
+
+def _by_kv_head(x_BTNH: jax.Array, K: int) -> jax.Array:
+    """Queries, or what belongs to them, [R, M, H]: R = K·B, and M = G·T of each kv head."""
+    B, T, N, H = x_BTNH.shape
+    return x_BTNH.reshape(B, T, K, N // K, H).transpose(2, 0, 3, 1, 4).reshape(K * B, -1, H)
 
 
 def _biased(scores_KBGTS: jax.Array, bias_NBTS: jax.Array | None) -> jax.Array:

@@ -8,6 +8,8 @@ than a few rows by a matrix. For quantised kernels:
 - `sum_lanes`: on CPU, up to `FEW` rows. Two to three times as fast as float32 there, where XLA
   multiplies nothing but float32 fast.
 - `by_blocks`: on CPU, more rows. As fast as float32.
+- `multiply_int4`: on one TPU, int4 and up to `MOST_ROWS`. A kernel of ours, since XLA reads int4 as
+  floats.
 - `multiply_and_reduce`: elsewhere, four bits and up to `FEW` rows. One fused loop.
 - `convert`: elsewhere; XLA fuses the conversion into its matmul.
 
@@ -24,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.kernels.int4 import BLOCK, Quantized, halves, join, unpack
+from llama_jax.kernels.int4_tpu import MOST_ROWS, multiply_int4
 
 FEW = 4
 MANY = 64  # rows from which on XLA is as fast either way
@@ -31,7 +34,7 @@ BLOCKS = 32  # int4 blocks that `sum_lanes` sums in one loop; more are slower to
 VECTOR = 16  # floats that `sum_vectors` takes at a time; 8 is as fast, 24 and 32 are not
 ONE_LOOP = 1024  # inputs that it takes; with more terms its loop is slower than XLA's matmul
 MADE_FLOAT = 2**19  # elements of a kernel that `by_blocks` dequantises at a time
-TILE_ROWS = 8  # of float32 on TPU
+TILE_ROWS, BYTE_ROWS = 8, 32  # of a tile on TPU: of float32, of bytes
 FLOAT32 = jnp.dtype(jnp.float32)
 
 
@@ -47,8 +50,12 @@ def platform() -> str:
 
 def on_one_cpu_device() -> bool:
     """Whether a program is traced for one CPU device; on a mesh, XLA shards matmuls best itself."""
+    return platform() == "cpu" and _on_one_device()
+
+
+def _on_one_device() -> bool:
     mesh = jax.sharding.get_abstract_mesh()
-    return platform() == "cpu" and (mesh.empty or math.prod(mesh.axis_sizes) == 1)
+    return mesh.empty or math.prod(mesh.axis_sizes) == 1
 
 
 def with_rows_of_a_tile(
@@ -66,9 +73,28 @@ def with_rows_of_a_tile(
     return multiply(jnp.pad(x_RI, rows), *operands)[..., :R, :]
 
 
-def prefers_outputs_first() -> bool:
-    """Whether decoding reads kernels faster when they are stored outputs first."""
-    return platform() == "cpu"
+def take_rows(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """`table[ids]`, [*ids, ...], of a table [V, ...].
+
+    On a TPU a tile has 32 rows of bytes. To gather a few rows, XLA would first copy the whole table
+    to smaller tiles; so whole tiles are gathered.
+    """
+    V, rows = table.shape[0], BYTE_ROWS
+    is_tiled = table.dtype.itemsize == 1 and table.ndim == 2 and V % rows == 0
+    if not (is_tiled and ids.size <= MOST_ROWS and platform() == "tpu" and _on_one_device()):
+        return table[ids]
+    tiles = jax.lax.optimization_barrier(table.reshape(V // rows, rows, -1)[ids // rows])
+    places = (ids % rows)[..., None, None]
+    return jnp.take_along_axis(tiles, places, axis=-2)[..., 0, :]
+
+
+def prefers_outputs_first(output_dims: int) -> bool:
+    """Whether decoding reads a kernel with so many dims of outputs faster outputs first.
+
+    On TPU two dims of outputs that come last are tiled together, and to merge them XLA copies the
+    matrix for every call; if they come first, it is the same memory.
+    """
+    return platform() == "cpu" or (platform() == "tpu" and output_dims > 1)
 
 
 @partial(jax.jit, static_argnames="dtype")  # so that equal layers are traced once
@@ -137,6 +163,8 @@ def implementation_for(rows: int, kernel: Quantized) -> Callable[[jax.Array, Qua
     """The fastest implementation here for so many rows."""
     if on_one_cpu_device():
         return sum_lanes if rows <= FEW else by_blocks
+    if kernel.kind == "int4" and rows <= MOST_ROWS and platform() == "tpu" and _on_one_device():
+        return multiply_int4
     return multiply_and_reduce if rows <= FEW and kernel.kind != "int8" else convert
 
 

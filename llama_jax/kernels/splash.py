@@ -40,6 +40,36 @@ def splash_attention(
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
+    T = q_BTNH.shape[1]
+    ids = None
+    if segments_BT is not None:
+        padded_BT = jnp.pad(segments_BT, ((0, 0), (0, -T % block_length(T))))
+        ids = SegmentIds(padded_BT, padded_BT)
+    return _attend(q_BTNH, k_BTKH, v_BTKH, ids, window, interpret)
+
+
+def splash_with_log_sums(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    *,
+    window: int = 0,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """`splash_attention`, and the log of each softmax's denominator, float32 [B, T, N, 1].
+
+    It has no gradient.
+    """
+    out_BTNH, (log_sum_BTN,) = _attend(
+        q_BTNH, k_BTKH, v_BTKH, None, window, interpret, save_residuals=True
+    )
+    return out_BTNH, log_sum_BTN[..., None]
+
+
+def _attend(  # type: ignore[no-untyped-def]
+    q_BTNH, k_BTKH, v_BTKH, ids, window, interpret, save_residuals=False
+):
+    """What the kernel returns, with heads after positions."""
     T, N, H = q_BTNH.shape[1:]
     block = block_length(T)
     scaled_BTNH = q_BTNH * (1.0 / math.sqrt(H))  # the kernel does not scale
@@ -49,15 +79,15 @@ def splash_attention(
         jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).swapaxes(1, 2)
         for x in (scaled_BTNH, k_BTKH, v_BTKH)
     )
-    ids = None
-    if segments_BT is not None:
-        padded_BT = jnp.pad(segments_BT, ((0, 0), (0, padding)))
-        ids = SegmentIds(padded_BT, padded_BT)
-    out_BNTH = jax.vmap(_kernel(T + padding, N, block, window, interpret))(q, k, v, ids)
-    return out_BNTH.swapaxes(1, 2)[:, :T]
+    found = jax.vmap(_kernel(T + padding, N, block, window, interpret, save_residuals))(
+        q, k, v, ids
+    )
+    return jax.tree.map(lambda x_BNT: x_BNT.swapaxes(1, 2)[:, :T], found)
 
 
-def _kernel(T: int, N: int, block: int, window: int, interpret: bool):  # type: ignore[no-untyped-def]
+def _kernel(  # type: ignore[no-untyped-def]
+    T: int, N: int, block: int, window: int, interpret: bool, save_residuals: bool
+):
     """The kernel of one sequence: ([N, T, H], [K, T, H], [K, T, H], segment ids) → [N, T, H]."""
     from jax.experimental.pallas.ops.tpu import splash_attention as library
 
@@ -71,4 +101,6 @@ def _kernel(T: int, N: int, block: int, window: int, interpret: bool):  # type: 
     )
     one = library.LocalMask((T, T), (window - 1, 0), 0) if window else library.CausalMask((T, T))
     mask = library.MultiHeadMask([one] * N)
-    return library.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
+    return library.make_splash_mha_single_device(
+        mask, block_sizes=sizes, interpret=interpret, save_residuals=save_residuals
+    )

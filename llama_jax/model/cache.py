@@ -15,6 +15,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from llama_jax.config import ModelConfig
 from llama_jax.kernels.attention import (
     attend,
+    attend_in_chunks,
     causal_mask,
     distance_bias,
     merge_heads_and_batch,
@@ -22,6 +23,12 @@ from llama_jax.kernels.attention import (
 from llama_jax.kernels.matmul import platform
 
 ROW_MAJOR = Layout((0, 1, 2))
+SMALLEST_CHUNK = 128  # slots that attention reads at a time, where it reads in chunks
+CHUNK_ELEMENTS = 2**22  # of keys, and of values: 8 MiB, 10 microseconds of a v5e's memory
+MOST_SCORES = 2**25  # elements, 128 MiB
+SHORTEST_FOR_KERNEL = 64  # new tokens; of fewer the scores are small and fuse with what is around
+
+AmongNew = Callable[..., tuple[jax.Array, jax.Array]]  # see `model.execution`
 
 # (q_BTNH, k_BTKH, v_BTKH, the layer's cache or None, dropout key or None, slopes_N or None) -> (the
 # mixed values [B, T, N, H], the updated cache). `Llama.hidden` makes one that all blocks share.
@@ -133,11 +140,22 @@ class KVCache:
         return jax.tree.leaves(self.layers)[0].shape[1]
 
     def positions(self, T: int) -> jax.Array:
-        """The positions of the next T tokens of each sequence, int32 [B, T]."""
-        return self.length_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+        """The positions of the next T tokens of each sequence, int32 [B, T]; or [1, T], of all."""
+        return jnp.atleast_1d(self.length_B)[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
 
-    def attention(self, positions_BT: jax.Array, window: int = 0) -> AttentionFunction:
-        """Attention over the cache, after writing new keys and values behind those it holds."""
+    def attention(
+        self, positions_BT: jax.Array, window: int = 0, among_new: AmongNew | None = None
+    ) -> AttentionFunction:
+        """Attention over the cache, after writing new keys and values behind those it holds.
+
+        Args:
+          among_new: see `model.execution.Execution`.
+        """
+        if among_new is not None:
+            return self._attention_in_chunks(positions_BT, window, among_new)
+        return self._attention(positions_BT, window)
+
+    def _attention(self, positions_BT: jax.Array, window: int) -> AttentionFunction:
         mask_BTS = causal_mask(positions_BT, self.slots, window)
 
         def attention(q_BTNH, k_BTKH, v_BTKH, layer, _key, slopes_N=None):  # type: ignore[no-untyped-def]
@@ -151,6 +169,47 @@ class KVCache:
 
         return attention
 
+    def _attention_in_chunks(
+        self, positions_BT: jax.Array, window: int, among_new: AmongNew
+    ) -> AttentionFunction:
+        """`_attention` that reads the filled slots only, and holds scores of few of them."""
+        T, at_once = positions_BT.shape[1], self._attention(positions_BT, window)
+        own_mask_BTC = causal_mask(jnp.arange(T)[None], T, window)
+        kernel = partial(among_new, window=window) if T >= SHORTEST_FOR_KERNEL else None
+
+        def attention(q_BTNH, k_BTKH, v_BTKH, layer, key, slopes_N=None):  # type: ignore[no-untyped-def]
+            B, _, N, H = q_BTNH.shape
+            K = k_BTKH.shape[2]
+            size = chunk_size(self.slots, K * B, N // K * T, H)
+            if size == self.slots and kernel is None:  # the loop would only cost
+                return at_once(q_BTNH, k_BTKH, v_BTKH, layer, key, slopes_N)
+            empty = jax.tree.map(lambda x: jnp.zeros((K * B, T, x.shape[2]), x.dtype), layer)
+            own = empty.write(k_BTKH, v_BTKH, jnp.int32(0))
+            # Written before the others are read, so that XLA need not copy them.
+            layer = layer.write(k_BTKH, v_BTKH, self.length_B)
+
+            def read(chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
+                slots = partial(jax.lax.dynamic_slice_in_dim, slice_size=size, axis=1)
+                part = jax.tree.map(lambda x: slots(x, chunk * size), layer)
+                return part.keys_RSH, part.values_RSH
+
+            def mask(chunk: jax.Array) -> jax.Array:
+                return chunk_mask(chunk, size, self.length_B, positions_BT, window)
+
+            mixed_BTNH = attend_in_chunks(
+                q_BTNH,
+                (own.keys_RSH, own.values_RSH),
+                own_mask_BTC,
+                read,
+                mask,
+                (jnp.max(self.length_B) + size - 1) // size,
+                chunk_bias(slopes_N, 0, T, positions_BT, size),
+                kernel,
+            )
+            return mixed_BTNH, layer
+
+        return attention
+
     def filled(self, layers: tuple[StoredLayer, ...], T: int) -> "KVCache":
         """The cache after T more tokens of each sequence."""
         return KVCache(layers, self.length_B + T)
@@ -159,6 +218,55 @@ class KVCache:
         """The same tokens with room for more."""
         more = ((0, 0), (0, slots - self.slots), (0, 0))
         return KVCache(jax.tree.map(lambda x: jnp.pad(x, more), self.layers), self.length_B)
+
+
+def chunk_size(slots: int, R: int, M: int, H: int) -> int:
+    """How many of the slots to read at a time, a divisor of their number.
+
+    Few, so that little beyond the filled part is read and scores [R, M, C] take little memory; but
+    enough to be worth a turn of a loop.
+    """
+    wanted = max(SMALLEST_CHUNK, min(MOST_SCORES // (R * M), CHUNK_ELEMENTS // (R * H)))
+    chunks = max(1, slots // wanted)
+    while slots % chunks:
+        chunks -= 1
+    return slots // chunks
+
+
+def chunk_mask(
+    chunk: jax.Array, size: int, length_B: jax.Array, positions_BT: jax.Array, window: int
+) -> jax.Array:
+    """Which slots of a chunk of `size` a query attends to, [B, T, C]: filled, and in the window.
+
+    `length_B`: how many are filled; an array without dims is the number of all sequences.
+    """
+    slots_C = (chunk * size + jnp.arange(size))[None, None]
+    mask_BTC = slots_C < jnp.atleast_1d(length_B)[:, None, None]
+    return mask_BTC & (slots_C > positions_BT[:, :, None] - window) if window else mask_BTC
+
+
+def chunk_bias(
+    slopes_N: jax.Array | None,
+    start: jax.Array | int,
+    own: int,
+    positions_BT: jax.Array,
+    size: int,
+) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]] | None:
+    """The bias of scores with new keys, and as a function of a chunk of `size` slots; or None.
+
+    Args:
+      start: the index among the new keys, of which there are `own`, of the first query.
+    """
+    if slopes_N is None:
+        return None
+
+    def of_chunk(chunk: jax.Array) -> jax.Array:
+        slots_C = (chunk * size + jnp.arange(size))[None, None]
+        return distance_bias(slopes_N, positions_BT[:, :, None] - slots_C)
+
+    queries_T = start + jnp.arange(positions_BT.shape[1])
+    own_distance_BTC = (queries_T[:, None] - jnp.arange(own)[None])[None]
+    return distance_bias(slopes_N, own_distance_BTC), of_chunk
 
 
 def _write(old_RSH: jax.Array, new_BTKH: jax.Array, at_B: jax.Array) -> jax.Array:

@@ -51,6 +51,10 @@ class Execution:
 
     attention: AttentionKernel = xla_attention  # within whole sequences; a cache has its own way
     remat: str = "none"
+    # New tokens' attention to each other where a cache has others before them: (q, k, v, *, window)
+    # -> (the mixed values, the log of each softmax's denominator [B, T, N, 1]). The filled part of
+    # the cache is then read in chunks. None: all slots are read at once.
+    among_new: Callable[..., tuple[jax.Array, jax.Array]] | None = None
     unroll: int = 1  # blocks per iteration of the scan over layers
     # (x, *logical axes) -> x with the sharding that those axes have on the mesh
     constrain: Callable[..., jax.Array] = unconstrained

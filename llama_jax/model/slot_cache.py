@@ -11,14 +11,22 @@ depend on its neighbours.
 """
 
 import dataclasses
-from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from llama_jax.config import ModelConfig
-from llama_jax.kernels.attention import attend_in_chunks, causal_mask, distance_bias
-from llama_jax.model.cache import AttentionFunction, KVCache, StoredLayer
+from llama_jax.kernels.attention import attend_in_chunks, causal_mask
+from llama_jax.model.cache import (
+    SHORTEST_FOR_KERNEL,
+    AmongNew,
+    AttentionFunction,
+    KVCache,
+    StoredLayer,
+    chunk_bias,
+    chunk_mask,
+)
 
 BLOCK = 16  # decode steps at most before `flush`
 CHUNK = 128  # stored tokens that attention reads at a time; of 64 to 512 the fastest on CPU
@@ -77,16 +85,18 @@ class SlotCache:
         assert T == 1, "slots are decoded one token a step"
         return (self.stored_B + self.num_recent)[:, None]
 
-    def attention(self, positions_BT: jax.Array, window: int) -> AttentionFunction:
+    def attention(
+        self, positions_BT: jax.Array, window: int, among_new: AmongNew | None = None
+    ) -> AttentionFunction:
         """Return attention over all tokens so far, which adds the new one to `recent`."""
         chunks = _num_chunks(self.stored_B.max())
         recent_mask_BTC = causal_mask(self.num_recent[None, None], BLOCK, window)
 
         def stored_mask(chunk: jax.Array) -> jax.Array:
-            return _mask(chunk, self.stored_B, positions_BT, window)
+            return chunk_mask(chunk, CHUNK, self.stored_B, positions_BT, window)
 
         def attention(q_BTNH, k_BTKH, v_BTKH, layer, _key, slopes_N=None):  # type: ignore[no-untyped-def]
-            bias = _bias(slopes_N, self.num_recent, BLOCK, positions_BT)
+            bias = chunk_bias(slopes_N, self.num_recent, BLOCK, positions_BT, CHUNK)
             recent = layer.recent.write(k_BTKH, v_BTKH, self.num_recent)
 
             def read(chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -158,16 +168,21 @@ class OneSlot:
         """Return the positions of the next T tokens, int32 [1, T]."""
         return self.length_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
 
-    def attention(self, positions_BT: jax.Array, window: int) -> AttentionFunction:
+    def attention(
+        self, positions_BT: jax.Array, window: int, among_new: AmongNew | None = None
+    ) -> AttentionFunction:
         """Return attention over the stored tokens and the new ones, which it stores."""
         T = positions_BT.shape[1]
         own_mask_BTC = causal_mask(jnp.arange(T)[None], T, window)
+        kernel = None
+        if among_new is not None and T >= SHORTEST_FOR_KERNEL:
+            kernel = partial(among_new, window=window)
 
         def stored_mask(chunk: jax.Array) -> jax.Array:
-            return _mask(chunk, self.length_B, positions_BT, window)
+            return chunk_mask(chunk, CHUNK, self.length_B, positions_BT, window)
 
         def attention(q_BTNH, k_BTKH, v_BTKH, layer, _key, slopes_N=None):  # type: ignore[no-untyped-def]
-            bias = _bias(slopes_N, 0, T, positions_BT)
+            bias = chunk_bias(slopes_N, 0, T, positions_BT, CHUNK)
             empty = jax.tree.map(
                 lambda x: jnp.zeros((x.shape[0], T, x.shape[3]), x.dtype), layer.stored
             )
@@ -182,7 +197,7 @@ class OneSlot:
 
             chunks = _num_chunks(self.length_B[0])
             mixed_BTNH = attend_in_chunks(
-                q_BTNH, _pair(own), own_mask_BTC, read, stored_mask, chunks, bias
+                q_BTNH, _pair(own), own_mask_BTC, read, stored_mask, chunks, bias, kernel
             )
             return mixed_BTNH, SlotLayer(stored, layer.recent)
 
@@ -195,33 +210,6 @@ class OneSlot:
 
 def _num_chunks(tokens: jax.Array) -> jax.Array:
     return (tokens + CHUNK - 1) // CHUNK
-
-
-def _mask(chunk: jax.Array, length_B: jax.Array, positions_BT: jax.Array, window: int) -> jax.Array:
-    """Return which stored tokens of a chunk a query attends to, [B, T, C]."""
-    slots_C = (chunk * CHUNK + jnp.arange(CHUNK))[None, None]
-    mask_BTC = slots_C < length_B[:, None, None]
-    return mask_BTC & (slots_C > positions_BT[:, :, None] - window) if window else mask_BTC
-
-
-def _bias(
-    slopes_N: jax.Array | None, start: jax.Array | int, size: int, positions_BT: jax.Array
-) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]] | None:
-    """Return the bias of scores with own keys, and as a function of a stored chunk; or None.
-
-    Args:
-      start: the index among the own keys, of which there are `size`, of the first query.
-    """
-    if slopes_N is None:
-        return None
-
-    def of_chunk(chunk: jax.Array) -> jax.Array:
-        slots_C = (chunk * CHUNK + jnp.arange(CHUNK))[None, None]
-        return distance_bias(slopes_N, positions_BT[:, :, None] - slots_C)
-
-    queries_T = start + jnp.arange(positions_BT.shape[1])
-    own_distance_BTC = (queries_T[:, None] - jnp.arange(size)[None])[None]
-    return distance_bias(slopes_N, own_distance_BTC), of_chunk
 
 
 def _pair(layer: StoredLayer) -> tuple[jax.Array, jax.Array]:

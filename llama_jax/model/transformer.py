@@ -195,7 +195,7 @@ class Llama(nnx.Module):
         positions_BT = jnp.arange(T, dtype=jnp.int32)[None]
         if cache is not None:
             positions_BT = cache.positions(T)
-            attention = cache.attention(positions_BT, config.sliding_window)
+            attention = cache.attention(positions_BT, config.sliding_window, execution.among_new)
         else:
             if segments_BT is not None:
                 positions_BT = positions_within(segments_BT)
@@ -300,9 +300,13 @@ def unstack(model: Llama, *, consume: bool = False) -> Llama:
             jax.block_until_ready([arrays[-1] for arrays in layers])
             array.delete()
     blocks = [jax.tree.unflatten(structure, arrays) for arrays in layers]
-    if prefers_outputs_first():
-        for block in blocks:
-            replace_linears(block, lambda _, layer: OutputsFirstLinear(layer))
+
+    def laid_out(_: str, layer: Linear) -> nnx.Module:
+        is_first = prefers_outputs_first(len(layer.outputs))
+        return OutputsFirstLinear(layer) if is_first else layer
+
+    for block in blocks:
+        replace_linears(block, laid_out)
     unstacked = jax.tree.map(lambda leaf: leaf, model)  # a shallow copy
     unstacked.blocks = nnx.List(blocks)
     return unstacked

@@ -25,7 +25,13 @@ from llama_jax.config import (
     require,
 )
 from llama_jax.distributed.mesh import partition_spec, placed, shardings
-from llama_jax.inference.decode import NO_TOKEN, ON_MESH, GenerationState, cache_slots, decode
+from llama_jax.inference.decode import (
+    NO_TOKEN,
+    GenerationState,
+    cache_slots,
+    decode,
+    decoding_execution,
+)
 from llama_jax.inference.request import SamplingParams
 from llama_jax.inference.sampler import Sampler
 from llama_jax.kernels.matmul import FEW
@@ -172,7 +178,7 @@ def trace_decoding(
         abstract_state(config, options, mesh),
         sampler,
         np.asarray([NO_TOKEN], np.int32),
-        execution=ON_MESH,
+        execution=decoding_execution(),
     )
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llama_jax.kernels.int4 import Quantized
-from llama_jax.kernels.matmul import FLOAT32, times_quantized
+from llama_jax.kernels.matmul import FLOAT32, take_rows, times_quantized
 from llama_jax.model.layers import add_bias
 from llama_jax.quantization.rounding import QuantizationConfig, rounded
 
@@ -103,7 +103,7 @@ class QuantizedTable(QuantizedMatrix):
 
     def rows(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Return the embeddings [*ids, D] of tokens."""
-        chosen = jax.tree.map(lambda array: array[ids], self.arrays())
+        chosen = jax.tree.map(lambda array: take_rows(array, ids), self.arrays())
         return chosen.dequantize(self.inputs[0], dtype)
 
     def __call__(self, x_RD: jax.Array) -> jax.Array:

@@ -288,7 +288,8 @@ class Recording(Llama):
     def hidden(self, tokens_BT, cache=None, **options):
         if cache is not None:
             T = tokens_BT.shape[1]
-            jax.debug.callback(lambda start: self.passes.append((int(start), T)), cache.length_B[0])
+            start = cache.positions(T)[0, 0]
+            jax.debug.callback(lambda start: self.passes.append((int(start), T)), start)
         return super().hidden(tokens_BT, cache, **options)
 
 

@@ -12,12 +12,14 @@ from test_int4 import expected_floats, quantized
 from llama_jax.config import MeshConfig
 from llama_jax.distributed.mesh import make_mesh, on_mesh
 from llama_jax.kernels import matmul
+from llama_jax.kernels.int4_tpu import multiply_int4
 from llama_jax.kernels.matmul import (
     by_blocks,
     convert,
     implementation_for,
     multiply_and_reduce,
     sum_lanes,
+    take_rows,
     times_quantized,
 )
 
@@ -82,13 +84,13 @@ def test_which_quantized_implementation_is_chosen(monkeypatch):
         assert implementation_for(1, INT8) == sum_lanes
     for backend in ("gpu", "tpu"):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        assert (
-            implementation_for(1, INT8)
-            == implementation_for(5, INT8)
-            == implementation_for(5, INT4)
-            == convert
-        )
-        assert implementation_for(4, INT4) == multiply_and_reduce
+        assert implementation_for(1, INT8) == implementation_for(5, INT8) == convert
+        few, more, many = (implementation_for(count, INT4) for count in (4, 5, 65))
+        assert many == convert
+        if backend == "tpu":
+            assert few == more == multiply_int4
+        else:
+            assert (few, more) == (multiply_and_reduce, convert)
 
 
 @pytest.mark.as_used
@@ -218,3 +220,13 @@ def test_floats_on_a_mesh_are_left_to_the_compiler(monkeypatch):
     monkeypatch.setattr(matmul, "sum_vectors", None)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=4))):
         matmul.times_transposed(x_RI, kernel_OI, matmul.FLOAT32)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 5)])
+@pytest.mark.parametrize("V", [96, 91])  # whole tiles of a TPU, and not
+def test_rows_of_a_table_are_the_same_on_every_platform(monkeypatch, shape, V):
+    table = np.random.default_rng(0).integers(-127, 128, (V, 40)).astype(np.int8)
+    ids = np.random.default_rng(1).integers(0, V, shape)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    found = jax.jit(take_rows)(jnp.asarray(table), jnp.asarray(ids))
+    np.testing.assert_array_equal(found, table[ids])

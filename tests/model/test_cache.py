@@ -1,11 +1,15 @@
 """The cache puts rows where they belong and touches nothing else."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.model.cache import KVCache, LayerCache
+from llama_jax.kernels.splash import splash_with_log_sums
+from llama_jax.model import cache as cache_module
+from llama_jax.model.cache import KVCache, LayerCache, chunk_size
 
 K, S, H = 2, 11, 4
 
@@ -72,3 +76,38 @@ def test_more_slots_keep_what_is_there(tiny_config, dtype):
     assert (more.slots, more.length_B.tolist()) == (7, [3])
     np.testing.assert_array_equal(more.layers[0].keys_RSH[:, :3], cache.layers[0].keys_RSH)
     assert not more.layers[0].values_RSH[:, 3:].any()
+
+
+@pytest.mark.parametrize(
+    ("T", "window", "dtype", "has_bias"),
+    [(1, 0, "", True), (2, 150, "int8", False), (70, 0, "", False), (70, 50, "", False)],
+)
+def test_attention_in_chunks_is_attention_at_once(
+    tiny_config, monkeypatch, T, window, dtype, has_bias
+):
+    monkeypatch.setattr(cache_module, "CHUNK_ELEMENTS", 1)  # three chunks of 128 slots
+    random, B, N, H = np.random.default_rng(0), 2, tiny_config.num_heads, tiny_config.head_size
+    cache = KVCache.empty(tiny_config, B, 384, dtype)
+    K = tiny_config.num_kv_heads
+    before, new = (random.standard_normal((2, B, n, K, H), np.float32) for n in (384, T))
+    layer = cache.layers[0].write(*map(jnp.asarray, before), jnp.int32(0))
+    length_B = jnp.int32(141) if T > 2 else jnp.array([300, 7])
+    cache = KVCache((layer,), length_B)
+    q_BTNH = jnp.asarray(random.standard_normal((B, T, N, H)), jnp.float32)
+    slopes_N = jnp.linspace(0.0, 0.1, N) if has_bias else None
+    kernel = partial(splash_with_log_sums, interpret=True)
+    arguments = (q_BTNH, *map(jnp.asarray, new), layer, None, slopes_N)
+    (expected, _), (found, filled) = (
+        jax.jit(cache.attention(cache.positions(T), window, among_new))(*arguments)
+        for among_new in (None, kernel)
+    )
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+    written = layer.write(*map(jnp.asarray, new), length_B)
+    jax.tree.map(np.testing.assert_array_equal, filled, written)
+
+
+@pytest.mark.parametrize("slots", [64, 96, 384, 1000, 2048])
+def test_chunks_divide_the_slots(slots):
+    sizes = [chunk_size(slots, R, M, 128) for R, M in ((32, 1), (512, 1), (512, 512))]
+    assert all(slots % size == 0 for size in sizes)
+    assert sizes == sorted(sizes, reverse=True)

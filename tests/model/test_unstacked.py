@@ -45,8 +45,15 @@ def test_consumed_model_gives_the_same_arrays_and_is_freed():
     assert all(array.is_deleted() for array in stacked)
 
 
-def test_matrices_are_stored_outputs_first_on_cpu_only(tiny_model, monkeypatch):
-    kinds = {type(block.ffn.down) for block in unstack(tiny_model).blocks}
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    elsewhere = {type(block.ffn.down) for block in unstack(tiny_model).blocks}
-    assert (kinds, elsewhere) == ({OutputsFirstLinear}, {Linear})
+@pytest.mark.parametrize(
+    ("platform", "wq", "down"),
+    [
+        ("cpu", OutputsFirstLinear, OutputsFirstLinear),
+        ("gpu", Linear, Linear),
+        ("tpu", OutputsFirstLinear, Linear),
+    ],
+)
+def test_which_matrices_are_stored_outputs_first(tiny_model, monkeypatch, platform, wq, down):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    for block in unstack(tiny_model).blocks:
+        assert (type(block.attention.wq), type(block.ffn.down)) == (wq, down)

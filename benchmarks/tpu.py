@@ -1,0 +1,157 @@
+"""What the TPU compiler predicts of decoding and prefill, on a machine without a TPU.
+
+    pip install -e ".[plan]"
+    python benchmarks/tpu.py
+    python benchmarks/tpu.py --layers 2 --only "decode 1,prefill 16"
+
+Compiles the engine's programs, at the width of Llama 2 7B and with few layers, for one v5e chip,
+and reads the optimised program. Millions of cycles are the sum of what the compiler's cost model
+estimates for each instruction, times the turns of the loops that it is in; a loop whose turns
+depend on data, such as that over tokens, counts one turn. They compare programs and are no times:
+for a matmul of 8192³ they are 1.14 times what the chip's peak gives, for adding 1 to 90 MB 2.5
+times what its bandwidth gives, a matmul that waits for its weights counts arithmetic alone, and a
+custom call (splash) nothing. Copies are those of more than a megabyte, in bytes, for one run.
+"""
+
+import argparse
+import dataclasses
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from llama_jax.config import ModelConfig
+from llama_jax.hardware.hlo import Program, nbytes
+from llama_jax.inference.decode import MAX_PREFILL_CHUNK, decoding_execution, read_chunk
+from llama_jax.planning.compile import target_mesh
+from llama_jax.planning.decoding import (
+    MESH,
+    DecodingOptions,
+    abstract_model,
+    abstract_state,
+    trace_decoding,
+)
+from llama_jax.planning.targets import parse_target
+
+WIDE = {"vocab_size": 32000, "dim": 4096, "num_heads": 32, "hidden_dim": 11008}  # Llama 2 7B
+WIDE |= {"num_kv_heads": 32, "context_length": 2048, "compute_dtype": "bfloat16"}
+PROGRAMS = (
+    "decode 1",
+    "decode 16",
+    "decode 1 int8",
+    "decode 16 int8",
+    "decode 1 int4",
+    "prefill 16",
+)
+LARGE = 1e6  # bytes of a copy that is counted
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A program for one device, as the TPU compiler made it."""
+
+    program: Program
+    temporary: int  # bytes beside arguments and results
+
+    def instructions(self) -> Iterator[tuple[Any, int]]:
+        """Yield each instruction, and how often one run of the program executes it."""
+        for _, instruction, times in self.program.runs():
+            yield instruction, times
+
+    @property
+    def cycles(self) -> int:
+        """The sum of the cost model's estimates."""
+        return sum(_cycles(one.attributes) * times for one, times in self.instructions())
+
+    def copies(self, at_least: float) -> list[int]:
+        """Return the bytes of each copy to another layout that has so many, as often as it runs."""
+        sizes = ((nbytes(one.result), times, one.opcode) for one, times in self.instructions())
+        return [
+            size
+            for size, times, opcode in sizes
+            if opcode == "copy" and size >= at_least
+            for _ in range(times)
+        ]
+
+    def turns(self) -> list[int]:
+        """Return the turns of each loop; 1 where they depend on data."""
+        often: dict[str, int] = {}
+        for name, _, times in self.program.runs():
+            often[name] = times
+        found = []
+        for name, one, _ in self.program.runs():
+            if one.opcode == "while":
+                body = re.search(r"\bbody=%?([\w.-]+)", one.attributes)
+                found.append(often[body[1]] // often[name] if body else 1)
+        return found
+
+
+def _cycles(attributes: str) -> int:
+    found = re.search(r'"estimated_cycles":"(\d+)"', attributes)
+    return int(found[1]) if found else 0
+
+
+def compile_decoding(config: ModelConfig, batch: int, quantize: str = "") -> Compiled:
+    """Compile the decode loop for one v5e chip."""
+    mesh = target_mesh(MESH, parse_target("v5e-1"))
+    with jax.set_mesh(mesh):
+        traced = trace_decoding(config, DecodingOptions(batch=batch, quantize=quantize), mesh)
+        return _compiled(traced)
+
+
+def compile_prefill(config: ModelConfig, batch: int, tokens: int = MAX_PREFILL_CHUNK) -> Compiled:
+    """Compile the reading of a chunk of each prompt for one v5e chip."""
+    mesh = target_mesh(MESH, parse_target("v5e-1"))
+
+    def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        place = NamedSharding(mesh, PartitionSpec())
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    with jax.set_mesh(mesh):
+        traced = read_chunk.trace(
+            abstract_model(config, "", mesh),
+            abstract_state(config, DecodingOptions(batch=batch), mesh).cache,
+            array((batch, tokens)),
+            array((batch, config.dim), config.compute_dtype),
+            array(()),
+            array((batch,)),
+            execution=decoding_execution(),
+        )
+        return _compiled(traced)
+
+
+def _compiled(traced: Any) -> Compiled:
+    program = traced.lower().compile()
+    return Compiled(Program(program.as_text()), program.memory_analysis().temp_size_in_bytes)
+
+
+def main() -> None:
+    """Compile the programs and print a row for each."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--only", default=",".join(PROGRAMS), help="comma-separated")
+    flags = parser.parse_args()
+    config = ModelConfig(**WIDE, num_layers=flags.layers)
+    print(f"{'':18}{'Mcycles':>9}{'temporary':>12}{'copies':>10}{'compiled in':>14}")
+    for name in flags.only.split(","):
+        kind, batch, *quantize = name.split()
+        start = time.perf_counter()
+        if kind == "decode":
+            made = compile_decoding(config, int(batch), *quantize)
+        else:
+            made = compile_prefill(config, int(batch))
+        seconds = time.perf_counter() - start
+        print(
+            f"{name:18}{made.cycles / 1e6:9.2f}{made.temporary / 1e6:9.1f} MB"
+            f"{sum(made.copies(LARGE)) / 1e6:7.0f} MB{seconds:12.0f} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")  # no TPU is looked for
+    main()
