@@ -261,7 +261,7 @@ def iterate_on_mesh(mesh: Mesh, items: Iterator[Item]) -> Iterator[Item]:
 
 
 @functools.cache  # one function a kernel: a new one would be traced again
-def shard_heads(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def shard_heads(kernel: Callable[..., Tree]) -> Callable[..., Tree]:
     """An attention kernel of which each device computes its own sequences and heads.
 
     For kernels that XLA cannot partition by itself: a loop, a custom call. The result takes
