@@ -273,7 +273,7 @@ def shard_heads(kernel: Callable[..., Tree]) -> Callable[..., Tree]:
 
     def sharded(
         *arrays: jax.Array | None, slopes_N: jax.Array | None = None, **options: Any
-    ) -> jax.Array:
+    ) -> Any:
         present = tuple(x for x in arrays if x is not None)
         compute = functools.partial(kernel, **options) if options else kernel
         if slopes_N is not None:
