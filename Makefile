@@ -118,7 +118,7 @@ test-package:
 	$(PYTHON) tests/packaging/try_package.py
 
 test-tpu: $(VENV)/.installed-test
-	$(PIP) -e ".[plan]"
+	-$(PIP) -e ".[plan]"  # where there is no libtpu, the tests are skipped
 	$(AS_USED) $(RUN) -m pytest -m tpu tests/tpu
 
 clean:

@@ -34,7 +34,8 @@ from llama_jax.inference.decode import (
 )
 from llama_jax.inference.request import SamplingParams
 from llama_jax.inference.sampler import Sampler
-from llama_jax.kernels.matmul import FEW
+from llama_jax.kernels.int4_tpu import MOST_ROWS
+from llama_jax.kernels.matmul import BYTE_ROWS, FEW
 from llama_jax.kernels.splash import LANES
 from llama_jax.model.cache import KVCache
 from llama_jax.model.parameters import abstract, matmul_parameters
@@ -146,8 +147,11 @@ def plan_decoding(
     weights = _weights(any_context, options.quantize, mesh)
     temporary: float = LOGITS_COPIES * options.batch * config.vocab_size * FLOAT32
     if target.chip.is_tpu:
-        temporary += _padded_cache(cache) + _embedding_by_rows(weights)
-        temporary += _broadcast_scales(weights, options.batch)
+        alone = target.devices == 1 and options.batch <= MOST_ROWS
+        temporary += _padded_cache(cache) if options.batch > 1 else 0
+        temporary += _embedding_by_rows(weights, alone and options.quantize == "int8")
+        four_bits = _scales_by_rows if alone else _broadcast_scales
+        temporary += four_bits(weights, options.batch)
     plan = DecodingPlan(
         model=config,
         options=options,
@@ -244,26 +248,47 @@ _weights = functools.cache(abstract_model)
 
 
 def _padded_cache(cache: KVCache) -> float:
-    """Return the bytes of the copy of the cache that attention reads, its heads padded to tiles.
+    """Return the bytes of the copy of a batch's cache that attention reads, heads padded to tiles.
 
-    Heads that fill the lanes are read where they are.
+    Heads that fill the lanes are read where they are, and so is the cache of one sequence.
     """
     R, _, H = _shard_shape(jax.tree.leaves(cache.layers)[0])
     return _placed_bytes(cache) * padded_row_major_size((R, H)) / (R * H) if H % LANES else 0
 
 
-def _embedding_by_rows(model: Llama) -> int:
+def _embedding_by_rows(model: Llama, by_tiles: bool) -> int:
     """Return the bytes of the copy of the embedding in which tokens are looked up, row by row.
 
     Floats are stored so already unless that pads them more.
+
+    Args:
+      by_tiles: whether whole tiles of bytes are looked up instead, see `kernels.matmul.take_rows`.
+        Beside the calls of `kernels.int4_tpu`, XLA makes the copy all the same.
     """
     table = model.embedding
     is_quantized = isinstance(table, QuantizedMatrix)
     kernel = jax.tree.leaves(table.kernel if is_quantized else table)[0]
     V, D = _shard_shape(kernel)
     padded = padded_row_major_size((V, D))
-    is_copied = is_quantized or padded > padded_size((V, D))
+    by_tiles = by_tiles and V % BYTE_ROWS == 0 and D % LANES == 0
+    is_copied = not by_tiles if is_quantized else padded > padded_size((V, D))
     return padded * kernel.dtype.itemsize if is_copied else 0
+
+
+def _scales_by_rows(model: Llama, _batch: int) -> int:
+    """Return the bytes of what `kernels.int4_tpu` reads of the largest int4 matrix, by rows.
+
+    Groups of inputs are few, and padded to the lanes: the scales twice, the minima, their sum.
+    """
+    each_scale = 3 * jnp.dtype(jnp.bfloat16).itemsize + FLOAT32
+    sizes = []
+    for matrix in _int4_matrices(model):
+        arrays = (matrix.kernel, matrix.scale)
+        (*O, P), (*_, G) = (_shard_shape(*jax.tree.leaves(array)) for array in arrays)
+        rows, inputs, groups = math.prod(O), int(P), int(G)
+        by_rows = padded_row_major_size((rows, groups))
+        sizes.append(padded_row_major_size((rows, inputs)) + each_scale * by_rows)
+    return max(sizes, default=0)
 
 
 def _broadcast_scales(model: Llama, batch: int) -> int:
@@ -273,16 +298,19 @@ def _broadcast_scales(model: Llama, batch: int) -> int:
     byte; for few sequences in float32, and for more than one of them it stores both halves of the
     matrix too.
     """
-
-    def is_int4(part: Any) -> bool:
-        return isinstance(part, QuantizedMatrix) and part.is_four_bits
-
-    matrices = filter(is_int4, jax.tree.leaves(model, is_leaf=is_int4))
+    matrices = _int4_matrices(model)
     sizes = [math.prod(_shard_shape(*jax.tree.leaves(matrix.kernel))) for matrix in matrices]
     largest = max(sizes, default=0)
     if batch > FEW:
         return 4 * largest * jnp.dtype(model.config.compute_dtype).itemsize
     return (4 if batch == 1 else 6) * largest * FLOAT32
+
+
+def _int4_matrices(model: Llama) -> list[QuantizedMatrix]:
+    def is_int4(part: Any) -> bool:
+        return isinstance(part, QuantizedMatrix) and part.is_four_bits
+
+    return list(filter(is_int4, jax.tree.leaves(model, is_leaf=is_int4)))
 
 
 def _shard_shape(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:

@@ -70,26 +70,34 @@ def test_a_table_of_positions_stays_whole_in_a_shorter_context():
         assert plan.weights == 4 * (MATRICES + NORMS + config.context_length * D)
 
 
-def on_tpu(**options):
+def on_tpu(target="v5e-1", **options):
     """The bytes that only a TPU needs beside weights and cache."""
-    return plan_of("v5e-1", **options).temporary - plan_of(**options).temporary
+    return plan_of(target, **options).temporary - plan_of(**options).temporary
 
 
 def test_tpus_copy_narrow_heads_and_a_narrow_embedding_padded_to_their_tiles():
     table = V * 128  # numbers; there are D columns
-    assert on_tpu() == pytest.approx(plan_of().cache * 128 / H + table * 4)
-    assert on_tpu(quantize="int8") == pytest.approx(plan_of().cache * 128 / H + table)
+    assert on_tpu() == pytest.approx(table * 4)  # the cache of one sequence is read where it is
+    assert on_tpu(quantize="int8") == pytest.approx(table)
     five = {"batch": 5, "dtype": "bfloat16"}
     padded = plan_of(**five).cache * (24 * 128) / (5 * K * H)  # 20 rows, in tiles of 8
     assert on_tpu(**five) == pytest.approx(padded + table * 2)
 
 
 @pytest.mark.parametrize(("batch", "arrays", "width"), [(1, 4, 4), (3, 6, 4), (8, 4, 2)])
-def test_tpus_broadcast_the_scales_of_int4_matrices(batch, arrays, width):
+def test_on_a_mesh_tpus_broadcast_the_scales_of_int4_matrices(batch, arrays, width):
+    options = {"batch": batch, "dtype": "bfloat16", "target": "v5e-4"}
+    int4, int8 = (on_tpu(**options, quantize=kind) for kind in ("int4", "int8"))
+    largest = V * 64 / 2 / 4  # bytes of a shard of a table, its inputs padded to 64
+    assert int4 - int8 == arrays * largest * width
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_one_tpu_pads_the_scales_of_an_int4_matrix_to_its_lanes(batch):
     options = {"batch": batch, "dtype": "bfloat16"}
     int4, int8 = (on_tpu(**options, quantize=kind) for kind in ("int4", "int8"))
-    largest = V * 64 / 2  # bytes of a table, its inputs padded to 64
-    assert int4 - int8 == arrays * largest * width
+    scales = (2 * 2 + 2 + 4) * V * 128  # bytes: they and the minima bfloat16, the sum float32
+    assert int4 - int8 == V * 128 + scales
 
 
 def test_memory_bandwidth_bounds_one_sequence():
