@@ -201,9 +201,11 @@ class Runner:
         parameters = count_parameters(model_config(scale, "rope"))
         text = TokenFolder.open(data_folder(self.folder, TEXT))
         tokens = text.splits["train"].tokens
+        variants, seeds = len(self.study.variants), len(self.study.seeds)
         print(
-            f"study     {len(self.study.variants)} variants, {len(self.study.seeds)} seeds, scale"
-            f" {scale.name!r}: {parameters:,} parameters, sequences of {scale.length} tokens"
+            f"study     {variants} variant{'s' * (variants != 1)},"
+            f" {seeds} seed{'s' * (seeds != 1)}, scale {scale.name!r}: {parameters:,} parameters,"
+            f" sequences of {scale.length} tokens"
         )
         print(f"data      {self.study.corpus}: {tokens:,} tokens, contiguous split")
         for task, steps in self._steps.items():
