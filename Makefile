@@ -25,7 +25,7 @@ help:
 	@echo "make test-faults  kills, full disks, damaged files; FAULTS=long takes hours (3 minutes)"
 	@echo "make test-serve   servers, spoken to with the openai client and LangChain"
 	@echo "make test-page    the chat page in a browser (needs Debian's chromium)"
-	@echo "make test-readme  the README's blocks, copied and run (5 minutes)"
+	@echo "make test-readme  the README's blocks, copied and run (10 minutes)"
 	@echo "make docs         the documentation as a site, in build/site"
 	@echo "make test-package wheel and sdist, installed and run on each Python (10 minutes)"
 	@echo "make test-tpu     what the TPU compiler makes of our programs; no TPU needed"
