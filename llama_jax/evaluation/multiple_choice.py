@@ -108,8 +108,8 @@ def choice_accuracy(
     for item in items:
         total_N = np.array([next(scores).logprobs.sum() for _ in item.choices])
         length_N = np.array([len(choice) for choice in item.choices])
-        right.append(total_N.argmax() == item.answer)
-        right_normalized.append((total_N / length_N).argmax() == item.answer)
+        right.append(np.argmax(total_N) == item.answer)
+        right_normalized.append(np.argmax(total_N / length_N) == item.answer)
     return {
         "items": len(items),
         **_mean("acc", right),
