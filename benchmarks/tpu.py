@@ -10,7 +10,7 @@ estimates for each instruction, times the turns of the loops that it is in; a lo
 depend on data, such as that over tokens, counts one turn. They compare programs and are no times:
 for a matmul of 8192³ they are 1.14 times what the chip's peak gives, for adding 1 to 90 MB 2.5
 times what its bandwidth gives, a matmul that waits for its weights counts arithmetic alone, and a
-custom call (splash) nothing. Copies are those of more than a megabyte, in bytes, for one run.
+custom call (splash, int4) nothing. Copies are those of more than a megabyte, in bytes, for one run.
 """
 
 import argparse
@@ -45,6 +45,7 @@ PROGRAMS = (
     "decode 1 int8",
     "decode 16 int8",
     "decode 1 int4",
+    "decode 16 int4",
     "prefill 16",
 )
 LARGE = 1e6  # bytes of a copy that is counted

@@ -149,7 +149,7 @@ def _new_partial(path: Path, stack: contextlib.ExitStack) -> Path | None:
         lock(file)
     except BlockingIOError:
         return None
-    except OSError:  # without locks, nobody removes partial folders
+    except OSError:  # without locks, no process removes partial folders
         return partial
     return partial if (partial / LOCK).exists() else None
 

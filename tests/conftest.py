@@ -22,7 +22,7 @@ from tiny_model import TINY, make_model
 from llama_jax.config import ModelConfig
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-gc.set_threshold(50_000, 20, 100)  # traces make many objects that live on: a sixth less time
+gc.set_threshold(50_000, 20, 100)  # traces make many objects that live on
 # A shell ignores Ctrl-C in background jobs, and child processes would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

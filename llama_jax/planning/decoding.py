@@ -150,8 +150,10 @@ def plan_decoding(
         alone = target.devices == 1 and options.batch <= MOST_ROWS
         temporary += _padded_cache(cache) if options.batch > 1 else 0
         temporary += _embedding_by_rows(weights, alone and options.quantize == "int8")
-        four_bits = _scales_by_rows if alone else _broadcast_scales
-        temporary += four_bits(weights, options.batch)
+        if alone and options.quantize == "int4":
+            temporary += _scales_by_rows(weights)
+        else:
+            temporary += _broadcast_scales(weights, options.batch)
     plan = DecodingPlan(
         model=config,
         options=options,
@@ -275,14 +277,14 @@ def _embedding_by_rows(model: Llama, by_tiles: bool) -> int:
     return padded * kernel.dtype.itemsize if is_copied else 0
 
 
-def _scales_by_rows(model: Llama, _batch: int) -> int:
+def _scales_by_rows(model: Llama) -> int:
     """Return the bytes of what `kernels.int4_tpu` reads of the largest int4 matrix, by rows.
 
     Groups of inputs are few, and padded to the lanes: the scales twice, the minima, their sum.
     """
     each_scale = 3 * jnp.dtype(jnp.bfloat16).itemsize + FLOAT32
     sizes = []
-    for matrix in _int4_matrices(model):
+    for matrix in _four_bit_matrices(model):
         arrays = (matrix.kernel, matrix.scale)
         (*O, P), (*_, G) = (_shard_shape(*jax.tree.leaves(array)) for array in arrays)
         rows, inputs, groups = math.prod(O), int(P), int(G)
@@ -292,13 +294,13 @@ def _scales_by_rows(model: Llama, _batch: int) -> int:
 
 
 def _broadcast_scales(model: Llama, batch: int) -> int:
-    """Return the bytes of floats that XLA makes of the largest int4 matrix, by `kernels.matmul`.
+    """Return the bytes of floats that XLA makes of the largest four-bit matrix.
 
     It broadcasts the scales and the minima of the low and of the high bits to one number for each
     byte; for few sequences in float32, and for more than one of them it stores both halves of the
     matrix too.
     """
-    matrices = _int4_matrices(model)
+    matrices = _four_bit_matrices(model)
     sizes = [math.prod(_shard_shape(*jax.tree.leaves(matrix.kernel))) for matrix in matrices]
     largest = max(sizes, default=0)
     if batch > FEW:
@@ -306,11 +308,11 @@ def _broadcast_scales(model: Llama, batch: int) -> int:
     return (4 if batch == 1 else 6) * largest * FLOAT32
 
 
-def _int4_matrices(model: Llama) -> list[QuantizedMatrix]:
-    def is_int4(part: Any) -> bool:
+def _four_bit_matrices(model: Llama) -> list[QuantizedMatrix]:
+    def is_one(part: Any) -> bool:
         return isinstance(part, QuantizedMatrix) and part.is_four_bits
 
-    return list(filter(is_int4, jax.tree.leaves(model, is_leaf=is_int4)))
+    return list(filter(is_one, jax.tree.leaves(model, is_leaf=is_one)))
 
 
 def _shard_shape(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:

@@ -92,6 +92,12 @@ def test_on_a_mesh_tpus_broadcast_the_scales_of_int4_matrices(batch, arrays, wid
     assert int4 - int8 == arrays * largest * width
 
 
+def test_the_scales_of_nf4_are_broadcast_on_one_tpu_too():
+    options = {"dtype": "bfloat16"}
+    nf4, int8 = (on_tpu(**options, quantize=kind) for kind in ("nf4", "int8"))
+    assert nf4 - int8 == 4 * (V * 64 / 2) * 4
+
+
 @pytest.mark.parametrize("batch", [1, 8])
 def test_one_tpu_pads_the_scales_of_an_int4_matrix_to_its_lanes(batch):
     options = {"batch": batch, "dtype": "bfloat16"}
