@@ -22,7 +22,7 @@ help:
 	@echo "make test         lint, types and tests, as CI runs them"
 	@echo "make test-slow    what takes longer, and the laws compiled as users do; SLOW=long has more"
 	@echo "make test-parity  comparisons with PyTorch, transformers and lm-evaluation-harness"
-	@echo "make test-faults  kills, full disks, damaged files; FAULTS=long takes hours (3 minutes)"
+	@echo "make test-faults  kills, full disks, damaged files; FAULTS=12 takes hours (3 minutes)"
 	@echo "make test-serve   servers, spoken to with the openai client and LangChain"
 	@echo "make test-page    the chat page in a browser (needs Debian's chromium)"
 	@echo "make test-readme  the README's blocks, copied and run (10 minutes)"

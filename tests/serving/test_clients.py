@@ -117,7 +117,7 @@ BODIES = {
 }
 MODELS = st.sampled_from(["tiny", "smollm2", "tiny", "other", "", 5, None])
 WILD = settings(
-    max_examples=1000 if os.environ.get("FAULTS") == "long" else 60,
+    max_examples=60 * int(os.environ.get("FAULTS", "1")),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

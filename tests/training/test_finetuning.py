@@ -124,16 +124,23 @@ def test_only_adapters_learn_and_the_base_stays_to_the_bit(loss, base):
         assert np.abs(x - y).max() > 0
 
 
-@pytest.mark.parametrize(
-    ("loss", "tolerance"),
-    [("next_token", 1e-6), pytest.param("dpo", 5e-6, marks=pytest.mark.slow)],
-)
-def test_accumulated_is_the_whole_batch(loss, tolerance):
-    """Of DPO's gradients a digit is lost: their weights come from differences of sums."""
-    batch = make_batch()
-    state = perturbed(init_state(make_config(loss)))
-    expected = gradients(make_config(loss), state, batch)
-    assert_close(gradients(make_config(loss, accumulation=4), state, batch), expected, tolerance)
+@pytest.mark.parametrize("loss", ["next_token", pytest.param("dpo", marks=pytest.mark.slow)])
+def test_accumulated_is_the_whole_batch(loss):
+    """The sums over microbatches are those of each alone, and of all at once but for rounding.
+
+    Programs of two shapes round each layer's sums in other places: 7 to 11 units in the last
+    place by norm, with XLA's optimizations and without, in jaxlib 0.10 and 0.12.
+    """
+    batch, alone, accumulating = make_batch(), make_config(loss), make_config(loss, accumulation=4)
+    state = perturbed(init_state(alone))
+    got = gradients(accumulating, state, batch)
+    microbatches = [jax.tree.map(lambda x, n=n: x[n::4], batch) for n in range(4)]
+    parts = [gradients(alone, state, part) for part in microbatches]
+    assert_close(got, jax.tree.map(lambda *each: sum(each), *parts), 1e-6)
+    expected = gradients(alone, state, batch)
+    assert_close((got[0], []), (expected[0], []), 1e-6)
+    for x, y in zip(jax.tree.leaves(got[1]), jax.tree.leaves(expected[1]), strict=True):
+        assert np.linalg.norm(x - y) < 16 * np.finfo(np.float32).eps * np.linalg.norm(y)
 
 
 @pytest.mark.slow
