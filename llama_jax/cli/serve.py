@@ -245,7 +245,6 @@ def make_options(flags: argparse.Namespace, key: str) -> Any:
         api_key=key,
         allow_origins=flags.allow_origin,
         request_seconds=flags.request_timeout,
-        max_reads=flags.max_waiting,
         log_prompts=flags.log_prompts,
         debug="--debug" in sys.argv,  # taken out of `argv` by `cli.main.run`
     )

@@ -61,18 +61,25 @@ def token_logprobs(
         return x.swapaxes(0, 1).reshape(B, -1, *x.shape[3:])[:, : T - 1]
 
     def of_chunk(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-        hidden_BCD, targets_BC = pair
-        logits_BCV = model.logits(hidden_BCD)
-        target_BC = jnp.take_along_axis(logits_BCV, targets_BC[:, :, None], axis=-1)[:, :, 0]
-        total_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-        own = target_BC - total_BC, target_BC >= logits_BCV.max(axis=-1)
-        if not top:
-            return own
-        top_BCK, ids_BCK = jax.lax.top_k(logits_BCV, top)
-        return *own, top_BCK - total_BC[:, :, None], ids_BCK
+        return score_hidden(model, *pair, top)
 
     found = jax.lax.map(of_chunk, (split(hidden_BTD[:, :-1]), split(tokens_BT[:, 1:])))
     return tuple(join(each) for each in found)
+
+
+@partial(jax.jit, static_argnames="top")
+def score_hidden(
+    model: Llama, hidden_BTD: jax.Array, next_BT: jax.Array, top: int = 0
+) -> tuple[jax.Array, ...]:
+    """Return what `token_logprobs` does of the token that follows each hidden state, [B, T]."""
+    logits_BTV = model.logits(hidden_BTD)
+    next_logit_BT = jnp.take_along_axis(logits_BTV, next_BT[:, :, None], axis=-1)[:, :, 0]
+    total_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    own = next_logit_BT - total_BT, next_logit_BT >= logits_BTV.max(axis=-1)
+    if not top:
+        return own
+    top_BTK, ids_BTK = jax.lax.top_k(logits_BTV, top)
+    return *own, top_BTK - total_BT[:, :, None], ids_BTK
 
 
 @partial(jax.jit, static_argnames="normalize")
@@ -122,12 +129,14 @@ def score_sequences(model: Llama, sequences: Sequence[Sequence[int]], top: int =
     for (number, _), result in zip(windows, results):
         scored[number] += result.logprobs.tolist()
         tops[number] += result.top
-    found = []
-    for ids, own, others in zip(sequences, scored, tops):
-        total = math.fsum(own)
-        perplexity = math.exp(-total / max(len(own), 1))
-        found.append(Score(tuple(ids), tuple(own), total, perplexity, tuple(others)))
-    return found
+    return list(map(make_score, sequences, scored, tops))
+
+
+def make_score(ids: Sequence[int], logprobs: Sequence[float], top: Sequence[TopTokens]) -> Score:
+    """Return the score of token ids, from the log-probability of each but the first."""
+    total = math.fsum(logprobs)
+    perplexity = math.exp(-total / max(len(logprobs), 1))
+    return Score(tuple(ids), tuple(logprobs), total, perplexity, tuple(top))
 
 
 class Window(NamedTuple):

@@ -55,16 +55,17 @@ def read_chunk(
     start: jax.Array,
     ids_T: jax.Array,
     execution: Execution = ONE_DEVICE,
-) -> GenerationState[SlotCache]:
-    """Return the state after reading tokens of a prompt into a slot, from position `start` on.
+) -> tuple[GenerationState[SlotCache], jax.Array]:
+    """Return the state after reading tokens into a slot, and their last hidden states [1, T, D].
 
-    Padding after them lies beyond the sequence: never read, then overwritten.
+    The first of them is at position `start`. Padding after them lies beyond the sequence: never
+    read, then overwritten.
     """
     prompt = OneSlot(state.cache.layers, slot, start[None])
-    _, filled = model.hidden(ids_T[None], prompt, execution=execution)
+    hidden_BTD, filled = model.hidden(ids_T[None], prompt, execution=execution)
     assert filled is not None
     cache = dataclasses.replace(state.cache, layers=filled.layers)
-    return dataclasses.replace(state, cache=cache)
+    return dataclasses.replace(state, cache=cache), hidden_BTD
 
 
 @partial(jax.jit, donate_argnames="state")

@@ -10,7 +10,6 @@ import json
 import re
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,13 @@ from llama_jax.inference.completions import collect
 from llama_jax.inference.request import Delta
 from llama_jax.inference.request import Request as Generated
 from llama_jax.serving.fields import ApiError, Fields, parse_json, refusing
-from llama_jax.serving.generation import Generation, busy
+from llama_jax.serving.generation import Generation, read_texts
 from llama_jax.serving.middleware import Gate, Json, Options, as_api_error, http_error, log
 from llama_jax.serving.protocol import Call, make_request, parse_chat, parse_completion
+from llama_jax.serving.reading import EmbeddingReading, ScoreReading
 from llama_jax.serving.registry import Registry, Served
 from llama_jax.serving.replies import Reply
-from llama_jax.serving.scheduler import QueueFullError, Stats
+from llama_jax.serving.scheduler import Stats
 
 MAX_BODY = 2**20  # bytes
 BODY_SECONDS = 30.0  # in which a client has to send it
@@ -82,8 +82,6 @@ class Api:
 
     def __init__(self, registry: Registry, options: Options):
         self._registry, self._options = registry, options
-        self._reader = ThreadPoolExecutor(1, "scores")
-        self._reading = 0  # scores and embeddings that run or wait
 
     def routes(self) -> list[Route]:
         """Return the routes of the endpoints."""
@@ -153,7 +151,11 @@ class Api:
             scores = []
             if call.echo and call.logprobs is not None:
                 ids = list(work.prompts[:: call.best_of])
-                scores = await self._read(llm.score, ids, call.logprobs)
+                reading = ScoreReading(ids, call.logprobs)
+                with refusing(call.fields, call.text_field):
+                    scores = await unless_gone(
+                        request, read_texts(served.scheduler, reading, deadline)
+                    )
             reply = Reply(call, work, served.source.name, llm.tokenizer, scores)
             deltas: AsyncIterable[Delta] = _nothing(work)
             if call.max_tokens != 0:
@@ -190,19 +192,9 @@ class Api:
 
     # ---- figures of texts ----
 
-    async def _read(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a function that uses the device, after those called before."""
-        if self._reading >= self._options.max_reads:
-            raise busy(QueueFullError(f"{self._reading} requests are waiting; try again later"))
-        self._reading += 1
-        try:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._reader, function, *arguments)
-        finally:
-            self._reading -= 1
-
     async def embed(self, request: Request) -> Response:
         """Return the embedding of each text, as numbers or as base64 of float32."""
+        deadline = time.monotonic() + self._options.request_seconds
         fields = Fields(await read_body(request))
         texts = fields.prompts("input")
         form = fields.text("encoding_format", "float")
@@ -225,7 +217,11 @@ class Api:
                     "input",
                     code="context_length_exceeded",
                 )
-            vectors = await self._read(llm.embed, ids)
+            reading = EmbeddingReading(ids)
+            with refusing(fields.all, "input"):
+                vectors = await unless_gone(
+                    request, read_texts(served.scheduler, reading, deadline)
+                )
         data = [
             {
                 "object": "embedding",

@@ -22,6 +22,7 @@ from llama_jax.inference.decode import NO_TOKEN, Tokens, common_prefix, shard_ca
 from llama_jax.inference.engine import Engine
 from llama_jax.inference.request import SamplingParams, TokenLogprob
 from llama_jax.inference.sampler import Level, Sampler
+from llama_jax.inference.scoring import score_hidden
 from llama_jax.inference.slots import (
     CHUNK_SIZES,
     activate,
@@ -32,12 +33,12 @@ from llama_jax.inference.slots import (
     empty_slots,
     read_chunk,
 )
+from llama_jax.serving.reading import MAX_LOGPROBS, Reading
 
 STEPS = {"cpu": 2}  # decode steps of a block, after which callers see their tokens; by platform
 OTHER_STEPS = 8
 MIN_PREFIX = 16  # tokens in a slot that are worth copying to another
 MAX_STOPS = 32  # token ids that end a sequence
-MAX_LOGPROBS = 20  # top tokens that are reported, as in OpenAI's API
 IDLE = SamplingParams(temperature=0)  # of a slot without a sequence
 
 
@@ -60,7 +61,7 @@ class _Slot:
 
     index: int
     cached: list[int] = dataclasses.field(default_factory=list)  # tokens in it, but for new ones
-    sequence: Running | None = None
+    sequence: "Running | Reading[Any] | None" = None
     is_active: bool = False  # whether its sequence's prompt has been read
     used: int = 0  # when a sequence last entered it
 
@@ -132,8 +133,18 @@ class Batch:
         calls.reverse()  # those that take longest first
         with ThreadPoolExecutor() as pool:  # XLA compiles beside Python, which lowers the next one
             made = [pool.submit(program.lower(*arguments).compile) for program, arguments in calls]
+            for size, reads in zip(CHUNK_SIZES, reversed(made)):
+                made.append(pool.submit(self._lower_scores(size, reads.result()).compile))
         for each in made:
             each.result()
+
+    def _lower_scores(self, size: int, reads: jax.stages.Compiled) -> jax.stages.Lowered:
+        """Return the program for the log-probabilities of a chunk that another program reads."""
+        config, sharding = self._engine.model.config, reads.output_shardings[1]
+        shape = (1, size, config.dim)
+        hidden_BTD = jax.ShapeDtypeStruct(shape, config.compute_dtype, sharding=sharding)
+        next_BT = np.zeros(shape[:2], np.int32)
+        return score_hidden.lower(self._engine.model, hidden_BTD, next_BT, MAX_LOGPROBS)
 
     @property
     def cache_bytes(self) -> int:
@@ -146,7 +157,7 @@ class Batch:
         return sum(slot.sequence is None for slot in self._slots)
 
     @property
-    def sequences(self) -> list[Running]:
+    def sequences(self) -> list[Running | Reading[Any]]:
         """The sequences in slots."""
         return [slot.sequence for slot in self._slots if slot.sequence]
 
@@ -171,39 +182,55 @@ class Batch:
 
     @property
     def _decoding(self) -> list[tuple[_Slot, Running]]:
-        return [(slot, slot.sequence) for slot in self._slots if slot.is_active and slot.sequence]
+        return [
+            (slot, slot.sequence)
+            for slot in self._slots
+            if slot.is_active and isinstance(slot.sequence, Running)
+        ]
 
     # --- a sequence enters and leaves ---
 
-    def enter(self, sequence: Running) -> int:
+    def enter(self, sequence: Running | Reading[Any]) -> int:
         """Give a sequence a free slot; return how many tokens of its prompt are in it already.
 
-        It is the one that is read next.
+        It is the one that is read next. Of a text that is only read, each hidden state is needed.
         """
-        slot, source, length = self._choose(sequence.prompt)
-        if source is not slot and length:
-            numbers = map(np.int32, (source.index, slot.index, length))
-            self._state = copy_prefix(self._state, *numbers)
+        if isinstance(sequence, Running):
+            slot, source, length = self._choose(sequence.prompt)
+            if source is not slot and length:
+                numbers = map(np.int32, (source.index, slot.index, length))
+                self._state = copy_prefix(self._state, *numbers)
+            slot.cached, sequence.num_read = list(sequence.prompt[:length]), length
+        else:
+            slot, length = self._oldest, 0
+            slot.cached = []
         slot.sequence, slot.is_active = sequence, False
         slot.used = max(each.used for each in self._slots) + 1
-        slot.cached, sequence.num_read = list(sequence.prompt[:length]), length
         self._reading = slot
         return length
 
+    @property
+    def _oldest(self) -> _Slot:
+        """The free slot that was not used for the longest time."""
+        free = [slot for slot in self._slots if slot.sequence is None]
+        return min(free, key=lambda slot: slot.used)
+
     def _choose(self, prompt: Sequence[int]) -> tuple[_Slot, _Slot, int]:
         """Return a free slot, a slot that has the first tokens of the prompt, and their number."""
-        free = [slot for slot in self._slots if slot.sequence is None]
-        oldest = min(free, key=lambda slot: slot.used)
+        oldest = self._oldest
         length, _, source = max(
-            ((common_prefix(slot.cached, prompt), slot in free, slot) for slot in self._slots),
+            (
+                (common_prefix(slot.cached, prompt), slot.sequence is None, slot)
+                for slot in self._slots
+            ),
             key=lambda found: found[:2],
         )
         # Used as it is, unless most of another dialogue would be thrown away.
-        if source in free and (2 * length > len(source.cached) or source is oldest):
+        if source.sequence is None and (2 * length > len(source.cached) or source is oldest):
             return source, source, length
         return oldest, source, length if length >= MIN_PREFIX else 0
 
-    def leave(self, sequence: Running, has_stopped: bool = False) -> None:
+    def leave(self, sequence: Running | Reading[Any], has_stopped: bool = False) -> None:
         """Free the slot of a sequence; what is cached there stays.
 
         Args:
@@ -211,7 +238,7 @@ class Batch:
         """
         for slot in self._slots:
             if slot.sequence is sequence:
-                if slot.is_active:
+                if slot.is_active and isinstance(sequence, Running):
                     known = [*sequence.prompt, *sequence.generated]
                     # What was made last is cached only if the model has gone on from it.
                     slot.cached = known if has_stopped else known[:-1]
@@ -222,27 +249,31 @@ class Batch:
     def read(self) -> tuple[int, int]:
         """Read a chunk of the prompt that is being read; return its size, and the new tokens in it.
 
-        After its last chunk the sequence takes part in blocks.
+        After its last chunk the sequence takes part in blocks; a text that is only read leaves.
         """
         slot = self._reading
         assert slot is not None and slot.sequence is not None
-        sequence = slot.sequence
-        last = len(sequence.prompt) - 1  # the first decode step reads the last token
-        if sequence.num_read == last:
-            self._begin(slot, sequence)
-            return 0, 0
-        size = chunk_size(last - sequence.num_read)
+        sequence, num_read = slot.sequence, slot.sequence.num_read
+        if isinstance(sequence, Reading):
+            ids = sequence.text
+        else:
+            ids = sequence.prompt[:-1]  # the first decode step reads the last token
+            if num_read == len(ids):
+                self._begin(slot, sequence)
+                return 0, 0
+        size = chunk_size(len(ids) - num_read)
         # A padded chunk may not go beyond the slot; then some tokens are read again.
-        start = min(sequence.num_read, self._state.cache.size - size)
-        ids = sequence.prompt[start : min(start + size, last)]
+        start = min(num_read, self._state.cache.size - size)
+        slot.cached = list(ids[: start + size])
         ids_T = np.zeros(size, np.int32)
-        ids_T[: len(ids)] = ids
-        engine, at = self._engine, (np.int32(slot.index), np.int32(start))
-        self._state = read_chunk(engine.model, self._state, *at, ids_T, engine.execution)
-        new = start + len(ids) - sequence.num_read
-        sequence.num_read += new
-        slot.cached = list(sequence.prompt[: sequence.num_read])
-        return size, new
+        ids_T[: len(slot.cached) - start] = slot.cached[start:]
+        model, at = self._engine.model, (np.int32(slot.index), np.int32(start))
+        self._state, hidden_BTD = read_chunk(model, self._state, *at, ids_T, self._engine.execution)
+        if isinstance(sequence, Running):
+            sequence.num_read = len(slot.cached)
+        elif sequence.add(model, hidden_BTD, start):
+            self.leave(sequence)
+        return size, len(slot.cached) - num_read
 
     def _begin(self, slot: _Slot, sequence: Running) -> None:
         counts_V: Any = self._no_counts_V

@@ -9,6 +9,7 @@ from llama_jax.errors import UserError
 from llama_jax.inference.completions import RequestText
 from llama_jax.inference.request import Delta, Request
 from llama_jax.serving.fields import ApiError
+from llama_jax.serving.reading import Found, Reading
 from llama_jax.serving.scheduler import QueueFullError, Scheduler
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -49,10 +50,8 @@ class Generation:
                     item = await self._arrived.get()
             except TimeoutError:
                 raise timed_out() from None
-            if isinstance(item, UserError):  # such as a server that stops
-                raise ApiError(item, status=503, code="unavailable", retry_after="1")
             if isinstance(item, Exception):
-                raise item
+                raise interrupted(item)
             delta = self._texts.push(item)
             if delta is None:
                 continue
@@ -64,6 +63,32 @@ class Generation:
         """End what still runs, as when the client has gone."""
         if self._texts.running:
             self._ticket.cancel()
+
+
+async def read_texts(scheduler: Scheduler, reading: Reading[Found], deadline: float) -> list[Found]:
+    """Return what is found of texts that are only read; cancelled, it ends the reading.
+
+    Args:
+      deadline: as for `Generation`, whose errors this raises too.
+    """
+    try:
+        scheduler.read(reading)
+    except QueueFullError as error:
+        raise busy(error) from error
+    try:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            return await asyncio.wrap_future(reading.future)
+    except TimeoutError:
+        raise timed_out() from None
+    except Exception as error:
+        raise interrupted(error) from None
+
+
+def interrupted(error: Exception) -> Exception:
+    """Return the error of a request that the scheduler could not finish."""
+    if isinstance(error, UserError):  # such as a server that stops
+        return ApiError(error, status=503, code="unavailable", retry_after="1")
+    return error
 
 
 def timed_out() -> ApiError:

@@ -32,7 +32,6 @@ class Options:
     allow_origins: Sequence[str] = ()  # pages of other servers that may use this one
     request_seconds: float = 600.0  # a request's time, its wait included
     send_seconds: float = 30.0  # in which a client has to take a piece of a stream
-    max_reads: int = 64  # scores and embeddings that may wait
     log_prompts: bool = False
     debug: bool = False  # log tracebacks
 

@@ -10,7 +10,8 @@ import dataclasses
 import queue
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 
@@ -19,7 +20,8 @@ from llama_jax.errors import UsageError, UserError, whole_number
 from llama_jax.inference.engine import Engine
 from llama_jax.inference.request import Delta, Request
 from llama_jax.inference.sampler import MAX_BIASES
-from llama_jax.serving.batch import MAX_LOGPROBS, MAX_STOPS, Batch, Block, Running
+from llama_jax.serving.batch import MAX_STOPS, Batch, Block, Running
+from llama_jax.serving.reading import MAX_LOGPROBS, Reading
 
 SLOTS = {"cpu": 8}  # by platform
 OTHER_SLOTS = 32
@@ -116,7 +118,7 @@ class Scheduler:
         self.engine, self.max_waiting = engine, max_waiting
         self.slots = slots or default_slots()
         self._batch: Batch | None = None
-        self._waiting: collections.deque[_Submitted] = collections.deque()
+        self._waiting: collections.deque[_Submitted | Reading[Any]] = collections.deque()
         self._changed = threading.Condition()
         self._is_closing = self._drains = False
         self._counts = collections.Counter[str]()
@@ -157,6 +159,26 @@ class Scheduler:
             )
             for index, (prompt, params, constraint) in enumerate(arguments)
         ]
+        self._queue(sequences)
+        return ticket
+
+    def read(self, reading: Reading[Any]) -> None:
+        """Queue texts that are only read; its future brings what is found.
+
+        Raises:
+          UserError: for a text without tokens, or longer than the context.
+          QueueFullError: when too many sequences are waiting already.
+        """
+        context = self.engine.model.config.context_length
+        if not 0 < reading.shortest <= reading.longest <= context:
+            wrong = reading.longest if reading.shortest else 0
+            raise UserError(
+                f"a text has {wrong} tokens; expected 1 to {context}, the model's context"
+            )
+        self._queue([reading])
+
+    def _queue(self, sequences: Sequence[_Submitted | Reading[Any]]) -> None:
+        """Queue sequences, all or none."""
         with self._changed:
             if self._is_closing:
                 raise QueueFullError("the server is stopping; send the request again later")
@@ -168,7 +190,6 @@ class Scheduler:
                 )
             self._waiting.extend(sequences)
             self._changed.notify()
-        return ticket
 
     def _check(self, request: Request) -> None:
         self.engine.check(request)
@@ -291,19 +312,24 @@ class Scheduler:
                 kept = [each for each in self._waiting if not each.is_cancelled]
                 self._waiting = collections.deque(kept)
         for sequence in batch.sequences:
-            assert isinstance(sequence, _Submitted)
+            assert isinstance(sequence, _Submitted | Reading)
             if sequence.is_cancelled:
                 batch.leave(sequence)
 
     def _read_prompts(self, batch: Batch) -> None:
-        """Read chunks of prompts into free slots: all, or a few if sequences are being decoded."""
+        """Read a few chunks of prompts into free slots.
+
+        A reading of several texts queues again for each, so that it does not hold up others.
+        """
         left = READ_BETWEEN
-        while left > 0 or not batch.is_decoding:
+        while left > 0:
             if not batch.is_reading:
                 with self._changed:
                     if not self._waiting or not batch.num_free:
                         return
                     sequence = self._waiting.popleft()
+                    if isinstance(sequence, Reading) and sequence.num_left > 1:
+                        self._waiting.append(sequence)
                 self._counts["reused"] += batch.enter(sequence)
             size, new = batch.read()
             self._counts["prompt"] += new
@@ -318,11 +344,11 @@ class Scheduler:
             delta = Delta(sequence.index, ids, tuple(output.logprobs), output.finish_reason)
             sequence.deliver(output.error or delta)
 
-    def _fail(self, sequences: list[Running], error: Exception) -> None:
+    def _fail(self, sequences: Sequence[Running | Reading[Any]], error: Exception) -> None:
         """Give an error to the callers of sequences, once each."""
-        submitted = [each for each in sequences if isinstance(each, _Submitted)]
-        for sequence in {each.ticket: each for each in submitted}.values():
-            sequence.deliver(error)
+        for sequence in sequences:
+            if isinstance(sequence, _Submitted | Reading) and not sequence.is_cancelled:
+                sequence.deliver(error)
 
     @property
     def _num_free(self) -> int:

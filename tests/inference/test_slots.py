@@ -49,7 +49,7 @@ def enter(model, state, slot, prompt, *, start=0, max_tokens=40, seed=0):
         ids_T[: len(prompt[start : min(start + size, last)])] = prompt[
             start : min(start + size, last)
         ]
-        state = read_chunk(model, state, np.int32(slot), np.int32(start), ids_T)
+        state, _ = read_chunk(model, state, np.int32(slot), np.int32(start), ids_T)
         start += size
     counts_V = np.bincount(prompt, minlength=model.config.vocab_size).astype(np.int32)
     numbers = map(np.int32, (slot, prompt[-1], last, len(prompt) + max_tokens))
