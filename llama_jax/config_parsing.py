@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, get_type_hints
 
 from llama_jax.config import require
-from llama_jax.errors import did_you_mean, shown
+from llama_jax.errors import UsageError, did_you_mean, shown
 
 T = TypeVar("T")
 TYPE_NAMES = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
@@ -26,9 +26,10 @@ def parse(cls: type[T], tree: Mapping[str, Any], prefix: str = "", where: str = 
     is_section = isinstance(tree, Mapping) or hasattr(tree, "keys")
     require(is_section, f"{prefix or 'the config'} is {shown(tree)}; expected a section with keys")
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for name in tree:
-        known = did_you_mean(str(name), fields)
-        require(name in fields, f"unknown key {f'{prefix}{name}'!r}{in_file}{known}")
+    unknown = next((name for name in tree if name not in fields), None)
+    if unknown is not None:  # finding similar names takes its time
+        known = did_you_mean(str(unknown), fields)
+        raise UsageError(f"unknown key {f'{prefix}{unknown}'!r}{in_file}{known}")
     values = {}
     for name, field in fields.items():
         if name in tree:

@@ -80,17 +80,20 @@ def skip_absent_tpu(devices: Path = Path("/dev")) -> None:
 
 def absent_platform_message(error: Exception) -> str:
     """Return the message for `JAX_PLATFORMS` naming what is absent, else an empty string."""
-    platforms, frames = os.environ.get("JAX_PLATFORMS"), traceback.extract_tb(error.__traceback__)
-    if not (platforms and frames and Path(frames[-1].filename).name == "xla_bridge.py"):
+    named = os.environ.get("JAX_PLATFORMS")
+    frames = traceback.extract_tb(error.__traceback__)
+    if not (named and frames and Path(frames[-1].filename).name == "xla_bridge.py"):
         return ""
     import jax
 
+    del os.environ["JAX_PLATFORMS"]
+    skip_absent_tpu()  # it would print lines of its own
     try:
-        jax.config.update("jax_platforms", None)
+        jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS"))
         available = jax.devices()[0].platform
     except Exception:
         available = "cpu"
     return (
-        f"JAX_PLATFORMS={platforms} names a device that cannot be used here; expected {available}:"
+        f"JAX_PLATFORMS={named} names a device that cannot be used here; expected {available}:"
         " change the variable or unset it"
     )

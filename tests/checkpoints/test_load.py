@@ -9,6 +9,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from cases import slow
 from flax import nnx
 from tiny_run import fit, make_config, make_tokens
 from tiny_weights import tiny_weights
@@ -35,6 +36,7 @@ def trained(tmp_path_factory):
     return place / "ckpt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position", ["absolute", pytest.param("relative", marks=pytest.mark.slow)])
 def test_learned_positions_are_trained_saved_resumed_and_loaded(tmp_path, position):
     tokens = make_tokens(tmp_path / "tokens", stories=40).path
@@ -159,8 +161,8 @@ def test_dtypes_of_parameters_and_arithmetic(converted, monkeypatch, case):
     ("stored", "platform", "options"),
     [
         ("bfloat16", "cpu", {}),
-        ("float16", "tpu", {"max_context": 5}),
-        ("float32", "cpu", {"dtype": "bfloat16"}),
+        slow(("float16", "tpu", {"max_context": 5})),
+        slow(("float32", "cpu", {"dtype": "bfloat16"})),
         ("bfloat16", "tpu", {"quantize": "int8"}),
         ("float32", "cpu", {"quantize": "int4"}),
     ],

@@ -44,6 +44,7 @@ def test_sampling_is_planned_too(capsys):
     assert "8 sequences × 256 tokens; weights int8" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_search_lists_flags(capsys):
     assert plan.main(["--config=configs/demo.py", "--target=v6e-4", "--search", "--fast"]) == 0
     assert "--config.run.remat=block" in capsys.readouterr().out

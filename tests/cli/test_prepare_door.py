@@ -169,6 +169,7 @@ def test_debug_shows_the_traceback(place):
     assert "Traceback" in done.stderr
 
 
+@pytest.mark.slow
 def test_interrupted_run_leaves_nothing(place):
     train_tokenizer(STORIES, 300, place / "t.model")
     (place / "large.txt").write_text("\n<|endoftext|>\n".join(STORIES * 20_000))

@@ -130,6 +130,7 @@ def test_with_sequences_cut_too(shape):
     assert_equal_to_one_device(shape, config, make_config(tied_embeddings=tied, **VARIANT))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position", ["absolute", pytest.param("relative", marks=pytest.mark.slow)])
 def test_with_learned_positions_too(position):
     """Tables gathered, and slopes sharded with their heads; in packed documents."""

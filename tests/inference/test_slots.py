@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_but
 from tiny_model import make_model
 
 from llama_jax.inference.decode import NO_TOKEN
@@ -90,7 +91,7 @@ def expected(model, prompt, count):
     return ids
 
 
-@pytest.mark.parametrize(("length", "steps"), CASES)
+@pytest.mark.parametrize(("length", "steps"), slow_but(CASES[2:4], CASES))
 def test_a_slot_decodes_what_a_plain_cache_does(length, steps):
     state = empty_slots(model().config, SLOTS, CONTEXT)
     state = enter(model(), state, 1, TEXT[:length])
@@ -166,7 +167,7 @@ def test_a_slot_is_used_again_without_a_trace():
     assert gained == run(model(), fresh, [0], 20, BLOCK)[1]
 
 
-@pytest.mark.parametrize("length", [1, 20, CHUNK, CHUNK + 60])
+@pytest.mark.parametrize("length", slow_but([20, CHUNK], [1, 20, CHUNK, CHUNK + 60]))
 def test_a_copied_prefix_is_as_good_as_a_read_one(length):
     state = empty_slots(model().config, SLOTS, CONTEXT)
     state = enter(model(), state, 2, TEXT[:250])

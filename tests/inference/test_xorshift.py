@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_but
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -60,7 +61,7 @@ def model(shared_data):
     return unstack(jax.tree.unflatten(jax.tree.structure(shapes), arrays))
 
 
-@pytest.mark.parametrize(("options", "text"), RUNS.items())
+@pytest.mark.parametrize(("options", "text"), slow_but([*RUNS.items()][1:2], RUNS.items()))
 def test_a_run_of_llama2c_is_reproduced(model, shared_data, options, text):
     tokenizer = load_tokenizer(shared_data / "tok512.model")
     *numbers, steps = options

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow, slow_but
 from test_int4 import expected_floats, quantized
 
 from llama_jax.config import MeshConfig
@@ -39,7 +40,9 @@ def rows(count, inputs):
     return np.random.default_rng(1).standard_normal((count, inputs)).astype(np.float32)
 
 
-@pytest.mark.parametrize(("outputs", "inputs"), [(13, 172), (9, 37), (3, 768), (4, 2176)])
+@pytest.mark.parametrize(
+    ("outputs", "inputs"), [slow((13, 172)), (9, 37), slow((3, 768)), (4, 2176)]
+)
 @pytest.mark.parametrize("group_size", [0, 32, 64])
 def test_every_implementation_gives_the_product(outputs, inputs, group_size, monkeypatch):
     monkeypatch.setattr(matmul, "MADE_FLOAT", 2 * inputs)  # blocks of two outputs, or one
@@ -112,7 +115,7 @@ def test_a_loop_holds_no_float_copy(count, group_size):
 
 
 @pytest.mark.parametrize("is_mesh", [False, True])
-@pytest.mark.parametrize("group_size", [0, 32, 64])
+@pytest.mark.parametrize("group_size", slow_but([0, 32], [0, 32, 64]))
 def test_gradients_by_the_rows_are_those_of_the_float_matmul(group_size, is_mesh, monkeypatch):
     outputs, inputs = 13, 172
     monkeypatch.setattr(matmul, "MADE_FLOAT", 5 * inputs)  # three blocks, the last overlapping

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from cases import slow, slow_but
 from tiny_model import make_model
 
 from llama_jax.config import MeshConfig
@@ -121,7 +122,7 @@ def test_the_oracle_agrees_with_the_loops():
 
 @pytest.mark.parametrize(
     ("name", "K", "packed"),
-    [(name, K, packed) for name in HERE for K, packed in [(2, True), (2, False), (1, True)]],
+    [case for name in HERE for case in [(name, 2, True), (name, 2, False), slow((name, 1, True))]],
 )
 def test_each_kernel_agrees_with_the_oracle(name, K, packed):
     given = arrays(K)
@@ -131,7 +132,11 @@ def test_each_kernel_agrees_with_the_oracle(name, K, packed):
 
 @pytest.mark.parametrize(
     ("name", "window", "packed"),
-    [(name, *case) for name in HERE for case in [(1, False), (37, True), (90, False)]],
+    [
+        case
+        for name in HERE
+        for case in [slow((name, 1, False)), (name, 37, True), slow((name, 90, False))]
+    ],
 )
 def test_each_kernel_has_a_sliding_window(name, window, packed):
     given = arrays(2)
@@ -213,7 +218,7 @@ def packed(texts):
     return tokens, segments, weights
 
 
-@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("name", slow_but(["blockwise"], HERE))
 def test_packed_documents_learn_as_separate_ones(documents, name):
     model, texts, logits, gradients = documents
     tokens, segments, weights = packed(texts)
@@ -237,8 +242,8 @@ def mesh_of(data, fsdp, tensor):
     ("name", "shape", "heads"),
     [
         ("blockwise", (2, 2, 2), 8),  # the tensor axis divides all heads
-        ("blockwise", (1, 2, 4), 8),  # those of queries only: those of keys are repeated
-        ("blockwise", (2, 1, 4), 6),  # neither
+        slow(("blockwise", (1, 2, 4), 8)),  # those of queries only: those of keys are repeated
+        slow(("blockwise", (2, 1, 4), 6)),  # neither
         ("splash", (1, 2, 4), 8),
     ],
 )

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from cases import slow_but
 from tiny_model import TINY, make_model, parameters, plain
 
 from llama_jax.config import POSITIONS, LoraConfig, ModelConfig, RopeScaling
@@ -67,7 +68,7 @@ def test_sinusoids_have_the_wavelengths_of_vaswani_et_al():
         np.testing.assert_allclose(waves_BTD[index], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("position", OTHERS)
+@pytest.mark.parametrize("position", slow_but(["absolute", "relative"], OTHERS))
 def test_logits_agree_with_the_oracle_by_every_way(position, monkeypatch):
     """Whole, by blocks, in a cache and in slots; with a window too where it meets slopes."""
     monkeypatch.setattr(blockwise, "SMALLEST_BLOCK", 4)

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import pytest
+from cases import slow
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from plans import make_config
@@ -205,9 +206,9 @@ def primitives_of(jaxpr, functions, inside):
 @pytest.mark.parametrize(
     ("options", "on_cpu"),  # primitives that only the implementations for CPU have
     [
-        ({"dtype": "float32"}, {"transpose", "optimization_barrier"}),
+        slow(({"dtype": "float32"}, {"transpose", "optimization_barrier"})),
         ({"dtype": "float32", "batch": 8}, {"transpose", "optimization_barrier"}),
-        ({"dtype": "float32", "quantize": "int8"}, {"transpose"}),
+        slow(({"dtype": "float32", "quantize": "int8"}, {"transpose"})),
         ({"dtype": "float32", "quantize": "int8", "batch": 8}, {"scan"}),
         ({"dtype": "bfloat16", "quantize": "int4"}, {"transpose"}),
         ({"dtype": "bfloat16", "quantize": "int4", "batch": 8}, {"scan"}),

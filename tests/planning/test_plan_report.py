@@ -101,6 +101,7 @@ def test_a_plan_that_does_not_fit_has_an_alternative_that_does(config):
     assert "--config." in text.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_where_nothing_fits_more_chips_are_advised(config):
     tiny = dataclasses.replace(TARGET, chip=dataclasses.replace(TARGET.chip, usable=1000.0))
     text = training_report(plan_training(config, tiny))

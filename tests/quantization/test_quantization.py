@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow
 from flax import nnx
 from tiny_model import make_model
 from tiny_run import fit, make_config, make_tokens, quick_runs
@@ -95,7 +96,7 @@ def test_int4_is_closer_than_rounding_to_the_full_range():
     assert relative_error(found, kernel) < 0.95 * relative_error(plain, kernel)
 
 
-@pytest.mark.parametrize(("kind", "most"), [("int8", 0.01), ("int4", 0.12)])
+@pytest.mark.parametrize(("kind", "most"), [slow(("int8", 0.01)), ("int4", 0.12)])
 def test_a_quantized_linear_layer_has_the_interface_of_the_float_one(kind, most):
     model = model_of()
     old, new = unstack(model), quantize(model, kind)
@@ -140,9 +141,9 @@ def test_bfloat16_models():
 @pytest.mark.parametrize(
     ("kind", "group_size", "changes"),
     [
-        ("int8", 32, {"tied_embeddings": False}),
+        slow(("int8", 32, {"tied_embeddings": False})),
         ("int4", 32, {"vocab_size": 4000}),
-        ("int4", 64, {}),
+        slow(("int4", 64, {})),
     ],
 )
 def test_memory_of_quantized_models(kind, group_size, changes):

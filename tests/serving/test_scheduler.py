@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_but
 from tiny_model import make_model
 
 from llama_jax.errors import UsageError, UserError
@@ -89,7 +90,7 @@ PARAMS = {
 }
 
 
-@pytest.mark.parametrize("name", PARAMS)
+@pytest.mark.parametrize("name", slow_but(["penalised", "reported"], PARAMS))
 def test_more_sequences_than_slots_get_what_the_engine_gives_them(scheduler, engine, name):
     params = [SamplingParams(max_tokens=5 + n, seed=n, **PARAMS[name]) for n in range(7)]
     request = Request(prompts=PROMPTS, params=params, stop_ids=[11, 50])
@@ -262,6 +263,7 @@ def test_what_one_model_cannot_run_is_refused_at_once(scheduler):
         scheduler.submit(Request(prompts=[[1]], params=[GREEDY], stop_ids=range(40)), print)
 
 
+@pytest.mark.slow
 def test_a_context_shorter_than_a_chunk_is_served():
     short = Engine(unstack(make_model(num_layers=1, context_length=20)))
     scheduler = Scheduler(short, slots=2)
