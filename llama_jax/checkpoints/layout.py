@@ -259,8 +259,14 @@ def quiet_orbax() -> None:
     """Keep Orbax from printing tracebacks of what is raised anyway, for the rest of the process.
 
     Several of its threads log the same error, and each read or write that it abandons after one
-    prints a traceback or a warning when it is collected, at any time later.
+    prints a traceback or a warning when it is collected, at any time later. So does asyncio for it.
     """
+
+    def is_news(record: logging.LogRecord) -> bool:
+        text = logging.Formatter().format(record)  # with the traceback
+        return "never retrieved" not in text or not re.search("orbax|OCDBT|zarr", text)
+
+    logging.getLogger("asyncio").addFilter(is_news)
     logging.getLogger("absl").addFilter(
         lambda record: not (record.exc_info and "orbax" in record.pathname)
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import logging
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from tiny_checkpoints import META, abstract, make_trees, save
 
+from llama_jax.checkpoints.layout import quiet_orbax
 from llama_jax.checkpoints.restore import finished_steps, restore
 from llama_jax.checkpoints.save import CheckpointWriter, checksums, partial_checksum
 from llama_jax.errors import UserError
@@ -143,6 +145,21 @@ def test_the_hook_for_abandoned_reads_never_raises():
     done = subprocess.run([sys.executable, "-c", BROKEN], capture_output=True, text=True)
     assert done.stderr.count("Exception ignored in: <function Broken.__del__") == 2
     assert "unraisablehook" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("message", "is_shown"),
+    [
+        ('Future exception was never retrieved\nfuture: ValueError(\'Error opening "zarr"', False),
+        ("Task exception was never retrieved\nfuture: <Task coro=<orbax...", False),
+        ("Task exception was never retrieved\nfuture: <Task coro=<serve...", True),
+        ("Executing took 3 seconds, in orbax", True),
+    ],
+)
+def test_errors_that_orbax_abandons_are_not_logged(message, is_shown, caplog):
+    quiet_orbax()
+    logging.getLogger("asyncio").error(message)
+    assert (message in caplog.messages) is is_shown
 
 
 # ---- checksums ----
