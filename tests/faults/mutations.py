@@ -1,5 +1,6 @@
 """Random damage to the content of files, reproducible from a seed."""
 
+import contextlib
 import copy
 import json
 from random import Random
@@ -88,7 +89,8 @@ def _mutate_json(random: Random, content: bytes) -> bytes:
         case 2 if isinstance(parent, dict):
             parent[random.choice(["", "x", other_key, f"{key} "])] = parent.pop(key)
         case 3 if isinstance(parent[key], int | float):
-            parent[key] += random.choice((-1, 1, 0.5, 2**32))
+            with contextlib.suppress(OverflowError):  # an integer of many digits and a half
+                parent[key] += random.choice((-1, 1, 0.5, 2**32))
         case 4:
             mark = "@deep@"
             parent[key] = mark
