@@ -1,16 +1,17 @@
-"""What the TPU compiler predicts of decoding and prefill, on a machine without a TPU.
+"""What the TPU compiler predicts of decoding, prefill and training, on a machine without a TPU.
 
     pip install -e ".[plan]"
     python benchmarks/tpu.py
-    python benchmarks/tpu.py --layers 2 --only "decode 1,prefill 16"
+    python benchmarks/tpu.py --layers 2 --only "decode 1,prefill 16,train 110m_tpu"
 
-Compiles the engine's programs, at the width of Llama 2 7B and with few layers, for one v5e chip,
-and reads the optimised program. Millions of cycles are the sum of what the compiler's cost model
-estimates for each instruction, times the turns of the loops that it is in; a loop whose turns
-depend on data, such as that over tokens, counts one turn. They compare programs and are no times:
-for a matmul of 8192³ they are 1.14 times what the chip's peak gives, for adding 1 to 90 MB 2.5
-times what its bandwidth gives, a matmul that waits for its weights counts arithmetic alone, and a
-custom call (splash, int4) nothing. Copies are those of more than a megabyte, in bytes, for one run.
+Compiles the engine's programs, at the width of Llama 2 7B and with few layers, or the train step of
+a config, for one v5e chip, and reads the optimised program. Millions of cycles are the sum of what
+the compiler's cost model estimates for each instruction, times the turns of the loops that it is
+in; a loop whose turns depend on data, such as that over tokens, counts one turn. They compare
+programs and are no times: for a matmul of 8192³ they are 1.14 times what the chip's peak gives, for
+adding 1 to 90 MB 2.5 times what its bandwidth gives, a matmul that waits for its weights counts
+arithmetic alone, and a custom call (splash, int4) nothing. Copies are those of more than a
+megabyte, in bytes, for one run.
 """
 
 import argparse
@@ -24,7 +25,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from llama_jax.config import ModelConfig
+from llama_jax.cli.config_flags import read_config
+from llama_jax.config import Config, ModelConfig
+from llama_jax.data.loader import abstract_batch
 from llama_jax.hardware.hlo import Program, nbytes
 from llama_jax.inference.decode import MAX_PREFILL_CHUNK, decoding_execution, read_chunk
 from llama_jax.planning.compile import target_mesh
@@ -36,6 +39,8 @@ from llama_jax.planning.decoding import (
     trace_decoding,
 )
 from llama_jax.planning.targets import parse_target
+from llama_jax.training.step import abstract_state as abstract_train_state
+from llama_jax.training.step import jit_train_step
 
 WIDE = {"vocab_size": 32000, "dim": 4096, "num_heads": 32, "hidden_dim": 11008}  # Llama 2 7B
 WIDE |= {"num_kv_heads": 32, "context_length": 2048, "compute_dtype": "bfloat16"}
@@ -47,6 +52,7 @@ PROGRAMS = (
     "decode 1 int4",
     "decode 16 int4",
     "prefill 16",
+    "train 110m_tpu",
 )
 LARGE = 1e6  # bytes of a copy that is counted
 
@@ -56,7 +62,9 @@ class Compiled:
     """A program for one device, as the TPU compiler made it."""
 
     program: Program
+    text: str  # of the program
     temporary: int  # bytes beside arguments and results
+    peak: int  # bytes in use at once
 
     def instructions(self) -> Iterator[tuple[Any, int]]:
         """Yield each instruction, and how often one run of the program executes it."""
@@ -125,9 +133,19 @@ def compile_prefill(config: ModelConfig, batch: int, tokens: int = MAX_PREFILL_C
         return _compiled(traced)
 
 
+def compile_training(config: Config, target: str = "v5e-1") -> Compiled:
+    """Compile the train step of a config for a TPU slice."""
+    mesh = target_mesh(config.mesh, parse_target(target))
+    with jax.set_mesh(mesh):
+        step = jit_train_step(config, mesh)
+        return _compiled(step.trace(abstract_train_state(config), abstract_batch(config)))
+
+
 def _compiled(traced: Any) -> Compiled:
     program = traced.lower().compile()
-    return Compiled(Program(program.as_text()), program.memory_analysis().temp_size_in_bytes)
+    text, memory = program.as_text(), program.memory_analysis()
+    used = memory.temp_size_in_bytes, memory.peak_memory_in_bytes
+    return Compiled(Program(text), text, *used)
 
 
 def main() -> None:
@@ -137,18 +155,20 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PROGRAMS), help="comma-separated")
     flags = parser.parse_args()
     config = ModelConfig(**WIDE, num_layers=flags.layers)
-    print(f"{'':18}{'Mcycles':>9}{'temporary':>12}{'copies':>10}{'compiled in':>14}")
+    print(f"{'':18}{'Mcycles':>9}{'temporary':>12}{'peak':>12}{'copies':>10}{'compiled in':>14}")
     for name in flags.only.split(","):
-        kind, batch, *quantize = name.split()
+        kind, what, *quantize = name.split()
         start = time.perf_counter()
         if kind == "decode":
-            made = compile_decoding(config, int(batch), *quantize)
+            made = compile_decoding(config, int(what), *quantize)
+        elif kind == "prefill":
+            made = compile_prefill(config, int(what))
         else:
-            made = compile_prefill(config, int(batch))
+            made = compile_training(read_config(what))
         seconds = time.perf_counter() - start
         print(
             f"{name:18}{made.cycles / 1e6:9.2f}{made.temporary / 1e6:9.1f} MB"
-            f"{sum(made.copies(LARGE)) / 1e6:7.0f} MB{seconds:12.0f} s",
+            f"{made.peak / 1e6:9.1f} MB{sum(made.copies(LARGE)) / 1e6:7.0f} MB{seconds:12.0f} s",
             flush=True,
         )
 

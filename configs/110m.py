@@ -1,8 +1,9 @@
 """llama2.c's 110M model on TinyStories, with its training settings.
 
 131,072 tokens per step (batch 16 × accumulation 8 × sequence 1024); 109,529,856 parameters.
-llama2.c reports a validation loss of 0.760 after about a day on four A100s. Needs Llama 2's
-tokenizer.model:
+llama2.c reports a validation loss of 0.760 after about a day on four A100s. It drops attention
+weights too; so does this with --config.run.attention=xla, which on TPUs and GPUs is not the
+default, since all of them are then held in memory. Needs Llama 2's tokenizer.model:
 
     python prepare.py tinystories --tokenizer tokenizer.model --output data/tinystories32k
     python train.py --config configs/110m.py

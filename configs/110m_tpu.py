@@ -6,8 +6,8 @@ dimension to 128, so heads of width 64 use half of either. Here every dimension 
 128. The speedup was not measured; tpuchat, a model of this size, ran nearly twice as fast with
 heads twice as wide.
 
-No dropout, since fused attention kernels do not support it, and therefore a tenth of llama2.c's
-steps: 24 tokens per parameter. Needs Llama 2's tokenizer.model:
+No dropout, and a tenth of llama2.c's steps: 24 tokens per parameter. Needs Llama 2's
+tokenizer.model:
 
     python prepare.py tinystories --tokenizer tokenizer.model --output data/tinystories32k
     python train.py --config configs/110m_tpu.py

@@ -2,7 +2,9 @@
 
 131,072 tokens per step (batch 32 × accumulation 4 × sequence 1024); 41,689,600 parameters. Its
 training settings are not published; these lie between those of the 15M and the 110M model. llama2.c
-reports a validation loss of 0.847 after a few hours on four A100s. Needs Llama 2's tokenizer.model:
+reports a validation loss of 0.847 after a few hours on four A100s. It drops attention weights too;
+so does this with --config.run.attention=xla, which on TPUs and GPUs is not the default, since all
+of them are then held in memory. Needs Llama 2's tokenizer.model:
 
     python prepare.py tinystories --tokenizer tokenizer.model --output data/tinystories32k
     python train.py --config configs/42m.py

@@ -18,7 +18,7 @@ LOSSES = ("next_token", "dpo")
 # Of the weights that adapters leave frozen. "stored-…": as the checkpoint has them.
 FLOAT_BASES, STORED = ("compute", "float32", "bfloat16"), "stored-"
 BASES = (*FLOAT_BASES, "int8", "int4", "nf4", "stored-int8", "stored-int4-32", "stored-int4-64")
-REMAT_POLICIES = ("none", "block", "save-qkv", "offload")
+REMAT_POLICIES = ("none", "block", "save-qkv", "offload", "save-matmuls", "auto")
 ATTENTION_BACKENDS = ("auto", "xla", "blockwise", "cudnn", "splash")
 MOMENT_DTYPES = ("float32", "bfloat16")
 PACKINGS = ("none", "documents")
@@ -147,7 +147,8 @@ class ModelConfig(Section):
     tied_embeddings: bool = True  # share the embedding table with the output layer
     init_std: Annotated[float, Range(0, 1)] = 0.02  # standard deviation of initial matrices;
     # divided by √(2·num_layers) in those that write to the residual stream
-    dropout: Annotated[float, Range(0, 0.99)] = 0.0  # probability, in training only
+    dropout: Annotated[float, Range(0, 0.99)] = 0.0  # probability, in training only; of attention
+    # weights too where run.attention is "xla", as it is for "auto" on CPU; elsewhere of residuals
     compute_dtype: Annotated[str, Choice(COMPUTE_DTYPES)] = "float32"  # of activations and matmuls;
     # parameters are always float32
 
@@ -297,7 +298,8 @@ class RunConfig(Section):
     keep_last: Positive = 3  # checkpoints kept, besides the best
     sample_tokens: Count = 64  # length of the sample printed at each validation; 0: no sample
     sample_prompt: str = ""  # prompt of that sample
-    remat: Annotated[str, Choice(REMAT_POLICIES)] = "none"  # rematerialisation in the backward pass
+    remat: Annotated[str, Choice(REMAT_POLICIES)] = "auto"  # what the backward pass computes again;
+    # "auto": "none" on CPU, "save-matmuls" elsewhere
     attention: Annotated[str, Choice(ATTENTION_BACKENDS)] = "auto"  # kernel; "auto": the fastest
     tensorboard: bool = False  # also write TensorBoard events
     wandb: bool = False  # also log to Weights & Biases, with its own settings as WANDB_PROJECT

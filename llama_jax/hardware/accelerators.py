@@ -141,6 +141,19 @@ def shapes(chip: Chip) -> dict[int, str]:
     return SLICES_2D if chip.name in CHIPS_WITH_2D_SLICES else SLICES_3D
 
 
+def adds_along_all_axes(chip: Chip, devices: int) -> bool:
+    """Return whether XLA adds up arrays of all devices of a TPU slice along all its axes at once.
+
+    That is an all-reduce, and stays one where each device needs its shard of the sum alone. In
+    slices with two unequal axes it is a ring through all devices, in which shards are added up.
+    """
+    if not chip.is_tpu:
+        return False
+    sides = [int(side) for side in shapes(chip).get(devices, "1x1").split("x")]
+    sides = [side for side in sides if side > 1]
+    return len(sides) == 3 or (len(sides) == 2 and sides[0] == sides[1] > 2)
+
+
 def is_gpu_machine(count: int) -> bool:
     """Return whether `count` GPUs are part of one machine, or whole machines."""
     return count in (1, 2, 4) or (count > 0 and count % GPUS_PER_MACHINE == 0)

@@ -16,10 +16,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax.errors import UsageError
 from llama_jax.kernels import cudnn
-from llama_jax.kernels.blockwise import blockwise_attention
+from llama_jax.kernels.blockwise import KEPT, blockwise_attention
 from llama_jax.kernels.matmul import with_rows_of_a_tile
 from llama_jax.kernels.splash import splash_attention
 
@@ -198,7 +199,8 @@ def xla_attention(
     if slopes_N is not None:  # documents too: within one, distances are those of the sequence
         index_T = jnp.arange(T)
         bias_NBTS = distance_bias(slopes_N, index_T[None, :, None] - index_T[None, None])
-    return attend(q_BTNH, keys_RSH, values_RSH, mask_BTS, dropout, bias_NBTS)
+    out_BTNH = attend(q_BTNH, keys_RSH, values_RSH, mask_BTS, dropout, bias_NBTS)
+    return checkpoint_name(out_BTNH, KEPT)
 
 
 KERNELS: dict[str, AttentionKernel] = {
@@ -208,6 +210,7 @@ KERNELS: dict[str, AttentionKernel] = {
     "splash": splash_attention,
 }
 TAKES_SLOPES = ("xla", "blockwise")
+DROPS_WEIGHTS = ("xla",)
 FASTEST = {"cpu": "blockwise", "gpu": "cudnn", "tpu": "splash"}  # by platform; elsewhere `xla`
 
 
@@ -222,18 +225,23 @@ def choose_kernel(
 ) -> str:
     """The name of the kernel to run: `name`, or for "auto" the fastest that can.
 
+    On accelerators "auto" takes a fused kernel with dropout too, which then acts on the residual
+    branches alone: to drop attention weights, all of them have to be held in memory.
+
     Args:
       name: a key of `KERNELS`, or "auto".
       device: one of those the program is for; they need not be this machine's.
       head_dim: width of a head.
       dtype: name of the compute dtype.
-      dropout: the fraction of attention weights dropped.
+      dropout: the fraction that the model drops.
       position: the `model.position`.
 
     Raises:
       UsageError: when the named kernel cannot do this.
     """
     chosen = FASTEST.get(device.platform, "xla") if name == "auto" else name
+    if name == "auto" and device.platform != "cpu":
+        dropout = 0.0
     reason = _refusal(chosen, device, head_dim, dtype, dropout, position)
     if not reason:
         return chosen
@@ -246,10 +254,10 @@ def _refusal(
     name: str, device: jax.Device, head_dim: int, dtype: str, dropout: float, position: str
 ) -> str:
     """Why a kernel cannot do what is requested, and what to do instead; "" if it can."""
-    if dropout and name != "xla":
+    if dropout and name not in DROPS_WEIGHTS:
         return (
             f"cannot drop attention weights and model.dropout is {dropout:g};"
-            " use run.attention='xla' or model.dropout=0"
+            " use run.attention='auto' or 'xla', or model.dropout=0"
         )
     if position in BIASED and name not in TAKES_SLOPES:
         return (

@@ -11,7 +11,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+# The name by which every kernel marks what rematerialisation may keep of it: its output, and the
+# log of its denominators where there is one.
+KEPT = "attention"
 SMALLEST_BLOCK = 64  # queries; the fastest of 32, 64, 128 and 256 on CPU
 MOST_BLOCKS = 16  # blocks are unrolled, so their number is bounded to keep compiling short
 
@@ -56,6 +60,7 @@ def _sequences(
 
 def _sequences_forward(window, q, k, v, segments, slopes):  # type: ignore[no-untyped-def]
     out, log_sum = jax.lax.map(lambda one: _forward(window, slopes, *one), (q, k, v, segments))
+    out, log_sum = checkpoint_name(out, KEPT), checkpoint_name(log_sum, KEPT)
     return out, (slopes, (q, k, v, segments, out, log_sum))
 
 

@@ -9,14 +9,26 @@ import math
 import jax
 import jax.numpy as jnp
 
+from llama_jax.kernels.blockwise import KEPT
+
 LANES = 128  # of the vector unit; a block of the kernel is a multiple
 LARGEST_BLOCK = 512  # positions; two blocks of scores in float32 then fit beside their operands
+# Of keys in the backward pass, which adds up a gradient of the queries for each block of keys: the
+# fewer, the less is written, and the more scores above the diagonal are computed.
+LARGEST_KEY_BLOCK = 1024
 
 
 def block_length(T: int) -> int:
     """Positions per block: the fewest blocks, then the least padding."""
     blocks = -(-T // LARGEST_BLOCK)
     return -(-T // (blocks * LANES)) * LANES
+
+
+def key_block_length(T: int, block: int) -> int:
+    """Keys per block of the backward pass: as many blocks of `block` as divide T evenly."""
+    blocks = T // block
+    most = max(1, LARGEST_KEY_BLOCK // block)
+    return block * next(count for count in range(min(most, blocks), 0, -1) if blocks % count == 0)
 
 
 def splash_attention(
@@ -91,16 +103,23 @@ def _kernel(  # type: ignore[no-untyped-def]
     """The kernel of one sequence: ([N, T, H], [K, T, H], [K, T, H], segment ids) → [N, T, H]."""
     from jax.experimental.pallas.ops.tpu import splash_attention as library
 
+    keys = key_block_length(T, block)
     sizes = library.BlockSizes(
         block_q=block,
         block_kv=block,
         block_q_dkv=block,
-        block_kv_dkv=block,
-        block_q_dq=block,
-        block_kv_dq=block,
+        block_kv_dkv=keys,
+        block_kv_dkv_compute=block,
+        # One backward kernel in place of two: five matmuls of a block instead of seven, and its
+        # scores' exponentials once.
+        use_fused_bwd_kernel=True,
     )
     one = library.LocalMask((T, T), (window - 1, 0), 0) if window else library.CausalMask((T, T))
     mask = library.MultiHeadMask([one] * N)
     return library.make_splash_mha_single_device(
-        mask, block_sizes=sizes, interpret=interpret, save_residuals=save_residuals
+        mask,
+        block_sizes=sizes,
+        interpret=interpret,
+        save_residuals=save_residuals,
+        residual_checkpoint_name=KEPT,
     )

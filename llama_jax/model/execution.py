@@ -7,10 +7,16 @@ one and passes it down: `training.step` for training, `inference.engine` for gen
 Rematerialisation policies, from most memory to least:
 
 - `none`: keep every intermediate.
+- `save-matmuls`: keep each block's input, its queries, keys and values, the output of attention
+  with the log of its denominators, and gate and up of the feed-forward; recompute the cheap rest,
+  and of the matmuls attention's output projection alone.
 - `save-qkv`: keep each block's input and its queries, keys and values; recompute the rest.
 - `offload`: as `save-qkv`, with queries, keys and values in the host's memory. On CPU that is the
   device's memory, so there it equals `save-qkv`.
 - `block`: keep only each block's input; recompute the rest.
+
+`auto` is `save-matmuls` on accelerators, where writing the rest to memory takes longer than
+computing it again, and `none` on CPU.
 """
 
 import dataclasses
@@ -21,8 +27,10 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.kernels.attention import AttentionKernel, xla_attention
+from llama_jax.kernels.blockwise import KEPT
 
 QKV = ("queries", "keys", "values")  # names that `model.transformer` gives by `checkpoint_name`
+MATMULS = (*QKV, KEPT, "gate", "up")
 HOST_MEMORY = "pinned_host"  # the kind of host memory that a device reads and writes by itself
 
 
@@ -50,6 +58,7 @@ class Execution:
     """
 
     attention: AttentionKernel = xla_attention  # within whole sequences; a cache has its own way
+    drops_weights: bool = True  # whether dropout also acts on the weights of `attention`
     remat: str = "none"
     # New tokens' attention to each other where a cache has others before them: (q, k, v, *, window)
     # -> (the mixed values, the log of each softmax's denominator [B, T, N, 1]). The filled part of
@@ -81,11 +90,22 @@ class Execution:
         return jax.checkpoint(step, policy=_policy(self.remat), prevent_cse=not in_scan)
 
 
+def choose_remat(name: str, platform: str) -> str:
+    """The policy that `run.remat` names for devices of a platform, such as "tpu"."""
+    if name != "auto":
+        return name
+    return "none" if platform == "cpu" else "save-matmuls"
+
+
 def _policy(remat: str) -> Callable[..., Any] | None:
     """The `jax.checkpoint` policy of a name."""
     policies = jax.checkpoint_policies
     if remat == "block":
         return None
+    if remat == "save-matmuls":
+        return policies.save_from_both_policies(
+            policies.save_only_these_names(*MATMULS), _cudnn_attention
+        )
     if remat == "save-qkv":
         return policies.save_only_these_names(*QKV)
     assert remat == "offload", remat
@@ -95,6 +115,11 @@ def _policy(remat: str) -> Callable[..., Any] | None:
         offload_src="device",
         offload_dst=HOST_MEMORY,
     )
+
+
+def _cudnn_attention(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Keep what cuDNN's attention returns for its backward pass, to which JAX gives no name."""
+    return primitive.name.startswith("dot_product_attention_fwd")
 
 
 def _all_but_gathered_parameters(primitive: Any, *_: Any, **__: Any) -> bool:

@@ -104,7 +104,8 @@ class FeedForward(nnx.Module):
         self.down = linear((F,), (D,), ("mlp", "embed"), std=residual_std)
 
     def __call__(self, x_BTD: jax.Array, execution: Execution) -> jax.Array:
-        hidden_BTF = jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD)
+        gate_BTF = checkpoint_name(self.gate(x_BTD), "gate")
+        hidden_BTF = jax.nn.silu(gate_BTF) * checkpoint_name(self.up(x_BTD), "up")
         return self.down(execution.constrain(hidden_BTF, "batch", "", "mlp"))
 
 
@@ -200,7 +201,8 @@ class Llama(nnx.Module):
             if segments_BT is not None:
                 positions_BT = positions_within(segments_BT)
             window = config.sliding_window
-            attention = attend_within(segments_BT, config.dropout, execution, window)
+            rate = config.dropout if execution.drops_weights else 0.0
+            attention = attend_within(segments_BT, rate, execution, window)
         positions = Positions.of(config, positions_BT)
         embedding_key = layer_keys = None
         if dropout_key is not None:

@@ -27,9 +27,10 @@ from llama_jax.config import (
 )
 from llama_jax.distributed.fsdp import example_ids, gather, lookup
 from llama_jax.distributed.mesh import MESH_AXES, shardings
-from llama_jax.kernels.attention import xla_attention
+from llama_jax.kernels.attention import DROPS_WEIGHTS, xla_attention
+from llama_jax.kernels.blockwise import KEPT
 from llama_jax.kernels.splash import LANES
-from llama_jax.model.execution import Execution
+from llama_jax.model.execution import QKV, Execution
 from llama_jax.training.loss import summed_nll
 from llama_jax.training.objectives import model_of
 from llama_jax.training.step import UNROLLED_ON_CPU, abstract_state
@@ -83,6 +84,8 @@ class Value:
     nbytes: int
     dtype: Any
     is_stream: bool = False  # the residual stream, or computed from it without a matmul
+    head: int = 0  # of queries, keys and values: the width of a head, their last dim
+    is_rotated: bool = False  # of these, queries and keys
     readers: set[str] = dataclasses.field(default_factory=set)  # primitives that take it as input
     stacked: "Value | None" = None  # of the body of a scan: the values of all iterations
 
@@ -93,6 +96,10 @@ def _kept_bytes(value: Value, step: DeviceStep) -> int:
     What only matmuls read, XLA keeps as they read it: gathered, and on TPU in bfloat16. With
     sharded parameters it cannot, since `Execution.rematerialized` puts blocks in `jax.checkpoint`.
     """
+    is_named = value.head and step.remat in ("save-matmuls", "save-qkv")
+    # XLA then lays heads along the lanes; positions, where heads are narrow and were rotated.
+    if is_named and step.is_tpu and (value.head >= LANES // 2 or not value.is_rotated):
+        return value.nbytes // value.head * (value.head + -value.head % LANES)
     as_read = value.readers == {"dot_general"} and step.fsdp == 1
     if as_read and step.is_tpu and value.dtype == jnp.float32:
         return value.nbytes // 2
@@ -110,6 +117,7 @@ def _residuals(step: DeviceStep) -> list[Value]:
     config = state_config(Config(model=step.model, lora=step.lora, **IRRELEVANT))
     execution = Execution(
         attention=xla_attention if step.attention == "xla" else _flash_attention(step),
+        drops_weights=step.attention in DROPS_WEIGHTS,
         # Offloaded residuals are in the host's memory: the device keeps as much as without them.
         remat="block" if step.remat == "offload" else step.remat,
         unroll=UNROLLED_ON_CPU if step.remat == "none" else 1,
@@ -212,6 +220,9 @@ def _outputs(jaxpr: Any, inputs: list[Value]) -> list[Value]:
         elif name in VIEWS:
             results = arguments[:1]
             results[0].is_stream |= equation.params.get("name") == STREAM
+            if equation.params.get("name") in QKV:
+                results[0].head = equation.outvars[0].aval.shape[-1]
+                results[0].is_rotated = equation.params["name"] != "values"
         else:
             is_stream = name != "dot_general" and any(value.is_stream for value in arguments)
             results = [_value(variable.aval, is_stream) for variable in equation.outvars]
@@ -237,7 +248,7 @@ def _scanned(equation: Any, body: Any, arguments: list[Value]) -> list[Value]:
         if value in carry or value not in inputs:  # other inputs are parameters, stacked already
             if value.stacked is None:
                 nbytes = value.nbytes * equation.params["length"]
-                value.stacked = Value(nbytes, value.dtype, value.is_stream)
+                value.stacked = dataclasses.replace(value, nbytes=nbytes, readers=set())
             results[index] = value.stacked
     return results
 
@@ -272,8 +283,11 @@ def _flash_attention(step: DeviceStep) -> Callable[..., jax.Array]:
             *(padded(x, step.is_tpu and step.fsdp == 1) for x in (q_BTNH, k_BTKH)),
             padded(v_BTKH),
         )
-        denominators_BTN = jnp.sum(q_BTNH, axis=-1, dtype=jnp.float32)
-        return q_BTNH + 0, (*inputs, padded(q_BTNH + 0), denominators_BTN)
+        denominators_BTN = checkpoint_name(jnp.sum(q_BTNH, axis=-1, dtype=jnp.float32), KEPT)
+        out_BTNH = checkpoint_name(padded(q_BTNH + 0), KEPT)
+        # Another array, as the next matmul reads it.
+        read_BTNH = out_BTNH[..., : q_BTNH.shape[-1]] + 0
+        return read_BTNH, (*inputs, out_BTNH, denominators_BTN)
 
     def backward(kept: Any, gradient_BTNH: jax.Array) -> tuple[jax.Array, ...]:
         # Additions, lest the inputs look as if matmuls alone read them.

@@ -17,9 +17,10 @@ from jax.sharding import AbstractMesh, AxisType
 
 from llama_jax.config import Config, MeshConfig, ModelConfig
 from llama_jax.distributed.mesh import MESH_AXES, batch_shards, mesh_shape, require_fitting
-from llama_jax.hardware.accelerators import Chip
+from llama_jax.hardware.accelerators import Chip, adds_along_all_axes
 from llama_jax.kernels.attention import choose_kernel
 from llama_jax.kernels.splash import LANES, block_length
+from llama_jax.model.execution import choose_remat
 from llama_jax.model.parameters import block_parameters, table_parameters
 from llama_jax.planning.activations import DeviceStep, residual_bytes, state_config
 from llama_jax.training.loss import CHUNK_TOKENS
@@ -73,7 +74,7 @@ def training_memory(
         lora=config.lora,
         batch=sequences_per_device(config, mesh),
         length=config.data.sequence_length,
-        remat=config.run.remat,
+        remat=remat_policy(config, chip),
         attention=attention_backend(config, chip),
         is_tpu=chip.is_tpu,
         packed=config.data.packing != "none",
@@ -86,6 +87,8 @@ def training_memory(
     if step.fsdp > 1:  # gathered at once: a block's matrices, their gradients, the next block's
         backward += 3 * block_parameters(step.model) * step.width
     temporary = _lasting_bytes(step, trainable, accumulates) + max(backward, _loss_bytes(step))
+    if accumulates and step.fsdp == mesh.size and adds_along_all_axes(chip, mesh.size):
+        temporary += _unsharded_sum_bytes(step)
     if chip.is_tpu:
         temporary += COPIES_OF_INTEGERS * _integer_bytes(bare, mesh)
     if step.sequence_shards > 1:
@@ -135,6 +138,15 @@ def _lasting_bytes(step: DeviceStep, trainable: float, accumulates: bool) -> flo
     return lasting
 
 
+def _unsharded_sum_bytes(step: DeviceStep) -> float:
+    """Return what XLA adds up in place of a shard, to all-reduce it once and not per microbatch.
+
+    That is the gradient of the output matrix, where only the loss has one.
+    """
+    is_alone = not step.model.tied_embeddings and not step.lora.rank
+    return table_parameters(step.model) * FLOAT32 if is_alone else 0
+
+
 def _block_bytes(step: DeviceStep) -> float:
     """Return what the backward pass of one block needs at once, beside all gradients.
 
@@ -148,7 +160,7 @@ def _block_bytes(step: DeviceStep) -> float:
     elif step.attention == "splash":
         positions = _round_up(T, block_length(T))
         padded = padded_row_major_size((positions, step.model.head_size))
-        attention = 8 * B * N * padded * step.width
+        attention = 4 * B * (N + step.model.num_kv_heads) * padded * step.width
     return max(3 * B * T * step.model.ffn_dim * step.width, attention)
 
 
@@ -222,6 +234,11 @@ def attention_backend(config: Config, chip: Chip) -> str:
         dropout=config.model.dropout,
         position=config.model.position,
     )
+
+
+def remat_policy(config: Config, chip: Chip) -> str:
+    """Return the rematerialisation policy that a run would choose on a chip."""
+    return choose_remat(config.run.remat, "tpu" if chip.is_tpu else "gpu")
 
 
 def device_bytes(tree: Any, shardings: Any, *, is_tpu: bool) -> int:

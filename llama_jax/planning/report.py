@@ -12,7 +12,12 @@ from llama_jax.hardware.accelerators import GIB, GPU_FRACTION
 from llama_jax.hardware.hlo import collectives
 from llama_jax.planning.compile import Compiled
 from llama_jax.planning.decoding import DecodingPlan
-from llama_jax.planning.memory import abstract_mesh, attention_backend, sequences_per_device
+from llama_jax.planning.memory import (
+    abstract_mesh,
+    attention_backend,
+    remat_policy,
+    sequences_per_device,
+)
 from llama_jax.planning.search import (
     MARGIN,
     cheapest_decoding_change,
@@ -31,7 +36,7 @@ PREDICTED = "predicted from data sheet peaks: bound by"
 def training_report(plan: TrainingPlan) -> str:
     """Return the report of a training plan, several lines."""
     config, target, speed = plan.config, plan.target, plan.speed
-    mesh = abstract_mesh(config.mesh, target.devices)
+    mesh, remat = abstract_mesh(config.mesh, target.devices), remat_policy(config, target.chip)
     sizes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
     microbatches = counted(config.optimizer.accumulation_steps, "microbatch", "es")
     columns = {"estimated": plan.estimate.memory}
@@ -42,7 +47,7 @@ def training_report(plan: TrainingPlan) -> str:
         target.description,
         f"step: {config.data.batch_size} sequences × {config.data.sequence_length} tokens,"
         f" {microbatches} of {sequences_per_device(config, mesh)} per chip; {sizes}"
-        f"{', sequence parallel' if config.mesh.sequence else ''}, remat {config.run.remat}",
+        f"{', sequence parallel' if config.mesh.sequence else ''}, remat {remat}",
         f"attention {attention_backend(config, target.chip)},"
         f" {_parameters(config)}, moments {config.optimizer.moments_dtype},"
         f" arithmetic {config.model.compute_dtype}",
@@ -55,7 +60,7 @@ def training_report(plan: TrainingPlan) -> str:
         f"  arithmetic {format_seconds(speed.arithmetic)}, memory {format_seconds(speed.memory)},"
         f" network {format_seconds(speed.network)}",
     ]
-    if config.run.remat == "offload":
+    if remat == "offload":
         parts += ["  transfers of run.remat=offload to and from the host are not counted"]
     return "\n".join([*parts, "", *_advice_lines(plan)])
 

@@ -16,7 +16,7 @@ from llama_jax.config import Config, MeshConfig
 from llama_jax.distributed.mesh import require_fitting
 from llama_jax.errors import UsageError
 from llama_jax.planning.decoding import DecodingPlan, plan_decoding
-from llama_jax.planning.memory import abstract_mesh
+from llama_jax.planning.memory import abstract_mesh, remat_policy
 from llama_jax.planning.targets import Target
 from llama_jax.planning.training import Compiler, Estimate, TrainingPlan, estimate
 from llama_jax.quantization import KINDS
@@ -24,7 +24,7 @@ from llama_jax.quantization import KINDS
 MARGIN = 0.15  # of the memory, left free by alternatives: the estimate's largest error
 MAX_TENSOR = 8  # devices of one machine; beyond, each block's collectives cost too much
 # "offload" is not proposed: its speed depends on the host's link, which no data sheet names.
-POLICIES = ("none", "block", "save-qkv")
+POLICIES = ("none", "save-matmuls", "block", "save-qkv")
 SHOWN = 10  # alternatives that a search returns
 COMPILED = 3  # of them, at a minute or two each
 MIN_CONTEXT = 256  # tokens of the shortest context that is proposed
@@ -93,6 +93,8 @@ def ranked(config: Config, target: Target, correction: float = 1.0) -> list[Esti
     """
     found = []
     for mesh, remat in itertools.product(meshes(config, target.devices), POLICIES):
+        if remat == remat_policy(config, target.chip):
+            remat = config.run.remat  # which may be "auto"
         run = dataclasses.replace(config.run, remat=remat)
         for count in _divisors(config.data.batch_size // (mesh.data * mesh.fsdp)):
             optimizer = dataclasses.replace(config.optimizer, accumulation_steps=count)

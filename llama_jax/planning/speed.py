@@ -18,9 +18,10 @@ from llama_jax.model.parameters import (
     matrices,
     table_parameters,
 )
-from llama_jax.planning.memory import FLOAT32, Memory
+from llama_jax.planning.memory import FLOAT32, Memory, remat_policy
 
 QKV = ("blocks.attention.wq", "blocks.attention.wk", "blocks.attention.wv")
+OUTPUT = "blocks.attention.wo"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,8 @@ def training_speed(config: Config, mesh: AbstractMesh, chip: Chip, memory: Memor
     width = jnp.dtype(model.compute_dtype).itemsize
     weights, table = count_parameters(model) / tensor, table_parameters(model) / tensor
     tokens = config.microbatch_size / batch_shards(mesh) * config.data.sequence_length
-    passes = 2 if config.run.remat == "none" else 3  # that read the weights: also recomputation
+    remat = remat_policy(config, chip)
+    passes = 2 if remat in ("none", "save-matmuls") else 3  # that read the weights
 
     trained, stored = memory.parameters, weights * width  # bytes that have gradients, or are read
     if config.lora.rank:
@@ -77,23 +79,28 @@ def training_speed(config: Config, mesh: AbstractMesh, chip: Chip, memory: Memor
     reduced = 2 * (data - 1) / data * weights / fsdp * FLOAT32  # once a step
     sent = microbatches * ((fsdp - 1) / fsdp * through_fsdp + summed) + reduced
     return Speed(
-        arithmetic=config.tokens_per_step * _flops_per_token(config) / mesh.size / chip.flops,
+        arithmetic=config.tokens_per_step
+        * _flops_per_token(config, remat)
+        / mesh.size
+        / chip.flops,
         memory=traffic / chip.bandwidth,
         network=sent / (chip.link / 2),  # a chip sends in one direction of two
     )
 
 
-def _flops_per_token(config: Config) -> float:
+def _flops_per_token(config: Config, remat: str) -> float:
     """Return training FLOPs per token, recomputation included.
 
     Adapters are not counted, only that what they leave frozen has no gradients.
     """
     model, length = config.model, config.data.sequence_length
     once = flops_per_token(model, length, is_frozen=config.lora.rank > 0)
-    if config.run.remat == "none":
+    if remat == "none":
         return once
+    if remat == "save-matmuls":
+        return once + sum(2 * one.total for one in matrices(model) if one.name == OUTPUT)
     recomputed = flops_per_token(model, length)
     recomputed -= 6 * table_parameters(model)  # all but the output matrix
-    if config.run.remat in ("save-qkv", "offload"):
+    if remat in ("save-qkv", "offload"):
         recomputed -= 6 * sum(one.total for one in matrices(model) if one.name in QKV)
     return once + recomputed / 3  # a forward pass is a third of a step

@@ -36,8 +36,8 @@ from llama_jax.distributed.mesh import (
 )
 from llama_jax.errors import UsageError
 from llama_jax.inference.decode import attention_on_mesh
-from llama_jax.kernels.attention import choose_kernel
-from llama_jax.model.execution import HOST_MEMORY, Execution
+from llama_jax.kernels.attention import DROPS_WEIGHTS, choose_kernel
+from llama_jax.model.execution import HOST_MEMORY, Execution, choose_remat
 from llama_jax.model.lora import Adapters, init_adapters
 from llama_jax.model.transformer import Llama
 from llama_jax.quantization import quantize, restack
@@ -125,7 +125,7 @@ def make_execution(config: Config, mesh: Mesh | None = None, *, training: bool =
       UsageError: if the devices lack the attention kernel or what `run.remat` needs.
     """
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
-    remat = config.run.remat if training else "none"
+    remat = choose_remat(config.run.remat, device.platform) if training else "none"
     if remat == "offload":
         _require_host_memory()
     kernel = attention_kernel(config, device, training=training)
@@ -134,6 +134,7 @@ def make_execution(config: Config, mesh: Mesh | None = None, *, training: bool =
     is_unrolled = device.platform == "cpu" and remat == "none" and not config.lora.rank
     return Execution(
         attention=attention_on_mesh(kernel),
+        drops_weights=kernel in DROPS_WEIGHTS,
         remat=remat,
         unroll=UNROLLED_ON_CPU if is_unrolled else 1,
         constrain=constrain_sequence if config.mesh.sequence else constrain,
@@ -144,7 +145,7 @@ def make_execution(config: Config, mesh: Mesh | None = None, *, training: bool =
 
 
 def attention_kernel(config: Config, device: jax.Device, *, training: bool) -> str:
-    """Return the name of a run's attention kernel; only training drops attention weights.
+    """Return the name of a run's attention kernel; only training has dropout.
 
     Raises:
       UsageError: if the device lacks the kernel that the config names.

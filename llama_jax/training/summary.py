@@ -14,6 +14,8 @@ from llama_jax.data.sources import Sources
 from llama_jax.data.token_folder import TokenFolder
 from llama_jax.distributed.mesh import batch_shards
 from llama_jax.hardware.accelerators import chip_of, machine_name, peak_flops
+from llama_jax.kernels.attention import DROPS_WEIGHTS
+from llama_jax.model.execution import choose_remat
 from llama_jax.model.parameters import count_parameters
 from llama_jax.training.step import abstract_state, attention_kernel, state_shardings
 
@@ -21,13 +23,14 @@ from llama_jax.training.step import abstract_state, attention_kernel, state_shar
 def run_summary(config: Config, mesh: Mesh, data: Sources, folder: Path, step: int) -> list[str]:
     """Return a line each on devices, model, attention, memory, batch, data, packing and run."""
     device = mesh.devices.flat[0]
+    remat = choose_remat(config.run.remat, device.platform)
     batch, length = config.data.batch_size, config.data.sequence_length
     microbatches = config.optimizer.accumulation_steps
     where = f"resuming from step {step:,}" if step else "a new run"
     lines = [
         f"device    {_devices(config, mesh)}, jax {jax.__version__}",
         *_model(config),
-        f"attention {_attention(config, device)}; remat {config.run.remat}",
+        f"attention {_attention(config, device)}; remat {remat}",
         f"memory    {_state_bytes(config, mesh) / 1e9:.3f} GB a device for parameters and moments",
         f"batch     {config.tokens_per_step:,} tokens a step: {batch} sequences × {length} tokens"
         f" in {microbatches} microbatch{'es' if microbatches > 1 else ''}",
@@ -90,9 +93,11 @@ def _attention(config: Config, device: jax.Device) -> str:
     training = attention_kernel(config, device, training=True)
     validation = attention_kernel(config, device, training=False)
     other = f" in training, {validation} in validation" if validation != training else ""
-    return f"{training}{other}" + (
-        " (run.attention=auto)" if config.run.attention == "auto" else ""
-    )
+    auto = " (run.attention=auto)" if config.run.attention == "auto" else ""
+    kept = ""
+    if config.model.dropout and training not in DROPS_WEIGHTS:
+        kept = ", whose weights are not dropped, only residuals; run.attention=xla drops both"
+    return f"{training}{other}{auto}{kept}"
 
 
 def _state_bytes(config: Config, mesh: Mesh) -> int:

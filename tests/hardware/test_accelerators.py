@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llama_jax.hardware.accelerators import CHIPS, GIB, chip_of, peak_flops
+from llama_jax.hardware.accelerators import CHIPS, GIB, adds_along_all_axes, chip_of, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,12 @@ def test_peak_flops_are_those_of_the_chip_unless_set(kind, peak):
     device = SimpleNamespace(device_kind=kind)
     assert peak_flops(device) == peak
     assert peak_flops(device, given=3e12) == 3e12
+
+
+def test_slices_in_which_xla_adds_up_along_all_axes():
+    """As the compiler of libtpu 0.0.42.1 makes it of `psum_scatter`."""
+    rings = {"v5e": (1, 4, 8, 32, 128), "v6e": (8,), "v5p": (4,), "H200": (8,)}
+    others = {"v5e": (16, 64, 256), "v6e": (16, 256), "v5p": (8, 16, 32, 64)}
+    for expected, slices in ((False, rings), (True, others)):
+        for chip, counts in slices.items():
+            assert {adds_along_all_axes(CHIPS[chip], count) for count in counts} == {expected}

@@ -19,7 +19,7 @@ from llama_jax.kernels import blockwise, splash
 from llama_jax.kernels.attention import xla_attention
 from llama_jax.kernels.blockwise import blockwise_attention
 from llama_jax.kernels.cudnn import cudnn_attention
-from llama_jax.kernels.splash import block_length, splash_attention
+from llama_jax.kernels.splash import block_length, key_block_length, splash_attention
 from llama_jax.model.execution import Execution
 from llama_jax.training.loss import summed_nll
 
@@ -59,6 +59,7 @@ def small_blocks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blockwise, "SMALLEST_BLOCK", 64)
         patch.setattr(splash, "LARGEST_BLOCK", 128)
+        patch.setattr(splash, "LARGEST_KEY_BLOCK", 128)
         yield
 
 
@@ -142,6 +143,13 @@ def test_each_kernel_has_a_sliding_window(name, window, packed):
     given = arrays(2)
     results = compiled(name, window=window)(*given, jnp.asarray(SEGMENTS_BT) if packed else None)
     check(results, oracle(*given, SEGMENTS_BT if packed else np.zeros((B, T)), window))
+
+
+def test_splash_may_have_several_blocks_of_queries_to_one_of_keys(monkeypatch):
+    monkeypatch.setattr(splash, "LARGEST_KEY_BLOCK", 256)
+    given = arrays(2)
+    results = value_and_gradients(splash_here, *given, jnp.asarray(SEGMENTS_BT))
+    check(results, oracle(*given, SEGMENTS_BT))
 
 
 @pytest.mark.parametrize("name", HERE)
@@ -283,11 +291,23 @@ def test_devices_share_the_heads_wherever_they_can(heads, K, tensor, there):
 
 
 @pytest.mark.parametrize(
-    ("T", "block"), [(1, 128), (128, 128), (150, 256), (512, 512), (640, 384), (1025, 384)]
+    ("T", "block", "keys"),
+    [
+        (1, 128, 128),
+        (128, 128, 128),
+        (150, 256, 256),
+        (512, 512, 512),
+        (640, 384, 768),
+        (1024, 512, 1024),
+        (1025, 384, 384),  # three blocks, which two do not divide
+        (4096, 512, 1024),
+    ],
 )
-def test_splash_blocks_are_few_and_fill_little_up(monkeypatch, T, block):
+def test_splash_blocks_are_few_and_fill_little_up(monkeypatch, T, block, keys):
     monkeypatch.setattr(splash, "LARGEST_BLOCK", 512)
+    monkeypatch.setattr(splash, "LARGEST_KEY_BLOCK", 1024)
     assert block_length(T) == block
+    assert key_block_length(-(-T // block) * block, block) == keys
 
 
 def program(kernel, platform, segments, dtype="bfloat16", T=T, mesh=None):
@@ -302,7 +322,7 @@ def program(kernel, platform, segments, dtype="bfloat16", T=T, mesh=None):
 @pytest.mark.parametrize("segments", [False, True])
 def test_the_splash_kernels_run_on_a_tpu(segments):
     text = program(shard_heads(splash_attention), "tpu", segments, mesh=(2, 1, 4))
-    assert text.count("stablehlo.custom_call @tpu_custom_call") == 3  # forward, dq, and dk with dv
+    assert text.count("stablehlo.custom_call @tpu_custom_call") == 2  # forward, and all gradients
     assert "256x256" not in text  # scores, of 150 positions filled up to two blocks
 
 
@@ -321,6 +341,15 @@ def test_the_cudnn_kernels_run_on_a_gpu(with_cudnn, segments, length):
     assert text.count(f"@{called}(") == text.count(f"@{called}Backward(") == 1
     assert text.count("CAUSAL") == 2
     assert "dot_general" not in text
+
+
+def test_rematerialisation_may_keep_what_cudnn_returns(with_cudnn):
+    def calls(policy):
+        execution = Execution(remat=policy, gather=lambda tree, dtype: tree)
+        kernel = execution.rematerialized(cudnn_attention, in_scan=True)
+        return program(shard_heads(kernel), "cuda", False).count("@__cudnn$fmhaSoftmax")
+
+    assert [calls(policy) for policy in ("none", "save-matmuls", "block")] == [2, 2, 3]
 
 
 def test_cudnn_is_given_the_window(with_cudnn):

@@ -13,23 +13,26 @@ from llama_jax.config import Config, DataConfig, MeshConfig, ModelConfig, Optimi
 from llama_jax.data.loader import abstract_batch
 from llama_jax.distributed.mesh import make_mesh
 from llama_jax.errors import UsageError
-from llama_jax.model.execution import Execution
+from llama_jax.kernels.attention import xla_attention
+from llama_jax.kernels.blockwise import blockwise_attention
+from llama_jax.model.execution import Execution, choose_remat
 from llama_jax.planning.compile import target_mesh
 from llama_jax.planning.targets import parse_target
 from llama_jax.training.step import abstract_state, jit_train_step, make_execution
 
-AGAIN = ("block", "save-qkv", "offload")
+AGAIN = ("block", "save-qkv", "offload", "save-matmuls")
 B, T = 4, 32
 TOKENS_BT = np.random.default_rng(0).integers(0, TINY["vocab_size"], (B, T), np.int32)
 
 
-def gradients(policy, **changes):
+def gradients(policy, attention=xla_attention, **changes):
     """A traced function of the model's parameters, and those parameters."""
     model = make_model(**changes)
     weights_D = jnp.arange(1.0, TINY["dim"] + 1)
 
     def objective(model):
-        hidden_BTD, _ = model.hidden(TOKENS_BT, execution=Execution(remat=policy))
+        execution = Execution(remat=policy, attention=attention)
+        hidden_BTD, _ = model.hidden(TOKENS_BT, execution=execution)
         return jnp.sum(jnp.sin(hidden_BTD) @ weights_D)
 
     return jax.jit(jax.grad(objective)).trace(model), model
@@ -40,9 +43,14 @@ def compiled(policy):
     return gradients(policy)[0].lower().compile()
 
 
-def matrix_products(policy):
+def matrix_products(policy, attention=xla_attention):
     """How many there are in the program of a model of one layer."""
-    return gradients(policy, num_layers=1)[0].lower().as_text().count("stablehlo.dot_general")
+    return (
+        gradients(policy, attention, num_layers=1)[0]
+        .lower()
+        .as_text()
+        .count("stablehlo.dot_general")
+    )
 
 
 @pytest.mark.parametrize("policy", AGAIN)
@@ -63,6 +71,19 @@ def test_each_policy_recomputes_what_it_should():
     assert matrix_products("block") - none == 8
     assert matrix_products("save-qkv") - none == 8 - 3
     assert matrix_products("offload") - none == 8 - 3
+    assert matrix_products("save-matmuls") - none == 2  # scores and o
+
+
+def test_save_matmuls_keeps_all_that_a_flash_attention_needs():
+    none, kept = (matrix_products(name, blockwise_attention) for name in ("none", "save-matmuls"))
+    assert kept - none == 1  # o
+
+
+def test_auto_keeps_everything_on_cpu_alone():
+    chosen = [choose_remat("auto", platform) for platform in ("cpu", "tpu", "gpu")]
+    assert chosen == ["none", "save-matmuls", "save-matmuls"]
+    assert choose_remat("block", "cpu") == "block"
+    assert make_execution(step_config("auto")).remat == "none"
 
 
 @pytest.mark.as_used
@@ -72,6 +93,7 @@ def test_memory_falls_as_less_is_kept():
     qkv = TINY["num_layers"] * B * T * heads * TINY["dim"] // TINY["num_heads"] * 4
     assert taken["save-qkv"] - taken["block"] == pytest.approx(qkv, rel=0.05)
     assert taken["none"] > 2 * taken["save-qkv"]
+    assert taken["none"] > taken["save-matmuls"] > taken["save-qkv"]
     assert taken["offload"] == taken["save-qkv"]  # the memory of a CPU is the host's
 
 
@@ -119,6 +141,7 @@ def test_devices_without_host_memory_are_refused_in_one_line(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.as_used  # libtpu 0.0.52 crashes with the settings of quick compilation
 @pytest.mark.parametrize(("policy", "is_on_host"), [("offload", True), ("save-qkv", False)])
 def test_the_tpu_compiler_compiles_the_step_of_a_sharded_model(policy, is_on_host):
     pytest.importorskip("libtpu")

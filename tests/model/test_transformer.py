@@ -234,6 +234,18 @@ def test_without_a_key_nothing_is_random():
         assert ("random_bits" in traced) == is_random
 
 
+def test_kernels_that_keep_their_weights_drop_the_same_residuals():
+    model, key = make_model(dropout=0.3), jax.random.key(0)
+
+    def hidden(**execution):
+        return model.hidden(TOKENS_BT, dropout_key=key, execution=Execution(**execution))[0]
+
+    expected = hidden(drops_weights=False)
+    close(hidden(attention=blockwise_attention, drops_weights=False), expected)
+    assert np.abs(expected - hidden()).max() > 1e-3  # the weights too
+    assert np.abs(expected - model.hidden(TOKENS_BT)[0]).max() > 1e-3
+
+
 def test_layers_draw_different_dropout():
     masks = []
 

@@ -20,7 +20,7 @@ SECTIONS |= {"mesh": MeshConfig, "run": RunConfig, "lora": LoraConfig}
 
 def make_config(**changes):
     """Return a config; `run__remat="block"` changes one setting."""
-    values = {"model": dict(MODEL), "mesh": {}, "run": {}, "lora": {}}
+    values = {"model": dict(MODEL), "mesh": {}, "run": {"remat": "none"}, "lora": {}}
     values["data"] = {"path": "tokens", "batch_size": 16, "sequence_length": 32}
     values["optimizer"] = {"steps": 10, "learning_rate": 0.01, "warmup_steps": 0}
     for name, value in changes.items():

@@ -90,10 +90,12 @@ def test_further_sequences_add_what_tracing_them_would():
 def test_policies_keep_less_the_more_they_recompute(chip):
     kept = {
         remat: memory_of(on_mesh(8, 1, 1, run__remat=remat), chip)
-        for remat in ("none", "save-qkv", "block", "offload")
+        for remat in ("none", "save-matmuls", "save-qkv", "block", "offload", "auto")
     }
-    by_policy = [kept[name].activations for name in ("none", "save-qkv", "block")]
-    assert by_policy == sorted(by_policy, reverse=True) and len(set(by_policy)) == 3
+    names = ("none", "save-matmuls", "save-qkv", "block")
+    by_policy = [kept[name].activations for name in names]
+    assert by_policy == sorted(by_policy, reverse=True) and len(set(by_policy)) == 4
+    assert kept["auto"] == kept["save-matmuls"]
     assert kept["offload"] == kept["block"]  # the rest lies on the host
 
 
@@ -183,7 +185,7 @@ def test_fsdp_gathers_a_block_the_next_and_its_gradients():
     memory = memory_of(on_mesh(1, 8, 1), TPU)
     layer = 4 * (2 * D * D + 2 * D * D * K // N + 3 * D * F)
     # Two rows of 32 positions and narrow heads, in blocks of 128 positions and 128 lanes.
-    splash = 8 * 2 * N * 128 * 128 * 4
+    splash = 4 * 2 * (N + K) * 128 * 128 * 4
     assert memory.temporary == memory.parameters + splash + 3 * layer
 
 
@@ -202,6 +204,30 @@ def test_heads_narrower_than_the_lanes_are_padded_on_tpu_alone():
     head = D // N
     arrays = 2 * L * 32 * 2 * (2 * N + 2 * K)  # queries and outputs, keys and values, bfloat16
     assert on_tpu - on_gpu == pytest.approx(arrays * (128 - head), rel=1e-6)
+
+
+@pytest.mark.parametrize(("head", "is_padded"), [(4, False), (64, True), (128, True)])
+def test_of_what_is_kept_by_name_wide_heads_are_padded_on_tpu(head, is_padded):
+    model = make_config(model__compute_dtype="bfloat16", model__head_dim=head).model
+    on_tpu, on_gpu = (
+        kept(model=model, remat="save-matmuls", is_tpu=is_tpu) for is_tpu in (True, False)
+    )
+    tokens = L * 2 * 32
+    padded = (N + K) * is_padded + K + N  # values and what attention returns always are
+    assert on_tpu - on_gpu == tokens * 2 * padded * (128 - head)
+    # Of a block beside its input: these, the logarithms of denominators, gate and up.
+    kept_more = on_gpu - kept(model=model, remat="block")
+    assert kept_more == tokens * (2 * (2 * N + 2 * K) * head + 4 * N + 2 * 2 * F)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_where_sums_are_all_reduced_that_of_the_output_matrix_is_unsharded(tied, microbatches):
+    config = on_mesh(
+        1, 8, 1, model__tied_embeddings=tied, optimizer__accumulation_steps=microbatches
+    )
+    ring, torus = (memory_of(config, CHIPS[chip]).total for chip in ("v5e", "v5p"))
+    assert torus - ring == (0 if tied or microbatches == 1 else V * D * 4)
 
 
 def test_tpus_pad_parameters_that_do_not_fill_their_tiles():

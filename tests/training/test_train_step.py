@@ -232,6 +232,7 @@ def test_gradients_cross_the_network_once_however_many_microbatches():
     [
         "block",
         pytest.param("none", marks=pytest.mark.slow),
+        pytest.param("save-matmuls", marks=pytest.mark.slow),
     ],
 )
 def test_fsdp_sends_no_more_than_the_textbook(remat):

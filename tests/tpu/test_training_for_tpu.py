@@ -1,0 +1,119 @@
+"""The train step, as the TPU compiler makes it on a machine without a TPU.
+
+Each test keeps away something that was found in an optimised program; see benchmarks/RESULTS.md.
+"""
+
+import functools
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from llama_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
+from llama_jax.hardware.hlo import collectives, nbytes
+from llama_jax.model.parameters import block_parameters
+from llama_jax.planning.compile import is_installed, target_mesh
+from llama_jax.planning.targets import parse_target
+from llama_jax.training.summary import run_summary
+
+pytestmark = [
+    pytest.mark.tpu,
+    pytest.mark.optimized,
+    pytest.mark.skipif(not is_installed(), reason="needs libtpu: pip install '.[plan]'"),
+]
+
+# Heads as wide as the vector unit's lanes; sizes pairwise different.
+B, T, L, D, N, K, H, F, V = 6, 768, 3, 256, 4, 2, 128, 640, 1024
+MODEL = {"vocab_size": V, "dim": D, "num_layers": L, "num_heads": N, "num_kv_heads": K}
+MODEL |= {"head_dim": H, "hidden_dim": F, "context_length": T, "compute_dtype": "bfloat16"}
+BFLOAT16, FLOAT32 = 2, 4
+
+
+def make_config(mesh=None, batch=B, remat="none", **model):
+    """A small config of a run."""
+    return Config(
+        model=ModelConfig(**MODEL | model),
+        data=DataConfig(path="none", batch_size=batch, sequence_length=T),
+        optimizer=OptimizerConfig(steps=2, learning_rate=0.1, warmup_steps=0),
+        mesh=mesh or MeshConfig(),
+        run=RunConfig(remat=remat),
+    )
+
+
+@functools.cache
+def training(config, target="v5e-1"):
+    from tpu import compile_training
+
+    return compile_training(config, target)
+
+
+def largest(made):
+    """Bytes of the largest array that an instruction makes."""
+    return max(nbytes(one.result) for one, _ in made.instructions() if "(" not in one.result)
+
+
+def test_dropout_leaves_attention_fused():
+    made = training(make_config(dropout=0.1))
+    assert any(
+        one.opcode == "custom-call" and "splash" in one.name for one, _ in made.instructions()
+    )
+    assert largest(made) < B * N * T * T * BFLOAT16  # no scores
+
+
+def test_a_run_says_what_its_dropout_drops():
+    folder = SimpleNamespace(
+        path="x", splits=dict.fromkeys(("train", "validation"), SimpleNamespace(tokens=9))
+    )
+    mesh = target_mesh(MeshConfig(), parse_target("v5e-1"))
+    data = SimpleNamespace(folders=(folder,), weights=(1,))
+    for rate, kept in ((0.0, ""), (0.1, ", whose weights are not dropped, only residuals;")):
+        said = "\n".join(run_summary(make_config(dropout=rate), mesh, data, "ckpt", 0))
+        assert f"attention splash (run.attention=auto){kept}" in said
+
+
+def test_the_step_writes_for_the_backward_pass_what_its_policy_names_and_no_more():
+    kept = (N + 2 * K + N) * H + 2 * F + D  # q, k, v, what attention returns, gate, up; the input
+    stacks = kept_arrays(training(make_config(remat="auto")))
+    assert sum(stacks) == B * T * (kept * BFLOAT16 + N * FLOAT32)  # and the log of denominators
+    assert sum(kept_arrays(training(make_config(remat="none")))) > 1.8 * sum(stacks)
+
+
+def test_the_backward_pass_of_attention_is_one_kernel_and_adds_up_no_parts():
+    made = training(make_config(remat="auto"))
+    kernels = [one for one, _ in made.instructions() if one.opcode == "custom-call"]
+    named = [one.name for one in kernels if "splash" in one.name]
+    assert [sum(part in name for name in named) for part in ("fwd", "dkv", "dq")] == [1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("target", "times_scattered"),
+    # A ring through all chips adds up shards. Where XLA would rather use all axes of the torus at
+    # once, it adds up everything on each chip: twice the bytes, over more links. See RESULTS.md.
+    [("v5e-8", 1), ("v5e-16", 2), ("v5p-64", 2)],
+)
+def test_fsdp_gathers_parameters_twice_and_adds_up_gradients_once(target, times_scattered):
+    chips = parse_target(target).devices
+    sizes = {"dim": 512, "hidden_dim": 1024, "vocab_size": 2048, "tied_embeddings": False}
+    config = make_config(MeshConfig(data=1, fsdp=-1), chips, "save-matmuls", **sizes)
+    found = collectives(training(config, target).text)
+    blocks = block_parameters(config.model) * L * BFLOAT16
+    table = 2048 * 512  # of the output; the embedding's rows alone are exchanged
+    sent = dict.fromkeys(("all-gather", "added"), 0)
+    for one in found:
+        if one.kind in ("all-gather", "all-reduce", "reduce-scatter"):
+            kind = one.kind if one.kind == "all-gather" else "added"
+            sent[kind] += one.sent(chips) * one.times
+    part = (chips - 1) / chips
+    assert sent["all-gather"] == pytest.approx(part * (2 * blocks + table * BFLOAT16), rel=0.05)
+    added = part * (blocks + table * FLOAT32)
+    assert sent["added"] == pytest.approx(times_scattered * added, rel=0.05)
+    largest_gathered = max(one.bytes for one in found if one.kind == "all-gather")
+    assert largest_gathered <= table * BFLOAT16  # a matrix of one layer, never those of all
+
+
+def kept_arrays(made):
+    """Bytes of a layer of each array that the backward loop over layers reads for each layer."""
+    loops = [one for one, _ in made.instructions() if one.opcode == "while"]
+    (backward,) = (one.result for one in loops if "transpose(jvp())/while" in one.attributes)
+    found = re.findall(rf"(?:bf16|f32)\[{L},(?:{B},|{B * T},)[\d,]*\]", backward)
+    return [nbytes(one) // L for one in found]
