@@ -1,10 +1,10 @@
 """Texts that a scheduler only reads: what the library finds, nothing compiled, nobody held up."""
 
-import time
 from concurrent.futures import CancelledError
 
 import numpy as np
 import pytest
+from schedulers import started, wait_until
 from tiny_model import make_model
 
 from llama_jax.errors import UserError
@@ -30,22 +30,13 @@ def engine():
 
 @pytest.fixture(scope="module")
 def scheduler(engine):
-    scheduler = Scheduler(engine, slots=SLOTS, max_waiting=WAITING)
-    scheduler.start()
-    yield scheduler
-    scheduler.close()
+    with started(engine, slots=SLOTS, max_waiting=WAITING) as scheduler:
+        yield scheduler
 
 
 def read(scheduler, reading):
     scheduler.read(reading)
     return reading.future.result(timeout=60)
-
-
-def wait_until(holds, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it does not come about"
-        time.sleep(0.01)
 
 
 def test_embeddings_are_those_of_the_library(scheduler, engine):

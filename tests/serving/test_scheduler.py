@@ -3,7 +3,6 @@
 import gc
 import queue
 import threading
-import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import slow_but
+from schedulers import started, wait_until
 from tiny_model import make_model
 
 from llama_jax.errors import UsageError, UserError
@@ -35,10 +35,8 @@ def engine():
 
 @pytest.fixture(scope="module")
 def scheduler(engine):
-    scheduler = Scheduler(engine, slots=SLOTS, max_waiting=WAITING)
-    scheduler.start()
-    yield scheduler
-    scheduler.close()
+    with started(engine, slots=SLOTS, max_waiting=WAITING) as scheduler:
+        yield scheduler
 
 
 @pytest.fixture
@@ -66,13 +64,6 @@ def answers(source, request):
         logprobs += delta.logprobs
         ends += [delta.finish_reason] if delta.finish_reason else []
     return [(ids, logprobs, end) for ids, logprobs, [end] in gained]
-
-
-def wait_until(holds, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it does not come about"
-        time.sleep(0.01)
 
 
 def endless(**options):
