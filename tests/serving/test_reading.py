@@ -17,8 +17,7 @@ from llama_jax.serving.scheduler import QueueFullError, Scheduler
 
 CONTEXT, SLOTS, WAITING = 350, 2, 5
 random = np.random.default_rng(5)
-# A token, a chunk and what is next to it, several chunks, and all of the context: its last chunk
-# would go beyond the slot.
+# A token, a chunk and what is next to it, several chunks, and all of the context.
 LENGTHS = (1, 15, 16, 17, 90, 257, CONTEXT)
 TEXTS = [random.integers(0, 53, n).tolist() for n in LENGTHS]
 
@@ -56,6 +55,20 @@ def test_scores_are_those_of_the_library(scheduler, engine, top):
         ids = [[each.id for each in place] for place in score.top]
         assert [[each.id for each in place] for place in found.top] == ids
     assert scheduler.stats().compilations == 0
+
+
+@pytest.mark.parametrize("make", [EmbeddingReading, lambda texts: ScoreReading(texts, 2)])
+def test_positions_that_come_again_count_once(engine, make):
+    text = TEXTS[4]
+    hidden_BTD, _ = engine.model.hidden(np.asarray([text]))
+    whole, parted = make([text]), make([text])
+    assert whole.add(engine.model, hidden_BTD, 0)
+    assert not parted.add(engine.model, hidden_BTD[:, :60], 0)
+    assert parted.add(engine.model, hidden_BTD[:, 40:], 40)
+    (one,), (other,) = whole.future.result(), parted.future.result()
+    np.testing.assert_allclose(
+        *(getattr(found, "logprobs", found) for found in (one, other)), atol=1e-5
+    )
 
 
 def test_prompts_are_answered_while_texts_are_read(scheduler, engine):
