@@ -11,7 +11,7 @@ import sys
 from functools import cache
 from typing import Annotated, Any, ClassVar, get_type_hints
 
-from llama_jax.errors import UsageError, shown
+from llama_jax.errors import require, shown
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 LOSSES = ("next_token", "dpo")
@@ -26,12 +26,6 @@ CORPORA = ("", "stories", "shakespeare", "tinystories")
 MAX_INT = 2**31 - 1  # of int32: sizes, steps and seeds are numbers on devices
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn", "dynamic")
 POSITIONS = ("rope", "absolute", "sinusoidal", "alibi", "relative", "none")
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise `UsageError(message)` unless the condition holds."""
-    if not condition:
-        raise UsageError(message)
 
 
 @dataclasses.dataclass(frozen=True)

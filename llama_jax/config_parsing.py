@@ -4,8 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar, get_type_hints
 
-from llama_jax.config import require
-from llama_jax.errors import UsageError, did_you_mean, shown
+from llama_jax.errors import UsageError, did_you_mean, require, shown
 
 T = TypeVar("T")
 TYPE_NAMES = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}

@@ -141,6 +141,12 @@ def did_you_mean(name: str, choices: Iterable[str], cutoff: float = 0.65) -> str
 MAX_SHOWN = 60  # characters of a value in a message
 
 
+def require(condition: bool, message: str) -> None:
+    """Raise `UsageError(message)` unless the condition holds."""
+    if not condition:
+        raise UsageError(message)
+
+
 def finite_number(name: str, value: Any, accepts: Callable[[float], bool], expected: str) -> float:
     """Return an argument as a float.
 

@@ -16,9 +16,8 @@ import numpy as np
 
 from llama_jax.checkpoints.load import Loaded, load_for_inference, replace_adapters
 from llama_jax.checkpoints.metadata import Description
-from llama_jax.config import require
 from llama_jax.distributed.mesh import on_mesh, tensor_mesh
-from llama_jax.errors import UsageError, UserError
+from llama_jax.errors import UsageError, UserError, require
 from llama_jax.formats.named_models import checkpoint_path, find_named
 from llama_jax.inference.completions import (
     Completion,

@@ -26,9 +26,9 @@ from llama_jax.checkpoints.restore import (
     stored_arrays,
 )
 from llama_jax.checkpoints.run_folder import require_tokenizer
-from llama_jax.config import MAX_INT, ModelConfig, require
+from llama_jax.config import MAX_INT, ModelConfig
 from llama_jax.distributed.mesh import placed, shardings
-from llama_jax.errors import UsageError, UserError, whole_number
+from llama_jax.errors import UsageError, UserError, require, whole_number
 from llama_jax.model.lora import Adapters, attach, detach, init_adapters
 from llama_jax.model.parameters import abstract, count_parameters, named_leaves
 from llama_jax.model.transformer import Llama, unstack

@@ -113,7 +113,9 @@ def _read(folder: Path) -> Run | Description | None:
         found = _parse(tree)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}; restore it from a copy") from error
-    if checksum and checksum != json_checksum(tree):
+    if checksum is None:
+        warn(f"{path} has no checksum: it was edited, or written by an early version")
+    elif checksum != json_checksum(tree):
         warn(f"{path} was edited or damaged after it was written; results may differ")
     return found
 

@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llama_jax.cli.model_flags import READING
-from llama_jax.config import require
 from llama_jax.distributed.preemption import stop_signal
-from llama_jax.errors import UserError
+from llama_jax.errors import UserError, require
 from llama_jax.files import first_with_progress
 from llama_jax.llm import LLM
 from llama_jax.text.chat import Message

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama_jax.cli import main as cli
 from llama_jax.cli.model_flags import add_model_flags, load_llm
-from llama_jax.config import require
-from llama_jax.errors import UserError, did_you_mean, first_line, whole_number
+from llama_jax.errors import UserError, did_you_mean, first_line, require, whole_number
 from llama_jax.files import progress
 
 if TYPE_CHECKING:  # JAX would make --help slow

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama_jax.cli import main as cli
 from llama_jax.cli.model_flags import READING, add_model_flags, load_llm
-from llama_jax.config import require
-from llama_jax.errors import UsageError, UserError, is_utf16
+from llama_jax.errors import UsageError, UserError, is_utf16, require
 from llama_jax.files import first_with_progress, progress
 from llama_jax.inference.request import MAX_COMPLETIONS, Delta, Request, SamplingParams
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from llama_jax.config import DataConfig, require
+from llama_jax.config import DataConfig
 from llama_jax.data.token_folder import PREFERENCES, TokenFolder
-from llama_jax.errors import UsageError, UserError, shown
+from llama_jax.errors import UsageError, UserError, require, shown
 
 LARGEST_RATIO = 10**6  # of a weight to 1, and of 1 to a weight
 

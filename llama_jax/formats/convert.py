@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.checkpoints.run_folder import require_space
-from llama_jax.config import require
-from llama_jax.errors import UserError, warn
+from llama_jax.errors import UserError, require, warn
 from llama_jax.files import check_new_path, new_path, progress
 from llama_jax.formats.llama2c import tokenizer as tokenizer_bin
 from llama_jax.formats.vocabulary import Vocabulary

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llama_jax.config import LoraConfig, ModelConfig, require
-from llama_jax.errors import did_you_mean
+from llama_jax.config import LoraConfig, ModelConfig
+from llama_jax.errors import did_you_mean, require
 from llama_jax.model.execution import Execution
 from llama_jax.model.layers import Linear, dropout, embed, unembed
 from llama_jax.model.parameters import Matrix, matrices

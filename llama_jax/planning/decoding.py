@@ -15,16 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from llama_jax.config import (
-    COMPUTE_DTYPES,
-    MAX_INT,
-    Choice,
-    MeshConfig,
-    ModelConfig,
-    Range,
-    require,
-)
+from llama_jax.config import COMPUTE_DTYPES, MAX_INT, Choice, MeshConfig, ModelConfig, Range
 from llama_jax.distributed.mesh import partition_spec, placed, shardings
+from llama_jax.errors import require
 from llama_jax.inference.decode import (
     NO_TOKEN,
     GenerationState,

@@ -8,7 +8,8 @@ from functools import partial, reduce
 import jax
 import jax.numpy as jnp
 
-from llama_jax.config import Choice, require
+from llama_jax.config import Choice
+from llama_jax.errors import require
 from llama_jax.kernels.int4 import BLOCK, NORMAL_FLOATS, Quantized, pack
 
 KINDS = ("int8", "int4", "nf4")

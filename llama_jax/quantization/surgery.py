@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llama_jax.config import ModelConfig, require
+from llama_jax.config import ModelConfig
+from llama_jax.errors import require
 from llama_jax.model.layers import Linear, OutputsFirstLinear
 from llama_jax.model.parameters import count_parameters, matrices
 from llama_jax.model.transformer import Block, Llama, replace_linears

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 
 from llama_jax.checkpoints.metadata import Description, read_description
 from llama_jax.checkpoints.restore import folder_and_step
-from llama_jax.config import require
-from llama_jax.errors import GIB, UserError, did_you_mean
+from llama_jax.errors import GIB, UserError, did_you_mean, require
 from llama_jax.files import progress
 from llama_jax.formats.named_models import checkpoint_path
 from llama_jax.inference.request import SamplingParams

@@ -82,6 +82,11 @@ def test_edited_file_is_read_with_a_warning(tmp_path, capsys):
     path.write_text(path.read_text().replace('"eos": true', '"eos": false'))
     assert not read_description(tmp_path).eos
     assert capsys.readouterr().err.startswith(f"warning: {path} was edited or damaged")
+    tree = json.loads(path.read_text())
+    del tree["checksum"]
+    path.write_text(json.dumps(tree))
+    assert not read_description(tmp_path).eos
+    assert capsys.readouterr().err.startswith(f"warning: {path} has no checksum")
 
 
 def test_run_without_a_newer_field_is_read(tmp_path):
