@@ -98,6 +98,26 @@ class Compiled:
                 found.append(often[body[1]] // often[name] if body else 1)
         return found
 
+    def loops(self) -> list[tuple[int, float]]:
+        """Return what each computation takes, the longest first: cycles, and the share of matmuls.
+
+        Cycles are those of its own instructions, as often as they run; a fusion is a matmul if it
+        holds one.
+        """
+        cycles: dict[str, list[int]] = {}
+        for name, one, times in self.program.runs():
+            taken = cycles.setdefault(name, [0, 0])
+            taken[self._is_matmul(one)] += _cycles(one.attributes) * times
+        sums = sorted(((sum(both), both[1]) for both in cycles.values()), reverse=True)
+        return [(total, matmuls / total) for total, matmuls in sums if total]
+
+    def _is_matmul(self, instruction: Any) -> bool:
+        if instruction.opcode in ("convolution", "dot"):
+            return True
+        called = re.search(r"\bcalls=%?([\w.-]+)", instruction.attributes)
+        inside = self.program.computations.get(called[1], {}) if called else {}
+        return any(map(self._is_matmul, inside.values()))
+
 
 def _cycles(attributes: str) -> int:
     found = re.search(r'"estimated_cycles":"(\d+)"', attributes)
@@ -155,7 +175,9 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PROGRAMS), help="comma-separated")
     flags = parser.parse_args()
     config = ModelConfig(**WIDE, num_layers=flags.layers)
-    print(f"{'':18}{'Mcycles':>9}{'temporary':>12}{'peak':>12}{'copies':>10}{'compiled in':>14}")
+    columns = ("temporary", 12), ("peak", 12), ("copies", 10), ("compiled in", 14)
+    titles = "".join(f"{title:>{width}}" for title, width in columns)
+    print(f"{'':18}{'Mcycles':>9}{titles}  of its longest loops (matmuls)")
     for name in flags.only.split(","):
         kind, what, *quantize = name.split()
         start = time.perf_counter()
@@ -168,7 +190,8 @@ def main() -> None:
         seconds = time.perf_counter() - start
         print(
             f"{name:18}{made.cycles / 1e6:9.2f}{made.temporary / 1e6:9.1f} MB"
-            f"{made.peak / 1e6:9.1f} MB{sum(made.copies(LARGE)) / 1e6:7.0f} MB{seconds:12.0f} s",
+            f"{made.peak / 1e6:9.1f} MB{sum(made.copies(LARGE)) / 1e6:7.0f} MB{seconds:12.0f} s  "
+            + ", ".join(f"{cycles / 1e6:.2f} ({share:.0%})" for cycles, share in made.loops()[:2]),
             flush=True,
         )
 

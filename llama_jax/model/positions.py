@@ -7,7 +7,8 @@ with distance: those of Press et al. 2022 ("alibi"), or learned ones ("relative"
 the causal mask tells positions apart (Haviv et al. 2022).
 
 Inside this package the two members of a rotated pair lie in the two *halves* of a head, so the
-rotation needs no strided access. Formats that interleave them are permuted in `formats`.
+rotation (`kernels.rotation`) needs no strided access. Formats that interleave them are permuted in
+`formats`.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.config import ModelConfig, RopeScaling
+from llama_jax.kernels.rotation import rotate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,13 +165,6 @@ def rotary_embedding(
     cosine, sine = jnp.cos(angles), jnp.sin(angles)
     factor = attention_factor(scaling)
     return (cosine, sine) if factor == 1.0 else (factor * cosine, factor * sine)
-
-
-def rotate(x_BTNH: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
-    """`x` with each pair (h, h + H/2) rotated by its angle, in float32 and cast back."""
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    rotated = [first * cosine - second * sine, second * cosine + first * sine]
-    return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
 
 
 def positions_within(segments_BT: jax.Array) -> jax.Array:

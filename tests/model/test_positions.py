@@ -6,7 +6,8 @@ import pytest
 import reference
 
 from llama_jax.config import RopeScaling
-from llama_jax.model.positions import attention_factor, frequencies, rotary_embedding, rotate
+from llama_jax.kernels.rotation import rotate
+from llama_jax.model.positions import attention_factor, frequencies, rotary_embedding
 
 THETA = 500.0
 X_BTNH = np.random.default_rng(0).standard_normal((5, 7, 6, 4), np.float32)

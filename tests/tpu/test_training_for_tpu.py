@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from llama_jax.cli.config_flags import read_config
 from llama_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
 from llama_jax.hardware.hlo import collectives, nbytes
 from llama_jax.model.parameters import block_parameters
@@ -83,6 +84,13 @@ def test_the_backward_pass_of_attention_is_one_kernel_and_adds_up_no_parts():
     kernels = [one for one, _ in made.instructions() if one.opcode == "custom-call"]
     named = [one.name for one in kernels if "splash" in one.name]
     assert [sum(part in name for name in named) for part in ("fwd", "dkv", "dq")] == [1, 1, 0]
+
+
+def test_of_the_loops_over_layers_most_cycles_are_matmuls():
+    sizes = ["model.num_layers=2", "data.batch_size=16", "optimizer.accumulation_steps=1"]
+    config = read_config("110m_tpu", [f"--config.{size}" for size in sizes])
+    longest = training(config).loops()[:3]  # of the loss, of both passes over the layers
+    assert min(share for _, share in longest) > 0.55
 
 
 @pytest.mark.parametrize(
