@@ -6,12 +6,14 @@ traceback.
 """
 
 import argparse
+import atexit
 import contextlib
 import difflib
 import importlib
 import os
 import re
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -100,16 +102,20 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     argv = [word for word in sys.argv[1:] if word != "--debug"]
     debug = len(argv) < len(sys.argv) - 1
     make_output_safe()
+    interrupts: list[BaseException] = []
+    atexit.register(_leave_if, interrupts)  # before those of libraries, hence called after them
     try:
         code = main(argv) or 0
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output has closed it, as in `| head -1`
         discard_output()
         code = 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        interrupts.append(error)
         code = 130
     except Exception as error:
         if was_interrupted(error):
+            interrupts.append(error)
             raise SystemExit(130) from None
         if debug:
             raise
@@ -121,6 +127,21 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         except OSError:  # the disk is full, which the exit of the interpreter would report again
             discard_output()
     raise SystemExit(code)
+
+
+def _leave_if(interrupts: list[BaseException]) -> None:
+    """After Ctrl-C, end the process at once.
+
+    Else Python takes itself apart, and libraries' threads that come back to it from C++ abort the
+    process.
+    """
+    if not interrupts:
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(130)
 
 
 def make_output_safe() -> None:

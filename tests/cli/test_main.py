@@ -213,6 +213,26 @@ def test_an_import_that_ctrl_c_breaks_is_an_interrupt():
     assert (done.returncode, done.stderr) == (130, "")
 
 
+BUSY = """
+import threading
+import time
+from llama_jax.text.sentencepiece import train_tokenizer
+tokenizer = train_tokenizer(['once upon a time'] * 9, 280, sys.argv[1])
+def encode():
+    while True:
+        tokenizer.encode_array('time upon ' * 1000)
+for _ in range(4):
+    threading.Thread(target=encode, daemon=True).start()
+time.sleep(0.1)
+raise KeyboardInterrupt
+"""
+
+
+def test_ctrl_c_while_a_library_is_at_work_in_a_thread_is_no_abort(tmp_path):
+    done = run_command(BUSY, str(tmp_path / "tokenizer.model"))
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 INTERRUPTED = """
 import sys
 
