@@ -16,7 +16,7 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -92,9 +92,25 @@ def run_command(name: str) -> NoReturn:
         if name in ON_HUGE_PAGES:
             use_huge_pages()
         skip_absent_tpu()
-        return importlib.import_module(f"llama_jax.cli.{module}").main(argv)
+        with _ended_by_interrupts():
+            command = importlib.import_module(f"llama_jax.cli.{module}")
+        return command.main(argv)
 
     run(main)
+
+
+@contextlib.contextmanager
+def _ended_by_interrupts() -> Iterator[None]:
+    """Let Ctrl-C end the process, not raise `KeyboardInterrupt`, while the block imports modules.
+
+    Raised while C++ of jaxlib sets up its modules, it would abort the process with messages.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, in background
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:

@@ -233,6 +233,14 @@ def test_ctrl_c_while_a_library_is_at_work_in_a_thread_is_no_abort(tmp_path):
     assert (done.returncode, done.stderr) == (130, "")
 
 
+def test_ctrl_c_while_the_module_of_a_command_is_imported_ends_the_process():
+    script = "import importlib, os, signal\nfrom llama_jax.cli.main import run_command\n"
+    script += "importlib.import_module = lambda name: os.kill(os.getpid(), signal.SIGINT)\n"
+    words = [sys.executable, "-c", f"{script}run_command('train')"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
 INTERRUPTED = """
 import sys
 
