@@ -96,7 +96,27 @@ def run_command(name: str) -> NoReturn:
             command = importlib.import_module(f"llama_jax.cli.{module}")
         return command.main(argv)
 
-    run(main)
+    try:
+        run(main)
+    except SystemExit as end:
+        if isinstance(end.code, int) and end.code:
+            _leave(end.code)
+        raise
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process after an error without waiting for threads that libraries have left.
+
+    Those of a failed save wait for minutes. Those at work in C++ abort a Python that takes itself
+    apart when they come back to it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(Exception):
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 @contextlib.contextmanager
@@ -118,20 +138,16 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     argv = [word for word in sys.argv[1:] if word != "--debug"]
     debug = len(argv) < len(sys.argv) - 1
     make_output_safe()
-    interrupts: list[BaseException] = []
-    atexit.register(_leave_if, interrupts)  # before those of libraries, hence called after them
     try:
         code = main(argv) or 0
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output has closed it, as in `| head -1`
         discard_output()
         code = 0
-    except KeyboardInterrupt as error:
-        interrupts.append(error)
+    except KeyboardInterrupt:
         code = 130
     except Exception as error:
         if was_interrupted(error):
-            interrupts.append(error)
             raise SystemExit(130) from None
         if debug:
             raise
@@ -143,21 +159,6 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         except OSError:  # the disk is full, which the exit of the interpreter would report again
             discard_output()
     raise SystemExit(code)
-
-
-def _leave_if(interrupts: list[BaseException]) -> None:
-    """After Ctrl-C, end the process at once.
-
-    Else Python takes itself apart, and libraries' threads that come back to it from C++ abort the
-    process.
-    """
-    if not interrupts:
-        return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
-            stream.flush()
-    os._exit(130)
 
 
 def make_output_safe() -> None:
