@@ -6,15 +6,17 @@ traceback.
 """
 
 import argparse
+import atexit
 import contextlib
 import difflib
 import importlib
 import os
 import re
 import shlex
+import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -90,9 +92,45 @@ def run_command(name: str) -> NoReturn:
         if name in ON_HUGE_PAGES:
             use_huge_pages()
         skip_absent_tpu()
-        return importlib.import_module(f"llama_jax.cli.{module}").main(argv)
+        with _ended_by_interrupts():
+            command = importlib.import_module(f"llama_jax.cli.{module}")
+        return command.main(argv)
 
-    run(main)
+    try:
+        run(main)
+    except SystemExit as end:
+        if isinstance(end.code, int) and end.code:
+            _leave(end.code)
+        raise
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process after an error without waiting for threads that libraries have left.
+
+    Those of a failed save wait for minutes. Those at work in C++ abort a Python that takes itself
+    apart when they come back to it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(Exception):
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
+
+
+@contextlib.contextmanager
+def _ended_by_interrupts() -> Iterator[None]:
+    """Let Ctrl-C end the process, not raise `KeyboardInterrupt`, while the block imports modules.
+
+    Raised while C++ of jaxlib sets up its modules, it would abort the process with messages.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, in background
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:

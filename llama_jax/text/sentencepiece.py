@@ -46,7 +46,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
         ids = filter(self._processor.is_control, range(self.vocab_size))
-        self.special_ids: Mapping[str, int] = {self._processor.id_to_piece(i): i for i in ids}
+        self.special_ids: Mapping[str, int] = {self._text(i): i for i in ids}
 
     def encode_array(self, text: str, *, continues: bool = False) -> np.ndarray:
         """Return the ids of a text as int32; see `Tokenizer`."""
@@ -78,16 +78,20 @@ class SentencePieceTokenizer(Tokenizer):
         return [self._surface(token) for token in range(self.vocab_size)]
 
     def _surface(self, token: int) -> str | bytes:
+        if self._processor.is_control(token):
+            return ""
+        text = self._text(token)
+        return bytes([int(text[1:-1], 16)]) if self._processor.is_byte(token) else text  # "<0x0A>"
+
+    def _text(self, token: int) -> str:
+        """Return a piece, or what the unknown one stands for; `UserError` if it is not UTF-8."""
         try:
-            piece = self._processor.id_to_piece(token)
             if self._processor.is_unknown(token):
                 return self._processor.decode([token])
+            return self._processor.id_to_piece(token)
         except UnicodeDecodeError as error:
             message = f"piece {token} of tokenizer {self.path} is not UTF-8; copy the file again"
             raise UserError(message) from error
-        if self._processor.is_byte(token):
-            return bytes([int(piece[1:-1], 16)])  # "<0x0A>"
-        return "" if self._processor.is_control(token) else piece
 
 
 # ---- model files ----
@@ -164,6 +168,8 @@ def train_tokenizer(
             minloglevel=3,
         )
     except RuntimeError as error:
+        if "KeyboardInterrupt" in str(error):  # Ctrl-C while it asked for the next line
+            raise KeyboardInterrupt from None
         raise UserError(_training_error(str(error), vocab_size)) from error
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")

@@ -213,6 +213,52 @@ def test_an_import_that_ctrl_c_breaks_is_an_interrupt():
     assert (done.returncode, done.stderr) == (130, "")
 
 
+LEFT = {
+    "a thread that waits": "threading.Thread(target=time.sleep, args=(60,)).start()",
+    "threads at work in C++": """
+from llama_jax.text.sentencepiece import train_tokenizer
+tokenizer = train_tokenizer(['once upon a time'] * 9, 280, sys.argv[1])
+def encode():
+    while True:
+        tokenizer.encode_array('time upon ' * 1000)
+for _ in range(4):
+    threading.Thread(target=encode, daemon=True).start()
+time.sleep(0.1)
+""",
+}
+
+
+@pytest.mark.parametrize("left", LEFT)
+@pytest.mark.parametrize(("error", "code"), [("KeyboardInterrupt", 130), ("UserError('x')", 1)])
+def test_after_an_error_no_thread_of_a_library_is_waited_for(tmp_path, left, error, code):
+    """One that works on in C++ would abort the end of Python."""
+    script = f"""
+import atexit, sys, threading, time
+from llama_jax.cli import doctor
+from llama_jax.cli.main import run_command
+from llama_jax.errors import UserError
+
+atexit.register(print, "at exit")
+def main(argv):
+{textwrap.indent(LEFT[left], "    ")}
+    raise {error}
+doctor.main = main
+run_command("doctor")
+"""
+    words = [sys.executable, "-c", script, str(tmp_path / "tokenizer.model")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == (code, "at exit\n")
+    assert done.stderr == ("error: x\n" if code == 1 else "")
+
+
+def test_ctrl_c_while_the_module_of_a_command_is_imported_ends_the_process():
+    script = "import importlib, os, signal\nfrom llama_jax.cli.main import run_command\n"
+    script += "importlib.import_module = lambda name: os.kill(os.getpid(), signal.SIGINT)\n"
+    words = [sys.executable, "-c", f"{script}run_command('train')"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
 INTERRUPTED = """
 import sys
 

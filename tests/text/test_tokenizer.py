@@ -203,6 +203,16 @@ def test_each_kind_of_model_restores_texts_and_loads_by_its_file(kind, tmp_path)
     assert kind == "char" or tokenizer.vocab_size == 310
 
 
+def test_ctrl_c_while_a_text_is_read_for_training_is_no_error_of_the_trainer(tmp_path):
+    def texts():
+        yield "once upon a time"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_tokenizer(texts(), 300, tmp_path / "tokenizer.model")
+    assert not any(tmp_path.iterdir())
+
+
 def test_training_prints_nothing_and_writes_only_the_model(tmp_path, capfd):
     train_tokenizer(TEXTS, 330, tmp_path / "silent.model")
     assert capfd.readouterr() == ("", "")
