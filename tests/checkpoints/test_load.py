@@ -164,7 +164,7 @@ def test_dtypes_of_parameters_and_arithmetic(converted, monkeypatch, case):
         slow(("float16", "tpu", {"max_context": 5})),
         slow(("float32", "cpu", {"dtype": "bfloat16"})),
         ("bfloat16", "tpu", {"quantize": "int8"}),
-        ("float32", "cpu", {"quantize": "int4"}),
+        slow(("float32", "cpu", {"quantize": "int4"})),
     ],
 )
 def test_shapes_to_compile_for_are_those_of_the_loaded_model(

@@ -48,6 +48,7 @@ def test_text_becomes_a_token_folder(place):
     assert TokenFolder.open(place / "again").fingerprint == folder.fingerprint
 
 
+@pytest.mark.slow
 def test_other_kinds_of_tokenizers_are_saved_by_name_and_warned_of(place):
     words = ["text.txt", "--output=mine", "--vocab_size=290", "--model_type=unigram"]
     done = prepare(place, *words, "--save_tokenizer=named.model")

@@ -118,6 +118,7 @@ def test_a_run_ends_well_and_says_so_in_plain_lines(place, straight):
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_signal_before_compiling_saves(place):
     """`tests/faults` signals runs at other moments."""
     process = started(place, at("stopped"))

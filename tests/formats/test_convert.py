@@ -335,6 +335,7 @@ def test_a_failure_leaves_nothing(sources, tmp_path, target):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_an_interrupted_conversion_leaves_nothing(sources, tmp_path):
     """`tests/faults` has other formats and signals."""
     job = job_of(sources, "ckpt", "hf", tmp_path)

@@ -57,6 +57,7 @@ def same_leaves(found, expected):
         assert np.asarray(found[name]).tobytes() == np.asarray(leaf).tobytes(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position", slow_but(["relative"], ["absolute", "relative"]))
 def test_learned_positions_are_stored_as_floats(tmp_path, position):
     source = weights(position=position)
@@ -98,6 +99,7 @@ def test_both_write_the_same_tokens(place):
     assert made[0] == made[1] and len(set(made[0].token_ids)) > 2
 
 
+@pytest.mark.slow
 def test_half_precision_models_too(tmp_path):
     half = tiny_weights("bfloat16", tied_embeddings=False, compute_dtype="bfloat16", **SIZES)
     checkpoint_folder.write(half, tmp_path / "float")

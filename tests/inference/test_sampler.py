@@ -253,7 +253,7 @@ DIFFERENT = [
 @pytest.mark.parametrize(
     ("different", "compared"),
     [
-        (False, (0, 16)),
+        pytest.param(False, (0, 16), marks=pytest.mark.slow),
         (True, (0, len(DIFFERENT) - 1)),
         pytest.param(True, range(1, len(DIFFERENT) - 1), marks=pytest.mark.slow),
     ],

@@ -53,6 +53,7 @@ def test_blocks_equal_the_whole(blocks_of_8, T, K):
         np.testing.assert_allclose(result, right, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near_float32(blocks_of_8):
     given = arrays(19, 2, "bfloat16")
     results = value_and_gradients(blockwise_attention, *given)

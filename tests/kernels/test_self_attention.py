@@ -226,6 +226,7 @@ def packed(texts):
     return tokens, segments, weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(["blockwise"], HERE))
 def test_packed_documents_learn_as_separate_ones(documents, name):
     model, texts, logits, gradients = documents
@@ -252,7 +253,7 @@ def mesh_of(data, fsdp, tensor):
         ("blockwise", (2, 2, 2), 8),  # the tensor axis divides all heads
         slow(("blockwise", (1, 2, 4), 8)),  # those of queries only: those of keys are repeated
         slow(("blockwise", (2, 1, 4), 6)),  # neither
-        ("splash", (1, 2, 4), 8),
+        slow(("splash", (1, 2, 4), 8)),
     ],
 )
 def test_on_a_mesh_as_on_one_device(name, shape, heads):

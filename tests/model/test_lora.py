@@ -42,6 +42,7 @@ def test_they_change_nothing_at_first(model):
     np.testing.assert_array_equal(logits(adapted), logits(model))
 
 
+@pytest.mark.slow
 def test_merged_is_attached_on_every_layout(model, adapters):
     expected = logits(merge(model, adapters, LORA))
     assert np.abs(expected - logits(model)).max() > 0.1

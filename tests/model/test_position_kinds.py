@@ -68,7 +68,7 @@ def test_sinusoids_have_the_wavelengths_of_vaswani_et_al():
         np.testing.assert_allclose(waves_BTD[index], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("position", slow_but(["absolute", "relative"], OTHERS))
+@pytest.mark.parametrize("position", slow_but(["relative"], OTHERS))
 def test_logits_agree_with_the_oracle_by_every_way(position, monkeypatch):
     """Whole, by blocks, in a cache and in slots; with a window too where it meets slopes."""
     monkeypatch.setattr(blockwise, "SMALLEST_BLOCK", 4)
@@ -142,6 +142,7 @@ def test_gradients_by_blocks_are_those_of_all_scores_at_once(packed, monkeypatch
     jax.tree.map(close, gradients(blockwise_attention), expected)
 
 
+@pytest.mark.slow
 def test_slopes_and_tables_are_learned_by_every_kernel():
     for position, name in (("relative", "slopes"), ("absolute", "position_embedding")):
         model = model_of(position, num_layers=2)
@@ -234,6 +235,7 @@ def test_quantized_models_keep_their_positions(position):
     np.testing.assert_allclose(kept, own if position == "absolute" else own[2] * 32, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_adapters_are_beside_positions_that_they_do_not_change():
     model, lora = model_of("absolute"), LoraConfig(rank=2, targets="linear,embedding")
     adapters = init_adapters(model.config, lora, jax.random.key(0))

@@ -234,6 +234,7 @@ def test_without_a_key_nothing_is_random():
         assert ("random_bits" in traced) == is_random
 
 
+@pytest.mark.slow
 def test_kernels_that_keep_their_weights_drop_the_same_residuals():
     model, key = make_model(dropout=0.3), jax.random.key(0)
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from cases import slow_but
 from tiny_model import make_model, plain
 
 from llama_jax.kernels.blockwise import blockwise_attention
@@ -27,7 +28,7 @@ def close(got, expected):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", slow_but(["both"], VARIANTS))
 def test_logits_agree_with_the_oracle_by_every_way(name):
     model = make_model(**VARIANTS[name])
     window = model.config.sliding_window
@@ -69,7 +70,7 @@ def test_biases_are_counted_and_are_no_matrices():
     assert all(flag == name.endswith(("kernel", "embedding")) for name, flag in decays.items())
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", slow_but(["int4"], ["int8", "int4"]))
 def test_quantized_models_keep_their_biases(kind):
     model = make_model(**BIASES)
     small = quantize(model, kind)

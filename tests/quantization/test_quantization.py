@@ -172,6 +172,7 @@ def test_memory_of_real_shapes(kind, group_size, layers):
     assert held <= SHARE[kind] * 4 * count_parameters(config)
 
 
+@pytest.mark.slow
 def test_the_float_arrays_are_freed():
     def alive():
         gc.collect()
@@ -214,6 +215,7 @@ def continued(model, prompts):
     return rows
 
 
+@pytest.mark.slow
 def test_eight_devices_generate_what_one_generates():
     model = model_of(num_layers=1)
     model.embedding[...] *= 0.1  # or it would just repeat its last token

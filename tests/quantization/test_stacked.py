@@ -26,7 +26,7 @@ def model_of(**changes):
     ("kind", "options"),
     [
         pytest.param("int8", {}, marks=pytest.mark.slow),
-        ("int4", {"group_size": 64}),
+        pytest.param("int4", {"group_size": 64}, marks=pytest.mark.slow),
         pytest.param("nf4", {}, marks=pytest.mark.slow),
         ("nf4", {"double_quantization": True}),
     ],

@@ -47,6 +47,7 @@ def answer(deltas):
     return [token for delta in deltas for token in delta.ids], deltas[-1].finish_reason
 
 
+@pytest.mark.slow
 def test_a_constrained_sequence_gets_what_the_engine_gives_it(scheduler, engine):
     requests = [request_of(settings, row) for row, settings in enumerate(SETTINGS)] * 2
     together = [answer(deltas) for deltas in [scheduler.generate(each) for each in requests]]

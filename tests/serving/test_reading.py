@@ -4,6 +4,7 @@ from concurrent.futures import CancelledError
 
 import numpy as np
 import pytest
+from cases import slow_but
 from schedulers import started, wait_until
 from tiny_model import make_model
 
@@ -44,7 +45,7 @@ def test_embeddings_are_those_of_the_library(scheduler, engine):
     assert scheduler.stats().compilations == 0
 
 
-@pytest.mark.parametrize("top", [0, 3])
+@pytest.mark.parametrize("top", slow_but([3], [0, 3]))
 def test_scores_are_those_of_the_library(scheduler, engine, top):
     expected = score_sequences(engine.model, TEXTS, top)
     for found, score in zip(read(scheduler, ScoreReading(TEXTS, top)), expected, strict=True):

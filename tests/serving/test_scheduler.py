@@ -81,7 +81,7 @@ PARAMS = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(["penalised", "reported"], PARAMS))
+@pytest.mark.parametrize("name", slow_but(["reported"], PARAMS))
 def test_more_sequences_than_slots_get_what_the_engine_gives_them(scheduler, engine, name):
     params = [SamplingParams(max_tokens=5 + n, seed=n, **PARAMS[name]) for n in range(7)]
     request = Request(prompts=PROMPTS, params=params, stop_ids=[11, 50])

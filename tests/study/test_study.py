@@ -136,6 +136,7 @@ def test_door_is_one_line():
 # ---- the laws of a fair comparison ----
 
 
+@pytest.mark.slow
 def test_variants_start_from_the_same_weights_in_what_they_share(tmp_path):
     found = {}
     for variant in VARIANTS:

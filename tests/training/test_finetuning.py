@@ -124,7 +124,8 @@ def test_only_adapters_learn_and_the_base_stays_to_the_bit(loss, base):
         assert np.abs(x - y).max() > 0
 
 
-@pytest.mark.parametrize("loss", ["next_token", pytest.param("dpo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["next_token", "dpo"])
 def test_accumulated_is_the_whole_batch(loss):
     """The sums over microbatches are those of each alone, and of all at once but for rounding.
 
@@ -169,7 +170,8 @@ def test_packed_documents_are_those_apart():
     assert_close(jax.tree.map(lambda x, y: x + y, *parts), (sums, expected), 1e-5)
 
 
-@pytest.mark.parametrize("loss", ["next_token", pytest.param("dpo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["next_token", "dpo"])
 def test_sharded_is_the_same_as_one_device(loss):
     config = make_config(loss, dropout=0.2, targets="linear,embedding")
     batch, state = make_batch(), perturbed(init_state(config))

@@ -41,7 +41,8 @@ def memory(rows=MICROBATCH, length=T, accumulation=1, moments="float32", **model
     return compiled.memory_analysis(), size
 
 
-@pytest.mark.parametrize("moments", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 def test_the_new_state_takes_the_place_of_the_old_one(moments):
     found, state = memory(moments=moments)
     assert found.alias_size_in_bytes >= state

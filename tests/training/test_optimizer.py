@@ -164,6 +164,7 @@ def test_short_moments_change_nothing_but_what_is_kept():
         assert (np.float32(one) != other).any()
 
 
+@pytest.mark.slow
 def test_short_moments_fade_however_slowly():
     """At beta2 = 0.999 a step changes the second moment by less than bfloat16 can say."""
     model = make_model()

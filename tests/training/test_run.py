@@ -137,6 +137,7 @@ def test_resumed_run_equals_uninterrupted_run_bit_by_bit(config, tmp_path):
     assert reports[3]["wall_seconds"] < reports[4]["wall_seconds"]
 
 
+@pytest.mark.slow
 def test_profile_has_exactly_its_steps(config, tmp_path, capfd):
     assert fit(config, Window(2, 4)) == 0
     line = "profile   steps 3 to 4 in "
@@ -228,6 +229,7 @@ def test_validation_loss_of_nan_is_never_the_best(config, tmp_path):
     assert meta["best_validation_loss"] == 2.0
 
 
+@pytest.mark.slow
 def test_best_checkpoint_of_an_earlier_session_is_kept(config, tmp_path):
     for losses, on_batch, code in (([1.0], stop_at(7), 143), ([3.0, 2.0, 2.5], None, 0)):
         evaluate = validation_losses(losses)

@@ -139,6 +139,7 @@ def test_the_loss_is_a_mean_over_tokens_not_over_microbatches(whole):
     assert abs(of_means / whole[1][0].loss - 1) > 1e-4
 
 
+@pytest.mark.slow
 def test_on_a_mesh_training_goes_as_on_one_device(whole):
     """Gradients on all meshes: test_sharding."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
@@ -248,6 +249,7 @@ def test_fsdp_sends_no_more_than_the_textbook(remat):
     assert kinds["all-gather"].bytes <= table  # a layer's parameters, never those of all layers
 
 
+@pytest.mark.slow
 def test_on_two_axes_too_no_device_ever_has_all_parameters():
     config, sizes = make_config(), {"data": 1, "fsdp": 4, "tensor": 2}
     found = sent_by(config, sizes)
