@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from llama_jax.cli.startup import HUGE_PAGES, HUGE_PAGES_VARIABLE
+from llama_jax.cli.startup import HUGE_PAGES, HUGE_PAGES_VARIABLE, skip_absent_tpu
 
 SHAPES = {
     "260k": {"vocab_size": 512, "dim": 64, "num_layers": 5, "num_heads": 8, "hidden_dim": 172},
@@ -38,6 +38,8 @@ SHAPES["7b"] |= {"hidden_dim": 11008}
 KV_HEADS = {"260k": 4, "15m": 6, "110m": 12, "135m": 3, "1.1b": 4, "7b": 32}
 
 UNTIED_DIM = 2048  # from this width on embeddings are not tied
+
+skip_absent_tpu()  # libtpu, where it is installed, would print lines of errors
 
 Work = Callable[[], float]  # runs once what is measured; returns seconds
 

@@ -2,12 +2,15 @@
 
     python benchmarks/roofline.py
     python benchmarks/roofline.py --model 15m --prompt 128 --context 256
+    python benchmarks/roofline.py --batch 16 --only copy,float,int8
+    python benchmarks/roofline.py --flags=--xla_gpu_enable_command_buffer=+WHILE
 
 On a GPU or TPU Llama 2 7B's shape in bfloat16, int8 and int4, with random weights; on CPU 110M in
 float32. A token reads every weight once (of an untied embedding only one row) and every slot of
 the cache: these bytes over the time of a token are compared with the bandwidth of a copy within the
 device's memory. Prefill takes a third of the FLOPs that `flops_per_token` counts for training,
-compared with the chip's dense peak. Each runs in its own process, in turn; see `common`.
+compared with the chip's dense peak. Each runs in its own process, in turn; see `common`. With
+`--flags` decoding is measured once more with these added to XLA_FLAGS.
 """
 
 import argparse
@@ -21,6 +24,7 @@ import common
 
 COPIED = {"cpu": 2**28}  # bytes of the array that is copied; elsewhere 2 GiB
 DEFAULTS = {"cpu": ("110m", "float32", 128, 512)}  # elsewhere `ACCELERATOR`
+ROWS = ("copy", "float", "int8", "int4", "prefill")
 ACCELERATOR = ("7b", "bfloat16", 2048, 4096)
 
 
@@ -51,8 +55,22 @@ def copying() -> Measured:
     return Measured(work, bytes=2 * size)
 
 
-def decoding(model: str, dtype: str, prompt: int, context: int, new: int, bits: str) -> Measured:
-    """Return decoding as work: seconds per token, without prefill and the first token."""
+def decoding(
+    model: str,
+    dtype: str,
+    prompt: int,
+    context: int,
+    new: int,
+    batch: int,
+    bits: str,
+    flags: str = "",
+) -> Measured:
+    """Return decoding as work: seconds per token of each sequence, without prefill and the first.
+
+    Args:
+      flags: for XLA, which reads them when JAX looks for devices.
+    """
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
     import jax
 
     from llama_jax.inference.decode import cache_slots
@@ -69,17 +87,18 @@ def decoding(model: str, dtype: str, prompt: int, context: int, new: int, bits: 
     if not config.tied_embeddings:
         read -= sum(leaf.nbytes for leaf in jax.tree.leaves(weights.embedding))
     slots = cache_slots(min(prompt + new, context))
-    cache = jax.eval_shape(lambda: KVCache.empty(config, 1, slots))
+    cache = jax.eval_shape(lambda: KVCache.empty(config, batch, slots))
     read += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.layers))
 
     greedy = SamplingParams(temperature=0, max_tokens=new)
-    request = Request(prompts=[_ids(prompt)], params=[greedy])
+    request = Request(prompts=[_ids(prompt)] * batch, params=[greedy] * batch)
 
     def work() -> float:
         times, tokens = [], 0
         for delta in Engine(weights).generate(request):
-            times.append(time.perf_counter())
-            tokens += len(delta.ids)
+            if delta.index == batch - 1:  # the last of those that come together
+                times.append(time.perf_counter())
+                tokens += len(delta.ids)
         return (times[-1] - times[0]) / (tokens - 1)
 
     return Measured(work, bytes=read)
@@ -109,8 +128,8 @@ def _ids(count: int) -> list[int]:
     return [1 + i % 1000 for i in range(count)]
 
 
-def measure(made: dict[str, tuple[Any, ...]], rounds: int, peak: float) -> None:
-    """Run all in turn, and print a row for each."""
+def measure(made: dict[str, tuple[Any, ...]], rounds: int, peak: float) -> bool:
+    """Run all in turn, and print a row for each; return whether all could be measured."""
     workers = [common.Worker(name, True, *arguments) for name, arguments in made.items()]
     for _ in range(rounds):
         for worker in workers:
@@ -139,6 +158,7 @@ def measure(made: dict[str, tuple[Any, ...]], rounds: int, peak: float) -> None:
         print(row, flush=True)
     for worker in workers:
         worker.close()
+    return not any(worker.problem for worker in workers)
 
 
 def main() -> None:
@@ -149,6 +169,9 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=0, help="tokens of the prompt")
     parser.add_argument("--context", type=int, default=0, help="tokens of the context")
     parser.add_argument("--new_tokens", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=1, help="sequences that are decoded together")
+    parser.add_argument("--only", default="", help=f"comma-separated, of {', '.join(ROWS)}")
+    parser.add_argument("--flags", default="", help="for XLA: decoding with them, too")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each")
     flags = parser.parse_args()
     # Processes share a device: none may preallocate its memory.
@@ -158,12 +181,23 @@ def main() -> None:
     model, dtype = flags.model or model, flags.dtype or dtype
     prompt, context = flags.prompt or prompt, flags.context or context
     shape = (model, dtype, prompt, context)
-    made: dict[str, tuple[Any, ...]] = {"copy": (copying,)}
+    only = flags.only.split(",") if flags.only else ROWS
+    made: dict[str, tuple[Any, ...]] = {"copy": (copying,)} if "copy" in only else {}
     for name, bits in {dtype: "", "int8": "int8", "int4": "int4"}.items():
-        made[f"token, {name}"] = (decoding, *shape, flags.new_tokens, bits)
-    made[f"prefill of {prompt:,}"] = (prefilling, *shape)
-    print(f"\n{model}, {dtype}, batch 1, after {prompt:,} tokens, {flags.rounds} rounds in turn")
-    measure(made, flags.rounds, common.peak(kind))
+        work = (decoding, *shape, flags.new_tokens, flags.batch, bits)
+        if (name if bits else "float") in only:
+            made[f"token, {name}"] = work
+            if flags.flags:
+                made[f"token, {name}, with flags"] = (*work, flags.flags)
+    if "prefill" in only:
+        made[f"prefill of {prompt:,}"] = (prefilling, *shape)
+    which = f", with {flags.flags}" if flags.flags else ""
+    print(
+        f"\n{model}, {dtype}, batch {flags.batch}, after {prompt:,} tokens, {flags.rounds} rounds"
+        f" in turn{which}"
+    )
+    if not measure(made, flags.rounds, common.peak(kind)):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ class Job:
     length: int  # tokens per sequence
     dtype: str  # of activations and matmuls
     accumulation: int = 1  # microbatches per step
+    documents: int = 0  # packed into each sequence; 0: the sequences are not packed
 
     @property
     def tokens(self) -> int:
@@ -51,7 +52,12 @@ def config_of(job: Job, layers: int) -> Any:
             tied_embeddings=shape["dim"] < common.UNTIED_DIM,
             compute_dtype=job.dtype,
         ),
-        data=DataConfig(path="none", batch_size=job.sequences, sequence_length=job.length),
+        data=DataConfig(
+            path="none",
+            batch_size=job.sequences,
+            sequence_length=job.length,
+            packing="documents" if job.documents else "none",
+        ),
         optimizer=OptimizerConfig(
             steps=10_000,
             learning_rate=1e-4,
@@ -141,7 +147,16 @@ class Ours:
         from llama_jax.distributed.mesh import batch_sharding
 
         ids, weights_BT = job.ids(), np.ones((job.sequences, job.length), np.float32)
-        batch = Batch(inputs_BT=ids[:, :-1], targets_BT=ids[:, 1:], weights_BT=weights_BT)
+        segments_BT = None
+        if job.documents:  # from 1, of equal lengths
+            segments_T = 1 + np.arange(job.length) * job.documents // job.length
+            segments_BT = np.broadcast_to(segments_T.astype(np.int32), weights_BT.shape)
+        batch = Batch(
+            inputs_BT=ids[:, :-1],
+            targets_BT=ids[:, 1:],
+            weights_BT=weights_BT,
+            segments_BT=segments_BT,
+        )
         return jax.device_put(batch, batch_sharding(self._mesh))
 
     def __call__(self) -> float:

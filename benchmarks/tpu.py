@@ -129,7 +129,7 @@ def compile_decoding(config: ModelConfig, batch: int, quantize: str = "") -> Com
     mesh = target_mesh(MESH, parse_target("v5e-1"))
     with jax.set_mesh(mesh):
         traced = trace_decoding(config, DecodingOptions(batch=batch, quantize=quantize), mesh)
-        return _compiled(traced)
+        return compiled(traced)
 
 
 def compile_prefill(config: ModelConfig, batch: int, tokens: int = MAX_PREFILL_CHUNK) -> Compiled:
@@ -150,7 +150,7 @@ def compile_prefill(config: ModelConfig, batch: int, tokens: int = MAX_PREFILL_C
             array((batch,)),
             execution=decoding_execution(),
         )
-        return _compiled(traced)
+        return compiled(traced)
 
 
 def compile_training(config: Config, target: str = "v5e-1") -> Compiled:
@@ -158,10 +158,11 @@ def compile_training(config: Config, target: str = "v5e-1") -> Compiled:
     mesh = target_mesh(config.mesh, parse_target(target))
     with jax.set_mesh(mesh):
         step = jit_train_step(config, mesh)
-        return _compiled(step.trace(abstract_train_state(config), abstract_batch(config)))
+        return compiled(step.trace(abstract_train_state(config), abstract_batch(config)))
 
 
-def _compiled(traced: Any) -> Compiled:
+def compiled(traced: Any) -> Compiled:
+    """Compile a traced program."""
     program = traced.lower().compile()
     text, memory = program.as_text(), program.memory_analysis()
     used = memory.temp_size_in_bytes, memory.peak_memory_in_bytes

@@ -39,6 +39,18 @@ class Part:
     is_accumulation: bool = False
 
 
+DOCUMENTS = 5  # in each packed sequence
+
+
+def packed(name: str, sequences: int, length: int, dtype: str, *layers: int) -> Part:
+    """Return a part with our step on packed documents; `layers`: as `stack` does."""
+    job = Job(
+        shape=SHAPES[name], sequences=sequences, length=length, dtype=dtype, documents=DOCUMENTS
+    )
+    title = f"{name}, {sequences} × {length} tokens, {DOCUMENTS} documents packed in each, {dtype}"
+    return Part(title, {"llama_jax": (Ours, job, *layers)}, {"llama_jax": job.tokens})
+
+
 def compared_with_torch(
     name: str, sequences: int, length: int, dtype: str, with_torch: bool
 ) -> Part:
@@ -84,6 +96,7 @@ def parts(with_torch: bool) -> dict[str, dict[str, Any]]:
         "cpu": {
             "15m": partial(compared_with_torch, "15m", 8, 256, "float32", with_torch),
             "260k": partial(compared_with_torch, "260k", 32, 256, "float32", with_torch),
+            "260k-packed": partial(packed, "260k", 32, 256, "float32"),
             "accumulation": partial(accumulating, "15m", 2, 256, "float32"),
         },
         "accelerator": {
@@ -91,6 +104,9 @@ def parts(with_torch: bool) -> dict[str, dict[str, Any]]:
             "110m-tpu": partial(compared_with_torch, wide, 32, 1024, "bfloat16", False),
             "1.1b": partial(compared_with_torch, "1.1b", 4, 4096, "bfloat16", False),
             "7b": partial(stack, "7b", 4, 4096),
+            "110m-packed": partial(packed, "110m", 32, 1024, "bfloat16"),
+            "1.1b-packed": partial(packed, "1.1b", 4, 4096, "bfloat16"),
+            "7b-packed": partial(packed, "7b", 4, 4096, "bfloat16", AS_MANY_AS_FIT),
             "accumulation-110m": partial(accumulating, "110m", 16, 1024, "bfloat16"),
         },
     }

@@ -21,7 +21,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from llama_jax.cli.config_flags import CONFIG_FLAG
-from llama_jax.cli.startup import absent_platform_message, skip_absent_tpu, use_huge_pages
+from llama_jax.cli.startup import (
+    absent_platform_message,
+    skip_absent_tpu,
+    use_gpu_flags,
+    use_huge_pages,
+)
 from llama_jax.errors import (
     UsageError,
     UserError,
@@ -47,7 +52,8 @@ COMMANDS = {
     "study": "compare position encodings by training small models",
     "doctor": "report versions, devices, cache and extras, with advice",
 }
-ON_HUGE_PAGES = ("train", "study", "sample", "chat", "serve", "evaluate")
+TRAINING, DECODING = ("train", "study"), ("sample", "chat", "serve")
+ON_HUGE_PAGES = (*TRAINING, *DECODING, "evaluate")
 SIMILAR = 0.75  # similarity from which an unknown flag is taken for a misspelt one
 FLAG_ALIASES = {  # other projects' names of flags
     "checkpoint": "--ckpt",
@@ -92,6 +98,8 @@ def run_command(name: str) -> NoReturn:
         if name in ON_HUGE_PAGES:
             use_huge_pages()
         skip_absent_tpu()
+        if name in (*TRAINING, *DECODING):
+            use_gpu_flags("training" if name in TRAINING else "decoding")
         with _ended_by_interrupts():
             command = importlib.import_module(f"llama_jax.cli.{module}")
         return command.main(argv)

@@ -56,6 +56,31 @@ def use_huge_pages() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+# By what they are for; XLA's own choice is the other one. Their effect: benchmarks/roofline.py.
+GPU_FLAGS = {
+    # The decode loop is launched once as a graph, and not each kernel of each token by the host.
+    "decoding": "--xla_gpu_enable_command_buffer=+WHILE",
+    # Collectives of sharded parameters run beside computation.
+    "training": "--xla_gpu_enable_latency_hiding_scheduler=true",
+}
+
+
+def use_gpu_flags(purpose: str, gpus: Path = Path("/proc/driver/nvidia/gpus")) -> None:
+    """Set the flag of XLA for a purpose on a machine with NVIDIA GPUs, and say so on stderr.
+
+    One in XLA_FLAGS stays as it is.
+
+    Args:
+      purpose: a key of `GPU_FLAGS`; for "training" there must be several GPUs.
+      gpus: where their driver lists them.
+    """
+    count, flag = len(list(gpus.glob("*"))), GPU_FLAGS[purpose]
+    flags = os.environ.get("XLA_FLAGS", "")
+    if count > (purpose == "training") and flag.partition("=")[0] not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
+        print(f"XLA_FLAGS has {flag}, for {purpose} on GPUs", file=sys.stderr)
+
+
 def has_tpu(devices: Path = Path("/dev")) -> bool:
     """Return whether this machine has a TPU, whatever JAX says."""
     return any(devices.glob("accel*")) or any(devices.glob("vfio/*"))

@@ -173,6 +173,7 @@ class Collective:
     group: int  # devices that take part together; 0: all devices
     times: int  # how often one run of the program executes it
     attributes: str  # of its instruction, in HLO
+    is_async: bool = False  # whether the program goes on while it is under way
 
     def sent(self, devices: int) -> int:
         """Return the bytes that one of `devices` sends each time, by ring algorithms."""
@@ -205,8 +206,9 @@ def collectives(hlo_text: str) -> list[Collective]:
             # TPUs run this computation, in which each device then takes its shard, as one.
             kind = "reduce-scatter"
             result = next(one.result for one in instructions.values() if one.is_root)
+        is_async = bool(chain) or instruction.opcode.endswith("-done")
         group = group_size(source.attributes)
-        found.append(Collective(kind, nbytes(result), group, times, source.attributes))
+        found.append(Collective(kind, nbytes(result), group, times, source.attributes, is_async))
     return found
 
 

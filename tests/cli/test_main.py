@@ -14,7 +14,7 @@ import pytest
 
 from llama_jax.cli import main as cli
 from llama_jax.cli.main import Parser
-from llama_jax.cli.startup import skip_absent_tpu
+from llama_jax.cli.startup import GPU_FLAGS, skip_absent_tpu, use_gpu_flags
 from llama_jax.errors import UsageError
 
 
@@ -278,6 +278,31 @@ def test_ctrl_c_while_a_command_is_imported_is_no_traceback(module):
     words = [sys.executable, "-c", INTERRUPTED, module]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+@pytest.mark.parametrize(("purpose", "least"), [("decoding", 1), ("training", 2)])
+def test_flags_for_gpus_are_set_where_there_are_some_and_said(
+    purpose, least, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_other=1")
+    flag = GPU_FLAGS[purpose]
+    for count in range(3):
+        monkeypatch.setenv("XLA_FLAGS", "--xla_other=1")
+        use_gpu_flags(purpose, tmp_path)
+        is_set = count >= least
+        assert os.environ["XLA_FLAGS"] == "--xla_other=1" + f" {flag}" * is_set
+        assert (flag in capsys.readouterr().err) == is_set
+        (tmp_path / f"0000:{count}").mkdir()
+    monkeypatch.setenv("XLA_FLAGS", own := flag.partition("=")[0] + "=false")
+    use_gpu_flags(purpose, tmp_path)
+    assert (os.environ["XLA_FLAGS"], capsys.readouterr().err) == (own, "")
+
+
+def test_xla_knows_the_flags_for_gpus():
+    done = run_command(
+        "import jax\njax.devices()", env=os.environ | {"XLA_FLAGS": " ".join(GPU_FLAGS.values())}
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("platform", ["cuda", "nothing"])
