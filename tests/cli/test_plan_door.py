@@ -63,7 +63,13 @@ def test_figures_as_json(capsys):
     assert sizes["total"] == pytest.approx(total) and f"{total / 2**30:.4f}" in planned()
     decoded = json.loads(planned("--json", "--mode=decode"))
     assert decoded["bytes"].keys() == {"weights", "cache", "temporary", "total", "usable"}
-    found = json.loads(planned("--json", "--search", target="v6e-4"))
+
+
+@pytest.mark.slow
+def test_a_search_as_json(capsys):
+    words = ["--config=configs/demo.py", "--target=v6e-4", "--fast", "--json", "--search"]
+    assert plan.main(words) == 0
+    found = json.loads(capsys.readouterr().out)
     assert found[0]["flags"].startswith("--config.") and found[0]["seconds"] > 0
 
 
