@@ -2,13 +2,13 @@
 
     pip install -e ".[plan]"
     python benchmarks/tpu_steps.py
-    python benchmarks/tpu_steps.py --only "7b v5e-16,70b v5p-64"
+    python benchmarks/tpu_steps.py --only "7b v5e-16,70b v5p-64" --plans 3
 
 No TPU runs anything. For each model and slice the plans of `plan.py --search` are ranked by the sum
-of what arithmetic, memory and network take, and the first that the compiler does not refuse is
-compiled. Of the program these are read: the cycles that the cost model gives each
-instruction, times the turns of its loops; the FLOPs of attention's kernels, which it does not know;
-and the bytes of collectives. The bracket:
+of what arithmetic, memory and network take, and the first ones compiled, a minute or two each. Of
+the program these are read: the cycles that the cost model gives each instruction, times the turns
+of its loops; the FLOPs of attention's kernels, which it does not know; and the bytes of
+collectives. The bracket:
 
 - least: a matmul of 8192³ takes what the chip's peak gives, and all cycles are scaled with it;
   kernels run at the peak; asynchronous collectives are hidden, others use all links.
@@ -22,6 +22,7 @@ import argparse
 import dataclasses
 import functools
 import time
+from collections.abc import Iterator
 
 import common
 import jax
@@ -44,7 +45,6 @@ MODELS = ("1.1b", "7b", "llama3_8b", "70b")
 SLICES = ("v5e-8", "v5e-16", "v5p-64", "v6e-8", "tpu7x-16")
 SIDE = 8192  # of the matmul that the cost model is calibrated with
 MATMULS = {"fwd": 2, "dkv": 5}  # in attention's kernels: forward; fused backward
-TRIES = 3  # plans that are compiled until one fits
 SMALLEST = {"v5p": 2, "tpu7x": 2}  # machines named by cores; of others one chip
 REACHED, REACHED_BY_KERNELS, LINKS = 0.85, 0.5, 0.5  # of the peak, and of all links, at most
 
@@ -105,34 +105,38 @@ def step_seconds(made: Compiled, config: Config, target: Target) -> tuple[float,
     return least, arithmetic / REACHED + kernels / REACHED_BY_KERNELS + total / LINKS
 
 
-def row(name: str, target: Target) -> str:
-    """Return the row of a model on a slice."""
-    config, refused = config_of(name), ""
+def rows(name: str, target: Target, count: int) -> Iterator[str]:
+    """Yield a row for each of the first plans of a model on a slice."""
+    config = config_of(name)
     plans = sorted(ranked(config, target), key=lambda plan: sum(dataclasses.astuple(plan.speed)))
-    for plan in plans[:TRIES]:
-        config, begun = plan.config, time.perf_counter()
-        try:
-            made = compile_training(config, target.name)
-        except jax.errors.JaxRuntimeError as error:
-            if required_bytes(str(error)) is None:
-                raise
-            refused += f", {required_bytes(str(error)) / GIB:.1f} GiB refused"
-            continue
-        times = step_seconds(made, config, target)
-        flops = config.tokens_per_step * flops_per_token(config.model, config.data.sequence_length)
-        used = [flops / (target.devices * target.chip.flops * seconds) for seconds in times]
-        mesh = "x".join(
-            str(size) for size in abstract_mesh(config.mesh, target.devices).shape.values()
-        )
-        ways = f"{mesh}{'s' * config.mesh.sequence} {remat_policy(config, target.chip)}"
-        each = config.microbatch_size * config.data.sequence_length // target.devices
-        sent = network(made, target)[1] / times[0]
-        return (
-            f"{ways:24}{config.optimizer.accumulation_steps:5}{each:8,}{made.peak / GIB:8.1f}"
-            f"{times[0]:9.2f} to {times[1]:.2f} s{used[1]:8.0%} to {used[0]:.0%}{sent:9.0%}"
-            f"{time.perf_counter() - begun:8.0f} s{refused}"
-        )
-    return f"does not fit{refused or ' by estimate'}"
+    if not plans:
+        yield "does not fit, by estimate"
+    for plan in plans[:count]:
+        yield row(plan.config, target)
+
+
+def row(config: Config, target: Target) -> str:
+    """Return the row of a plan."""
+    sizes = abstract_mesh(config.mesh, target.devices).shape.values()
+    mesh = "x".join(map(str, sizes)) + "s" * config.mesh.sequence
+    each = config.microbatch_size * config.data.sequence_length // target.devices
+    ways = f"{mesh} {remat_policy(config, target.chip)}"
+    ways = f"{ways:24}{config.optimizer.accumulation_steps:5}{each:8,}"
+    begun = time.perf_counter()
+    try:
+        made = compile_training(config, target.name)
+    except jax.errors.JaxRuntimeError as error:
+        if (needed := required_bytes(str(error))) is None:
+            raise
+        return f"{ways}{needed / GIB:8.1f}  does not fit"
+    times = step_seconds(made, config, target)
+    flops = config.tokens_per_step * flops_per_token(config.model, config.data.sequence_length)
+    used = [flops / (target.devices * target.chip.flops * seconds) for seconds in times]
+    sent = network(made, target)[1] / times[0]
+    return (
+        f"{ways}{made.peak / GIB:8.1f}{times[0]:9.2f} to {times[1]:.2f} s"
+        f"{used[1]:8.0%} to {used[0]:.0%}{sent:9.0%}{time.perf_counter() - begun:8.0f} s"
+    )
 
 
 def main() -> None:
@@ -140,6 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     every = ",".join(f"{model} {target}" for model in MODELS for target in SLICES)
     parser.add_argument("--only", default=every, help="comma-separated")
+    parser.add_argument("--plans", type=int, default=1, help="of each that are compiled")
     flags = parser.parse_args()
     print("mesh: data x fsdp x tensor, s: with mesh.sequence; tokens: of a microbatch on one chip")
     print(
@@ -148,7 +153,8 @@ def main() -> None:
     )
     for name in flags.only.split(","):
         model, target = name.split()
-        print(f"{name:22}{row(model, parse_target(target))}", flush=True)
+        for line in rows(model, parse_target(target), flags.plans):
+            print(f"{name:22}{line}", flush=True)
 
 
 if __name__ == "__main__":
