@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Decoding, prefill and training of Llama 2's shapes on one GPU: ten minutes on an H200.
+# Decoding, prefill and training of Llama 2's shapes on one GPU; sized for ten minutes on an H200.
 #
 #     benchmarks/gpu.sh                            # all parts, into gpu-results/
 #     benchmarks/gpu.sh decode-16 train-110m       # some of them

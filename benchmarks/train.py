@@ -23,6 +23,7 @@ SHAPES = {name: common.SHAPES[name] | {"num_kv_heads": k} for name, k in common.
 SHAPES["110m, heads of 128"] = SHAPES["110m"] | {"num_heads": 6, "num_kv_heads": 6}
 TUNED = "PyTorch compiled, huge pages"
 MICROBATCHES = (4, 16)
+DOCUMENTS = 5  # in each packed sequence
 COLUMNS = f"{'':32}{'min':>8}{'median':>8}{'max':>8} s{'tokens/s':>11}{'TFLOP/s':>9}"
 COLUMNS += f"{'MFU':>7}{'peak':>9}{'ours is':>9}"
 
@@ -37,18 +38,6 @@ class Part:
     ]  # by name, what creates the work, and its arguments; ours first
     tokens: dict[str, int]  # per step of each
     is_accumulation: bool = False
-
-
-DOCUMENTS = 5  # in each packed sequence
-
-
-def packed(name: str, sequences: int, length: int, dtype: str, *layers: int) -> Part:
-    """Return a part with our step on packed documents; `layers`: as `stack` does."""
-    job = Job(
-        shape=SHAPES[name], sequences=sequences, length=length, dtype=dtype, documents=DOCUMENTS
-    )
-    title = f"{name}, {sequences} × {length} tokens, {DOCUMENTS} documents packed in each, {dtype}"
-    return Part(title, {"llama_jax": (Ours, job, *layers)}, {"llama_jax": job.tokens})
 
 
 def compared_with_torch(
@@ -81,11 +70,22 @@ def accumulating(name: str, sequences: int, length: int, dtype: str) -> Part:
     return Part(f"{name}, {sequences} × {length} per microbatch, {dtype}", workers, tokens, True)
 
 
-def stack(name: str, sequences: int, length: int) -> Part:
-    """Return a part with our step alone, for as many layers as fit."""
-    job = Job(shape=SHAPES[name], sequences=sequences, length=length, dtype="bfloat16")
-    title = f"{name}-shaped, as many layers as fit, {sequences} × {length} tokens, bfloat16"
-    workers: dict[str, tuple[Any, ...]] = {"llama_jax": (Ours, job, AS_MANY_AS_FIT)}
+def alone(
+    name: str, sequences: int, length: int, dtype: str, layers: int = -1, documents: int = 0
+) -> Part:
+    """Return a part with our step alone.
+
+    Args:
+      layers: as `Ours` takes it.
+      documents: packed into each sequence; 0: it is not packed.
+    """
+    job = Job(
+        shape=SHAPES[name], sequences=sequences, length=length, dtype=dtype, documents=documents
+    )
+    title = f"{name}{'-shaped, as many layers as fit' * (layers == AS_MANY_AS_FIT)}"
+    title += f", {sequences} × {length} tokens, {dtype}"
+    title += f", {documents} documents packed in each" * (documents > 0)
+    workers: dict[str, tuple[Any, ...]] = {"llama_jax": (Ours, job, layers)}
     return Part(title, workers, {"llama_jax": job.tokens})
 
 
@@ -96,17 +96,17 @@ def parts(with_torch: bool) -> dict[str, dict[str, Any]]:
         "cpu": {
             "15m": partial(compared_with_torch, "15m", 8, 256, "float32", with_torch),
             "260k": partial(compared_with_torch, "260k", 32, 256, "float32", with_torch),
-            "260k-packed": partial(packed, "260k", 32, 256, "float32"),
+            "260k-packed": partial(alone, "260k", 32, 256, "float32", documents=DOCUMENTS),
             "accumulation": partial(accumulating, "15m", 2, 256, "float32"),
         },
         "accelerator": {
             "110m": partial(compared_with_torch, "110m", 32, 1024, "bfloat16", with_torch),
             "110m-tpu": partial(compared_with_torch, wide, 32, 1024, "bfloat16", False),
             "1.1b": partial(compared_with_torch, "1.1b", 4, 4096, "bfloat16", False),
-            "7b": partial(stack, "7b", 4, 4096),
-            "110m-packed": partial(packed, "110m", 32, 1024, "bfloat16"),
-            "1.1b-packed": partial(packed, "1.1b", 4, 4096, "bfloat16"),
-            "7b-packed": partial(packed, "7b", 4, 4096, "bfloat16", AS_MANY_AS_FIT),
+            "7b": partial(alone, "7b", 4, 4096, "bfloat16", AS_MANY_AS_FIT),
+            "110m-packed": partial(alone, "110m", 32, 1024, "bfloat16", documents=DOCUMENTS),
+            "1.1b-packed": partial(alone, "1.1b", 4, 4096, "bfloat16", documents=DOCUMENTS),
+            "7b-packed": partial(alone, "7b", 4, 4096, "bfloat16", AS_MANY_AS_FIT, DOCUMENTS),
             "accumulation-110m": partial(accumulating, "110m", 16, 1024, "bfloat16"),
         },
     }

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 OPTIMIZATIONS = "JAX_DISABLE_MOST_OPTIMIZATIONS"
-# The older code generator compiles in half the time, and one module in less than 32 parts of it.
+# The older code generator takes half the time, and one module less than the 32 of a large program.
 QUICK_XLA = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
 

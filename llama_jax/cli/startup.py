@@ -56,7 +56,7 @@ def use_huge_pages() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-# By what they are for; XLA's own choice is the other one. Their effect: benchmarks/roofline.py.
+# By purpose; XLA leaves both off. `benchmarks/roofline.py --flags` measures what they change.
 GPU_FLAGS = {
     # The decode loop is launched once as a graph, and not each kernel of each token by the host.
     "decoding": "--xla_gpu_enable_command_buffer=+WHILE",

@@ -189,6 +189,12 @@ def collectives(hlo_text: str) -> list[Collective]:
     program = Program(hlo_text)
     found: list[Collective] = []
     steps_seen: set[tuple[str, str]] = set()
+    started_apart = {  # computations that run beside the rest of the program
+        called
+        for _, instruction, _ in program.runs()
+        if instruction.opcode == "async-start"
+        for called in _called(instruction)
+    }
     for name, instruction, times in program.runs():
         # Of a start and a done, the done has the result and the start the other attributes.
         kind, result = instruction.opcode.removesuffix("-done"), instruction.result
@@ -206,7 +212,8 @@ def collectives(hlo_text: str) -> list[Collective]:
             # TPUs run this computation, in which each device then takes its shard, as one.
             kind = "reduce-scatter"
             result = next(one.result for one in instructions.values() if one.is_root)
-        is_async = bool(chain) or instruction.opcode.endswith("-done")
+        is_done = instruction.opcode.endswith("-done")
+        is_async = bool(chain) or is_done or name in started_apart
         group = group_size(source.attributes)
         found.append(Collective(kind, nbytes(result), group, times, source.attributes, is_async))
     return found

@@ -89,7 +89,7 @@ def test_a_permute_sends_its_result():
 )
 def test_a_start_and_its_done_are_one_collective(lines):
     (found,) = collectives(program(lines))
-    assert found.bytes == 32
+    assert found.bytes == 32 and found.is_async
     assert found.group == (2 if found.kind == "collective-permute" else 4)
 
 
@@ -102,6 +102,7 @@ def test_an_asynchronous_wrapper_counts_once():
     )
     (found,) = collectives(program(outer, inner))
     assert (found.kind, found.times, found.sent(4)) == ("reduce-scatter", 1, 24)
+    assert found.is_async
 
 
 def test_a_collective_split_into_steps_on_tpu_counts_once():
@@ -119,6 +120,7 @@ def test_a_collective_split_into_steps_on_tpu_counts_once():
     body = computation("body", "%x = f32[8]{0} fusion(%p), kind=kCustom, calls=%end")
     (found,) = collectives(program([*calls, loop + trips], body, *fusions))
     assert (found.kind, found.bytes) == ("all-gather", 32)
+    assert found.is_async
 
 
 def test_an_all_reduce_with_a_slice_is_a_reduce_scatter_on_tpu():
@@ -130,6 +132,7 @@ def test_an_all_reduce_with_a_slice_is_a_reduce_scatter_on_tpu():
     call = "%f = f32[2]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1"
     (found,) = collectives(program([call], fused))
     assert (found.kind, found.bytes, found.sent(4)) == ("reduce-scatter", 8, 24)
+    assert not found.is_async
 
 
 def test_nested_loops_multiply():
