@@ -28,6 +28,7 @@ class Job:
     dtype: str  # of activations and matmuls
     accumulation: int = 1  # microbatches per step
     documents: int = 0  # packed into each sequence; 0: the sequences are not packed
+    attention: str = "auto"  # of ours, a `run.attention`
 
     @property
     def tokens(self) -> int:
@@ -42,7 +43,7 @@ class Job:
 
 def config_of(job: Job, layers: int) -> Any:
     """Return our config of a job."""
-    from llama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
+    from llama_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 
     shape = job.shape | {"num_layers": layers}
     return Config(
@@ -64,6 +65,7 @@ def config_of(job: Job, layers: int) -> Any:
             warmup_steps=0,
             accumulation_steps=job.accumulation,
         ),
+        run=RunConfig(attention=job.attention),
     )
 
 
@@ -115,9 +117,8 @@ class Ours:
 
         from llama_jax.config import MeshConfig
         from llama_jax.distributed.mesh import make_mesh
-        from llama_jax.kernels.attention import choose_kernel
         from llama_jax.model.parameters import flops_per_token
-        from llama_jax.training.step import jit_programs
+        from llama_jax.training.step import attention_kernel, jit_programs
 
         device = jax.local_devices()[0]
         self._mesh = make_mesh(MeshConfig(), [device])
@@ -127,9 +128,7 @@ class Ours:
             if layers == 0:
                 raise MemoryError(f"no layer fits in {limit / 1e9:.0f} GB")
         config = config_of(job, layers if layers > 0 else job.shape["num_layers"])
-        backend = choose_kernel(
-            "auto", device, head_dim=config.model.head_size, dtype=config.model.compute_dtype
-        )
+        backend = attention_kernel(config, device, training=True)
         self._step = compiled_step(config, self._mesh)
         self._batch = self._put(job)
         with jax.set_mesh(self._mesh):
@@ -170,10 +169,11 @@ class Ours:
 
 
 def _custom_calls(program: str, backend: str) -> str:
-    """Return how often a compiled program calls cuDNN's attention, as proof that it runs."""
-    if backend != "cudnn":
+    """Return how often a compiled program calls a GPU's attention kernel, as proof that it runs."""
+    targets = {"cudnn": "__cudnn$fmha", "triton": "__gpu$xla.gpu.triton"}
+    if backend not in targets:
         return ""
-    calls = program.count('custom_call_target="__cudnn$fmha')
+    calls = program.count(f'custom_call_target="{targets[backend]}')
     return f", {calls} calls in the program"
 
 

@@ -71,13 +71,20 @@ def accumulating(name: str, sequences: int, length: int, dtype: str) -> Part:
 
 
 def alone(
-    name: str, sequences: int, length: int, dtype: str, layers: int = -1, documents: int = 0
+    name: str,
+    sequences: int,
+    length: int,
+    dtype: str,
+    layers: int = -1,
+    documents: int = 0,
+    kernels: tuple[str, ...] = ("auto",),
 ) -> Part:
     """Return a part with our step alone.
 
     Args:
       layers: as `Ours` takes it.
       documents: packed into each sequence; 0: it is not packed.
+      kernels: for attention, each measured.
     """
     job = Job(
         shape=SHAPES[name], sequences=sequences, length=length, dtype=dtype, documents=documents
@@ -85,13 +92,21 @@ def alone(
     title = f"{name}{'-shaped, as many layers as fit' * (layers == AS_MANY_AS_FIT)}"
     title += f", {sequences} × {length} tokens, {dtype}"
     title += f", {documents} documents packed in each" * (documents > 0)
-    workers: dict[str, tuple[Any, ...]] = {"llama_jax": (Ours, job, layers)}
-    return Part(title, workers, {"llama_jax": job.tokens})
+    workers: dict[str, tuple[Any, ...]] = {
+        "llama_jax" if kernel == "auto" else f"llama_jax, {kernel}": (
+            Ours,
+            dataclasses.replace(job, attention=kernel),
+            layers,
+        )
+        for kernel in kernels
+    }
+    return Part(title, workers, dict.fromkeys(workers, job.tokens))
 
 
 def parts(with_torch: bool) -> dict[str, dict[str, Any]]:
     """Return by kind of device and name the functions that create the parts."""
     wide = "110m, heads of 128"
+    packed = partial(alone, dtype="bfloat16", documents=DOCUMENTS, kernels=("auto", "triton"))
     return {
         "cpu": {
             "15m": partial(compared_with_torch, "15m", 8, 256, "float32", with_torch),
@@ -104,9 +119,9 @@ def parts(with_torch: bool) -> dict[str, dict[str, Any]]:
             "110m-tpu": partial(compared_with_torch, wide, 32, 1024, "bfloat16", False),
             "1.1b": partial(compared_with_torch, "1.1b", 4, 4096, "bfloat16", False),
             "7b": partial(alone, "7b", 4, 4096, "bfloat16", AS_MANY_AS_FIT),
-            "110m-packed": partial(alone, "110m", 32, 1024, "bfloat16", documents=DOCUMENTS),
-            "1.1b-packed": partial(alone, "1.1b", 4, 4096, "bfloat16", documents=DOCUMENTS),
-            "7b-packed": partial(alone, "7b", 4, 4096, "bfloat16", AS_MANY_AS_FIT, DOCUMENTS),
+            "110m-packed": partial(packed, "110m", 32, 1024),
+            "1.1b-packed": partial(packed, "1.1b", 4, 4096),
+            "7b-packed": partial(packed, "7b", 4, 4096, layers=AS_MANY_AS_FIT),
             "accumulation-110m": partial(accumulating, "110m", 16, 1024, "bfloat16"),
         },
     }
@@ -132,7 +147,7 @@ def measure(part: Part, rounds: int, peak: float) -> None:
         flops = facts.get("flops", flops)
         shown = _ratio(part, ours, worker) if worker is not ours and ours.seconds else ""
         print(_row(worker, part.tokens[worker.name], flops, facts, peak) + shown, flush=True)
-        if worker is ours:
+        if "attention" in facts:
             print(f"    attention: {facts['attention']}; {facts['layers']} layers", flush=True)
     for worker in workers:
         worker.close()

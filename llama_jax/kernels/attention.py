@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax.errors import UsageError
-from llama_jax.kernels import cudnn
+from llama_jax.kernels import cudnn, triton
 from llama_jax.kernels.blockwise import KEPT, blockwise_attention
 from llama_jax.kernels.matmul import with_rows_of_a_tile
 from llama_jax.kernels.splash import splash_attention
@@ -207,10 +207,12 @@ KERNELS: dict[str, AttentionKernel] = {
     "xla": xla_attention,
     "blockwise": blockwise_attention,
     "cudnn": cudnn.cudnn_attention,
+    "triton": triton.triton_attention,
     "splash": splash_attention,
 }
 TAKES_SLOPES = ("xla", "blockwise")
 DROPS_WEIGHTS = ("xla",)
+FOR_NVIDIA = {"cudnn": cudnn.refusal, "triton": triton.refusal}  # and what else they cannot do
 FASTEST = {"cpu": "blockwise", "gpu": "cudnn", "tpu": "splash"}  # by platform; elsewhere `xla`
 
 
@@ -266,4 +268,6 @@ def _refusal(
         )
     if name == "splash" and device.platform != "tpu":
         return f"needs a TPU and this run is on {device.device_kind}; use run.attention='auto'"
-    return cudnn.refusal(device, head_dim, dtype) if name == "cudnn" else ""
+    if name not in FOR_NVIDIA:
+        return ""
+    return cudnn.gpu_refusal(device, dtype) or FOR_NVIDIA[name](device, head_dim)

@@ -2,7 +2,7 @@
 
 Scores never exist in the GPU's memory. The mask of packed documents does, as bfloat16 [B, 1, T, T],
 and so does its gradient, which nothing reads: `jax.nn` has no public way to tell cuDNN where
-documents begin.
+documents begin. `kernels.triton` needs none.
 """
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from llama_jax.errors import UsageError
 
-OLDEST_GPU = 8.0  # compute capability: Ampere; before it, cuDNN has no flash attention
+OLDEST_GPU = 8.0  # compute capability: Ampere; before it, no bfloat16 and no flash attention
 WIDE_HEADS_GPU = 9.0  # Hopper; before it heads are at most half as wide
 
 
@@ -63,8 +63,8 @@ def cudnn_attention(
     return out_BTNH[:, :T]
 
 
-def refusal(device: jax.Device, head_dim: int, dtype: str) -> str:
-    """Why cuDNN cannot compute such attention on a device, and what to do; "" if it can."""
+def gpu_refusal(device: jax.Device, dtype: str) -> str:
+    """Why no kernel for NVIDIA GPUs can compute on a device, and what to do; "" if one can."""
     capability = _capability(device)
     if capability < OLDEST_GPU:
         return (
@@ -76,7 +76,12 @@ def refusal(device: jax.Device, head_dim: int, dtype: str) -> str:
             f"computes in bfloat16 and model.compute_dtype={dtype!r}; use"
             " model.compute_dtype='bfloat16' or run.attention='xla'"
         )
-    widest = 256 if capability >= WIDE_HEADS_GPU else 128
+    return ""
+
+
+def refusal(device: jax.Device, head_dim: int) -> str:
+    """Why cuDNN cannot compute heads so wide on an NVIDIA GPU, and what to do; "" if it can."""
+    widest = 256 if _capability(device) >= WIDE_HEADS_GPU else 128
     if head_dim % 8 or head_dim > widest:
         return (
             f"takes head dims that are multiples of 8 up to {widest} on this GPU and"

@@ -97,7 +97,10 @@ def _attention(config: Config, device: jax.Device) -> str:
     kept = ""
     if config.model.dropout and training not in DROPS_WEIGHTS:
         kept = ", whose weights are not dropped, only residuals; run.attention=xla drops both"
-    return f"{training}{other}{auto}{kept}"
+    mask = ""
+    if config.data.packing == "documents" and training == "cudnn":
+        mask = ", which reads a mask of documents from memory; run.attention=triton needs none"
+    return f"{training}{other}{auto}{kept}{mask}"
 
 
 def _state_bytes(config: Config, mesh: Mesh) -> int:

@@ -1,5 +1,6 @@
 """Which attention kernel runs where: the fastest that can, or the named one, or a refusal."""
 
+import importlib.util
 from types import SimpleNamespace
 
 import pytest
@@ -80,6 +81,13 @@ def test_auto_is_the_fastest_kernel_that_can(place, config, dropout, expected):
         ("cudnn", T4, model_config(), 0, "compute capability 8 or more"),
         ("cudnn", H100, model_config(), 0.5, "cannot drop"),
         ("cudnn", H100, model_config("float32"), 0, "model.compute_dtype='float32'; use"),
+        ("triton", CPU, model_config(), 0, "needs an NVIDIA GPU .* on some cpu; .*'auto'"),
+        ("triton", T4, model_config(), 0, "compute capability 8 or more"),
+        ("triton", AMD, model_config(), 0, "needs an NVIDIA GPU"),
+        ("triton", H100, model_config(), 0.5, "cannot drop"),
+        ("triton", A100, model_config("float32"), 0, "model.compute_dtype='float32'; use"),
+        ("triton", A100, model_config(head_dim=320), 0, "up to 256 .* are 320; use .*'xla'"),
+        ("triton", H100, model_config(position="alibi"), 0, "cannot lower scores by distance"),
         ("cudnn", H100, model_config(head_dim=12), 0, "multiples of 8 up to 256 .* are 12; use"),
         ("cudnn", A100, model_config(head_dim=256), 0, "up to 128 .* are 256"),
         ("splash", TPU, model_config(position="alibi"), 0, "model.position='alibi' does; .*'auto'"),
@@ -90,6 +98,18 @@ def test_a_kernel_that_cannot_is_refused_in_one_line(name, place, config, dropou
     with pytest.raises(UsageError, match=f"^run.attention='{name}' .*{message}") as raised:
         chosen(name, config, place, dropout)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("head_dim", [12, 256])
+def test_triton_takes_heads_of_any_width_up_to_a_bound(head_dim):
+    assert chosen("triton", model_config(head_dim=head_dim), A100) == "triton"
+
+
+def test_triton_is_refused_where_jax_has_it_no_longer(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    message = r"Triton backend and jax .* has none; install jax 0\.10 to 0\.12, or use .*'cudnn'$"
+    with pytest.raises(UsageError, match=message):
+        chosen("triton", model_config(), H100)
 
 
 @pytest.mark.parametrize("name", ["xla", "blockwise"])

@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import re
+import warnings
 from functools import partial
 
 import jax
@@ -10,16 +12,18 @@ import numpy as np
 import pytest
 import reference
 from cases import slow, slow_but
+from jax.sharding import AbstractDevice, AbstractMesh
 from tiny_model import make_model
 
 from llama_jax.config import MeshConfig
 from llama_jax.distributed.mesh import make_mesh, shard_heads
 from llama_jax.errors import UsageError
-from llama_jax.kernels import blockwise, splash
+from llama_jax.kernels import blockwise, splash, triton
 from llama_jax.kernels.attention import xla_attention
 from llama_jax.kernels.blockwise import blockwise_attention
 from llama_jax.kernels.cudnn import cudnn_attention
 from llama_jax.kernels.splash import block_length, key_block_length, splash_attention
+from llama_jax.kernels.triton import triton_attention
 from llama_jax.model.execution import Execution
 from llama_jax.training.loss import summed_nll
 
@@ -41,10 +45,16 @@ def splash_here(q, k, v, segments=None, window=0):
     return splash_attention(q, k, v, segments, window=window, interpret=True)
 
 
+def triton_here(q, k, v, segments=None, window=0):
+    """A GPU's kernel, step by step on CPU."""
+    return triton_attention(q, k, v, segments, window=window, interpret=True)
+
+
 KERNELS = {
     "xla": xla_attention,
     "blockwise": shard_heads(blockwise_attention),
     "splash": splash_here,
+    "triton": shard_heads(triton_here),
 }
 HERE = list(KERNELS)
 QUICK = {"xla_backend_optimization_level": 0}  # of the compiler: halves the time of these tests
@@ -60,6 +70,9 @@ def small_blocks():
         patch.setattr(blockwise, "SMALLEST_BLOCK", 64)
         patch.setattr(splash, "LARGEST_BLOCK", 128)
         patch.setattr(splash, "LARGEST_KEY_BLOCK", 128)
+        patch.setattr(triton, "OWN_BLOCK", 64)
+        patch.setattr(triton, "FORWARD_STEP", 32)
+        patch.setattr(triton, "BACKWARD_STEP", 16)
         yield
 
 
@@ -254,6 +267,7 @@ def mesh_of(data, fsdp, tensor):
         slow(("blockwise", (1, 2, 4), 8)),  # those of queries only: those of keys are repeated
         slow(("blockwise", (2, 1, 4), 6)),  # neither
         slow(("splash", (1, 2, 4), 8)),
+        slow(("triton", (1, 2, 4), 8)),
     ],
 )
 def test_on_a_mesh_as_on_one_device(name, shape, heads):
@@ -327,6 +341,42 @@ def test_the_splash_kernels_run_on_a_tpu(segments):
     assert "256x256" not in text  # scores, of 150 positions filled up to two blocks
 
 
+TRITON_CALL = "stablehlo.custom_call @__gpu$xla.gpu.triton"
+
+
+def program_of_triton(kernel, segments):
+    """The text of the program for an H100, of heads that are padded."""
+    hopper = AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
+    mesh = AbstractMesh((2, 1, 4), ("data", "fsdp", "tensor"), abstract_device=hopper)
+    given = [jax.ShapeDtypeStruct((4, T, n, 24), "bfloat16") for n in (8, 4, 4, 8)]
+    ids = jax.ShapeDtypeStruct((4, T), "int32") if segments else None
+    with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
+        # Of jax 0.12, see docs/decisions/0021.
+        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated")
+        traced = jax.jit(partial(value_and_gradients, kernel)).trace(*given, ids)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_the_triton_kernels_run_on_a_gpu(segments):
+    text = program_of_triton(partial(triton_attention, window=37), segments)
+    assert text.count(TRITON_CALL) == 3  # forward; gradient of queries; of keys and values
+    assert "stablehlo.dot_general" not in text
+    assert "192x192" not in text  # neither scores nor a mask, of positions filled up to blocks
+
+
+def test_rematerialisation_may_keep_what_triton_returns():
+    def calls(policy):
+        execution = Execution(remat=policy, gather=lambda tree, dtype: tree)
+        kernel = execution.rematerialized(triton_attention, in_scan=True)
+        text = program_of_triton(kernel, True)
+        results = re.findall(rf"(%\d+)(?::2)? = {re.escape(TRITON_CALL)}", text)
+        # XLA drops a call whose results nothing reads.
+        return sum(len(re.findall(rf"{name}\b", text)) > 1 for name in results)
+
+    assert [calls(policy) for policy in ("none", "save-matmuls", "block")] == [3, 3, 4]
+
+
 @pytest.fixture
 def with_cudnn(monkeypatch):
     """A machine that seems to have cuDNN, so that programs for GPUs can be written on it."""
@@ -388,13 +438,14 @@ def test_cudnn_never_computes_in_another_way():
 @pytest.mark.skipif("cuda" not in str(jax.config.jax_platforms), reason="no GPU")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("K", "window"), [(2, 0), (1, 0), (2, 1), (2, 37)])
-def test_cudnn_agrees_with_the_oracle(K, window, packed):
+@pytest.mark.parametrize("attention", [cudnn_attention, triton_attention])
+def test_on_a_gpu_it_agrees_with_the_oracle(attention, K, window, packed):
     """Run with JAX_PLATFORMS=cuda,cpu."""
     random = np.random.default_rng(K)
     shapes = [(B, T, heads, 64) for heads in (N, K, K, N)]
     given = [jnp.asarray(random.standard_normal(shape), "bfloat16") for shape in shapes]
     segments = SEGMENTS_BT if packed else np.zeros((B, T), np.int32)
-    kernel = partial(cudnn_attention, window=window)
+    kernel = partial(attention, window=window)
     results = jax.jit(partial(value_and_gradients, kernel))(
         *given, jnp.asarray(segments) if packed else None
     )
