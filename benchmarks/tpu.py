@@ -10,8 +10,8 @@ the compiler's cost model estimates for each instruction, times the turns of the
 in; a loop whose turns depend on data, such as that over tokens, counts one turn. They compare
 programs and are no times: for a matmul of 8192³ they are 1.14 times what the chip's peak gives, for
 adding 1 to 90 MB 2.5 times what its bandwidth gives, a matmul that waits for its weights counts
-arithmetic alone, and a custom call (splash, int4) nothing. Copies are those of more than a
-megabyte, in bytes, for one run.
+arithmetic alone, and a custom call (splash, int4) nothing. HBM is what is read from and written to
+the chip's memory in one run, see `hbm`; copies are those of more than a megabyte.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from hbm import hbm_bytes
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llama_jax.cli.config_flags import read_config
@@ -176,7 +177,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PROGRAMS), help="comma-separated")
     flags = parser.parse_args()
     config = ModelConfig(**WIDE, num_layers=flags.layers)
-    columns = ("temporary", 12), ("peak", 12), ("copies", 10), ("compiled in", 14)
+    columns = ("HBM", 12), ("temporary", 12), ("peak", 12), ("copies", 10), ("compiled in", 14)
     titles = "".join(f"{title:>{width}}" for title, width in columns)
     print(f"{'':18}{'Mcycles':>9}{titles}  of its longest loops (matmuls)")
     for name in flags.only.split(","):
@@ -190,7 +191,8 @@ def main() -> None:
             made = compile_training(read_config(what))
         seconds = time.perf_counter() - start
         print(
-            f"{name:18}{made.cycles / 1e6:9.2f}{made.temporary / 1e6:9.1f} MB"
+            f"{name:18}{made.cycles / 1e6:9.2f}{hbm_bytes(made.program) / 1e6:9.1f} MB"
+            f"{made.temporary / 1e6:9.1f} MB"
             f"{made.peak / 1e6:9.1f} MB{sum(made.copies(LARGE)) / 1e6:7.0f} MB{seconds:12.0f} s  "
             + ", ".join(f"{cycles / 1e6:.2f} ({share:.0%})" for cycles, share in made.loops()[:2]),
             flush=True,

@@ -28,7 +28,7 @@ class Instruction:
     name: str
     result: str  # its type, such as "(f32[8,4]{1,0}, s32[])"
     opcode: str
-    operands: tuple[str, ...]  # names; of a constant its value
+    operands: tuple[str, ...]  # names; of a constant its value, of a parameter its number
     attributes: str  # the text after the operands
     is_root: bool
 
@@ -118,7 +118,8 @@ def _instruction(line: str) -> Instruction | None:
         return None
     end = _closing(rest, opcode.end() - 1)
     inside = rest[opcode.end() : end]
-    operands = (inside,) if opcode[1] == "constant" else tuple(re.findall(r"%([\w.-]+)", inside))
+    is_leaf = opcode[1] in ("constant", "parameter")
+    operands = (inside,) if is_leaf else tuple(re.findall(r"%([\w.-]+)", inside))
     if opcode[1] == "get-tuple-element":
         operands = (*operands[:1],)
     return Instruction(

@@ -11,6 +11,8 @@ import re
 import pytest
 
 from llama_jax.config import ModelConfig
+from llama_jax.hardware.hlo import nbytes
+from llama_jax.model.cache import chunk_size
 from llama_jax.planning.compile import is_installed
 
 pytestmark = [
@@ -64,6 +66,28 @@ def test_no_step_holds_floats_or_a_copy_of_a_quantized_table(kind, batch):
 
     wide = dataclasses.replace(CONFIG, vocab_size=2**17, dim=1024)  # more than the chip's VMEM
     assert compile_decoding(wide, batch, kind).temporary < wide.vocab_size * wide.dim // 2
+
+
+# So large that nothing stays in the chip's memory from one token to the next.
+LARGE = {"vocab_size": 32000, "dim": 2048, "num_layers": 1, "num_heads": 16, "num_kv_heads": 16}
+LARGE |= {"hidden_dim": 5632, "context_length": 4096, "compute_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("batch", [1, B])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_step_reads_weights_and_a_chunk_of_the_cache_once(kind, batch):
+    from hbm import hbm_bytes
+    from tpu import compile_decoding
+
+    config = ModelConfig(**LARGE)
+    program = compile_decoding(config, batch, kind).program
+    entry = program.computations[program.entry].values()
+    arrays = {one.name: nbytes(one.result) for one in entry if one.opcode == "parameter"}
+    cache = sum(size for name, size in arrays.items() if "cache" in name)
+    K, H, slots = config.num_kv_heads, config.head_size, config.context_length
+    chunk = cache * chunk_size(slots, batch * K, 1, H) // slots  # the loop over chunks counts once
+    needed = sum(arrays.values()) - cache + chunk
+    assert 0.99 * needed < hbm_bytes(program) < 1.1 * needed
 
 
 def test_prefill_runs_splash_and_holds_no_scores_of_all_slots():
