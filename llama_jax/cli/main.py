@@ -99,7 +99,8 @@ def run_command(name: str) -> NoReturn:
             use_huge_pages()
         skip_absent_tpu()
         if name in (*TRAINING, *DECODING):
-            use_gpu_flags("training" if name in TRAINING else "decoding")
+            purpose = "training" if name in TRAINING else "decoding"
+            use_gpu_flags(purpose, is_distributed="--distributed" in argv)
         with _ended_by_interrupts():
             command = importlib.import_module(f"llama_jax.cli.{module}")
         return command.main(argv)

@@ -65,18 +65,25 @@ GPU_FLAGS = {
 }
 
 
-def use_gpu_flags(purpose: str, gpus: Path = Path("/proc/driver/nvidia/gpus")) -> None:
+def use_gpu_flags(
+    purpose: str, is_distributed: bool = False, gpus: Path = Path("/proc/driver/nvidia/gpus")
+) -> None:
     """Set the flag of XLA for a purpose on a machine with NVIDIA GPUs, and say so on stderr.
 
-    One in XLA_FLAGS stays as it is.
+    One in XLA_FLAGS stays as it is, and nothing is set if JAX_PLATFORMS leaves GPUs out.
 
     Args:
       purpose: a key of `GPU_FLAGS`; for "training" there must be several GPUs.
+      is_distributed: whether other machines have some of them.
       gpus: where their driver lists them.
     """
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms and not {"cuda", "gpu"} & {*platforms.split(",")}:
+        return
     count, flag = len(list(gpus.glob("*"))), GPU_FLAGS[purpose]
+    least = 2 if purpose == "training" and not is_distributed else 1
     flags = os.environ.get("XLA_FLAGS", "")
-    if count > (purpose == "training") and flag.partition("=")[0] not in flags:
+    if count >= least and flag.partition("=")[0] not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
         print(f"XLA_FLAGS has {flag}, for {purpose} on GPUs", file=sys.stderr)
 

@@ -280,22 +280,36 @@ def test_ctrl_c_while_a_command_is_imported_is_no_traceback(module):
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
-@pytest.mark.parametrize(("purpose", "least"), [("decoding", 1), ("training", 2)])
+@pytest.mark.parametrize(
+    ("purpose", "is_distributed", "least"),
+    [("decoding", False, 1), ("training", False, 2), ("training", True, 1)],
+)
 def test_flags_for_gpus_are_set_where_there_are_some_and_said(
-    purpose, least, tmp_path, monkeypatch, capsys
+    purpose, is_distributed, least, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_other=1")
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     flag = GPU_FLAGS[purpose]
     for count in range(3):
         monkeypatch.setenv("XLA_FLAGS", "--xla_other=1")
-        use_gpu_flags(purpose, tmp_path)
+        use_gpu_flags(purpose, is_distributed, tmp_path)
         is_set = count >= least
         assert os.environ["XLA_FLAGS"] == "--xla_other=1" + f" {flag}" * is_set
         assert (flag in capsys.readouterr().err) == is_set
         (tmp_path / f"0000:{count}").mkdir()
     monkeypatch.setenv("XLA_FLAGS", own := flag.partition("=")[0] + "=false")
-    use_gpu_flags(purpose, tmp_path)
+    use_gpu_flags(purpose, is_distributed, tmp_path)
     assert (os.environ["XLA_FLAGS"], capsys.readouterr().err) == (own, "")
+
+
+@pytest.mark.parametrize(("platforms", "is_set"), [("cpu", False), ("cuda,cpu", True)])
+def test_flags_for_gpus_are_not_set_where_jax_is_to_use_none(
+    platforms, is_set, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    (tmp_path / "0000:1").mkdir()
+    use_gpu_flags("decoding", gpus=tmp_path)
+    assert (os.environ["XLA_FLAGS"] != "") == is_set
 
 
 def test_xla_knows_the_flags_for_gpus():
