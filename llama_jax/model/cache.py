@@ -175,7 +175,7 @@ class KVCache:
         """`_attention` that reads the filled slots only, and holds scores of few of them."""
         T, at_once = positions_BT.shape[1], self._attention(positions_BT, window)
         own_mask_BTC = causal_mask(jnp.arange(T)[None], T, window)
-        kernel = partial(among_new, window=window) if T >= SHORTEST_FOR_KERNEL else None
+        kernel = kernel_among_new(among_new, T, window)
 
         def attention(q_BTNH, k_BTKH, v_BTKH, layer, key, slopes_N=None):  # type: ignore[no-untyped-def]
             B, _, N, H = q_BTNH.shape
@@ -218,6 +218,13 @@ class KVCache:
         """The same tokens with room for more."""
         more = ((0, 0), (0, slots - self.slots), (0, 0))
         return KVCache(jax.tree.map(lambda x: jnp.pad(x, more), self.layers), self.length_B)
+
+
+def kernel_among_new(among_new: AmongNew | None, T: int, window: int) -> AmongNew | None:
+    """The kernel for the attention of T new tokens to each other; None: by their mask."""
+    if among_new is None or T < SHORTEST_FOR_KERNEL:
+        return None
+    return partial(among_new, window=window)
 
 
 def chunk_size(slots: int, R: int, M: int, H: int) -> int:

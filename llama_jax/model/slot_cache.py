@@ -11,7 +11,6 @@ depend on its neighbours.
 """
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +18,13 @@ import jax.numpy as jnp
 from llama_jax.config import ModelConfig
 from llama_jax.kernels.attention import attend_in_chunks, causal_mask
 from llama_jax.model.cache import (
-    SHORTEST_FOR_KERNEL,
     AmongNew,
     AttentionFunction,
     KVCache,
     StoredLayer,
     chunk_bias,
     chunk_mask,
+    kernel_among_new,
 )
 
 BLOCK = 16  # decode steps at most before `flush`
@@ -174,9 +173,7 @@ class OneSlot:
         """Return attention over the stored tokens and the new ones, which it stores."""
         T = positions_BT.shape[1]
         own_mask_BTC = causal_mask(jnp.arange(T)[None], T, window)
-        kernel = None
-        if among_new is not None and T >= SHORTEST_FOR_KERNEL:
-            kernel = partial(among_new, window=window)
+        kernel = kernel_among_new(among_new, T, window)
 
         def stored_mask(chunk: jax.Array) -> jax.Array:
             return chunk_mask(chunk, CHUNK, self.length_B, positions_BT, window)
