@@ -12,7 +12,7 @@ PYTEST = $(RUN) -m pytest -n 2 --dist loadfile
 marked = $(shell grep -rl --include="test_*.py" "mark\.$(1)\b" tests)
 unexport PYTHONDONTWRITEBYTECODE  # what pytest makes of the tests is kept for the next process
 
-.PHONY: help demo chat finetune serve test test-slow test-parity test-faults test-serve test-page test-readme test-package test-tpu docs lint types clean
+.PHONY: help demo chat finetune serve test unit test-slow test-parity test-faults test-serve test-page test-readme test-package test-tpu docs lint types clean
 
 help:
 	@echo "make demo         train a small model on stories and let it write (5 minutes)"
@@ -87,7 +87,11 @@ finetune: $(VENV)/.installed
 		--tokenizer smollm2 --validation 0.1 --output data/lantern_shop
 	$(RUN) train.py --config configs/sft_demo.py $(FLAGS)
 
-test: lint types
+# Types are checked beside the tests: each leaves a core idle at times.
+test: lint
+	@$(MAKE) --no-print-directory -j 2 types unit
+
+unit: $(VENV)/.installed-test
 	$(PYTEST) -m "not parity and not slow and not faults and not serve and not page and not readme and not tpu" \
 		--ignore=tests/parity --ignore=tests/faults
 
