@@ -99,7 +99,8 @@ def _attention(config: Config, device: jax.Device) -> str:
         kept = ", whose weights are not dropped, only residuals; run.attention=xla drops both"
     mask = ""
     if config.data.packing == "documents" and training == "cudnn":
-        mask = ", which reads a mask of documents from memory; run.attention=triton needs none"
+        mask = ", which reads a mask of documents from memory"
+        mask += "; run.attention=triton needs none" if not config.model.dropout else ""
     return f"{training}{other}{auto}{kept}{mask}"
 
 

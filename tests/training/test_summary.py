@@ -73,3 +73,16 @@ def test_packed_sequences_are_counted(mesh, monkeypatch):
     unpacked = lines(make_config("tokens", "ckpt"), mesh)
     assert "packing" not in unpacked
     assert "5,120 tokens (0.50 epochs)" in unpacked["data"]
+
+
+@pytest.mark.parametrize(
+    ("dropout", "advice"), [(0.0, "; run.attention=triton needs none"), (0.1, "")]
+)
+def test_a_mask_of_packed_documents_is_named(mesh, monkeypatch, dropout, advice):
+    monkeypatch.setattr(module, "attention_kernel", lambda *args, **options: "cudnn")
+    monkeypatch.setattr(module, "open_dataset", lambda *args: None)
+    config = make_config("tokens", "ckpt", data__packing="documents", model__dropout=dropout)
+    said = lines(config, mesh)["attention"]
+    assert f", which reads a mask of documents from memory{advice}; remat none" in said
+    unpacked = make_config("tokens", "ckpt", model__dropout=dropout)
+    assert "mask" not in lines(unpacked, mesh)["attention"]
