@@ -9,7 +9,7 @@ AS_USED = JAX_DISABLE_MOST_OPTIMIZATIONS=0
 CODE = llama_jax configs tests benchmarks docs $(wildcard *.py)
 PYTEST = $(RUN) -m pytest -n 2 --dist loadfile
 # Test files with a mark; those of other targets are not even imported, which takes a minute.
-marked = $(shell grep -rl --include="test_*.py" "mark\.$(1)\b" tests)
+marked = $(shell grep -rlE --include="test_*.py" "mark\.$(1)\b|from cases import .*$(1)" tests)
 unexport PYTHONDONTWRITEBYTECODE  # what pytest makes of the tests is kept for the next process
 
 .PHONY: help demo chat finetune serve test unit test-slow test-parity test-faults test-serve test-page test-readme test-package test-tpu docs lint types clean

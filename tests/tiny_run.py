@@ -44,7 +44,7 @@ def make_config(data, checkpoint_dir, **changes):
         model=ModelConfig(
             vocab_size=VOCAB,
             dim=24,
-            num_layers=3,
+            num_layers=2,
             num_heads=6,
             num_kv_heads=2,
             hidden_dim=40,

@@ -38,7 +38,8 @@ def place(tmp_path_factory):
     """A folder with tokens, a config and compiled programs, shared by all tests of this file."""
     place = tmp_path_factory.mktemp("door")
     make_tokens(place / "tokens")
-    config = make_config("tokens", "ckpt", optimizer__steps=STEPS, run__sample_tokens=8)
+    changes = {"model__num_layers": 1, "run__sample_tokens": 8}
+    config = make_config("tokens", "ckpt", optimizer__steps=STEPS, **changes)
     write_config(place / "tiny.py", config)
     return place
 

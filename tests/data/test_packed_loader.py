@@ -7,6 +7,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from tiny_model import make_model
 from tiny_run import make_config
 from token_folders import counting, write_documents
 
@@ -127,12 +128,17 @@ def test_abstract_batch_matches_a_real_one(folder, packing):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """Return config, token folder, initial state and compiled step of a tiny run."""
+def documents(tmp_path_factory):
+    """Return a token folder of documents of 2 to 30 tokens."""
     random = np.random.default_rng(0)
     lengths, firsts = random.integers(2, 31, 90), random.integers(0, VOCAB - 31, 90)
     documents = [first + np.arange(length) for first, length in zip(firsts, lengths)]
-    folder = write_documents(tmp_path_factory.mktemp("run"), documents, documents[:7])
+    return write_documents(tmp_path_factory.mktemp("run"), documents, documents[:7])
+
+
+@pytest.fixture(scope="module")
+def run(documents):
+    """Return config, token folder, initial state and compiled step of a tiny run."""
     config = make_config("nowhere", "nowhere", data__packing="documents")
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     with jax.set_mesh(mesh):
@@ -141,7 +147,7 @@ def run(tmp_path_factory):
             lambda state, batch: train_step(state, batch, config, make_execution(config))
         )
         compiled = step.lower(state, abstract_batch(config)).compile()
-    return config, folder, state, compiled
+    return config, documents, state, compiled
 
 
 def train(run, state, start, stop):
@@ -171,8 +177,9 @@ def test_packed_run_learns_and_resumes_exactly(run, uninterrupted):
     assert_equal(resumed, batches[13:])
 
 
-def test_packed_validation_loss_equals_that_of_separate_documents(run, uninterrupted):
-    config, folder, _, _ = run
+def test_packed_validation_loss_equals_that_of_separate_documents(documents):
+    folder, config = documents, make_config("nowhere", "nowhere", data__packing="documents")
+    model = make_model(vocab_size=VOCAB, num_layers=config.model.num_layers)
     evaluate = jax.jit(
         partial(evaluation_step, config=config, execution=make_execution(config, training=False))
     )
@@ -193,7 +200,7 @@ def test_packed_validation_loss_equals_that_of_separate_documents(run, uninterru
     sums = [
         jax.tree.map(
             lambda *values: sum(values),
-            *(evaluate(uninterrupted[2].trainable, None, batch) for batch in batches),
+            *(evaluate(model, None, batch) for batch in batches),
         )
         for batches in (packed, apart)
     ]

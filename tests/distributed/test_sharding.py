@@ -144,7 +144,7 @@ def test_with_learned_positions_too(position):
 @pytest.mark.parametrize(
     ("shape", "sequence"),
     [
-        ((2, 2, 2), True),
+        pytest.param((2, 2, 2), True, marks=pytest.mark.slow),
         pytest.param((4, 2, 1), False, marks=pytest.mark.slow),
         pytest.param((2, 2, 2), False, marks=[pytest.mark.slow, pytest.mark.long]),
         pytest.param((1, 1, 8), True, marks=[pytest.mark.slow, pytest.mark.long]),

@@ -27,6 +27,7 @@ from llama_jax.kernels.matmul import (
 pytestmark = pytest.mark.optimized
 
 IMPLEMENTATIONS = [sum_lanes, by_blocks, multiply_and_reduce, convert]
+GROUPS = [0, 32, 64]
 INT8, INT4 = quantized(0), quantized(32)
 QUICK = {"xla_backend_optimization_level": 0}  # of the compiler
 
@@ -43,7 +44,7 @@ def rows(count, inputs):
 @pytest.mark.parametrize(
     ("outputs", "inputs"), [slow((13, 172)), (9, 37), slow((3, 768)), (4, 2176)]
 )
-@pytest.mark.parametrize("group_size", [0, 32, 64])
+@pytest.mark.parametrize("group_size", slow_but([0, 32], GROUPS))
 def test_every_implementation_gives_the_product(outputs, inputs, group_size, monkeypatch):
     monkeypatch.setattr(matmul, "MADE_FLOAT", 2 * inputs)  # blocks of two outputs, or one
     kernel, x_RI = quantized(group_size, inputs, outputs), rows(3, inputs)
@@ -56,7 +57,7 @@ def test_every_implementation_gives_the_product(outputs, inputs, group_size, mon
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 11])
-@pytest.mark.parametrize("group_size", [0, 32, 64])
+@pytest.mark.parametrize("group_size", slow_but([0, 32], GROUPS))
 def test_any_number_of_rows(count, group_size):
     kernel, x_RI = quantized(group_size), rows(count, 128)
     found = times_quantized(jnp.asarray(x_RI), kernel, matmul.FLOAT32)
@@ -64,7 +65,7 @@ def test_any_number_of_rows(count, group_size):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("group_size", [0, 32, 64])
+@pytest.mark.parametrize("group_size", slow_but([0, 32], GROUPS))
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16_rows(implementation, group_size):
     kernel, x_RI = quantized(group_size), jnp.asarray(rows(3, 128), jnp.bfloat16)
@@ -115,7 +116,7 @@ def test_a_loop_holds_no_float_copy(count, group_size):
 
 
 @pytest.mark.parametrize("is_mesh", [False, True])
-@pytest.mark.parametrize("group_size", slow_but([0, 32], [0, 32, 64]))
+@pytest.mark.parametrize("group_size", slow_but([0, 32], GROUPS))
 def test_gradients_by_the_rows_are_those_of_the_float_matmul(group_size, is_mesh, monkeypatch):
     outputs, inputs = 13, 172
     monkeypatch.setattr(matmul, "MADE_FLOAT", 5 * inputs)  # three blocks, the last overlapping
@@ -137,8 +138,9 @@ SHAPES = re.compile(r"\b(f32|f64|bf16|f16|s8|u8|s32)\[([\d,]+)\]")
 
 
 @pytest.mark.as_used
-@pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("group_size", [0, 32])
+@pytest.mark.parametrize(
+    ("group_size", "remat"), [(0, False), slow((0, True)), slow((32, False)), (32, True)]
+)
 def test_gradients_of_a_scan_copy_no_stacked_kernel(group_size, remat):
     L, heads, width, I, R = 6, 4, 32, 128, 8
     made = [quantized(group_size, I, heads * width) for _ in range(L)]

@@ -28,7 +28,7 @@ def test_logits_agree_with_the_reference_with_and_without_a_cache():
     expected = np.stack([reference.forward(plain(model), row) for row in TOKENS_BT])
     logits, _ = jax.jit(lambda model: model(TOKENS_BT))(model)
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
-    decoder, cache = unstack(model), KVCache.empty(model.config, 2, 32)
+    decoder, cache = jax.jit(unstack(model)), KVCache.empty(model.config, 2, 32)
     for part in np.split(TOKENS_BT, [4], axis=1):
         last, cache = decoder(jnp.asarray(part), cache)
     np.testing.assert_allclose(last, expected[:, 4:], rtol=1e-4, atol=1e-4)

@@ -157,7 +157,9 @@ def test_stacked_equals_unstacked(tiny_model, listed):
     assert len(listed.blocks) == L
 
 
+@pytest.mark.slow
 def test_remat_changes_neither_loss_nor_gradients():
+    """With dropout; without it: `test_remat`."""
     step = jax.jit(jax.value_and_grad(mean_nll), static_argnames="remat")
     given = make_model(dropout=0.1), TOKENS_BT, jax.random.key(0)
     kept, recomputed = (jax.tree.leaves(step(*given, remat=remat)) for remat in ("none", "block"))

@@ -51,8 +51,12 @@ def test_logits_agree_with_the_oracle_by_every_way(name):
 def test_a_window_does_not_reach_into_another_document():
     model = make_model(sliding_window=3)
     segments_BT = np.array([[1] * 4 + [2] * 5, [1] * 7 + [2] * 2], np.int32)
-    hidden_BTD, _ = model.hidden(TOKENS_BT, segments_BT=jnp.asarray(segments_BT))
-    logits_BTV = model.logits(hidden_BTD)
+
+    @jax.jit
+    def logits(model):
+        return model.logits(model.hidden(TOKENS_BT, segments_BT=jnp.asarray(segments_BT))[0])
+
+    logits_BTV = logits(model)
     for b, split in enumerate((4, 7)):
         for part in (slice(0, split), slice(split, T)):
             expected = reference.forward(plain(model), TOKENS_BT[b, part], window=3)
@@ -70,7 +74,7 @@ def test_biases_are_counted_and_are_no_matrices():
     assert all(flag == name.endswith(("kernel", "embedding")) for name, flag in decays.items())
 
 
-@pytest.mark.parametrize("kind", slow_but(["int4"], ["int8", "int4"]))
+@pytest.mark.parametrize("kind", slow_but(["int8"], ["int8", "int4"]))
 def test_quantized_models_keep_their_biases(kind):
     model = make_model(**BIASES)
     small = quantize(model, kind)

@@ -86,7 +86,9 @@ def test_further_sequences_add_what_tracing_them_would():
     assert kept(1) + kept(3) == 2 * kept(2)
 
 
-@pytest.mark.parametrize("chip", [TPU, GPU], ids=["tpu", "gpu"])
+@pytest.mark.parametrize(
+    "chip", [TPU, pytest.param(GPU, marks=pytest.mark.slow)], ids=["tpu", "gpu"]
+)
 def test_policies_keep_less_the_more_they_recompute(chip):
     kept = {
         remat: memory_of(on_mesh(8, 1, 1, run__remat=remat), chip)
@@ -101,7 +103,7 @@ def test_policies_keep_less_the_more_they_recompute(chip):
 
 def test_more_chips_never_take_more_each():
     totals = []
-    for devices in (1, 2, 4, 8, 16):
+    for devices in (1, 2, 8):
         config = make_config(mesh__data=1, mesh__fsdp=devices)
         totals.append(training_memory(config, abstract_mesh(config.mesh, devices), TPU).total)
     assert totals == sorted(totals, reverse=True) and len(set(totals)) == len(totals)
@@ -206,7 +208,9 @@ def test_heads_narrower_than_the_lanes_are_padded_on_tpu_alone():
     assert on_tpu - on_gpu == pytest.approx(arrays * (128 - head), rel=1e-6)
 
 
-@pytest.mark.parametrize(("head", "is_padded"), [(4, False), (64, True), (128, True)])
+@pytest.mark.parametrize(
+    ("head", "is_padded"), [(4, False), (64, True), pytest.param(128, True, marks=pytest.mark.slow)]
+)
 def test_of_what_is_kept_by_name_wide_heads_are_padded_on_tpu(head, is_padded):
     model = make_config(model__compute_dtype="bfloat16", model__head_dim=head).model
     on_tpu, on_gpu = (

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import slow_but
 
 from llama_jax.planning.decoding import plan_decoding
 from llama_jax.planning.training import estimate
@@ -15,14 +16,12 @@ sys.path.insert(0, str(REPOSITORY / "tests" / "golden"))
 from make_plans import decoded, planned  # noqa: E402
 
 PLANNED = {key: (way, target) for key, way, target in planned()}
-QUICK, SLOW = "v5e-8", pytest.mark.slow  # a second for each plan, in which a model is traced
+# A second for each plan, in which a model is traced.
+QUICK = [f"{name} v5e-8" for name in ("demo", "110m", "110m_tpu", "7b", "llama3_70b")]
 DECODED = {key: plan for key, *plan in decoded()}
 
 
-@pytest.mark.parametrize(
-    "key",
-    [key if key.endswith(QUICK) else pytest.param(key, marks=SLOW) for key in GOLDEN["plans"]],
-)
+@pytest.mark.parametrize("key", slow_but(QUICK, GOLDEN["plans"]))
 def test_an_estimate_is_within_fifteen_percent_of_the_compiler(key):
     memory = estimate(*PLANNED[key]).memory
     compiled = GOLDEN["plans"][key]["gib"]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_but
 from tiny_model import make_model
 
 from llama_jax.model.execution import Execution
@@ -115,7 +116,7 @@ SHAPES = re.compile(r"\b(f32|f64|bf16|f16)\[([\d,]+)\]")
 
 
 @pytest.mark.parametrize("remat", ["none", pytest.param("block", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["int8", pytest.param("int4", marks=pytest.mark.slow), "nf4"])
+@pytest.mark.parametrize("kind", slow_but(["int8"], ["int8", "int4", "nf4"]))
 def test_training_makes_no_floats_of_all_layers_of_a_matrix(kind, remat):
     base = quantize(model_of(num_layers=8, hidden_dim=256), kind, stacked=True)
 

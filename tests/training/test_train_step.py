@@ -61,14 +61,15 @@ def make_batch(step=0, ragged=True):
 one_device = partial(make_mesh, MeshConfig(data=1), jax.devices()[:1])
 
 
+def rolled_up(config, mesh):
+    """Return an execution of which one block is compiled, as on other devices than CPUs."""
+    return dataclasses.replace(make_execution(config, mesh), unroll=1)
+
+
 @functools.cache
 def step_function(config, mesh):
-    """Return a step that is compiled once for all tests that can share it.
-
-    One block is compiled instead of three, as on other devices than CPUs.
-    """
-    execution = dataclasses.replace(make_execution(config, mesh), unroll=1)
-    return jit_train_step(config, mesh, execution)
+    """Return a step that is compiled once for all tests that can share it."""
+    return jit_train_step(config, mesh, rolled_up(config, mesh))
 
 
 @functools.cache
@@ -149,7 +150,9 @@ def test_on_a_mesh_training_goes_as_on_one_device(whole):
     assert_close([state.trainable, whole[0].trainable], 2e-5)
 
 
+@pytest.mark.slow
 def test_recomputing_activations_changes_nothing(whole):
+    """Gradients by each policy: `test_remat`."""
     state, metrics_of_steps = run(make_config(remat="block"))
     assert metrics_of_steps[2].loss == pytest.approx(whole[1][2].loss, rel=1e-5)
     assert_close([state.trainable, whole[0].trainable])
@@ -174,7 +177,7 @@ def test_frozen_parameters_stay_and_trainable_ones_follow_the_loss():
     model = first_state(config).trainable
     optimizer = make_optimizer(config.optimizer).init(model.norm)
     state = TrainState(jnp.int32(0), jnp.bool(True), model.norm, model, optimizer)
-    settings = {"config": config, "execution": make_execution(config, mesh)}
+    settings = {"config": config, "execution": rolled_up(config, mesh)}
     step = jax.jit(partial(train_step, loss=norm_loss, **settings))
     gradients_of = jax.jit(partial(summed_gradients, key=jax.random.key(0), **settings))
     with jax.set_mesh(mesh):
