@@ -319,14 +319,14 @@ def test_xla_knows_the_flags_for_gpus():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("platform", ["cuda", "nothing"])
+@pytest.mark.parametrize("platform", ["cuda", pytest.param("nothing", marks=pytest.mark.slow)])
 def test_an_absent_platform_is_one_line_with_what_there_is(platform):
     done = run_command("import jax\njax.devices()", env=os.environ | {"JAX_PLATFORMS": platform})
     line = f"error: JAX_PLATFORMS={platform} names a device that cannot be used here; expected cpu:"
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and done.stderr.startswith(line)
 
 
-@pytest.mark.parametrize("home", ["/proc/none", None])
+@pytest.mark.parametrize("home", [pytest.param("/proc/none", marks=pytest.mark.slow), None])
 def test_without_a_home_directory_there_is_no_cache_but_a_line(home):
     body = "from llama_jax.cli.startup import use_compilation_cache\nimport jax, pwd\n"
     body += "def getpwuid(uid): raise KeyError\npwd.getpwuid = getpwuid  # a container's user\n"

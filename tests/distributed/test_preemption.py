@@ -39,7 +39,11 @@ def test_first_signal_is_recorded(number, code):
 
 
 @pytest.mark.parametrize(
-    ("farewell", "line"), [("None", ""), ("lambda: 'step 5 is kept'", "step 5 is kept\n")]
+    ("farewell", "line"),
+    [
+        pytest.param("None", "", marks=pytest.mark.slow),
+        ("lambda: 'step 5 is kept'", "step 5 is kept\n"),
+    ],
 )
 def test_second_signal_ends_the_process_with_the_farewell(farewell, line):
     script = TWICE.format(first=int(signal.SIGTERM), second=int(signal.SIGINT), farewell=farewell)

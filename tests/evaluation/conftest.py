@@ -19,7 +19,7 @@ def checkpoint(tmp_path_factory):
     place = tmp_path_factory.mktemp("evaluation")
     tokenizer = train_tokenizer(TEXTS, 320, place / "t.model").path.read_bytes()
     weights = tiny_weights(
-        tokenizer=tokenizer, vocab_size=320, num_layers=2, context_length=CONTEXT
+        tokenizer=tokenizer, vocab_size=320, num_layers=1, context_length=CONTEXT
     )
     checkpoint_folder.write(weights, place / "ckpt")
     checkpoint_folder.write(dataclasses.replace(weights, bos=False), place / "plain")

@@ -26,7 +26,6 @@ from llama_jax.model.cache import KVCache
 from llama_jax.model.slot_cache import BLOCK, CHUNK
 from llama_jax.model.transformer import unstack
 
-plain = jax.jit(lambda model, tokens_BT, cache: model(tokens_BT, cache))
 SLOTS, CONTEXT = 3, 400
 TEXT = np.random.default_rng(3).integers(0, 40, CONTEXT).tolist()
 # Lengths around the ends of the chunks in which a prompt is read and attention reads, and steps.
@@ -34,6 +33,10 @@ CASES = [(1, 5), (2, BLOCK), (CHUNK - 3, 4), (CHUNK + 1, BLOCK), (300, 1)]
 
 # Equality to the bit is promised for what users run.
 pytestmark = [pytest.mark.optimized, pytest.mark.as_used]
+
+
+QUICK = {"xla_backend_optimization_level": 0}  # of the compiler
+plain = jax.jit(lambda model, *rest: model(*rest), compiler_options=QUICK)
 
 
 @cache

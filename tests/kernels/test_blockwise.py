@@ -12,6 +12,7 @@ from llama_jax.kernels.blockwise import blockwise_attention
 
 pytestmark = pytest.mark.optimized
 
+QUICK = {"xla_backend_optimization_level": 0}  # of the compiler
 B, N, H = 3, 6, 4
 LENGTHS = [5, 8, 16, 19]  # below, equal to, twice, and no multiple of a block of 8
 
@@ -41,7 +42,8 @@ def value_and_gradients(attention, q, k, v, slope):
         out, pull = jax.vjp(attention, q, k, v)
         return out, *pull(slope.astype(out.dtype))
 
-    return [np.asarray(x, np.float32) for x in jax.jit(run)(q, k, v, slope)]
+    results = jax.jit(run, compiler_options=QUICK)(q, k, v, slope)
+    return [np.asarray(x, np.float32) for x in results]
 
 
 @pytest.mark.parametrize(("T", "K"), slow_but([(19, 6)], [*((T, 2) for T in LENGTHS), (19, 6)]))
@@ -87,9 +89,8 @@ def test_scores_above_the_diagonal_are_never_made(blocks_of_8, packed):
     """Of 16 blocks a side, (16 + 1) / 2 of each 16 are made: 0.53 of the arithmetic."""
     q, k, v, _ = (x[:1] for x in arrays(128, 2))
     segments = (jnp.ones((1, 128), jnp.int32),) if packed else ()
-    quick = {"xla_backend_optimization_level": 0}
     counts = [
-        jax.jit(f).lower(*given).compile(quick).cost_analysis()["flops"]
+        jax.jit(f).lower(*given).compile(QUICK).cost_analysis()["flops"]
         for f, given in ((blockwise_attention, (q, k, v, *segments)), (at_once, (q, k, v)))
     ]
     assert counts[0] < 0.7 * counts[1]

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_but
 from test_int4 import expected_floats, quantized
 
 from llama_jax.kernels.int4_tpu import BYTES, OUTPUTS, multiply_int4
@@ -15,7 +16,7 @@ SIZES = [  # rows, outputs, inputs: less than a tile, whole tiles, and more of e
 ]
 
 
-@pytest.mark.parametrize("group_size", [32, 64])
+@pytest.mark.parametrize("group_size", slow_but([32], [32, 64]))
 @pytest.mark.parametrize(("rows", "outputs", "inputs"), SIZES)
 def test_products_are_nearer_to_exact_ones_than_those_of_bfloat16(
     rows, outputs, inputs, group_size

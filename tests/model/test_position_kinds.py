@@ -111,7 +111,7 @@ def in_slots(model, tokens_T, prompt):
     return np.concatenate(logits)
 
 
-@pytest.mark.parametrize("position", OTHERS)
+@pytest.mark.parametrize("position", slow_but(["absolute", "alibi"], OTHERS))
 def test_packed_documents_are_what_they_are_alone(position):
     model = model_of(position, num_layers=1)
     segments_BT = jnp.asarray([[1] * 4 + [2] * 7, [1] * 8 + [2] * 3], jnp.int32)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_but
 from tiny_model import TINY, make_model
 
 from llama_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
@@ -53,7 +54,7 @@ def matrix_products(policy, attention=xla_attention):
     )
 
 
-@pytest.mark.parametrize("policy", AGAIN)
+@pytest.mark.parametrize("policy", slow_but(["block", "save-qkv"], AGAIN))
 def test_gradients_are_those_of_keeping_everything(policy):
     model = make_model()
     expected, found = (jax.tree.leaves(compiled(name)(model)) for name in ("none", policy))
@@ -86,6 +87,7 @@ def test_auto_keeps_everything_on_cpu_alone():
     assert make_execution(step_config("auto")).remat == "none"
 
 
+@pytest.mark.slow
 @pytest.mark.as_used
 def test_memory_falls_as_less_is_kept():
     taken = {name: compiled(name).memory_analysis().temp_size_in_bytes for name in ("none", *AGAIN)}

@@ -207,11 +207,11 @@ def primitives_of(jaxpr, functions, inside):
     ("options", "on_cpu"),  # primitives that only the implementations for CPU have
     [
         slow(({"dtype": "float32"}, {"transpose", "optimization_barrier"})),
-        ({"dtype": "float32", "batch": 8}, {"transpose", "optimization_barrier"}),
+        slow(({"dtype": "float32", "batch": 8}, {"transpose", "optimization_barrier"})),
         slow(({"dtype": "float32", "quantize": "int8"}, {"transpose"})),
         ({"dtype": "float32", "quantize": "int8", "batch": 8}, {"scan"}),
         ({"dtype": "bfloat16", "quantize": "int4"}, {"transpose"}),
-        ({"dtype": "bfloat16", "quantize": "int4", "batch": 8}, {"scan"}),
+        slow(({"dtype": "bfloat16", "quantize": "int4", "batch": 8}, {"scan"})),
     ],
 )
 def test_a_decode_loop_for_a_tpu_has_none_of_the_matmuls_for_cpu(options, on_cpu):

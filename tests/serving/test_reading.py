@@ -25,7 +25,7 @@ TEXTS = [random.integers(0, 53, n).tolist() for n in LENGTHS]
 
 @pytest.fixture(scope="module")
 def engine():
-    return Engine(unstack(make_model(num_layers=2, context_length=CONTEXT)))
+    return Engine(unstack(make_model(num_layers=1, context_length=CONTEXT)))
 
 
 @pytest.fixture(scope="module")

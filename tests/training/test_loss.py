@@ -102,7 +102,7 @@ def test_large_logits_do_not_overflow():
     assert all(np.isfinite(result).all() for result in results)
 
 
-@pytest.mark.parametrize("z_loss", [1e-2, 0.7])
+@pytest.mark.parametrize("z_loss", [pytest.param(1e-2, marks=pytest.mark.slow), 0.7])
 def test_the_z_loss_and_its_gradients_are_those_of_the_formula(z_loss):
     given = arrays(3, 7)
     got = value_and_slopes(lambda *given: summed_loss(*given, z_loss)[0], given)
@@ -127,7 +127,7 @@ def test_what_is_reported_knows_no_z_loss():
     [
         ((1, 1, 8), EVEN_V, 6),
         ((1, 1, 8), V, 6),  # every device does the whole vocabulary
-        ((2, 2, 2), EVEN_V, 8),  # rows cut as well
+        pytest.param((2, 2, 2), EVEN_V, 8, marks=pytest.mark.slow),  # rows cut as well
         ((1, 8, 1), V, 6),  # 6 rows on 8 devices: every device does them all
     ],
     ids=str,
