@@ -132,7 +132,8 @@ class LLM:
 
     def __repr__(self) -> str:
         config = self.engine.model.config
-        shape = f"{config.num_layers} layers of dim {config.dim}, {config.compute_dtype}"
+        plural = "s" if config.num_layers > 1 else ""
+        shape = f"{config.num_layers} layer{plural} of dim {config.dim}, {config.compute_dtype}"
         return f"LLM({self._name}{self._adapter}: {shape}, context {config.context_length})"
 
     @property

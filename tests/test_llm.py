@@ -311,7 +311,7 @@ def test_signatures_show_the_sampling_parameters_with_their_defaults(method):
 
 
 def test_the_repr_says_what_is_loaded(folder, llm):
-    assert repr(llm) == f"LLM('{folder}': 1 layers of dim 24, float32, context 160)"
+    assert repr(llm) == f"LLM('{folder}': 1 layer of dim 24, float32, context 160)"
 
 
 def test_a_chat_takes_as_many_stops_as_a_completion(llm):
