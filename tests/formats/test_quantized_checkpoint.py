@@ -111,6 +111,7 @@ def test_stored_matrices_equal_those_quantised_on_load(place, stored, name):
     assert load(stored(name), quantize=quantization.kind).config == found.config
 
 
+@pytest.mark.slow
 def test_both_write_the_same_tokens(place, stored):
     made = [
         llm.complete("abc", max_tokens=9, temperature=0)

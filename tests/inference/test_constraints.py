@@ -233,6 +233,7 @@ def test_only_texts_of_the_grammar_come_out(tokenizers, name):
     assert len(set(map(tuple, ids))) > 20, "one text again and again would prove little"
 
 
+@pytest.mark.slow
 def test_a_sequence_is_the_same_with_constrained_ones_beside_it(tokenizers):
     plain, tokenizer = {"temperature": 1.2, "max_tokens": 25}, tokenizers["byte_level"]
     settings = [

@@ -161,6 +161,7 @@ def test_each_kernel_has_a_sliding_window(name, window, packed):
     check(results, oracle(*given, SEGMENTS_BT if packed else np.zeros((B, T)), window))
 
 
+@pytest.mark.slow
 def test_splash_may_have_several_blocks_of_queries_to_one_of_keys(monkeypatch):
     monkeypatch.setattr(splash, "LARGEST_KEY_BLOCK", 256)
     given = arrays(2)

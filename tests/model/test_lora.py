@@ -69,6 +69,7 @@ def test_a_quantized_base_is_adapted_and_refuses_to_be_merged(model, adapters):
         merge(small, linear, lora)
 
 
+@pytest.mark.slow
 def test_dropout_is_drawn_from_the_key(model, adapters):
     lora = dataclasses.replace(LORA, dropout=0.4)
     keys = (None, jax.random.key(0), jax.random.key(0), jax.random.key(1))

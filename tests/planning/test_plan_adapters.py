@@ -48,6 +48,7 @@ def test_what_is_frozen_has_no_gradients_or_moments(remat):
     assert quantized.memory.parameters < tuned.memory.parameters
 
 
+@pytest.mark.slow
 def test_a_frozen_matrix_keeps_no_inputs_for_its_gradient():
     def kept(**lora):
         config = make_config(**lora)

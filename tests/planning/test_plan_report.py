@@ -121,6 +121,7 @@ def test_flags_are_those_that_differ(config):
     assert flags_of(config, config, TARGET) == "no change"
 
 
+@pytest.mark.slow
 def test_a_search_ranks_alternatives_with_their_flags(config):
     found = search(config, TARGET)
     lines = search_report(config, TARGET, found).splitlines()

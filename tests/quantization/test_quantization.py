@@ -132,6 +132,7 @@ def test_logits_are_close_from_stacked_and_unstacked_blocks(kind, most, tied):
     jax.tree.map(np.testing.assert_array_equal, model, before)  # it is as it was
 
 
+@pytest.mark.slow
 def test_bfloat16_models():
     model = model_of(compute_dtype="bfloat16")
     narrow = jax.tree.map(lambda array: array.astype(jnp.bfloat16), model)

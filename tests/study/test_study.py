@@ -149,6 +149,7 @@ def test_variants_start_from_the_same_weights_in_what_they_share(tmp_path):
         assert all(np.array_equal(leaf, leaves[0]) for leaf in leaves)
 
 
+@pytest.mark.slow
 def test_one_program_serves_all_learning_rates(tmp_path):
     base, other = (trial_config(TINY, tmp_path, trial("alibi", rate), 4) for rate in (1e-2, 3e-2))
     tokens_BT = np.random.default_rng(0).integers(0, 330, (4, 65))
@@ -196,6 +197,7 @@ def test_answers_of_retrieval_are_values_of_the_first_half():
     assert np.array_equal(keys_A, (values_A - 170) // 8)
 
 
+@pytest.mark.slow
 def test_sliding_windows_are_what_a_model_does_within_its_length(tmp_path):
     """A model whose learned slopes confine it to its neighbours reads both ways alike."""
     config = trial_config(TINY, tmp_path, trial("relative"), 4)

@@ -158,6 +158,7 @@ def test_recomputed_on_a_quantized_base_is_the_same():
     assert_close(recomputed, gradients(config, state, batch), 1e-5)
 
 
+@pytest.mark.slow
 def test_packed_documents_are_those_apart():
     """The sums over two documents in a sequence are those of each in a sequence of its own."""
     config, batch = make_config(), make_batch()

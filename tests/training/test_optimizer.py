@@ -62,7 +62,7 @@ def test_decayed_and_other_parameters_of_the_15m_are_counted_as_by_llama2c():
     assert sum(size for size, decays in zip(sizes, mask) if not decays) == 3_744
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_without_a_gradient_matrices_shrink_and_norms_stay(tied):
     config = dataclasses.replace(CONFIG, warmup_steps=0, weight_decay=0.3)
     model = make_model(tied_embeddings=tied)
