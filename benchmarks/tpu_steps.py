@@ -46,6 +46,7 @@ SLICES = ("v5e-8", "v5e-16", "v5p-64", "v6e-8", "tpu7x-16")
 SIDE = 8192  # of the matmul that the cost model is calibrated with
 MATMULS = {"fwd": 2, "dkv": 5}  # in attention's kernels: forward; fused backward
 SMALLEST = {"v5p": 2, "tpu7x": 2}  # machines named by cores; of others one chip
+LEAST_CREDIBLE = 0.001  # MFU; for tpu7x the cost model of libtpu 0.0.42.1 gives no usable cycles
 REACHED, REACHED_BY_KERNELS, LINKS = 0.85, 0.5, 0.5  # of the peak, and of all links, at most
 
 
@@ -132,6 +133,8 @@ def row(config: Config, target: Target) -> str:
     times = step_seconds(made, config, target)
     flops = config.tokens_per_step * flops_per_token(config.model, config.data.sequence_length)
     used = [flops / (target.devices * target.chip.flops * seconds) for seconds in times]
+    if used[0] < LEAST_CREDIBLE:
+        return f"{ways}{made.peak / GIB:8.1f}  fits; the cost model's cycles cannot be used"
     sent = network(made, target)[1] / times[0]
     return (
         f"{ways}{made.peak / GIB:8.1f}{times[0]:9.2f} to {times[1]:.2f} s"
