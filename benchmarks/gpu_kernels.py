@@ -22,15 +22,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from llama_jax.kernels.triton import NARROW_HEADS, triton_attention
+from llama_jax.kernels.triton import triton_attention
 
 B, T, N, K = 2, 4096, 8, 2
 HEADS = (64, 128, 256)
 CAPABILITIES = (80, 90)
+OPTIONS = ("num_warps", "num_stages")
 
 
-def kernels(head_dim: int) -> dict[str, str]:
-    """Return the kernels for heads so wide, forward and backward, in Triton's language."""
+def kernels(head_dim: int) -> dict[str, tuple[str, dict[str, int]]]:
+    """Return the kernels for heads so wide, forward and backward: Triton's text and options."""
     from jaxlib.mlir import ir
     from jaxlib.triton import dialect
 
@@ -43,7 +44,7 @@ def kernels(head_dim: int) -> dict[str, str]:
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=hopper)):
         traced = jax.jit(learn).trace(q, k, k, q, jax.ShapeDtypeStruct((B, T), jnp.int32))
         lowered = traced.lower(lowering_platforms=("cuda",)).compiler_ir()
-    found: dict[str, str] = {}
+    found: dict[str, tuple[str, dict[str, int]]] = {}
 
     def visit(operation: Any) -> Any:
         if operation.name == "stablehlo.custom_call":
@@ -51,7 +52,9 @@ def kernels(head_dim: int) -> dict[str, str]:
             with ir.Context() as context:
                 dialect.register_dialect(context)
                 module = ir.Module.parse(ir.StringAttr(config["ir"]).value_bytes)
-                found[str(config["name"]).strip('"')] = module.operation.get_asm()
+                text = module.operation.get_asm()
+            options = {key: ir.IntegerAttr(config[key]).value for key in OPTIONS}
+            found[ir.StringAttr(config["name"]).value] = text, options
         return ir.WalkResult.ADVANCE
 
     lowered.operation.walk(visit)
@@ -71,12 +74,11 @@ def main() -> None:
     print(f"triton {triton.__version__}, jax {jax.__version__}; {B} × {T} tokens, {N}/{K} heads")
     print(f"{'':24}{'sm':>4}{'shared':>12}{'registers':>11}{'spilled':>10}  matmuls")
     for head_dim in flags.heads:
-        for name, text in kernels(head_dim).items():
+        for name, (text, options) in kernels(head_dim).items():
             for capability in flags.capability:
                 with tempfile.TemporaryDirectory() as folder:
                     source, binary = Path(folder, "kernel.ttir"), Path(folder, "kernel.cubin")
                     source.write_text(text)
-                    options = {"num_warps": 4 if head_dim <= NARROW_HEADS else 8, "num_stages": 2}
                     target = GPUTarget("cuda", capability, 32)
                     made = triton.compile(str(source), target=target, options=options)
                     binary.write_bytes(made.asm["cubin"])

@@ -18,7 +18,7 @@ Computation = dict[str, Instruction]
 
 def hbm_bytes(program: Program) -> int:
     """Return the bytes of one run of a program."""
-    instructions = [(name, one, times) for name, one, times in program.runs()]
+    instructions = list(program.runs())
     inside = {
         called
         for _, one, _ in instructions

@@ -85,15 +85,19 @@ def _attended(
     index_1T = jnp.arange(T, dtype=jnp.int32)[None]
     first_BT, last_BT = jnp.zeros((B, T), jnp.int32), jnp.full((B, T), T - 1, jnp.int32)
     if segments_BT is not None:
-        changes_BT = segments_BT[:, 1:] != segments_BT[:, :-1]
-        begins_BT = jnp.pad(changes_BT, ((0, 0), (1, 0)), constant_values=True)
-        ends_BT = jnp.pad(changes_BT, ((0, 0), (0, 1)), constant_values=True)
-        first_BT = jax.lax.cummax(jnp.where(begins_BT, index_1T, 0), axis=1)
-        last_BT = jax.lax.cummin(jnp.where(ends_BT, index_1T, T), axis=1, reverse=True)
+        first_BT = segment_starts(segments_BT)
+        last_BT = T - 1 - segment_starts(segments_BT[:, ::-1])[:, ::-1]
     if window:
         first_BT = jnp.maximum(first_BT, index_1T - (window - 1))
         last_BT = jnp.minimum(last_BT, index_1T + (window - 1))
     return first_BT, last_BT
+
+
+def segment_starts(segments_BT: jax.Array) -> jax.Array:
+    """The position [B, T], int32, at which each one's segment starts: a run of equal ids."""
+    index_T = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)
+    begins_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)))
+    return jax.lax.cummax(jnp.where(begins_BT, index_T[None], 0), axis=1)
 
 
 Options = tuple[float, int, bool]  # the factor of scores, the block of a program, interpret

@@ -20,6 +20,7 @@ import numpy as np
 
 from llama_jax.config import ModelConfig, RopeScaling
 from llama_jax.kernels.rotation import rotate
+from llama_jax.kernels.triton import segment_starts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +171,4 @@ def rotary_embedding(
 def positions_within(segments_BT: jax.Array) -> jax.Array:
     """Positions [B, T] counted from the start of each segment; a segment is a run of equal ids."""
     index_T = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)
-    begins_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)))
-    starts_BT = jax.lax.cummax(jnp.where(begins_BT, index_T[None], 0), axis=1)
-    return index_T[None] - starts_BT
+    return index_T[None] - segment_starts(segments_BT)
