@@ -48,6 +48,8 @@ def _moved(program: Program, around: Computation, one: Instruction) -> int:
             updated = one.opcode == "dynamic-update-slice" and place == 0
             total += 0 if updated else _read(program, fused, place, around[name])
     roots = _roots(fused) if fused else [one]
+    if len(roots) < len(results):  # such as one all-reduce of several arrays
+        return total + sum(nbytes(array) for array in results if _in_hbm(array))
     for array, root in zip(results, roots, strict=True):
         if _in_hbm(array):
             total += _written(fused or around, root)

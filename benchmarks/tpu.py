@@ -3,15 +3,17 @@
     pip install -e ".[plan]"
     python benchmarks/tpu.py
     python benchmarks/tpu.py --layers 2 --only "decode 1,prefill 16,train 110m_tpu"
+    python benchmarks/tpu.py --target v5e-4 --only "decode 1,decode 16,decode 1 int4,decode 16 int4"
 
-Compiles the engine's programs, at the width of Llama 2 7B and with few layers, or the train step of
-a config, for one v5e chip, and reads the optimised program. Millions of cycles are the sum of what
-the compiler's cost model estimates for each instruction, times the turns of the loops that it is
-in; a loop whose turns depend on data, such as that over tokens, counts one turn. They compare
-programs and are no times: for a matmul of 8192³ they are 1.14 times what the chip's peak gives, for
-adding 1 to 90 MB 2.5 times what its bandwidth gives, a matmul that waits for its weights counts
-arithmetic alone, and a custom call (splash, int4) nothing. HBM is what is read from and written to
-the chip's memory in one run, see `hbm`; copies are those of more than a megabyte.
+Compiles the engine's programs, at the width of Llama 2 7B and with few layers, for one v5e chip or
+a slice, or the train step of a config for one chip, and reads the optimised program of a device.
+Millions of cycles are the sum of what the compiler's cost model estimates for each instruction,
+times the turns of the loops that it is in; a loop whose turns depend on data, such as that over
+tokens, counts one turn. They compare programs and are no times: for a matmul of 8192³ they are 1.14
+times what the chip's peak gives, for adding 1 to 90 MB 2.5 times what its bandwidth gives, a matmul
+that waits for its weights counts arithmetic alone, and a custom call (splash, int4) nothing. HBM is
+what is read from and written to the chip's memory in one run, see `hbm`; copies are those of more
+than a megabyte, also inside fusions, where they may move nothing.
 """
 
 import argparse
@@ -60,7 +62,7 @@ LARGE = 1e6  # bytes of a copy that is counted
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A program for one device, as the TPU compiler made it."""
+    """A program for one device, perhaps of several, as the TPU compiler made it."""
 
     program: Program
     text: str  # of the program
@@ -125,17 +127,21 @@ def _cycles(attributes: str) -> int:
     return int(found[1]) if found else 0
 
 
-def compile_decoding(config: ModelConfig, batch: int, quantize: str = "") -> Compiled:
-    """Compile the decode loop for one v5e chip."""
-    mesh = target_mesh(MESH, parse_target("v5e-1"))
+def compile_decoding(
+    config: ModelConfig, batch: int, quantize: str = "", target: str = "v5e-1"
+) -> Compiled:
+    """Compile the decode loop for one chip or a slice of them."""
+    mesh = target_mesh(MESH, parse_target(target))
     with jax.set_mesh(mesh):
         traced = trace_decoding(config, DecodingOptions(batch=batch, quantize=quantize), mesh)
         return compiled(traced)
 
 
-def compile_prefill(config: ModelConfig, batch: int, tokens: int = MAX_PREFILL_CHUNK) -> Compiled:
-    """Compile the reading of a chunk of each prompt for one v5e chip."""
-    mesh = target_mesh(MESH, parse_target("v5e-1"))
+def compile_prefill(
+    config: ModelConfig, batch: int, tokens: int = MAX_PREFILL_CHUNK, target: str = "v5e-1"
+) -> Compiled:
+    """Compile the reading of a chunk of each prompt for one chip or a slice of them."""
+    mesh = target_mesh(MESH, parse_target(target))
 
     def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         place = NamedSharding(mesh, PartitionSpec())
@@ -175,6 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--only", default=",".join(PROGRAMS), help="comma-separated")
+    parser.add_argument("--target", default="v5e-1", help="of decoding and prefill")
     flags = parser.parse_args()
     config = ModelConfig(**WIDE, num_layers=flags.layers)
     columns = ("HBM", 12), ("temporary", 12), ("peak", 12), ("copies", 10), ("compiled in", 14)
@@ -184,9 +191,9 @@ def main() -> None:
         kind, what, *quantize = name.split()
         start = time.perf_counter()
         if kind == "decode":
-            made = compile_decoding(config, int(what), *quantize)
+            made = compile_decoding(config, int(what), *(quantize or [""]), target=flags.target)
         elif kind == "prefill":
-            made = compile_prefill(config, int(what))
+            made = compile_prefill(config, int(what), target=flags.target)
         else:
             made = compile_training(read_config(what))
         seconds = time.perf_counter() - start

@@ -32,7 +32,7 @@ from llama_jax.errors import UsageError, UserError, require, whole_number
 from llama_jax.model.lora import Adapters, attach, detach, init_adapters
 from llama_jax.model.parameters import abstract, count_parameters, named_leaves
 from llama_jax.model.transformer import Llama, unstack
-from llama_jax.quantization import QuantizedMatrix, abstract_quantized, require_kind
+from llama_jax.quantization import QuantizedMatrix, abstract_quantized, require_kind, shard_matmuls
 from llama_jax.quantization import quantize as quantize_model
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_path
 
@@ -345,7 +345,7 @@ def load_for_inference(
     context = _context(loaded.config, max_context)
     model = adapt(unstack(loaded.model, consume=True))
     if mesh is not None:
-        model = jax.device_put(model, shardings(model, mesh))
+        model = shard_matmuls(jax.device_put(model, shardings(model, mesh)))
     model.config = dataclasses.replace(model.config, context_length=context)
     return dataclasses.replace(loaded, model=model)
 

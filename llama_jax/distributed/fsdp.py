@@ -170,24 +170,31 @@ def _gathered(part: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     )(part)
 
 
-def lookup(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any) -> jax.Array:
+def lookup(
+    table: Any, ids_BT: jax.Array, dtype: Any, take: Callable[..., jax.Array] | None = None
+) -> jax.Array:
     """The rows [B, T, D] of a table for token ids, in `dtype`; the table is never gathered.
 
     Along `fsdp`, each device looks up its columns for the ids of all devices, and an all-to-all
     exchanges them; along `tensor`, it looks up the ids in its shard of the vocabulary, and a psum
     adds what the devices found.
+
+    Args:
+      table: floats [V, D]; with `take`, arrays [V, ...] that are whole along `fsdp`.
+      take: of (table, ids, dtype), for a table on one device that is no array of floats.
     """
     mesh = jax.sharding.get_abstract_mesh()
     parts = automatic(mesh).get("tensor", 1)
     is_alone = all(size == 1 for name, size in automatic(mesh).items() if name != "tensor")
-    if parts == 1 or not is_alone or table_VD.shape[0] % parts:
-        return _lookup(table_VD, ids_BT, dtype)
+    take = take or _take
+    if parts == 1 or not is_alone or _rows(table) % parts:
+        return take(table, ids_BT, dtype)
 
-    def add_up(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
-        V = table_VD.shape[0]
+    def add_up(table: Any, ids_BT: jax.Array) -> jax.Array:
+        V = _rows(table)
         ids_BT = ids_BT - jax.lax.axis_index("tensor") * V
         is_here_BT1 = ((ids_BT >= 0) & (ids_BT < V))[..., None]
-        found_BTD = _lookup(table_VD, jnp.clip(ids_BT, 0, V - 1), dtype)
+        found_BTD = take(table, jnp.clip(ids_BT, 0, V - 1), dtype)
         return jax.lax.psum(jnp.where(is_here_BT1, found_BTD, 0), "tensor")
 
     return jax.shard_map(
@@ -196,10 +203,14 @@ def lookup(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any) -> jax.Array:
         out_specs=PartitionSpec(),
         axis_names=set(automatic(mesh)),
         check_vma=False,
-    )(table_VD, ids_BT)
+    )(table, ids_BT)
 
 
-def _lookup(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any) -> jax.Array:
+def _rows(table: Any) -> int:
+    return jax.tree.leaves(table)[0].shape[0]
+
+
+def _take(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any) -> jax.Array:
     """`lookup` in a table that is sharded along `fsdp` at most."""
     if not is_sharded():
         return table_VD[ids_BT].astype(dtype)

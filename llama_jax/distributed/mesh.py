@@ -302,7 +302,41 @@ def shard_heads(kernel: Callable[..., Tree]) -> Callable[..., Tree]:
 
 
 def _repeated_heads(x_BTNH: jax.Array, shards: int, most: int) -> jax.Array:
-    """`x` with each head repeated until `shards` divides them, if `most` is a multiple of that."""
-    heads = x_BTNH.shape[2]
+    """`x` with each head as often as `head_copies` says."""
+    times = head_copies(x_BTNH.shape[2], shards, most)
+    return x_BTNH if times == 1 else jnp.repeat(x_BTNH, times, axis=2)
+
+
+def head_copies(heads: int, shards: int, most: int) -> int:
+    """How often to repeat each head, so that `shards` divides them and they divide `most` queries.
+
+    1 where no number does: then each device has all heads.
+    """
     times = shards // math.gcd(heads, shards)
-    return x_BTNH if most % (heads * times) else jnp.repeat(x_BTNH, times, axis=2)
+    return 1 if most % (heads * times) else times
+
+
+def shard_attention(attention: Callable[..., Any]) -> Callable[..., Any]:
+    """`Execution.shard_attention`: each device computes and writes its own kv heads.
+
+    XLA left to itself copies a batch's cache for every token on a TPU, and sends it around where
+    the tensor axis does not divide the kv heads. Those are repeated, also in the cache. Where that
+    does not help either, XLA is left to itself.
+    """
+
+    def sharded(q_BTNH, k_BTKH, v_BTKH, layer, key=None, slopes_N=None):  # type: ignore[no-untyped-def]
+        sizes = automatic(jax.sharding.get_abstract_mesh())
+        shards, N = sizes.get("tensor", 1), q_BTNH.shape[2]
+        k_BTKH, v_BTKH = (_repeated_heads(x_BTKH, shards, N) for x_BTKH in (k_BTKH, v_BTKH))
+        if math.prod(sizes.values()) == 1 or k_BTKH.shape[2] % shards:
+            return attention(q_BTNH, k_BTKH, v_BTKH, layer, key, slopes_N)
+        by_heads, heads_first = PartitionSpec(None, None, "tensor"), PartitionSpec("tensor")
+        return jax.shard_map(
+            lambda q, k, v, layer, slopes_N: attention(q, k, v, layer, None, slopes_N),
+            in_specs=(by_heads, by_heads, by_heads, heads_first, heads_first),
+            out_specs=(by_heads, heads_first),
+            axis_names=set(sizes),
+            check_vma=False,
+        )(q_BTNH, k_BTKH, v_BTKH, layer, slopes_N)
+
+    return sharded

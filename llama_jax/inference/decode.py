@@ -11,10 +11,17 @@ from typing import Generic, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from llama_jax.config import ModelConfig
 from llama_jax.distributed.fsdp import lookup
-from llama_jax.distributed.mesh import constrain, partition_spec, shard_heads
+from llama_jax.distributed.mesh import (
+    constrain,
+    head_copies,
+    partition_spec,
+    shard_attention,
+    shard_heads,
+)
 from llama_jax.inference.request import TokenLogprob
 from llama_jax.inference.sampler import Sampler, TokenCounts
 from llama_jax.kernels.attention import KERNELS, AttentionKernel
@@ -31,7 +38,7 @@ MAX_PREFILL_CHUNK = 512  # tokens of each prompt read at once; bounds the memory
 MIN_PREFILL_CHUNK = 16
 
 # How programs run on a mesh, without gradients; a cache brings its own attention.
-ON_MESH = Execution(constrain=constrain, lookup=lookup)
+ON_MESH = Execution(constrain=constrain, lookup=lookup, shard_attention=shard_attention)
 # On TPUs, one or a mesh of them.
 ON_TPU = dataclasses.replace(ON_MESH, among_new=shard_heads(splash_with_log_sums))
 
@@ -54,14 +61,38 @@ def attention_on_mesh(name: str) -> AttentionKernel:
 CacheT = TypeVar("CacheT", KVCache, SlotCache, OneSlot)
 
 
-def shard_cache(cache: CacheT, mesh: Mesh) -> CacheT:
-    """Return the cache sharded by kv heads."""
+def cache_config(config: ModelConfig, mesh: Mesh | AbstractMesh | None) -> ModelConfig:
+    """Return the config of a model's cache, which holds copies of kv heads if devices share them.
 
-    def shard(array: jax.Array) -> jax.Array:  # kv heads, perhaps times sequences, come first
-        spec = partition_spec(("kv_heads", *[""] * (array.ndim - 1)), array.shape, mesh)
-        return jax.device_put(array, NamedSharding(mesh, spec))
+    See `distributed.mesh.shard_attention`.
+    """
+    if mesh is None:
+        return config
+    copies = head_copies(config.num_kv_heads, mesh.shape["tensor"], config.num_heads)
+    return dataclasses.replace(config, num_kv_heads=copies * config.num_kv_heads)
 
-    return dataclasses.replace(cache, layers=jax.tree.map(shard, cache.layers))
+
+def cache_shardings(cache: CacheT, mesh: Mesh | AbstractMesh) -> CacheT:
+    """Return the sharding of each array of a cache, or of its shape: layers by kv heads."""
+
+    def by_heads(array: jax.Array) -> NamedSharding:  # kv heads, perhaps times sequences, are first
+        axes = ("kv_heads", *[""] * (array.ndim - 1))
+        return NamedSharding(mesh, partition_spec(axes, array.shape, mesh))
+
+    places = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), cache)
+    return dataclasses.replace(places, layers=jax.tree.map(by_heads, cache.layers))
+
+
+def empty_cache(
+    config: ModelConfig, batch: int, slots: int, dtype: str, mesh: Mesh | None
+) -> KVCache:
+    """Return `KVCache.empty`; of a mesh, each device makes its own shard."""
+    make = partial(KVCache.empty, cache_config(config, mesh), batch, slots, dtype)
+    if mesh is None:
+        return make()
+    shapes = jax.eval_shape(make)
+    places = cache_shardings(shapes, mesh)
+    return jax.tree.map(lambda x, at: jnp.zeros(x.shape, x.dtype, device=at), shapes, places)
 
 
 # --- prefill ---
@@ -183,6 +214,14 @@ class GenerationState(Generic[CacheT]):
     def done_B(self) -> jax.Array:
         """Sequences that have met a stop token or their limit."""
         return are_done(self.stopped_B, self.cache.length_B, self.limit_B)
+
+
+def state_shardings(
+    state: GenerationState[CacheT], mesh: Mesh | AbstractMesh
+) -> GenerationState[CacheT]:
+    """Return the sharding of each array of a state, or of its shape; only the cache has shards."""
+    places = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), state)
+    return dataclasses.replace(places, cache=cache_shardings(state.cache, mesh))
 
 
 @jax.tree_util.register_dataclass

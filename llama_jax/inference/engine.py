@@ -27,11 +27,11 @@ from llama_jax.inference.decode import (
     decode,
     decode_one,
     decoding_execution,
+    empty_cache,
     pad_sequences,
     prefill,
     prefill_chunks,
     sample_first_token,
-    shard_cache,
 )
 from llama_jax.inference.request import Delta, Request
 from llama_jax.inference.sampler import Sampler, TokenCounts
@@ -232,8 +232,8 @@ class Engine:
         tokens = max(limits) + (NUM_GUESSES + 1) * request.shared.speculate
         slots = cache_slots(max(tokens, start + sum(prefill_chunks(max(lengths) - start))))
         if cache is None:
-            cache = KVCache.empty(self.model.config, len(prompts), slots, self.cache_dtype)
-            cache = shard_cache(cache, self.mesh) if self.mesh else cache
+            sizes = len(prompts), slots, self.cache_dtype
+            cache = empty_cache(self.model.config, *sizes, self.mesh)
         elif cache.slots < slots:
             cache = cache.with_slots(slots)
         cache, logits_BV = prefill(self.model, cache, prompts, start, execution=self.execution)

@@ -8,7 +8,7 @@ than a few rows by a matrix. For quantised kernels:
 - `sum_lanes`: on CPU, up to `FEW` rows. Two to three times as fast as float32 there, where XLA
   multiplies nothing but float32 fast.
 - `by_blocks`: on CPU, more rows. As fast as float32.
-- `multiply_int4`: on one TPU, int4 and up to `MOST_ROWS`. A kernel of ours, since XLA reads int4 as
+- `multiply_int4`: on TPU, int4 and up to `MOST_ROWS`. A kernel of ours, since XLA reads int4 as
   floats.
 - `multiply_and_reduce`: elsewhere, four bits and up to `FEW` rows. One fused loop.
 - `convert`: elsewhere; XLA fuses the conversion into its matmul.
@@ -54,8 +54,9 @@ def on_one_cpu_device() -> bool:
 
 
 def _on_one_device() -> bool:
+    """Whether a program is traced for one device, as inside a `jax.shard_map` over all axes."""
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh.empty or math.prod(mesh.axis_sizes) == 1
+    return all(size == 1 or name in mesh.manual_axes for name, size in mesh.shape.items())
 
 
 def with_rows_of_a_tile(

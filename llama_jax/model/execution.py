@@ -28,6 +28,7 @@ import jax.numpy as jnp
 
 from llama_jax.kernels.attention import AttentionKernel, xla_attention
 from llama_jax.kernels.blockwise import KEPT
+from llama_jax.model.cache import AttentionFunction
 
 QKV = ("queries", "keys", "values")  # names that `model.transformer` gives by `checkpoint_name`
 MATMULS = (*QKV, KEPT, "gate", "up")
@@ -39,9 +40,25 @@ def unconstrained(x: jax.Array, *axes: str) -> jax.Array:
     return x
 
 
-def table_lookup(table_VD: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The rows [*ids, D] of an unsharded table, in `dtype`."""
+def take_floats(table_VD: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The rows [*ids, D] of a table, in `dtype`."""
     return table_VD[ids].astype(dtype)
+
+
+def table_lookup(
+    table: Any, ids: jax.Array, dtype: jnp.dtype, take: Callable[..., jax.Array] = take_floats
+) -> jax.Array:
+    """The rows [*ids, D] of an unsharded table, in `dtype`.
+
+    Args:
+      take: of (table, ids, dtype), for a table that is no array of floats.
+    """
+    return take(table, ids, dtype)
+
+
+def unsharded_attention(attention: AttentionFunction) -> AttentionFunction:
+    """`attention` itself: on one device there is nothing to shard."""
+    return attention
 
 
 def first_examples(count: int) -> jax.Array:
@@ -64,12 +81,14 @@ class Execution:
     # -> (the mixed values, the log of each softmax's denominator [B, T, N, 1]). The filled part of
     # the cache is then read in chunks. None: all slots are read at once.
     among_new: Callable[..., tuple[jax.Array, jax.Array]] | None = None
+    # Attention over a cache -> the same, of which each device computes and writes its own heads.
+    shard_attention: Callable[[AttentionFunction], AttentionFunction] = unsharded_attention
     unroll: int = 1  # blocks per iteration of the scan over layers
     # (x, *logical axes) -> x with the sharding that those axes have on the mesh
     constrain: Callable[..., jax.Array] = unconstrained
     # (parameters, dtype) -> the same, all-gathered and cast; None where no parameter is sharded so
     gather: Callable[[Any, Any], Any] | None = None
-    lookup: Callable[[jax.Array, jax.Array, Any], jax.Array] = table_lookup
+    lookup: Callable[..., jax.Array] = table_lookup  # arguments as there
     # (sequences on this device) -> their indices in the whole batch; dropout is drawn by them
     example_ids: Callable[[int], jax.Array] = first_examples
 

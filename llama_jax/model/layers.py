@@ -91,8 +91,8 @@ class OutputsFirstLinear(nnx.Module):
 class Table(Protocol):
     """An embedding table [V, D] that is no plain parameter, such as a quantised one."""
 
-    def rows(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """The embeddings [*ids, D] of token ids."""
+    def rows(self, ids: jax.Array, dtype: jnp.dtype, lookup: Callable[..., jax.Array]) -> jax.Array:
+        """The embeddings [*ids, D] of token ids, by `Execution.lookup`."""
 
     def floats(self, dtype: jnp.dtype) -> jax.Array:
         """The table itself, [V, D]."""
@@ -105,12 +105,12 @@ def embed(
     table: nnx.Param | Table,
     ids: jax.Array,
     dtype: jnp.dtype,
-    lookup: Callable[[jax.Array, jax.Array, jnp.dtype], jax.Array],
+    lookup: Callable[..., jax.Array],
 ) -> jax.Array:
-    """The embeddings [*ids, D] of token ids; a plain parameter is read by `lookup`."""
+    """The embeddings [*ids, D] of token ids, by `Execution.lookup`."""
     if isinstance(table, nnx.Param):
         return lookup(table[...], ids, dtype)
-    return table.rows(ids, dtype)
+    return table.rows(ids, dtype, lookup)
 
 
 def unembed(x_RD: jax.Array, table: nnx.Param | Table) -> jax.Array:

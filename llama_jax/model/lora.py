@@ -8,7 +8,7 @@ R: rank of the adapters.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -72,11 +72,11 @@ class LoraTable(nnx.Module):
         self.base, self.a, self.b = base, adapter["a"], adapter["b"]
         self.scale, self.execution = scale, execution
 
-    def rows(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    def rows(self, ids: jax.Array, dtype: jnp.dtype, lookup: Callable[..., jax.Array]) -> jax.Array:
         """Return the embeddings [*ids, D] of tokens."""
         b_RD = self.execution.gathered(self.b, dtype)[...].astype(dtype)
         added = self.a[...][ids].astype(dtype) @ b_RD
-        return embed(self.base, ids, dtype, self.execution.lookup) + self.scale * added
+        return embed(self.base, ids, dtype, lookup) + self.scale * added
 
     def floats(self, dtype: jnp.dtype) -> jax.Array:
         """Return the matrix [V, D] that the table and its adapter amount to."""

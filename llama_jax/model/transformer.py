@@ -196,7 +196,9 @@ class Llama(nnx.Module):
         positions_BT = jnp.arange(T, dtype=jnp.int32)[None]
         if cache is not None:
             positions_BT = cache.positions(T)
-            attention = cache.attention(positions_BT, config.sliding_window, execution.among_new)
+            attention = execution.shard_attention(
+                cache.attention(positions_BT, config.sliding_window, execution.among_new)
+            )
         else:
             if segments_BT is not None:
                 positions_BT = positions_within(segments_BT)

@@ -13,17 +13,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh
 
 from llama_jax.config import COMPUTE_DTYPES, MAX_INT, Choice, MeshConfig, ModelConfig, Range
-from llama_jax.distributed.mesh import partition_spec, placed, shardings
+from llama_jax.distributed.mesh import placed, shardings
 from llama_jax.errors import require
 from llama_jax.inference.decode import (
     NO_TOKEN,
     GenerationState,
+    cache_config,
     cache_slots,
     decode,
     decoding_execution,
+    state_shardings,
 )
 from llama_jax.inference.request import SamplingParams
 from llama_jax.inference.sampler import Sampler
@@ -44,7 +46,7 @@ from llama_jax.planning.memory import (
 )
 from llama_jax.planning.speed import Speed
 from llama_jax.planning.targets import Target
-from llama_jax.quantization import KINDS, QuantizedMatrix, abstract_quantized
+from llama_jax.quantization import KINDS, QuantizedMatrix, abstract_quantized, shard_matmuls
 
 LOGITS_COPIES = 4  # arrays of the size of the float32 logits that sampling a token needs at once
 MESH = MeshConfig(data=1, tensor=-1)
@@ -140,13 +142,16 @@ def plan_decoding(
     weights = _weights(any_context, options.quantize, mesh)
     temporary: float = LOGITS_COPIES * options.batch * config.vocab_size * FLOAT32
     if target.chip.is_tpu:
-        alone = target.devices == 1 and options.batch <= MOST_ROWS
+        few = options.batch <= MOST_ROWS
         temporary += _padded_cache(cache) if options.batch > 1 else 0
-        temporary += _embedding_by_rows(weights, alone and options.quantize == "int8")
-        if alone and options.quantize == "int4":
-            temporary += _scales_by_rows(weights)
-        else:
-            temporary += _broadcast_scales(weights, options.batch)
+        by_kernel: list[QuantizedMatrix] = []
+        by_xla: list[QuantizedMatrix] = []
+        for matrix in _four_bit_matrices(weights):
+            (by_kernel if few and matrix.shards else by_xla).append(matrix)
+        if all(matrix is not weights.embedding for matrix in by_kernel):  # else it is among those
+            temporary += _embedding_by_rows(weights, few and options.quantize == "int8")
+        by_rows = _scales_by_rows(by_kernel)
+        temporary += max(by_rows, _broadcast_scales(by_xla, config, options.batch))
     plan = DecodingPlan(
         model=config,
         options=options,
@@ -207,33 +212,24 @@ def abstract_model(config: ModelConfig, quantize: str, mesh: Mesh | AbstractMesh
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype),
             jax.eval_shape(unstack, abstract(config)),
         )
-    return placed(model, shardings(model, mesh))
+    return shard_matmuls(placed(model, shardings(model, mesh)))
 
 
 def abstract_state(
     config: ModelConfig, options: DecodingOptions, mesh: Mesh | AbstractMesh
 ) -> GenerationState:
-    """Return the state of a batch in decoding, as shapes with the engine's shardings.
-
-    The cache is sharded by kv heads, everything else replicated.
-    """
+    """Return the state of a batch in decoding, as shapes with the engine's shardings."""
 
     def initial() -> GenerationState:
         slots = cache_slots(config.context_length)
-        cache = KVCache.empty(config, options.batch, slots, options.cache_dtype)
+        own = cache_config(config, mesh)
+        cache = KVCache.empty(own, options.batch, slots, options.cache_dtype)
         count_B = jnp.zeros(options.batch, jnp.int32)
         keys_B = jax.vmap(jax.random.key)(count_B)
         return GenerationState(cache, count_B, count_B > 0, count_B, keys_B, None)
 
-    def by_kv_heads(leaf: Any) -> NamedSharding:
-        axes = ("kv_heads", "length", "head_dim")
-        return NamedSharding(mesh, partition_spec(axes, leaf.shape, mesh))
-
     state = jax.eval_shape(initial)
-    places = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), state)
-    layers = jax.tree.map(by_kv_heads, state.cache.layers)
-    cache = dataclasses.replace(places.cache, layers=layers)
-    return placed(state, dataclasses.replace(places, cache=cache))
+    return placed(state, state_shardings(state, mesh))
 
 
 _weights = functools.cache(abstract_model)
@@ -270,14 +266,14 @@ def _embedding_by_rows(model: Llama, by_tiles: bool) -> int:
     return padded * kernel.dtype.itemsize if is_copied else 0
 
 
-def _scales_by_rows(model: Llama) -> int:
+def _scales_by_rows(matrices: list[QuantizedMatrix]) -> int:
     """Return the bytes of what `kernels.int4_tpu` reads of the largest int4 matrix, by rows.
 
     Groups of inputs are few, and padded to the lanes: the scales twice, the minima, their sum.
     """
     each_scale = 3 * jnp.dtype(jnp.bfloat16).itemsize + FLOAT32
     sizes = []
-    for matrix in _four_bit_matrices(model):
+    for matrix in matrices:
         arrays = (matrix.kernel, matrix.scale)
         (*O, P), (*_, G) = (_shard_shape(*jax.tree.leaves(array)) for array in arrays)
         rows, inputs, groups = math.prod(O), int(P), int(G)
@@ -286,18 +282,17 @@ def _scales_by_rows(model: Llama) -> int:
     return max(sizes, default=0)
 
 
-def _broadcast_scales(model: Llama, batch: int) -> int:
-    """Return the bytes of floats that XLA makes of the largest four-bit matrix.
+def _broadcast_scales(matrices: list[QuantizedMatrix], config: ModelConfig, batch: int) -> int:
+    """Return the bytes of floats that XLA makes of the largest of four-bit matrices.
 
     It broadcasts the scales and the minima of the low and of the high bits to one number for each
     byte; for few sequences in float32, and for more than one of them it stores both halves of the
     matrix too.
     """
-    matrices = _four_bit_matrices(model)
     sizes = [math.prod(_shard_shape(*jax.tree.leaves(matrix.kernel))) for matrix in matrices]
     largest = max(sizes, default=0)
     if batch > FEW:
-        return 4 * largest * jnp.dtype(model.config.compute_dtype).itemsize
+        return 4 * largest * jnp.dtype(config.compute_dtype).itemsize
     return (4 if batch == 1 else 6) * largest * FLOAT32
 
 

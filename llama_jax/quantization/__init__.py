@@ -2,7 +2,13 @@
 
 from llama_jax.quantization.modules import QuantizedLinear, QuantizedMatrix, quantize_kernel
 from llama_jax.quantization.rounding import GROUP_SIZES, KINDS, QuantizationConfig, require_kind
-from llama_jax.quantization.surgery import abstract_quantized, model_nbytes, quantize, restack
+from llama_jax.quantization.surgery import (
+    abstract_quantized,
+    model_nbytes,
+    quantize,
+    restack,
+    shard_matmuls,
+)
 
 __all__ = [
     "GROUP_SIZES",
@@ -16,4 +22,5 @@ __all__ = [
     "quantize_kernel",
     "require_kind",
     "restack",
+    "shard_matmuls",
 ]

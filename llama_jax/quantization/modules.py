@@ -5,10 +5,13 @@ from float ones.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from llama_jax.kernels.int4 import Quantized
 from llama_jax.kernels.matmul import FLOAT32, take_rows, times_quantized
@@ -41,6 +44,9 @@ class QuantizedMatrix(nnx.Module):
 
     kernel: nnx.Param[jax.Array]
     scale: nnx.Param[jax.Array]
+    # Mesh axes of the first output dim and of the inputs, where each device is to multiply its own
+    # shard; None: XLA partitions the matmul. See `shard_matmuls`.
+    shards: tuple[Any, Any] | None = None
 
     def __init__(
         self, kernel: jax.Array, outputs: Dims, axes: Axes, quantization: QuantizationConfig
@@ -64,6 +70,24 @@ class QuantizedMatrix(nnx.Module):
         """Return the dequantized kernel [*outputs, *inputs]."""
         kernel_OI = self.arrays().merged().dequantize(math.prod(self.inputs), dtype)
         return kernel_OI.reshape(self.outputs + self.inputs)
+
+    def times(self, x_RI: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Return x · kernelᵀ, [R, O] in `dtype`."""
+        if self.shards is None or jax.sharding.get_abstract_mesh().empty:
+            return times_quantized(x_RI, self.arrays(), dtype)
+        outputs, inputs = self.shards
+        kernel_spec = PartitionSpec(outputs, *[None] * (len(self.outputs) - 1), inputs)
+
+        def multiply(x_RI: jax.Array, kernel: Quantized) -> jax.Array:
+            y_RO = times_quantized(x_RI, kernel, dtype)
+            return jax.lax.psum(y_RO, inputs) if inputs else y_RO
+
+        return jax.shard_map(
+            multiply,
+            in_specs=(PartitionSpec(None, inputs), kernel_spec),
+            out_specs=PartitionSpec(None, outputs),
+            check_vma=False,
+        )(x_RI, self.arrays())
 
     def arrays(self) -> Quantized:
         """Return the arrays as kernels take them."""
@@ -94,18 +118,22 @@ class QuantizedLinear(QuantizedMatrix):
     def __call__(self, x: jax.Array) -> jax.Array:
         rows = x.shape[: x.ndim - len(self.inputs)]
         x_RI = x.reshape(-1, math.prod(self.inputs))
-        y = times_quantized(x_RI, self.arrays(), x.dtype).reshape(rows + self.outputs)
+        y = self.times(x_RI, x.dtype).reshape(rows + self.outputs)
         return add_bias(self, y)
 
 
 class QuantizedTable(QuantizedMatrix):
     """A quantized embedding or output matrix [V, D]; a tied one serves as both."""
 
-    def rows(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    def rows(self, ids: jax.Array, dtype: jnp.dtype, lookup: Callable[..., jax.Array]) -> jax.Array:
         """Return the embeddings [*ids, D] of tokens."""
-        chosen = jax.tree.map(lambda array: take_rows(array, ids), self.arrays())
-        return chosen.dequantize(self.inputs[0], dtype)
+
+        def take(table: Quantized, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+            chosen = jax.tree.map(lambda array: take_rows(array, ids), table)
+            return chosen.dequantize(self.inputs[0], dtype)
+
+        return lookup(self.arrays(), ids, dtype, take)
 
     def __call__(self, x_RD: jax.Array) -> jax.Array:
         """Return float32 logits [R, V]."""
-        return times_quantized(x_RD, self.arrays(), FLOAT32)
+        return self.times(x_RD, FLOAT32)

@@ -11,13 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import require
+from llama_jax.kernels.int4 import HALF
 from llama_jax.model.layers import Linear, OutputsFirstLinear
 from llama_jax.model.parameters import count_parameters, matrices
 from llama_jax.model.transformer import Block, Llama, replace_linears
-from llama_jax.quantization.modules import QuantizedLinear, QuantizedTable
+from llama_jax.quantization.modules import QuantizedLinear, QuantizedMatrix, QuantizedTable
 from llama_jax.quantization.rounding import INT8, QuantizationConfig
 
 FLOAT32 = 4  # bytes
@@ -136,6 +138,48 @@ def restack(model: Llama) -> Llama:
     new = _shallow_copy(model)
     new.blocks = jax.tree.map(lambda *arrays: jnp.stack(arrays), *model.blocks)
     return new
+
+
+def shard_matmuls(model: Llama) -> Llama:
+    """Return a model on a mesh of whose int4 matrices each device multiplies its own shard.
+
+    XLA partitions a matmul, but not the kernel that reads int4 on a TPU. Left to XLA are int8 and
+    NF4, which have no such kernel, and a matrix whose shards are not whole blocks of inputs.
+    """
+
+    def shard(part: Any) -> Any:
+        if not _is_int4(part):
+            return part
+        part = _shallow_copy(part)
+        part.shards = _mesh_axes(part)
+        return part
+
+    return jax.tree.map(shard, model, is_leaf=_is_int4)
+
+
+def _is_int4(part: Any) -> bool:
+    return isinstance(part, QuantizedMatrix) and part.quantization.kind == "int4"
+
+
+def _mesh_axes(matrix: QuantizedMatrix) -> tuple[Any, Any] | None:
+    """Return `QuantizedMatrix.shards` by where the matrix's arrays are."""
+    parts = (getattr(matrix, name) for name in ("kernel", "scale", "lowest"))
+    kernel, *_ = arrays = jax.tree.leaves([*parts])
+    first, *rest = map(_spec, arrays)
+    outputs, *between, inputs = first
+    if any(between) or any(spec != first for spec in rest):
+        return None
+    is_padded = 2 * kernel.shape[-1] != math.prod(matrix.inputs)
+    if inputs and (is_padded or kernel.sharding.shard_shape(kernel.shape)[-1] % HALF):
+        return None
+    return outputs, inputs
+
+
+def _spec(array: jax.Array) -> tuple[Any, ...]:
+    """Return the mesh axes of each dim of an array that is placed on a mesh."""
+    assert isinstance(array.sharding, NamedSharding)
+    spec = array.sharding.spec
+    return (*spec, *[None] * (array.ndim - len(spec)))
 
 
 def model_nbytes(model: Llama) -> int:

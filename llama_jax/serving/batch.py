@@ -18,7 +18,13 @@ import numpy as np
 from llama_jax.distributed.mesh import placed
 from llama_jax.errors import UserError
 from llama_jax.inference.constraints import Constraint, masks
-from llama_jax.inference.decode import NO_TOKEN, Tokens, common_prefix, shard_cache
+from llama_jax.inference.decode import (
+    NO_TOKEN,
+    Tokens,
+    cache_config,
+    common_prefix,
+    state_shardings,
+)
 from llama_jax.inference.engine import Engine
 from llama_jax.inference.request import SamplingParams, TokenLogprob
 from llama_jax.inference.sampler import Level, Sampler
@@ -100,14 +106,15 @@ class Batch:
             engine's model may have shapes in place of arrays. Without a mesh only.
         """
         self._engine, config = engine, engine.model.config
-        make = partial(empty_slots, config, slots, config.context_length, engine.cache_dtype)
+        own = cache_config(config, engine.mesh)
+        make = partial(empty_slots, own, slots, config.context_length, engine.cache_dtype)
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         if is_abstract:
             state = jax.eval_shape(make)
             state = placed(state, jax.tree.map(lambda _: here, state))
         elif engine.mesh:
-            state = make()
-            state = dataclasses.replace(state, cache=shard_cache(state.cache, engine.mesh))
+            places = state_shardings(jax.eval_shape(make), engine.mesh)
+            state = jax.jit(make, out_shardings=places)()
         else:  # committed, as what programs return: each is compiled once
             state = jax.device_put(make(), here)
         self._state = state

@@ -58,6 +58,8 @@ DECODING = (  # narrow heads and wide ones, a table that tiles pad and one not, 
     "110m v5e-1",
     "110m v5e-1 quantize=int8",
     "110m v5e-1 quantize=int4",
+    "110m v5e-4 batch=8",
+    "110m v5e-4 batch=8 quantize=int4",
 )
 
 

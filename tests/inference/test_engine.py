@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_but
 from tiny_model import TINY, make_model
 
 from llama_jax.config import MeshConfig
@@ -17,7 +18,9 @@ from llama_jax.errors import UsageError, UserError
 from llama_jax.inference.decode import (
     NO_TOKEN,
     GenerationState,
+    cache_config,
     decode,
+    empty_cache,
     prefill,
     prefill_chunks,
     read_chunk,
@@ -242,14 +245,32 @@ def test_the_loop_ends_with_its_last_sequence():
     assert is_filled_RS[0].tolist() == [slot < 16 + 5 for slot in range(64)]
 
 
-def test_sharded_equals_one_device():
-    mesh, model = make_mesh(MeshConfig(data=2, tensor=2, fsdp=2)), unstack(stacked())
+@pytest.mark.parametrize(
+    ("changes", "cache_dtype"),
+    slow_but([({}, "")], [({}, ""), ({"position": "relative"}, "int8")]),
+)
+def test_sharded_equals_one_device(changes, cache_dtype):
+    mesh, model = make_mesh(MeshConfig(data=2, tensor=2, fsdp=2)), unstack(stacked(**changes))
     placed = jax.device_put(model, shardings(model, mesh))
     kernel = placed.blocks[0].attention.wq.kernel[...]
     assert len({str(shard.index) for shard in kernel.addressable_shards}) == 4
+    request, one = request_for(PROMPTS), Engine(model, cache_dtype=cache_dtype)
+    assert run(request, engine=Engine(placed, cache_dtype, mesh=mesh)) == run(request, engine=one)
+    assert jax.sharding.get_abstract_mesh().empty
+
+
+@pytest.mark.slow
+def test_devices_share_kv_heads_of_which_there_are_fewer():
+    """Two kv heads on six devices: each has a copy of one, for its query head."""
+    mesh, model = make_mesh(MeshConfig(data=1, tensor=6), jax.devices()[:6]), unstack(stacked())
+    config = cache_config(model.config, mesh)
+    assert (model.config.num_kv_heads, config.num_kv_heads, config.num_heads) == (2, 6, 6)
+    cache = empty_cache(model.config, 4, 16, "int8", mesh)
+    for array in jax.tree.leaves(cache.layers):
+        assert array.sharding.shard_shape(array.shape)[0] == 4
+    placed = jax.device_put(model, shardings(model, mesh))
     request = request_for(PROMPTS)
     assert run(request, engine=Engine(placed, mesh=mesh)) == run(request)
-    assert jax.sharding.get_abstract_mesh().empty
 
 
 def test_bfloat16_follows_float32_for_some_tokens():

@@ -10,7 +10,9 @@ import pytest
 from cases import slow_but
 from tiny_model import make_model
 
-from llama_jax.inference.decode import NO_TOKEN
+from llama_jax.config import MeshConfig
+from llama_jax.distributed.mesh import make_mesh, shardings
+from llama_jax.inference.decode import NO_TOKEN, ON_MESH, state_shardings
 from llama_jax.inference.request import SamplingParams
 from llama_jax.inference.sampler import Level, Sampler
 from llama_jax.inference.slots import (
@@ -24,7 +26,7 @@ from llama_jax.inference.slots import (
 )
 from llama_jax.model.cache import KVCache
 from llama_jax.model.slot_cache import BLOCK, CHUNK
-from llama_jax.model.transformer import unstack
+from llama_jax.model.transformer import ONE_DEVICE, unstack
 
 SLOTS, CONTEXT = 3, 400
 TEXT = np.random.default_rng(3).integers(0, 40, CONTEXT).tolist()
@@ -46,7 +48,7 @@ def model(**changes):
     return unstack(made)
 
 
-def enter(model, state, slot, prompt, *, start=0, max_tokens=40, seed=0):
+def enter(model, state, slot, prompt, *, start=0, max_tokens=40, seed=0, execution=ONE_DEVICE):
     last = len(prompt) - 1
     while start < last:
         size = chunk_size(last - start)
@@ -54,22 +56,32 @@ def enter(model, state, slot, prompt, *, start=0, max_tokens=40, seed=0):
         ids_T[: len(prompt[start : min(start + size, last)])] = prompt[
             start : min(start + size, last)
         ]
-        state, _ = read_chunk(model, state, np.int32(slot), np.int32(start), ids_T)
+        state, _ = read_chunk(model, state, np.int32(slot), np.int32(start), ids_T, execution)
         start += size
     counts_V = np.bincount(prompt, minlength=model.config.vocab_size).astype(np.int32)
     numbers = map(np.int32, (slot, prompt[-1], last, len(prompt) + max_tokens))
     return activate(state, *numbers, np.uint32(seed), counts_V)
 
 
-def decode(model, state, active, steps, level=Level.GREEDY, params=None, stop_ids=()):
+def decode(
+    model,
+    state,
+    active,
+    steps,
+    level=Level.GREEDY,
+    params=None,
+    stop_ids=(),
+    execution=ONE_DEVICE,
+):
     """The state after a block, and its tokens as the host sees them, with their logits' traces."""
     params = params or [SamplingParams(temperature=0)] * SLOTS
     stops_BS = np.full((SLOTS, 4), NO_TOKEN, np.int32)
     stops_BS[:, : len(stop_ids)] = stop_ids
     active_B = np.isin(np.arange(SLOTS), active)
     logprobs = 3 if level is Level.ALL else None
+    sampler, count = Sampler.of(params, level), np.int32(steps)
     state, tokens, stopped_B = decode_slots(
-        model, state, active_B, Sampler.of(params, level), stops_BS, np.int32(steps), logprobs
+        model, state, active_B, sampler, stops_BS, count, logprobs, execution
     )
     ids = [[i for i in row if i != NO_TOKEN] for row in np.asarray(tokens.token).tolist()]
     return state, ids, tokens, np.asarray(stopped_B)
@@ -100,6 +112,18 @@ def test_a_slot_decodes_what_a_plain_cache_does(length, steps):
     state = enter(model(), state, 1, TEXT[:length])
     _, gained = run(model(), state, [1], 40, steps)
     assert gained == [[], expected(model(), TEXT[:length], 40), []]
+
+
+@pytest.mark.slow
+def test_on_a_mesh_slots_decode_what_one_device_does():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    placed = jax.device_put(model(), shardings(model(), mesh))
+    with jax.set_mesh(mesh):
+        state = empty_slots(model().config, SLOTS, CONTEXT)
+        state = jax.device_put(state, state_shardings(state, mesh))
+        state = enter(placed, state, 1, TEXT[: CHUNK + 1], execution=ON_MESH)
+        _, gained = run(placed, state, [1], 24, 8, execution=ON_MESH)
+    assert gained == [[], expected(model(), TEXT[: CHUNK + 1], 24), []]
 
 
 @pytest.mark.slow

@@ -86,25 +86,28 @@ def test_tpus_copy_narrow_heads_and_a_narrow_embedding_padded_to_their_tiles():
 
 
 @pytest.mark.parametrize(("batch", "arrays", "width"), [(1, 4, 4), (3, 6, 4), (8, 4, 2)])
-def test_on_a_mesh_tpus_broadcast_the_scales_of_int4_matrices(batch, arrays, width):
-    options = {"batch": batch, "dtype": "bfloat16", "target": "v5e-4"}
-    int4, int8 = (on_tpu(**options, quantize=kind) for kind in ("int4", "int8"))
-    largest = V * 64 / 2 / 4  # bytes of a shard of a table, its inputs padded to 64
-    assert int4 - int8 == arrays * largest * width
-
-
-def test_the_scales_of_nf4_are_broadcast_on_one_tpu_too():
-    options = {"dtype": "bfloat16"}
+@pytest.mark.parametrize(("target", "devices"), [("v5e-1", 1), ("v5e-4", 4)])
+def test_tpus_broadcast_the_scales_of_nf4_matrices(target, devices, batch, arrays, width):
+    options = {"batch": batch, "dtype": "bfloat16", "target": target}
     nf4, int8 = (on_tpu(**options, quantize=kind) for kind in ("nf4", "int8"))
-    assert nf4 - int8 == 4 * (V * 64 / 2) * 4
+    largest = V * 64 / 2 / devices  # bytes of a shard of a table, its inputs padded to 64
+    assert nf4 - int8 == arrays * largest * width
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-def test_one_tpu_pads_the_scales_of_an_int4_matrix_to_its_lanes(batch):
-    options = {"batch": batch, "dtype": "bfloat16"}
+@pytest.mark.parametrize(("target", "devices"), [("v5e-1", 1), ("v5e-4", 4)])
+def test_tpus_pad_the_scales_of_an_int4_matrix_to_their_lanes(target, devices, batch):
+    options = {"batch": batch, "dtype": "bfloat16", "target": target}
     int4, int8 = (on_tpu(**options, quantize=kind) for kind in ("int4", "int8"))
-    scales = (2 * 2 + 2 + 4) * V * 128  # bytes: they and the minima bfloat16, the sum float32
-    assert int4 - int8 == V * 128 + scales
+    # Bytes: they and the minima bfloat16, the sum float32. The table itself is copied in both.
+    assert int4 - int8 == (2 * 2 + 2 + 4) * V / devices * 128
+
+
+def test_heads_that_devices_share_are_in_the_cache_of_each():
+    config, options = dataclasses.replace(MODEL, num_heads=16, head_dim=H), DecodingOptions()
+    targets = map(parse_target, ("H200-4", "H200-8"))
+    four, eight = (plan_decoding(config, options, target) for target in targets)
+    assert eight.cache == four.cache  # of one of four kv heads
 
 
 def test_memory_bandwidth_bounds_one_sequence():

@@ -19,13 +19,20 @@ from llama_jax.data.token_folder import TokenFolder
 from llama_jax.distributed.mesh import make_mesh, shardings
 from llama_jax.errors import UsageError
 from llama_jax.formats.llama2c import model as llama2c
+from llama_jax.inference.decode import ON_MESH
 from llama_jax.inference.engine import Engine
 from llama_jax.inference.request import Request, SamplingParams
 from llama_jax.inference.scoring import token_logprobs
 from llama_jax.model.layers import Linear, OutputsFirstLinear
 from llama_jax.model.parameters import count_parameters, named_leaves
 from llama_jax.model.transformer import Llama, unstack
-from llama_jax.quantization import QuantizationConfig, abstract_quantized, model_nbytes, quantize
+from llama_jax.quantization import (
+    QuantizationConfig,
+    abstract_quantized,
+    model_nbytes,
+    quantize,
+    shard_matmuls,
+)
 from llama_jax.quantization.modules import QuantizedLinear, QuantizedMatrix
 from llama_jax.quantization.rounding import to_int4, to_int8
 from llama_jax.quantization.surgery import allocate, quantized_nbytes
@@ -42,6 +49,9 @@ QUICK = {"xla_backend_optimization_level": 0}  # of the compiler
 
 
 forward = jax.jit(lambda model, tokens_BT: model(tokens_BT)[0], compiler_options=QUICK)
+forward_on_mesh = jax.jit(
+    lambda model, tokens_BT: model(tokens_BT, execution=ON_MESH)[0], compiler_options=QUICK
+)
 score = jax.jit(token_logprobs.__wrapped__, compiler_options=QUICK)
 
 
@@ -217,6 +227,30 @@ def continued(model, prompts):
     for delta in Engine(model).generate(request):
         rows[delta.index] += delta.ids
     return rows
+
+
+def test_on_a_mesh_each_device_multiplies_its_shards_of_int4():
+    """Shards of outputs, of inputs (wo), and none where they are not whole blocks of inputs."""
+    model = quantize(model_of(), "int4")
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    placed = shard_matmuls(jax.device_put(model, shardings(model, mesh)))
+    found = {
+        name: getattr(part, name).shards
+        for part in (placed.blocks[0].attention, placed.blocks[0].ffn)
+        for name in ("wq", "wk", "wo", "up", "down")
+        if hasattr(part, name)
+    }
+    assert found == {
+        "wq": ("tensor", "fsdp"),
+        "wk": None,  # int8
+        "wo": ("fsdp", "tensor"),
+        "up": ("tensor", "fsdp"),
+        "down": None,  # 192 inputs are three blocks
+    }
+    tokens_BT = jnp.asarray([[1, 2, 3], [4, 5, 55]])
+    with jax.set_mesh(mesh):
+        sharded = forward_on_mesh(placed, tokens_BT)
+    assert relative_error(sharded, forward(model, tokens_BT)) < 1e-6
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import re
 import pytest
 
 from llama_jax.config import ModelConfig
-from llama_jax.hardware.hlo import nbytes
+from llama_jax.hardware.hlo import collectives, nbytes
 from llama_jax.model.cache import chunk_size
 from llama_jax.planning.compile import is_installed
 
@@ -30,10 +30,10 @@ BFLOAT16 = 2
 
 
 @functools.cache
-def decoding(batch):
+def decoding(batch, target="v5e-1"):
     from tpu import compile_decoding
 
-    return compile_decoding(CONFIG, batch)
+    return compile_decoding(CONFIG, batch, target=target)
 
 
 def test_a_step_of_a_batch_writes_the_cache_without_a_loop_over_it():
@@ -42,9 +42,16 @@ def test_a_step_of_a_batch_writes_the_cache_without_a_loop_over_it():
     assert B * K not in turns
 
 
-@pytest.mark.parametrize("batch", [1, B])
-def test_no_step_copies_the_cache(batch):
-    assert batch * K * S * H * BFLOAT16 not in decoding(batch).copies(0)
+@pytest.mark.parametrize(("batch", "target"), [(1, "v5e-1"), (B, "v5e-1"), (B, "v5e-4")])
+def test_no_step_copies_the_cache(batch, target):
+    heads = {"v5e-1": K, "v5e-4": 1}[target]  # of a device
+    assert batch * heads * S * H * BFLOAT16 not in decoding(batch, target).copies(0)
+
+
+def test_chips_that_share_kv_heads_send_nothing_of_the_cache():
+    """Two kv heads on four chips: beside sums, the sampler alone sends something, a few numbers."""
+    sent = collectives(decoding(B, "v5e-4").text)
+    assert {one.kind for one in sent if one.bytes > 8 * B} == {"all-reduce"}
 
 
 @pytest.mark.parametrize("batch", [1, B])
@@ -71,20 +78,22 @@ def test_no_step_holds_floats_or_a_copy_of_a_quantized_table(kind, batch):
 # So large that nothing stays in the chip's memory from one token to the next.
 LARGE = {"vocab_size": 32000, "dim": 2048, "num_layers": 1, "num_heads": 16, "num_kv_heads": 16}
 LARGE |= {"hidden_dim": 5632, "context_length": 4096, "compute_dtype": "bfloat16"}
+WIDER = LARGE | {"dim": 4096, "num_heads": 32, "num_kv_heads": 32, "hidden_dim": 11264}
 
 
 @pytest.mark.parametrize("batch", [1, B])
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_a_step_reads_weights_and_a_chunk_of_the_cache_once(kind, batch):
+@pytest.mark.parametrize(("target", "chips", "sizes"), [("v5e-1", 1, LARGE), ("v5e-4", 4, WIDER)])
+def test_a_step_reads_weights_and_a_chunk_of_the_cache_once(target, chips, sizes, kind, batch):
     from hbm import hbm_bytes
     from tpu import compile_decoding
 
-    config = ModelConfig(**LARGE)
-    program = compile_decoding(config, batch, kind).program
+    config = ModelConfig(**sizes)
+    program = compile_decoding(config, batch, kind, target).program
     entry = program.computations[program.entry].values()
     arrays = {one.name: nbytes(one.result) for one in entry if one.opcode == "parameter"}
-    cache = sum(size for name, size in arrays.items() if "cache" in name)
-    K, H, slots = config.num_kv_heads, config.head_size, config.context_length
+    K, H, slots = config.num_kv_heads // chips, config.head_size, config.context_length
+    cache = 2 * batch * K * slots * H * BFLOAT16
     chunk = cache * chunk_size(slots, batch * K, 1, H) // slots  # the loop over chunks counts once
     needed = sum(arrays.values()) - cache + chunk
     assert 0.99 * needed < hbm_bytes(program) < 1.1 * needed
