@@ -136,11 +136,14 @@ class Block(nnx.Module):
         """The residual stream [B, T, D] after this block, and the layer's updated cache."""
         keys = [None] * 3 if dropout_key is None else list(jax.random.split(dropout_key, 3))
         example_ids = execution.example_ids
-        normed_BTD = self.attention_norm(x_BTD)
+        # Where positions are sharded, matmuls read whole sequences. Gathered here, once, gradients by
+        # several matrices are added up before they are scattered, and not scattered one by one.
+        whole = ("batch", "", "residual")
+        normed_BTD = execution.constrain(self.attention_norm(x_BTD), *whole)
         mixed_BTD, cache = self.attention(normed_BTD, positions, attention, cache, keys[0])
         x_BTD += dropout(mixed_BTD, self.dropout_rate, keys[1], example_ids)
         x_BTD = execution.constrain(x_BTD, "batch", "length", "residual")
-        ffn_BTD = self.ffn(self.ffn_norm(x_BTD), execution)
+        ffn_BTD = self.ffn(execution.constrain(self.ffn_norm(x_BTD), *whole), execution)
         x_BTD += dropout(ffn_BTD, self.dropout_rate, keys[2], example_ids)
         return execution.constrain(x_BTD, "batch", "length", "residual"), cache
 

@@ -119,6 +119,19 @@ def test_fsdp_gathers_parameters_twice_and_adds_up_gradients_once(target, times_
     assert largest_gathered <= table * BFLOAT16  # a matrix of one layer, never those of all
 
 
+def test_with_sharded_sequences_a_block_scatters_each_sum_once():
+    """Two sums forward and two backward, though three matrices read what is gathered once."""
+    mesh = MeshConfig(data=1, fsdp=2, tensor=4, sequence=True)
+    made = training(make_config(mesh, 2 * B, num_kv_heads=N, hidden_dim=1024), "v5e-8")
+    streams = dict.fromkeys(("all-gather", "reduce-scatter"), 0.0)  # residual streams of a device
+    for one in collectives(made.text):
+        if one.kind in streams and one.group == 4:
+            streams[one.kind] += one.sent(4) * one.times / (3 / 4 * B * T * D * BFLOAT16)
+    ends = 2  # of the loss and its gradient
+    # For the gradients of weights, inputs are gathered again: sharded, they take less to keep.
+    assert streams == {"all-gather": 6 * L + ends, "reduce-scatter": 4 * L + ends}
+
+
 def kept_arrays(made):
     """Bytes of a layer of each array that the backward loop over layers reads for each layer."""
     loops = [one for one, _ in made.instructions() if one.opcode == "while"]
