@@ -136,8 +136,8 @@ class Block(nnx.Module):
         """The residual stream [B, T, D] after this block, and the layer's updated cache."""
         keys = [None] * 3 if dropout_key is None else list(jax.random.split(dropout_key, 3))
         example_ids = execution.example_ids
-        # Where positions are sharded, matmuls read whole sequences. Gathered here, once, gradients by
-        # several matrices are added up before they are scattered, and not scattered one by one.
+        # Where positions are sharded, matmuls read whole sequences. Gathered here, once, gradients
+        # by several matrices are added up before they are scattered, and not scattered one by one.
         whole = ("batch", "", "residual")
         normed_BTD = execution.constrain(self.attention_norm(x_BTD), *whole)
         mixed_BTD, cache = self.attention(normed_BTD, positions, attention, cache, keys[0])
@@ -308,9 +308,9 @@ def unstack(model: Llama, *, consume: bool = False) -> Llama:
             array.delete()
     blocks = [jax.tree.unflatten(structure, arrays) for arrays in layers]
 
-    def laid_out(_: str, layer: Linear) -> nnx.Module:
+    def laid_out(_: str, layer: Linear | OutputsFirstLinear) -> nnx.Module:
         is_first = prefers_outputs_first(len(layer.outputs))
-        return OutputsFirstLinear(layer) if is_first else layer
+        return OutputsFirstLinear(layer) if is_first and isinstance(layer, Linear) else layer
 
     for block in blocks:
         replace_linears(block, laid_out)

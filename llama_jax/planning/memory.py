@@ -21,7 +21,6 @@ from llama_jax.hardware.accelerators import Chip, adds_along_all_axes
 from llama_jax.kernels.attention import choose_kernel
 from llama_jax.kernels.splash import LANES, block_length
 from llama_jax.model.execution import choose_remat
-from llama_jax.model.layers import Linear
 from llama_jax.model.parameters import block_parameters, table_parameters
 from llama_jax.planning.activations import DeviceStep, residual_bytes, state_config
 from llama_jax.training.loss import CHUNK_TOKENS
@@ -91,7 +90,7 @@ def training_memory(
     if accumulates and step.fsdp == mesh.size and adds_along_all_axes(chip, mesh.size):
         temporary += _unsharded_sum_bytes(step)
     if chip.is_tpu:
-        temporary += _copied_frozen_bytes(bare, mesh)
+        temporary += COPIES_OF_INTEGERS * _integer_bytes(bare, mesh)
     if step.sequence_shards > 1:
         room = chip.usable / correction - parameters - moments - residuals - temporary
         least, most = MIN_GATHERED_STREAMS * step.stream, GATHERED_STREAMS * step.stream
@@ -115,26 +114,12 @@ def state_bytes(config: Config, mesh: AbstractMesh, *, is_tpu: bool) -> tuple[in
 
 
 @functools.cache
-def _copied_frozen_bytes(config: Config, mesh: AbstractMesh) -> float:
-    """Return the bytes on one TPU device of frozen matrices in another layout.
-
-    Integers are copied, and floats with two dims of outputs (queries, keys, values), which are
-    tiled together where matmuls read one: once for all layers, before the loop over microbatches.
-    """
+def _integer_bytes(config: Config, mesh: AbstractMesh) -> int:
+    """Return the bytes on one TPU device of the integers of frozen matrices."""
     state, places = abstract_state(config), state_shardings(config, mesh)  # type: ignore[arg-type]
-
-    def is_linear(part: Any) -> bool:
-        return isinstance(part, Linear)
-
-    parts = jax.tree.leaves(state.frozen, is_leaf=is_linear)
-    where = jax.tree.leaves(places.frozen, is_leaf=is_linear)
-    total = 0.0
-    for part, place in zip(parts, where, strict=True):
-        if is_linear(part):
-            total += device_bytes(part, place, is_tpu=True) if len(part.outputs) > 1 else 0
-        elif part.dtype.itemsize == 1:
-            total += COPIES_OF_INTEGERS * device_bytes(part, place, is_tpu=True)
-    return total
+    pairs = zip(jax.tree.leaves(state.frozen), jax.tree.leaves(places.frozen))
+    integers = [pair for pair in pairs if pair[0].dtype.itemsize == 1]
+    return sum(device_bytes(*pair, is_tpu=True) for pair in integers)
 
 
 def _lasting_bytes(step: DeviceStep, trainable: float, accumulates: bool) -> float:

@@ -91,7 +91,7 @@ def load_frozen(config: Config, mesh: Mesh) -> tuple[Any, str]:
         return None, read_fingerprint(config.run.init_from) if config.run.init_from else ""
     if config.lora.base in FLOAT_BASES:
         loaded = load(config.run.init_from, jax.tree.leaves(expected)[0].dtype.name, mesh=mesh)
-        model = loaded.model
+        model = as_base(loaded.model, config, consume=True)
     else:  # in the host's memory, since the floats may not fit on a device
         host = make_mesh(MeshConfig(data=1), jax.local_devices(backend="cpu")[:1])
         loaded = load(config.run.init_from, mesh=host)

@@ -38,8 +38,9 @@ from llama_jax.errors import UsageError
 from llama_jax.inference.decode import attention_on_mesh
 from llama_jax.kernels.attention import DROPS_WEIGHTS, choose_kernel
 from llama_jax.model.execution import HOST_MEMORY, Execution, choose_remat
+from llama_jax.model.layers import Linear, OutputsFirstLinear
 from llama_jax.model.lora import Adapters, init_adapters
-from llama_jax.model.transformer import Llama
+from llama_jax.model.transformer import Llama, replace_linears
 from llama_jax.quantization import quantize, restack
 from llama_jax.training.objectives import Loss, Sums, objective_of
 from llama_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -91,12 +92,30 @@ def first_adapters(config: Config) -> Adapters:
     return init_adapters(config.model, config.lora, jax.random.key(config.run.seed))
 
 
-def as_base(model: Llama, config: Config) -> Llama:
-    """Return a model as `lora.base` stores frozen weights, its blocks stacked where possible."""
+def as_base(model: Llama, config: Config, *, consume: bool = False) -> Llama:
+    """Return a model as `lora.base` stores frozen weights, its blocks stacked where possible.
+
+    Args:
+      consume: of floats, delete each array once it is copied, so that few are in memory twice;
+        `model` cannot be used afterwards.
+    """
     kind = config.lora.base
     if kind in FLOAT_BASES:
         dtype = config.model.compute_dtype if kind == "compute" else kind
-        return jax.tree.map(lambda array: array.astype(dtype), model)
+        model = jax.tree.map(lambda array: array.astype(dtype), model)
+
+        def laid_out(_: str, layer: Linear) -> Linear | OutputsFirstLinear:
+            """Queries, keys and values outputs first, the layout that a TPU's matmuls read."""
+            if len(layer.outputs) == 1:
+                return layer
+            new = jax.vmap(OutputsFirstLinear)(layer)
+            if consume:
+                jax.block_until_ready(new)
+                layer.kernel[...].delete()
+            return new
+
+        replace_linears(model.blocks, laid_out)
+        return model
     if not kind.startswith(STORED):
         double = config.lora.double_quantization
         return quantize(model, kind, double_quantization=double, stacked=True)

@@ -3,6 +3,7 @@
 Each test keeps away something that was found in an optimised program; see benchmarks/RESULTS.md.
 """
 
+import dataclasses
 import functools
 import re
 from types import SimpleNamespace
@@ -10,7 +11,15 @@ from types import SimpleNamespace
 import pytest
 
 from llama_jax.cli.config_flags import read_config
-from llama_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
+from llama_jax.config import (
+    Config,
+    DataConfig,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+)
 from llama_jax.hardware.hlo import collectives, nbytes
 from llama_jax.model.parameters import block_parameters
 from llama_jax.planning.compile import is_installed, target_mesh
@@ -130,6 +139,15 @@ def test_with_sharded_sequences_a_block_scatters_each_sum_once():
     ends = 2  # of the loss and its gradient
     # For the gradients of weights, inputs are gathered again: sharded, they take less to keep.
     assert streams == {"all-gather": 6 * L + ends, "reduce-scatter": 4 * L + ends}
+
+
+def test_of_a_frozen_base_no_matrix_is_copied_to_another_layout():
+    config = make_config(remat="block", num_kv_heads=N)
+    run = dataclasses.replace(config.run, init_from="none")
+    made = training(dataclasses.replace(config, run=run, lora=LoraConfig(rank=2)))
+    matrices = {D * N * H, D * F}  # of all layers at once, or of one
+    copied = {*made.copies(D * N * H)}
+    assert not {size * layers * BFLOAT16 for size in matrices for layers in (1, L)} & copied
 
 
 def kept_arrays(made):
